@@ -1,0 +1,1 @@
+"""Training runs: evaluation statistics, metrics, progress, plots and the report."""
