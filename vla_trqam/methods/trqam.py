@@ -1,0 +1,273 @@
+"""TRQAM: Trust Region Q-Adjoint Matching (Algorithm 2).
+
+:class:`TRQAMLoss` is the algorithm box up to the gradient, one call a line, as one ``nn.Module`` whose
+``forward`` returns the scalar (so that distributed wrappers see it); :class:`TRQAM` takes the step,
+measures the KL and moves lambda.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.adjoint import AdjointTime, adjoint_taus, lean_adjoint
+from vla_trqam.critic import Critic
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.losses import (
+    adjoint_matching_loss,
+    flow_matching_loss,
+    flow_matching_target,
+    td_loss,
+    td_target,
+)
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.sde import FinalStep, Trajectory, sample_memoryless_sde, sample_ode
+from vla_trqam.time_grid import TimeGrid
+from vla_trqam.trust_region import TrustRegion, TrustRegionConfig, path_kl_per_step
+
+
+@dataclass(frozen=True)
+class TRQAMConfig(TrustRegionConfig):
+    """Knobs of TRQAM beside the trust region's.
+
+    Attributes:
+        inverse_temperature: beta, multiplies the terminal adjoint; 1 in TRQAM, QAM's only knob.
+        time_shift: see :class:`~vla_trqam.time_grid.TimeGrid`.
+        final_step: see :func:`~vla_trqam.sde.sample_memoryless_sde`.
+        adjoint_time: see :func:`~vla_trqam.adjoint.adjoint_taus`.
+        actor_lr: Adam's step size for the tuned field (and a training base).
+        critic_lr: Adam's step size for the critic.
+        max_grad_norm: global-norm clip.
+        shared_optimizer: one clip over actor, base and critic together, as the authors' code does;
+            otherwise each has its own, and a diverging loss does not shrink the others' gradients.
+        train_base: the base keeps training on the batch's flow-matching loss and ``v_base`` is its EMA,
+            as in the authors' code; otherwise it is frozen.
+        base_ema_rate: rate of that EMA.
+    """
+
+    inverse_temperature: float = 1.0
+    time_shift: float = 1.0
+    final_step: FinalStep = "noiseless_base"
+    adjoint_time: AdjointTime = "next"
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    max_grad_norm: float = 1.0
+    shared_optimizer: bool = False
+    train_base: bool = False
+    base_ema_rate: float = 0.005
+
+
+@dataclass(frozen=True)
+class UpdateNoise:
+    """Every random number of one update.
+
+    Attributes:
+        next_action: start of the ODE that samples the next action chunk, (B, H, A).
+        sde_x_0: start of the memoryless SDE, (B, H, A).
+        sde_steps: its unit increments, (K, B, H, A).
+        bc_x_0: noise of the flow-matching loss, (B, H, A).
+        bc_tau: its times, uniform on [0, 1), (B,).
+    """
+
+    next_action: Tensor
+    sde_x_0: Tensor
+    sde_steps: Tensor
+    bc_x_0: Tensor
+    bc_tau: Tensor
+
+    @classmethod
+    def draw(cls, action: Tensor, num_flow_steps: int, generator: torch.Generator) -> UpdateNoise:
+        """Fresh noise for a batch of action chunks (B, H, A)."""
+        batch = action.shape[0]
+        normal = torch.empty((num_flow_steps + 3, *action.shape), device=action.device)
+        normal.normal_(generator=generator)
+        tau = torch.empty(batch, device=action.device).uniform_(generator=generator)
+        return cls(normal[0], normal[1], normal[3:], normal[2], tau)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What one forward pass of the loss found; everything but ``loss`` is detached.
+
+    Attributes:
+        loss: TD + adjoint matching (+ flow matching of a training base), a scalar.
+        td_loss, adjoint_loss, bc_loss: its parts.
+        kl_per_step: each flow step's share of the path KL, nats per chunk, (K,).
+        q: online Q values of the batch, (E, B).
+        target: TD targets, (B,).
+        trajectory: the SDE path.
+        adjoint: the lean adjoint, (K, B, H, A).
+        terminal_adjoint: ``a_K``, (B, H, A).
+        next_action: the clipped ODE sample at the next observation, (B, H, A).
+    """
+
+    loss: Tensor
+    td_loss: Tensor
+    adjoint_loss: Tensor
+    bc_loss: Tensor | None
+    kl_per_step: Tensor
+    q: Tensor
+    target: Tensor
+    trajectory: Trajectory
+    adjoint: Tensor
+    terminal_adjoint: Tensor
+    next_action: Tensor
+
+
+class TRQAMLoss(nn.Module):
+    """The update's scalar loss as a module over policy and critic."""
+
+    def __init__(self, policy: FlowPolicy, critic: Critic, config: TRQAMConfig) -> None:
+        super().__init__()
+        self.policy, self.critic, self.config = policy, critic, config
+        self.grid = TimeGrid(policy.num_flow_steps, config.time_shift)
+
+    def forward(self, batch: TransitionBatch, noise: UpdateNoise, lam: float) -> LossOutput:
+        """Algorithm 2 up to the gradient step."""
+        policy, grid = self.policy, self.grid
+        context = policy.encode(batch.observation)
+        features = policy.features(context)
+
+        td, q, target, next_action = self._temporal_difference(batch, features, noise)
+
+        def base(x: Tensor, tau: Tensor) -> Tensor:
+            return policy.base_velocity(x, tau, context)
+
+        tuned = policy.record_velocity(context)
+        trajectory = sample_memoryless_sde(
+            tuned, noise.sde_x_0, noise.sde_steps, grid,
+            base_velocity=base, final_step=self.config.final_step,
+        )  # fmt: skip
+
+        gradient, _ = self.critic.action_gradient(features, trajectory.x_1)
+        terminal_adjoint = -self.config.inverse_temperature * gradient
+        states = trajectory.states
+        taus = adjoint_taus(grid, states, self.config.adjoint_time)
+        adjoint = lean_adjoint(terminal_adjoint, policy.base_pullback(states, taus, context), grid)
+
+        control_gap = tuned.stacked() - policy.base_velocities(states, grid.taus(states), context)
+        am = adjoint_matching_loss(control_gap, adjoint, grid, lam)
+        bc = self._behaviour_cloning(batch, noise, context) if self.config.train_base else None
+        return LossOutput(
+            loss=td + am if bc is None else td + am + bc,
+            td_loss=td.detach(),
+            adjoint_loss=am.detach(),
+            bc_loss=None if bc is None else bc.detach(),
+            kl_per_step=path_kl_per_step(control_gap, grid),
+            q=q.detach(),
+            target=target,
+            trajectory=trajectory,
+            adjoint=adjoint,
+            terminal_adjoint=terminal_adjoint,
+            next_action=next_action,
+        )
+
+    def _temporal_difference(
+        self, batch: TransitionBatch, features: Tensor, noise: UpdateNoise
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Chunked TD: loss, online Q (E, B), target (B,), next action (B, H, A)."""
+        policy = self.policy
+        with torch.no_grad():
+            context = policy.encode(batch.next_observation)
+            action = sample_ode(
+                lambda x, tau: policy.velocity(x, tau, context), noise.next_action, self.grid
+            ).clamp(-1.0, 1.0)
+            value = self.critic.next_value(policy.features(context), action)
+            target = td_target(batch.chunk_return, batch.discount, batch.terminated, value)
+        q = self.critic.online(features, batch.action)
+        # A chunk cut short by the episode's end counts only where the end was a termination: then the
+        # actions after it cannot matter.
+        weight = (batch.valid[:, -1] | batch.terminated).to(q.dtype)
+        return td_loss(q, target, weight), q, target, action
+
+    def _behaviour_cloning(
+        self, batch: TransitionBatch, noise: UpdateNoise, context: object
+    ) -> Tensor:
+        x_tau, velocity = flow_matching_target(batch.action, noise.bc_x_0, noise.bc_tau)
+        predicted = self.policy.behaviour_velocity(x_tau, noise.bc_tau, context)
+        return flow_matching_loss(predicted, velocity, batch.valid)
+
+
+class TRQAM:
+    """Off-policy fine-tuning of a flow policy under a KL budget.
+
+    Args:
+        policy: the policy; its tuned field is trained, its base field is the reference.
+        critic: the critic ensemble.
+        config: every knob.
+    """
+
+    def __init__(self, policy: FlowPolicy, critic: Critic, config: TRQAMConfig) -> None:
+        self.policy, self.critic, self.config = policy, critic, config
+        if config.train_base:
+            policy.start_base_training()
+        self.loss = TRQAMLoss(policy, critic, config)
+        self.trust_region = TrustRegion(config, policy.chunk_shape[0])
+        actor = [*policy.trainable_parameters(), *policy.behaviour_parameters()]
+        critics = list(critic.online.parameters())
+        self._clip_groups = [actor + critics] if config.shared_optimizer else [actor, critics]
+        self.optimizer = torch.optim.Adam(
+            [{"params": actor, "lr": config.actor_lr}, {"params": critics, "lr": config.critic_lr}],
+            fused=True,
+        )
+
+    def update(self, batch: TransitionBatch, noise: UpdateNoise) -> UpdateResult:
+        """One update of critic, tuned field, lambda and target networks."""
+        output = self.loss(batch, noise, self.trust_region.lam)
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        norms = [
+            nn.utils.clip_grad_norm_(group, self.config.max_grad_norm)
+            for group in self._clip_groups
+        ]
+        # The targets follow the weights as they were before this step, as in the authors' code.
+        self.critic.update_target()
+        self.policy.update_base(self.config.base_ema_rate)
+        self.optimizer.step()
+        lam = self.trust_region.lam
+        kl = self.trust_region.in_budget_units(float(output.kl_per_step.sum()))
+        self.trust_region.update(kl)
+        return UpdateResult(output, lam, kl, norms)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One update's outcome.
+
+    Attributes:
+        output: the loss and its parts.
+        lam: the lambda that the loss used.
+        kl_estimate: the path KL of the batch before the step, in the budget's unit.
+        grad_norms: norms before clipping: actor, critic - or one of both together.
+    """
+
+    output: LossOutput
+    lam: float
+    kl_estimate: float
+    grad_norms: list[Tensor]
+
+    def metrics(self, clip_actions_at: float = 1.0) -> dict[str, float]:
+        """The logged quantities; each is explained in ``docs/metrics.md``."""
+        out = self.output
+        terminal = out.terminal_adjoint.flatten(1).norm(dim=1).mean()
+        values = {
+            "kl_estimate": self.kl_estimate,
+            "lam": self.lam,
+            "adjoint_loss": float(out.adjoint_loss),
+            "adjoint_norm_terminal": float(terminal),
+            "adjoint_norm_initial": float(out.adjoint[0].flatten(1).norm(dim=1).mean()),
+            "td_loss": float(out.td_loss),
+            "q_mean": float(out.q.mean()),
+            "q_std": float(out.q.std(dim=0, correction=0).mean()),
+            "target_mean": float(out.target.mean()),
+            "clipped_action_fraction": float(
+                (out.trajectory.x_1.abs() > clip_actions_at).float().mean()
+            ),
+            "actor_grad_norm": float(self.grad_norms[0]),
+            "critic_grad_norm": float(self.grad_norms[-1]),
+        }
+        if out.bc_loss is not None:
+            values["bc_loss"] = float(out.bc_loss)
+        return values

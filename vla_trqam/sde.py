@@ -1,0 +1,94 @@
+"""Sampling from a velocity field: the memoryless SDE and the ODE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vla_trqam.time_grid import TimeGrid, full_tau
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""``v(x, tau)`` with x (B, H, A) and tau (B,), returning (B, H, A)."""
+
+FinalStep = Literal["noiseless_base", "sde"]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One path of the memoryless SDE for every sample of a batch.
+
+    Attributes:
+        x: X at ``tau_0 .. tau_K``, (K + 1, B, H, A); carries no gradient.
+        grid: the times.
+    """
+
+    x: Tensor
+    grid: TimeGrid
+
+    @property
+    def states(self) -> Tensor:
+        """X at ``tau_0 .. tau_{K-1}``, where the field is evaluated: (K, B, H, A)."""
+        return self.x[:-1]
+
+    @property
+    def x_1(self) -> Tensor:
+        """The action chunk at ``tau = 1``: (B, H, A)."""
+        return self.x[-1]
+
+
+@torch.no_grad()
+def sample_memoryless_sde(
+    velocity: Velocity,
+    x_0: Tensor,
+    noise: Tensor,
+    grid: TimeGrid,
+    *,
+    base_velocity: Velocity | None = None,
+    final_step: FinalStep = "noiseless_base",
+) -> Trajectory:
+    r"""Euler-Maruyama on ``dX = (2 v(X, tau) - X / tau) dtau + g(tau) dW`` (Adjoint Matching, eq. 23).
+
+    On the grid ``X_{i+1} = X_i + h (2 v(X_i, tau_i) - X_i / (tau_i + d)) + sqrt(h) g_i eps_i``.
+
+    Args:
+        velocity: the tuned field.
+        x_0: standard normal, (B, H, A).
+        noise: standard normal increments ``eps``, (K, B, H, A).
+        grid: the times and ``g``.
+        base_velocity: needed by ``final_step="noiseless_base"``.
+        final_step: ``"noiseless_base"`` takes the last step as ``X + h v_base(X, tau_{K-1})`` (the
+            authors' code); ``"sde"`` treats it as any other. The tuned field is evaluated at the last
+            state in both, so that its value there can be shared with the loss.
+
+    Returns:
+        The path; it carries no gradient.
+    """
+    steps, h = grid.num_flow_steps, grid.step_size
+    assert noise.shape == (steps, *x_0.shape), (noise.shape, steps, x_0.shape)
+    x = x_0.new_empty((steps + 1, *x_0.shape))
+    x[0] = x_0
+    for i in range(steps):
+        tau = full_tau(grid.tau(i), x_0)
+        v = velocity(x[i], tau)
+        if i == steps - 1 and final_step == "noiseless_base":
+            if base_velocity is None:
+                raise ValueError('final_step="noiseless_base" needs base_velocity')
+            torch.add(x[i], base_velocity(x[i], tau), alpha=h, out=x[i + 1])
+            continue
+        torch.mul(x[i], 1.0 - h / grid.shifted_tau(i), out=x[i + 1])
+        x[i + 1].add_(v, alpha=2.0 * h)
+        x[i + 1].add_(noise[i], alpha=math.sqrt(h * grid.noise_scale_squared(i)))
+    return Trajectory(x, grid)
+
+
+def sample_ode(velocity: Velocity, x_0: Tensor, grid: TimeGrid) -> Tensor:
+    """Euler on ``dX = v(X, tau) dtau``: what the robot executes. (B, H, A) -> (B, H, A)."""
+    x = x_0
+    for i in range(grid.num_flow_steps):
+        x = torch.add(x, velocity(x, full_tau(grid.tau(i), x_0)), alpha=grid.step_size)
+    return x

@@ -1,0 +1,105 @@
+"""The trust region: the path-space KL and the dual descent that keeps it to its budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vla_trqam.errors import UserError
+from vla_trqam.time_grid import TimeGrid
+
+
+def path_kl_per_step(control_gap: Tensor, grid: TimeGrid) -> Tensor:
+    r"""Each flow step's share of the path-space KL, in nats per chunk, (K,).
+
+    Girsanov for two memoryless SDEs whose drifts differ by ``2 (v_tuned - v_base)``:
+    ``(2 h / g_i^2) E_b || v_tuned - v_base ||^2``. It does not depend on lambda.
+
+    Args:
+        control_gap: ``v_tuned - v_base`` along the path, (K, B, H, A).
+        grid: the times and ``g``.
+    """
+    squared = control_gap.detach().flatten(2).square().sum(dim=2).mean(dim=1)
+    return squared * (2.0 * grid.step_size) / grid.noise_scales_squared(squared)
+
+
+def path_kl(control_gap: Tensor, grid: TimeGrid) -> Tensor:
+    """The path-space KL ``D(P_tuned || P_base)`` in nats per chunk, a scalar."""
+    return path_kl_per_step(control_gap, grid).sum()
+
+
+@dataclass(frozen=True)
+class TrustRegionConfig:
+    """Knobs of the dual descent.
+
+    Attributes:
+        kl_budget: ``eps_KL``; nats per chunk, or per action when ``kl_per_action``.
+        kl_per_action: divide the path KL by the chunk length H, as the authors' code does.
+        lam_init: lambda before the first update.
+        lam_min: the lower bound of lambda.
+        lam_max: the upper bound of lambda.
+        dual_step_size: ``eta_lambda``; 0 freezes lambda at ``lam_init``.
+        kl_ema_rate: ``rho`` of ``D_bar <- (1 - rho) D_bar + rho D_hat``, started at 0.
+        kl_clip: the estimate is clipped at ``kl_clip * kl_budget`` before the EMA; None leaves it.
+    """
+
+    kl_budget: float = 1.0
+    kl_per_action: bool = True
+    lam_init: float = 3.0
+    lam_min: float = 0.03
+    lam_max: float = 300.0
+    dual_step_size: float = 0.03
+    kl_ema_rate: float = 0.1
+    kl_clip: float | None = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.kl_budget > 0.0:
+            raise UserError(
+                f"kl_budget is {self.kl_budget}; the KL budget must be a positive number of nats"
+            )
+        if not 0.0 < self.lam_min <= self.lam_init <= self.lam_max:
+            raise UserError(
+                f"lam_min, lam_init, lam_max are {self.lam_min}, {self.lam_init}, {self.lam_max}; "
+                "they must satisfy 0 < lam_min <= lam_init <= lam_max"
+            )
+        if self.dual_step_size < 0.0:
+            raise UserError(f"dual_step_size is {self.dual_step_size}; it must not be negative")
+        if not 0.0 < self.kl_ema_rate <= 1.0:
+            raise UserError(f"kl_ema_rate is {self.kl_ema_rate}; it must be in (0, 1]")
+        if self.kl_clip is not None and self.kl_clip <= 1.0:
+            raise UserError(
+                f"kl_clip is {self.kl_clip}; it must exceed 1 (times the budget), or null for no clip: "
+                "an estimate clipped at the budget can never raise lambda"
+            )
+
+
+class TrustRegion:
+    """Lambda and its dual descent: ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``."""
+
+    def __init__(self, config: TrustRegionConfig, chunk_length: int) -> None:
+        self.config = config
+        self.lam = config.lam_init
+        self.kl_ema = 0.0
+        self._divisor = chunk_length if config.kl_per_action else 1
+
+    def in_budget_units(self, kl: float) -> float:
+        """A path KL (nats per chunk) in the budget's unit."""
+        return kl / self._divisor
+
+    def update(self, kl_estimate: float) -> None:
+        """One dual step with this batch's estimate ``D_hat``, in the budget's unit."""
+        config = self.config
+        limit = float("inf") if config.kl_clip is None else config.kl_clip * config.kl_budget
+        clipped = min(kl_estimate, limit)
+        self.kl_ema += config.kl_ema_rate * (clipped - self.kl_ema)
+        lam = self.lam + config.dual_step_size * (self.kl_ema - config.kl_budget)
+        self.lam = min(max(lam, config.lam_min), config.lam_max)
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything that moves; Python floats, so that JSON keeps every bit."""
+        return {"lam": self.lam, "kl_ema": self.kl_ema}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.lam, self.kl_ema = float(state["lam"]), float(state["kl_ema"])
