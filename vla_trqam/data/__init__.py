@@ -1,0 +1,1 @@
+"""Transitions, replay, and readers for the datasets it is filled from."""

@@ -1,0 +1,252 @@
+import timeit
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
+from vla_trqam.errors import UserError
+
+from .raw_episodes import RawEpisode, make_episode
+
+GAMMA = 0.9
+
+
+def sampler_of(buffer: ReplayBuffer, short_chunks: str = "drop", **changes: Any) -> ChunkSampler:
+    arguments: dict[str, Any] = {
+        "chunk_length": 5,
+        "discount": GAMMA,
+        "short_chunks": short_chunks,
+        "reward": RewardSpec("success_minus_one"),
+        **changes,
+    }
+    return buffer.sampler(**arguments)
+
+
+def naive_chunks(episodes: list[RawEpisode], chunk_length: int, short_chunks: str) -> list[dict]:
+    """Every admissible chunk, the slow and obvious way."""
+    chunks = []
+    for episode in episodes:
+        length = len(episode.actions)
+        for start in range(length):
+            n = min(chunk_length, length - start)
+            if n < chunk_length and not (short_chunks == "pad" and episode.terminated):
+                continue
+            at_end = start + n == length
+            actions = [episode.actions[start + min(i, n - 1)] for i in range(chunk_length)]
+            total = 0.0
+            for i in range(n):
+                total += GAMMA**i * (episode.rewards[start + i] - 1)
+            chunks.append(
+                {
+                    "observation": episode.observations[start],
+                    "action": np.stack(actions),
+                    "chunk_return": total,
+                    "next_observation": episode.observations[start + n],
+                    "discount": GAMMA**n,
+                    "terminated": at_end and episode.terminated,
+                    "truncated": at_end and not episode.terminated,
+                    "valid": np.array([i < n for i in range(chunk_length)]),
+                }
+            )
+    return chunks
+
+
+@pytest.mark.parametrize("short_chunks", ["drop", "pad"])
+@pytest.mark.parametrize("chunk_length", [1, 3, 5])
+def test_every_chunk_equals_the_naive_reading_of_the_episodes(
+    buffer: ReplayBuffer, episodes: list[RawEpisode], short_chunks: str, chunk_length: int
+) -> None:
+    expected = naive_chunks(episodes, chunk_length, short_chunks)
+    sampler = sampler_of(buffer, short_chunks, chunk_length=chunk_length)
+    assert sampler.num_starts == len(expected)
+    batch = sampler.gather(np.arange(len(expected)))
+    for name, tensor in vars(batch).items():
+        values = np.stack([chunk[name] for chunk in expected])
+        assert tensor.shape == values.shape, name
+        assert tensor.dtype == (torch.bool if values.dtype == bool else torch.float32), name
+        np.testing.assert_allclose(tensor.numpy(), values, rtol=1e-6, err_msg=name)
+
+
+def test_sampled_rows_are_chunks_of_the_replay(
+    buffer: ReplayBuffer, episodes: list[RawEpisode]
+) -> None:
+    expected = {chunk["observation"].tobytes(): chunk for chunk in naive_chunks(episodes, 5, "pad")}
+    batch = sampler_of(buffer, "pad").sample(200, np.random.default_rng(0))
+    for row in range(200):
+        chunk = expected[batch.observation[row].numpy().tobytes()]
+        assert np.array_equal(batch.action[row].numpy(), chunk["action"])
+        assert np.array_equal(batch.next_observation[row].numpy(), chunk["next_observation"])
+        assert bool(batch.terminated[row]) == chunk["terminated"]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_every_start_is_equally_likely(buffer: ReplayBuffer, kind: str) -> None:
+    generator = np.random.default_rng(0) if kind == "numpy" else torch.Generator().manual_seed(0)
+    sampler = sampler_of(buffer, "pad")
+    draws, num_starts = 40_000, sampler.num_starts
+    first = sampler.sample(draws, generator).observation[:, 0].numpy()
+    _, counts = np.unique(first, return_counts=True)
+    assert len(counts) == num_starts
+    expected = draws / num_starts
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    degrees = num_starts - 1
+    assert abs(chi_square - degrees) < 4 * np.sqrt(2 * degrees)
+
+
+def test_same_generator_state_gives_the_same_batch(buffer: ReplayBuffer) -> None:
+    sampler = sampler_of(buffer)
+    first, second = (sampler.sample(32, np.random.default_rng(7)) for _ in range(2))
+    assert all(torch.equal(getattr(second, name), field) for name, field in vars(first).items())
+
+
+def test_sampler_sees_episodes_added_later(
+    new_buffer: Callable[..., ReplayBuffer], episodes: list[RawEpisode]
+) -> None:
+    growing = new_buffer()
+    sampler = sampler_of(growing, "pad")
+    assert sampler.num_starts == 0
+    with pytest.raises(UserError, match="no episode with a chunk of 5 steps"):
+        sampler.sample(1, np.random.default_rng(0))
+    for number, episode in enumerate(episodes):
+        episode.add_to(growing)
+        assert sampler.num_starts == len(naive_chunks(episodes[: number + 1], 5, "pad"))
+    fresh = sampler_of(growing, "pad")
+    every = np.arange(fresh.num_starts)
+    assert torch.equal(sampler.gather(every).action, fresh.gather(every).action)
+
+
+def test_sampler_forgets_episodes_cut_from_the_replay(
+    buffer: ReplayBuffer, episodes: list[RawEpisode]
+) -> None:
+    sampler = sampler_of(buffer)
+    buffer.truncate_to(2)
+    replacement = [
+        make_episode(500 + i, 8, terminated=True, truncated=False) for i in range(len(episodes) - 2)
+    ]
+    for episode in replacement:
+        episode.add_to(buffer)
+    expected = naive_chunks([*episodes[:2], *replacement], 5, "drop")
+    assert sampler.num_starts == len(expected)
+    actual = sampler.gather(np.arange(len(expected))).observation.numpy()
+    assert np.array_equal(actual, np.stack([chunk["observation"] for chunk in expected]))
+
+
+def test_sources_restrict_what_is_drawn(
+    new_buffer: Callable[..., ReplayBuffer], episodes: list[RawEpisode]
+) -> None:
+    mixed = new_buffer()
+    for number, episode in enumerate(episodes):
+        episode.add_to(mixed, source="online" if number % 2 else "demonstrations")
+    sampler = sampler_of(mixed, sources=("online",))
+    expected = naive_chunks(episodes[1::2], 5, "drop")
+    actual = sampler.gather(np.arange(sampler.num_starts)).observation.numpy()
+    assert np.array_equal(actual, np.stack([chunk["observation"] for chunk in expected]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("success_minus_one", [-1, -1, 0]), ("sparse", [0, 0, 1]), ("column", [0, 0, 1])],
+)
+def test_reward_is_made_from_the_stored_success(kind: str, expected: list[float]) -> None:
+    stored = np.array([0, 0, 1], np.float32)
+    spec = RewardSpec(kind)  # type: ignore[arg-type]
+    assert spec.apply(stored).tolist() == expected
+    assert kind in spec.describe()
+
+
+def test_dense_reward_is_refused_where_a_success_reward_is_wanted() -> None:
+    dense = np.array([0.25, 1.0], np.float32)
+    assert RewardSpec("column").apply(dense).tolist() == dense.tolist()
+    with pytest.raises(UserError, match=r"reward 0\.25.*'column'"):
+        RewardSpec("sparse").apply(dense)
+    with pytest.raises(UserError, match="success_minus_one, sparse, column"):
+        RewardSpec("dense")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_length": 0}, "chunk length is 0"),
+        ({"discount": 1.5}, r"discount is 1\.5"),
+        ({"discount": 0.0}, r"discount is 0\.0"),
+        ({"short_chunks": "keep"}, "'drop' or 'pad'"),
+    ],
+)
+def test_sampler_refuses_arguments_out_of_range(
+    buffer: ReplayBuffer, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        sampler_of(buffer, **changes)
+
+
+@pytest.fixture
+def offline_and_online(
+    new_buffer: Callable[..., ReplayBuffer],
+) -> tuple[ReplayBuffer, ReplayBuffer]:
+    """Marked by the sign of the first observation entry: offline negative, online positive."""
+    buffers = new_buffer("offline"), new_buffer("online")
+    for sign, buffer, length in zip((-1, 1), buffers, (304, 104), strict=True):
+        episode = make_episode(0, length, terminated=False, truncated=True)
+        episode.observations[:, 0] = sign
+        episode.add_to(buffer)
+    return buffers
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.25, 16), (0.5, 32), (1.0, 64)])
+def test_mixture_has_exactly_the_given_share_of_online_rows(
+    offline_and_online: tuple[ReplayBuffer, ReplayBuffer], fraction: float, expected: int
+) -> None:
+    offline, online = map(sampler_of, offline_and_online)
+    batch = MixedSampler(offline, online, online_fraction=fraction).sample(
+        64, np.random.default_rng(0)
+    )
+    assert len(batch) == 64
+    assert int((batch.observation[:, 0] > 0).sum()) == expected
+
+
+def test_mixture_without_fraction_is_uniform_over_the_union(
+    offline_and_online: tuple[ReplayBuffer, ReplayBuffer],
+) -> None:
+    offline, online = map(sampler_of, offline_and_online)  # 300 and 100 starts
+    mixed = MixedSampler(offline, online, online_fraction=None)
+    assert mixed.num_starts == 400
+    batch = mixed.sample(20_000, np.random.default_rng(0))
+    share = (batch.observation[:, 0] > 0).float().mean().item()
+    assert share == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / 20_000))
+
+
+def test_mixture_without_fraction_works_before_the_first_online_episode(
+    offline_and_online: tuple[ReplayBuffer, ReplayBuffer], new_buffer: Callable[..., ReplayBuffer]
+) -> None:
+    offline, empty = sampler_of(offline_and_online[0]), sampler_of(new_buffer("empty"))
+    rng = np.random.default_rng(0)
+    assert len(MixedSampler(offline, empty, online_fraction=None).sample(8, rng)) == 8
+    with pytest.raises(UserError, match="no episode with a chunk"):
+        MixedSampler(offline, empty, online_fraction=0.5).sample(8, rng)
+    with pytest.raises(UserError, match="Neither"):
+        MixedSampler(empty, empty, online_fraction=None).sample(8, rng)
+
+
+def test_mixture_refuses_bad_fraction_and_differing_chunks(buffer: ReplayBuffer) -> None:
+    sampler = sampler_of(buffer)
+    with pytest.raises(UserError, match=r"fraction is 1\.5"):
+        MixedSampler(sampler, sampler, online_fraction=1.5)
+    with pytest.raises(UserError, match="5 steps and the online ones 3"):
+        MixedSampler(sampler, sampler_of(buffer, chunk_length=3), online_fraction=0.5)
+
+
+def test_a_batch_of_128_is_drawn_within_150_microseconds(
+    new_buffer: Callable[..., ReplayBuffer],
+) -> None:
+    large = new_buffer(capacity=20_000)
+    for seed in range(200):
+        make_episode(seed, 100, terminated=True, truncated=False).add_to(large)
+    sampler = sampler_of(large, "pad")
+    rng = np.random.default_rng(0)
+    # The best of many short stretches: other processes on the machine must not fail this.
+    seconds = min(timeit.repeat(lambda: sampler.sample(128, rng), number=20, repeat=50)) / 20
+    assert seconds < 150e-6

@@ -1,0 +1,45 @@
+import numpy as np
+import torch
+
+from vla_trqam.data.transitions import TransitionBatch, chunk_return
+
+
+def test_chunk_return_equals_the_naive_loop() -> None:
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(50, 6))
+    num_steps = rng.integers(0, 7, 50)
+    expected = []
+    for row, n in zip(rewards, num_steps, strict=True):
+        total = 0.0
+        for i in range(n):
+            total += 0.97**i * row[i]
+        expected.append(total)
+    actual = chunk_return(torch.from_numpy(rewards), 0.97, torch.from_numpy(num_steps))
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_chunk_return_ignores_what_lies_beyond_the_steps_taken() -> None:
+    rewards = torch.tensor([[1.0, 1.0, float("nan"), float("inf")]])
+    assert chunk_return(rewards, 0.5, torch.tensor([2])).tolist() == [1.5]
+
+
+def test_batch_moves_and_concatenates_field_by_field() -> None:
+    batch = TransitionBatch(
+        observation=torch.randn(3, 4),
+        action=torch.randn(3, 2, 1),
+        chunk_return=torch.randn(3),
+        next_observation=torch.randn(3, 4),
+        discount=torch.rand(3),
+        terminated=torch.tensor([True, False, False]),
+        truncated=torch.tensor([False, True, False]),
+        valid=torch.ones(3, 2, dtype=torch.bool),
+    )
+    assert len(batch) == 3
+    assert batch.chunk_length == 2
+    assert batch.to("meta").action.device.type == "meta"
+    both = TransitionBatch.concatenate(batch, batch)
+    assert len(both) == 6
+    for name, tensor in vars(both).items():
+        first = getattr(batch, name)
+        assert torch.equal(tensor[:3], first), name
+        assert torch.equal(tensor[3:], first), name

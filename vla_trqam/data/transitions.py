@@ -1,0 +1,85 @@
+"""Chunked transitions: what every data source hands to the critic and the actor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TransitionBatch:
+    """A batch of chunks (s_t, a_t..a_{t+n-1}, R, s_{t+n}), of which n <= H steps were really taken.
+
+    The TD target of a chunk is `chunk_return + discount * Q(next_observation, ·) * ~terminated`.
+    `terminated` and `truncated` are never both true for a row.
+
+    Attributes:
+        observation: s_t, (B, O), in the environment's units (the policy normalises).
+        action: executed actions, (B, H, A), in the policy's normalised space. Where `valid` is
+            False the row repeats the last action of the episode.
+        chunk_return: sum over i < n of γ^i r_{t+i}, (B,).
+        next_observation: s_{t+n}, (B, O).
+        discount: γ^n, (B,).
+        terminated: (B,) bool, the task ended at s_{t+n}: nothing to bootstrap from.
+        truncated: (B,) bool, the episode was cut at s_{t+n}: bootstrap as if it had gone on.
+        valid: (B, H) bool, False for the tail of a chunk that the episode's end cut short.
+    """
+
+    observation: Tensor
+    action: Tensor
+    chunk_return: Tensor
+    next_observation: Tensor
+    discount: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+
+    def __len__(self) -> int:
+        return self.observation.shape[0]
+
+    @property
+    def chunk_length(self) -> int:
+        """H, the number of actions in a chunk."""
+        return self.action.shape[1]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TransitionBatch:
+        """The same batch on `device`; copies nothing where it already lies there."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TransitionBatch:
+        """The same batch in page-locked memory, from which a GPU copies asynchronously."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    @staticmethod
+    def concatenate(first: TransitionBatch, second: TransitionBatch) -> TransitionBatch:
+        """The rows of `first`, then those of `second`; both must share H, O and A."""
+        return TransitionBatch(
+            *(torch.cat((getattr(first, name), getattr(second, name))) for name in _FIELD_NAMES)
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch:
+        return TransitionBatch(*(function(getattr(self, name)) for name in _FIELD_NAMES))
+
+
+_FIELD_NAMES = tuple(field.name for field in fields(TransitionBatch))
+
+
+def chunk_return(rewards: Tensor, discount: float, num_steps: Tensor) -> Tensor:
+    """R = sum over i < n of γ^i r_{t+i}.
+
+    Args:
+        rewards: r_t..r_{t+H-1}, (..., H). Entries from n on are ignored.
+        discount: γ, per step.
+        num_steps: n, (...), integers between 0 and H.
+
+    Returns:
+        R, (...), in the dtype of `rewards`.
+    """
+    step = torch.arange(rewards.shape[-1], device=rewards.device)
+    weight = torch.pow(discount, step.to(rewards.dtype))
+    taken = step < num_steps.unsqueeze(-1)
+    # where, not a product: an ignored entry must not matter even if it is not finite.
+    return torch.where(taken, rewards * weight, torch.zeros_like(rewards)).sum(-1)
