@@ -1,0 +1,26 @@
+# `make check` before a commit; the whole test suite is `uv run pytest`.
+UV ?= uv
+RUN = $(UV) run --locked
+
+.PHONY: check format format-check lint types test-fast test
+
+check: format-check lint types test-fast
+
+format:
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+format-check:
+	$(RUN) ruff format --check .
+
+lint:
+	$(RUN) ruff check .
+
+types:
+	$(RUN) mypy
+
+test-fast:
+	$(RUN) pytest -m "not slow and not network and not gpu"
+
+test:
+	$(RUN) pytest
