@@ -1,0 +1,1 @@
+"""Simulated tasks as gymnasium environments; imports nothing heavy."""

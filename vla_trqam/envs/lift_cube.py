@@ -19,7 +19,7 @@ def resample_cube_size(env: Any) -> None:
         env: robosuite's `Lift`.
     """
     low, high = HALF_SIZE_RANGE
-    half_size = np.array([np.random.uniform(low, high) for _ in range(3)])  # noqa: NPY002
+    half_size = np.array([np.random.uniform(low, high) for _ in range(3)])
     env.cube.size = half_size.tolist()
     model, data = env.sim.model._model, env.sim.data._data
     body = env.cube_body_id

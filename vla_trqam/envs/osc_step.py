@@ -312,7 +312,9 @@ def _needed_sensors(env: Any, obs_keys: Sequence[str]) -> list[Observable]:
     enabled = {name: s for name, s in env._observables.items() if s.is_enabled()}
     unknown = [key for key in obs_keys if key != "object" and key not in enabled]
     if unknown or not obs_keys:
-        raise UserError(f"{type(env).__name__} has no observation {unknown}; it has {set(enabled)}.")
+        raise UserError(
+            f"{type(env).__name__} has no observation {unknown}; it has {set(enabled)}."
+        )
     names = set(obs_keys)
     if "object" in names:
         names |= {name for name, s in enabled.items() if s.modality == "object"}

@@ -1,4 +1,4 @@
-"""Robomimic tasks as gymnasium environments, built by robomimic's own code from a file's `env_args`.
+"""Robomimic tasks as gymnasium environments, made by robomimic's own code from `env_args`.
 
 Nothing here imports robosuite or robomimic at module level: that costs seconds, and reading a file
 or training on it needs neither.
@@ -200,13 +200,13 @@ def _global_seed(seed: int) -> Iterator[None]:
     robosuite 1.5.1 draws object sizes, placements and the arm's initial noise from `np.random`
     and the object of the single-object tasks from `random`; its own `env.rng` is never used.
     """
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-    np.random.seed(seed)  # noqa: NPY002
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    np.random.seed(seed)
     random.seed(seed)
     try:
         yield
     finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        np.random.set_state(numpy_state)
         random.setstate(python_state)
 
 
@@ -317,7 +317,7 @@ class RobomimicEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         truncated = not success and self._steps >= self._max_episode_steps
         return observation, float(success), success, truncated, {"is_success": success}
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """The view of `render_camera` as (height, width, 3) uint8.
 
         Raises:

@@ -1,0 +1,155 @@
+"""The process that runs one environment for a `RolloutPool`: `python -m vla_trqam.envs.worker FD`.
+
+A program of its own rather than a `multiprocessing` child: it does not import the recipe's main
+module again (torch, LeRobot: seconds and gigabytes per worker), and it leads its own session, so
+that Ctrl-C reaches the trainer alone. It ends when its connection closes, however the trainer died.
+
+Requests are tuples, answered in order:
+    ("make", settings)                  -> ("spaces", O, A)
+    ("reset", seed, frames or None)     -> ("observation", (O,))
+    ("chunk", (H, A))                   -> ("chunk", observation, terminated, truncated, info)
+An episode's last info also holds its `frames`. Anything that fails is answered by
+("user_error", message) or ("error", traceback).
+"""
+
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from vla_trqam.envs.chunked import ChunkEnv
+from vla_trqam.envs.robomimic import RobomimicEnv
+from vla_trqam.errors import UserError
+
+
+@dataclass(frozen=True)
+class EnvSettings:
+    """What a worker needs to make its `ChunkEnv`; the fields of `RolloutPool`."""
+
+    env_meta: dict[str, Any]
+    chunk_length: int
+    max_episode_steps: int
+    obs_keys: tuple[str, ...]
+    fast_step: bool
+    render_offscreen: bool
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """Frames to take of an episode: every n-th step, `height` x `width` pixels."""
+
+    every: int
+    height: int
+    width: int
+
+
+class FrameRecorder(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
+    """Keeps the frames of an episode: the first, every n-th, and the last."""
+
+    def __init__(self, env: RobomimicEnv) -> None:
+        """Wrap an environment; nothing is rendered before `configure`."""
+        super().__init__(env)
+        self._robomimic_env = env
+        self._every = 0
+        self._steps = 0
+        self.frames: list[np.ndarray] = []
+
+    def configure(self, settings: FrameSettings | None) -> None:
+        """What to record from the next reset on."""
+        self._every = 0 if settings is None else settings.every
+        if settings is not None:
+            self._robomimic_env.render_height = settings.height
+            self._robomimic_env.render_width = settings.width
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Reset and take the first frame."""
+        result = self.env.reset(**kwargs)
+        self._steps = 0
+        self.frames = []
+        if self._every:
+            self._take()
+        return result
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
+        """Step and take a frame when one is due."""
+        result = self.env.step(action)
+        self._steps += 1
+        ended = result[2] or result[3]
+        if self._every and (ended or self._steps % self._every == 0):
+            self._take()
+        return result
+
+    def _take(self) -> None:
+        self.frames.append(self._robomimic_env.render())
+
+
+class EnvServer:
+    """Answers a pool's requests with one environment."""
+
+    def __init__(self, settings: EnvSettings) -> None:
+        """Make the environment; errors are `RobomimicEnv`'s."""
+        env = RobomimicEnv(
+            settings.env_meta,
+            max_episode_steps=settings.max_episode_steps,
+            obs_keys=settings.obs_keys,
+            fast_step=settings.fast_step,
+            render_offscreen=settings.render_offscreen,
+        )
+        self._recorder = FrameRecorder(env)
+        self._env = ChunkEnv(self._recorder, settings.chunk_length)
+        assert env.observation_space.shape is not None
+        assert env.action_space.shape is not None
+        self.spaces = ("spaces", env.observation_space.shape[0], env.action_space.shape[0])
+        # The first step loads compiled code; do it while the trainer is still busy elsewhere.
+        env.step(np.zeros(env.action_space.shape))
+
+    def answer(self, request: tuple[Any, ...]) -> tuple[Any, ...]:
+        """One request's reply, see the module's documentation."""
+        kind, *arguments = request
+        if kind == "reset":
+            return self._reset(*arguments)
+        assert kind == "chunk", kind
+        return self._chunk(*arguments)
+
+    def _reset(self, seed: int, frames: FrameSettings | None) -> tuple[Any, ...]:
+        self._recorder.configure(frames)
+        return "observation", self._env.reset(seed=seed)[0]
+
+    def _chunk(self, chunk: np.ndarray) -> tuple[Any, ...]:
+        observation, _, terminated, truncated, info = self._env.step(chunk)
+        if terminated or truncated:
+            info["frames"] = self._recorder.frames
+        return "chunk", observation, terminated, truncated, info
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests until the other side closes the connection."""
+    server: EnvServer | None = None
+    reply: tuple[Any, ...]
+    while True:
+        try:
+            request = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            if server is None:
+                server = EnvServer(request[1])
+                reply = server.spaces
+            else:
+                reply = server.answer(request)
+        except UserError as error:
+            reply = ("user_error", str(error))
+        except Exception:  # sent on: the trainer raises it with this traceback
+            reply = ("error", traceback.format_exc())
+        try:
+            connection.send(reply)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
