@@ -252,13 +252,23 @@ def summarise_trust_region(metrics: Metrics, tolerance: float = 0.2) -> TrustReg
     )
 
 
-def _last_half(metrics: Metrics, *names: str) -> list[NDArray[np.float64]]:
-    """Values of series that share their lines, over the last half of the steps."""
+def on_same_lines(metrics: Metrics, *names: str) -> list[MetricSeries]:
+    """Series of the training phases that were logged together.
+
+    Raises:
+        UserError: When one of them was logged at other steps than the first.
+    """
     series = [join_phases(metrics, name) for name in names]
-    step = series[0].step
     for name, other in zip(names, series, strict=True):
-        if not np.array_equal(other.step, step):
+        if not np.array_equal(other.step, series[0].step):
             raise UserError(f"{name} and {names[0]} must be logged on the same lines")
+    return series
+
+
+def _last_half(metrics: Metrics, *names: str) -> list[NDArray[np.float64]]:
+    """Values over the last half of the steps."""
+    series = on_same_lines(metrics, *names)
+    step = series[0].step
     late = step >= (step[0] + step[-1]) / 2
     return [each.value[late] for each in series]
 
