@@ -129,7 +129,7 @@ class MetricsLog:
             raise ValueError(f"the names {sorted(taken)} are taken: every line carries them")
         elapsed = round(self._clock() - self._start, 3)
         record = {"step": int(step), "phase": phase, "time": elapsed}
-        record |= {name: _json_number(value) for name, value in values.items()}
+        record |= {name: json_number(value) for name, value in values.items()}
         # One write for text and newline: a line without its newline is known to be half-written.
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
@@ -309,7 +309,8 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return dict(record)
 
 
-def _json_number(value: SupportsFloat) -> int | float | str:
+def json_number(value: SupportsFloat) -> int | float | str:
+    """What stands for a number in JSON: itself, or a string where JSON has no such number."""
     if isinstance(value, int | np.integer | np.bool_):
         return int(value)
     number = float(value)

@@ -1,0 +1,301 @@
+"""The report of a run: `report.md` to read, `report.json` with the raw numbers behind it."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from vla_trqam.training.evaluation import Interval, PairedEvaluation, combine_seeds
+from vla_trqam.training.metrics import (
+    Metrics,
+    TrustRegionSummary,
+    json_number,
+    read_metrics,
+    summarise_trust_region,
+)
+from vla_trqam.training.provenance import command_line, git_commit, machine, package_versions
+
+CAPTIONS = {
+    "pretraining": "Behaviour-cloning loss of the pretraining",
+    "success": "Success rate with 95% intervals",
+    "episodes": "Base and tuned policy on each initial state",
+    "kl": "KL from the base policy, and its budget",
+    "lambda": "Multiplier of the trust region",
+    "adjoint": "Norm of the adjoint and adjoint-matching loss",
+    "critic": "TD loss and Q",
+    "q_against_returns": "Q against Monte-Carlo returns",
+}
+
+
+def write_report(
+    output_dir: Path,
+    *,
+    config: Mapping[str, Any],
+    evaluation: PairedEvaluation,
+    metrics_path: Path,
+    wall_clock: Mapping[str, float],
+    plots: Sequence[Path] = (),
+    videos: Sequence[Path] = (),
+    title: str = "Run",
+    seeds: Mapping[str, int] | None = None,
+    command: str | None = None,
+    kl_unit: str = "nats",
+) -> Path:
+    """Write `report.md` and `report.json`.
+
+    Args:
+        output_dir: The run's folder; links in the report are relative to it.
+        config: Every setting of the run.
+        evaluation: Base and tuned policy on the same initial states.
+        metrics_path: The run's `metrics.jsonl`.
+        wall_clock: Seconds by phase.
+        plots: Figures to show.
+        videos: Videos to link.
+        title: What was run, for instance "TRQAM on Lift".
+        seeds: The run's random seeds by purpose; those of the initial states are in `evaluation`.
+        command: Command line to record; this process's own unless given.
+        kl_unit: Unit of the KL and its budget.
+
+    Returns:
+        Path of `report.md`.
+
+    Raises:
+        ValueError: When a figure or video to link does not exist.
+    """
+    _check_exist([*plots, *videos])
+    metrics = read_metrics(metrics_path)
+    trust_region = summarise_trust_region(metrics)
+    provenance = {
+        "command": command_line() if command is None else command,
+        "seeds": dict(seeds or {}),
+        "commit": git_commit(),
+        "versions": package_versions(),
+        "machine": machine(),
+    }
+    raw = {
+        "title": title,
+        "evaluation": evaluation.to_json(),
+        "trust_region": None if trust_region is None else asdict(trust_region),
+        "final_metrics": _last_values(metrics),
+        "wall_clock_seconds": dict(wall_clock),
+        "provenance": provenance,
+        "config": dict(config),
+    }
+    sections = [
+        f"# {title}",
+        _verdict(evaluation),
+        _success_section(evaluation),
+        _trust_region_section(trust_region, kl_unit),
+        _time_section(wall_clock),
+        _media_section(output_dir, plots, videos),
+        _provenance_section(provenance, evaluation),
+        _config_section(config),
+    ]
+    write_json(output_dir / "report.json", raw)
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    return _write_atomically(output_dir / "report.md", text)
+
+
+def comparison_table(methods: Mapping[str, Sequence[PairedEvaluation]]) -> str:
+    """Markdown table of several methods, each with its training seeds.
+
+    Args:
+        methods: Evaluations of the training seeds, all on the same initial states, by method.
+
+    Returns:
+        The table: median and worst seed, and the pooled difference with its bootstrap interval.
+    """
+    rows = []
+    for label, evaluations in methods.items():
+        combined = combine_seeds(evaluations)
+        worst = combined.worst_run
+        rows.append(
+            [
+                label,
+                str(len(evaluations)),
+                _percent(float(combined.base_rates.mean())),
+                _percent(combined.median_tuned_rate),
+                f"{_percent(combined.tuned_rates[worst])} ({_points(combined.worst_difference)})",
+                _points(combined.difference),
+                _points_interval(combined.difference_interval),
+            ]
+        )
+    header = ["", "seeds", "base", "median", "worst against its base", "mean gain", "95% interval"]
+    return _table(header, rows)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> Path:
+    """Write valid JSON at once or not at all; NaN and infinities become strings."""
+    return _write_atomically(path, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def _verdict(evaluation: PairedEvaluation) -> str:
+    interval = evaluation.difference_interval()
+    if not interval.excludes_zero():
+        claim = "The interval of the difference includes zero: no difference is shown."
+    elif evaluation.difference > 0:
+        claim = "The interval of the difference excludes zero: the tuned policy is better."
+    else:
+        claim = "The interval of the difference excludes zero: the tuned policy is **worse**."
+    return (
+        f"**Success: base {_percent(evaluation.base_rate)} → tuned"
+        f" {_percent(evaluation.tuned_rate)}** on {len(evaluation)} fixed initial states. {claim}"
+    )
+
+
+def _success_section(evaluation: PairedEvaluation) -> str:
+    count = len(evaluation)
+    difference = _points_interval(evaluation.difference_interval())
+    rows = [
+        _rate_row("base", int(evaluation.base_success.sum()), count, evaluation.base_interval()),
+        _rate_row("tuned", int(evaluation.tuned_success.sum()), count, evaluation.tuned_interval()),
+        ["difference", _points(evaluation.difference), difference, ""],
+    ]
+    pairs = [
+        ("gained", evaluation.gained),
+        ("lost", evaluation.lost),
+        ("kept", evaluation.kept),
+        ("failed by both", evaluation.failed_both),
+    ]
+    return "\n".join(
+        [
+            "## Success",
+            "",
+            _table(["", "success", "95% interval", "episodes"], rows),
+            "",
+            "Intervals: Wilson for the rates; Newcombe's method 10 for the paired difference."
+            f" McNemar's exact test: p = {evaluation.mcnemar_p():.2g}.",
+            "",
+            *(f"- {name}: {len(seeds)}{_seed_list(seeds)}" for name, seeds in pairs),
+        ]
+    )
+
+
+def _rate_row(label: str, successes: int, count: int, interval: Interval) -> list[str]:
+    limits = f"{_percent(interval.low)} to {_percent(interval.high)}"
+    return [label, _percent(successes / count), limits, f"{successes} of {count}"]
+
+
+def _trust_region_section(summary: TrustRegionSummary | None, kl_unit: str) -> str:
+    if summary is None:
+        return "## Trust region\n\nThe run logged no KL budget: it had no trust region."
+    free = summary.worst_relative_error
+    rows = [
+        [f"KL budget ({kl_unit})", f"{summary.kl_budget:.4g}"],
+        [f"KL, moving average, mean ({kl_unit})", f"{summary.kl_ema_mean:.4g}"],
+        [f"time within {summary.tolerance:.0%} of the budget", f"{summary.share_within:.0%}"],
+        ["worst error while λ was free", "never free" if math.isnan(free) else f"{free:.0%}"],
+        ["final λ", f"{summary.lam_final:.4g}"],
+        ["time with λ on its lower bound", f"{summary.share_on_lower_bound:.0%}"],
+        ["time with λ on its upper bound", f"{summary.share_on_upper_bound:.0%}"],
+    ]
+    followed = "followed" if summary.held else "did **not** always follow"
+    verdict = f"The KL {followed} its budget (within {summary.tolerance:.0%}, or λ on a bound)."
+    table = _table(["over the last half of training", ""], rows)
+    return f"## Trust region\n\n{verdict}\n\n{table}"
+
+
+def _time_section(wall_clock: Mapping[str, float]) -> str:
+    rows = [[phase, _duration(seconds)] for phase, seconds in wall_clock.items()]
+    rows.append(["**total**", _duration(sum(wall_clock.values()))])
+    return "## Time\n\n" + _table(["phase", "wall clock"], rows)
+
+
+def _media_section(output_dir: Path, plots: Sequence[Path], videos: Sequence[Path]) -> str:
+    parts = []
+    if plots:
+        images = [f"![{_caption(plot)}]({_link(plot, output_dir)})" for plot in plots]
+        parts += ["## Figures", *images]
+    if videos:
+        links = [f"- [{video.name}]({_link(video, output_dir)})" for video in videos]
+        parts += ["## Videos", "\n".join(links)]
+    return "\n\n".join(parts)
+
+
+def _provenance_section(provenance: Mapping[str, Any], evaluation: PairedEvaluation) -> str:
+    first, last = int(evaluation.seeds.min()), int(evaluation.seeds.max())
+    lines = [f"- {purpose} seed: {seed}" for purpose, seed in provenance["seeds"].items()]
+    lines.append(f"- initial states: {len(evaluation)} seeds, {first} to {last}")
+    lines.append(f"- commit: {provenance['commit'] or 'not run from a git checkout'}")
+    versions = provenance["versions"].items()
+    lines.append("- versions: " + ", ".join(f"{name} {version}" for name, version in versions))
+    lines.append("- machine: " + ", ".join(f"{k} {v}" for k, v in provenance["machine"].items()))
+    listing = "\n".join(lines)
+    return f"## How it was made\n\n```bash\n{provenance['command']}\n```\n\n{listing}"
+
+
+def _config_section(config: Mapping[str, Any]) -> str:
+    text = json.dumps(_jsonable(config), indent=2, allow_nan=False)
+    summary = "<summary>Every setting</summary>"
+    return f"<details>{summary}\n\n```json\n{text}\n```\n\n</details>"
+
+
+def _last_values(metrics: Metrics) -> dict[str, dict[str, float]]:
+    return {
+        phase: {name: float(series.value[-1]) for name, series in by_name.items()}
+        for phase, by_name in metrics.items()
+    }
+
+
+def _jsonable(value: Any) -> Any:
+    """`value` with paths as text and non-finite numbers as JSON can hold them."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return value.as_posix()
+    return json_number(value) if isinstance(value, float) else value
+
+
+def _check_exist(files: Iterable[Path]) -> None:
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"the report would link to files that do not exist: {missing}")
+
+
+def _write_atomically(path: Path, text: str) -> Path:
+    """A run killed while writing leaves the old file or the new one, never half of one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _caption(plot: Path) -> str:
+    return CAPTIONS.get(plot.stem, plot.stem.replace("_", " "))
+
+
+def _link(file: Path, folder: Path) -> str:
+    return quote(Path(os.path.relpath(file, folder)).as_posix())
+
+
+def _seed_list(seeds: Iterable[int]) -> str:
+    listed = ", ".join(map(str, seeds))
+    return f" (seeds {listed})" if listed else ""
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}%"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points"
+
+
+def _points_interval(interval: Interval) -> str:
+    return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f} points"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
