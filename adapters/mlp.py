@@ -11,17 +11,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vla_trqam.critic import ema_update
 from vla_trqam.errors import UserError
+from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
 from vla_trqam.policy import FlowPolicy, Pullback, VelocityRecord
 
 LAYER_NORM_EPS = 1e-6
@@ -57,34 +57,33 @@ class Tape:
 
     Attributes:
         inputs: what every layer multiplies, (N, width) each; the first is ``concat(s, x, tau)``.
-        pre: what every activation got, (N, width) each.
-        statistics: mean and reciprocal deviation of every layer norm, (N, 1) each.
+        slopes: the activations' derivatives, (N, width) each.
+        normed: what every layer norm got, its mean and its reciprocal deviation.
     """
 
-    inputs: list[Tensor]
-    pre: list[Tensor]
-    statistics: list[tuple[Tensor, Tensor]]
+    inputs: list[Tensor] = field(default_factory=list)
+    slopes: list[Tensor] = field(default_factory=list)
+    normed: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     def rows(self, start: int, stop: int) -> Tape:
         """A view of some of the evaluations."""
         return Tape(
             [t[start:stop] for t in self.inputs],
-            [t[start:stop] for t in self.pre],
-            [(m[start:stop], r[start:stop]) for m, r in self.statistics],
+            [t[start:stop] for t in self.slopes],
+            [tuple(t[start:stop] for t in entry) for entry in self.normed],
         )
 
     @staticmethod
     def concatenate(tapes: Sequence[Tape]) -> Tape:
         """One tape of all evaluations, in order."""
-
-        def join(columns: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
-            return [torch.cat(column) for column in columns]
-
-        inputs = join(zip(*(t.inputs for t in tapes), strict=True))
-        pre = join(zip(*(t.pre for t in tapes), strict=True))
-        means = join(zip(*([m for m, _ in t.statistics] for t in tapes), strict=True))
-        rstds = join(zip(*([r for _, r in t.statistics] for t in tapes), strict=True))
-        return Tape(inputs, pre, list(zip(means, rstds, strict=True)))
+        return Tape(
+            [torch.cat(parts) for parts in zip(*(t.inputs for t in tapes), strict=True)],
+            [torch.cat(parts) for parts in zip(*(t.slopes for t in tapes), strict=True)],
+            [
+                tuple(torch.cat(column) for column in zip(*entries, strict=True))
+                for entries in zip(*(t.normed for t in tapes), strict=True)
+            ],
+        )
 
 
 class VelocityMLP(nn.Module):
@@ -108,7 +107,7 @@ class VelocityMLP(nn.Module):
         """``concat(s, x, tau)`` (N, in) -> (N, H * A)."""
         h = inputs
         for index, layer in enumerate(self.layers[:-1]):
-            h = F.gelu(layer(h), approximate="tanh")
+            h = tanh_gelu(layer(h))
             if self.norms:
                 h = self.norms[index](h)
         return self.layers[-1](h)
@@ -116,18 +115,18 @@ class VelocityMLP(nn.Module):
     @torch.no_grad()
     def evaluate(self, inputs: Tensor) -> tuple[Tensor, Tape]:
         """:meth:`forward`, bit for bit, with what its gradients need."""
-        tape = Tape([inputs], [], [])
+        tape = Tape([inputs])
         h = inputs
         for index, layer in enumerate(self.layers[:-1]):
-            z = layer(h)
-            h = F.gelu(z, approximate="tanh")
+            h, slope = tanh_gelu_and_slope(layer(h))
+            tape.slopes.append(slope)
             if self.norms:
                 norm = self.norms[index]
+                value = h
                 h, mean, rstd = torch.native_layer_norm(
-                    h, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+                    value, norm.normalized_shape, norm.weight, norm.bias, norm.eps
                 )
-                tape.statistics.append((mean, rstd))
-            tape.pre.append(z)
+                tape.normed.append((value, mean, rstd))
             tape.inputs.append(h)
         return self.layers[-1](h), tape
 
@@ -135,7 +134,7 @@ class VelocityMLP(nn.Module):
     def input_pullback(self, tape: Tape, cotangent: Tensor) -> Tensor:
         """``J^T a`` over the whole input: (N, H * A) -> (N, in)."""
         g = cotangent @ self.layers[-1].weight
-        for index in reversed(range(len(tape.pre))):
+        for index in reversed(range(len(tape.slopes))):
             g = self._activation_pullback(tape, index, g) @ self.layers[index].weight
         return g
 
@@ -146,7 +145,7 @@ class VelocityMLP(nn.Module):
         norms: list[Tensor] = []
         g = cotangent
         for index in reversed(range(len(self.layers))):
-            if index < len(tape.pre):
+            if index < len(tape.slopes):
                 g = self._activation_pullback(tape, index, g, norms)
             layers[:0] = [g.t() @ tape.inputs[index], g.sum(dim=0)]
             if index:
@@ -157,18 +156,16 @@ class VelocityMLP(nn.Module):
         self, tape: Tape, index: int, g: Tensor, norm_gradients: list[Tensor] | None = None
     ) -> Tensor:
         """Back through (layer norm and) GELU; prepends the norm's gradients where asked."""
-        z = tape.pre[index]
         if self.norms:
             norm = self.norms[index]
-            mean, rstd = tape.statistics[index]
+            value, mean, rstd = tape.normed[index]
             wanted = [True, norm_gradients is not None, norm_gradients is not None]
             g, *parameters = torch.ops.aten.native_layer_norm_backward(
-                g, F.gelu(z, approximate="tanh"), norm.normalized_shape, mean, rstd,
-                norm.weight, norm.bias, wanted,
-            )  # fmt: skip
+                g, value, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, wanted
+            )
             if norm_gradients is not None:
                 norm_gradients[:0] = parameters
-        return torch.ops.aten.gelu_backward(g, z, approximate="tanh")
+        return g.mul_(tape.slopes[index])
 
 
 class _ReplayedPath(torch.autograd.Function):

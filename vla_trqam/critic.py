@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from vla_trqam.gelu import tanh_gelu
 from vla_trqam.losses import pessimistic_value
 
 LAYER_NORM_EPS = 1e-6
@@ -81,7 +82,7 @@ class CriticEnsemble(nn.Module):
         inputs = torch.cat([features, action.flatten(1)], dim=1)
         x = inputs.unsqueeze(0).expand(self.ensemble_size, -1, -1)
         for index, layer in enumerate(self.layers[:-1]):
-            x = F.gelu(layer(x), approximate="tanh")
+            x = tanh_gelu(layer(x))
             if self.norms:
                 x = self.norms[index](x)
         return self.layers[-1](x).squeeze(-1)

@@ -1,0 +1,51 @@
+r"""The tanh-approximated GELU, written so that a CPU computes it twice as fast.
+
+``gelu(z) = z/2 (1 + tanh(c (z + 0.044715 z^3)))`` with ``c = sqrt(2 / pi)`` (Hendrycks & Gimpel, 2016) is
+the same function as ``z sigmoid(2 c z + 2 c 0.044715 z^3)``, and torch's vectorised sigmoid is several
+times faster than its tanh. The slope is computed beside the value, where the sigmoid is at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
+_CUBIC = 0.044715 * _LINEAR
+
+
+def tanh_gelu(z: Tensor) -> Tensor:
+    """The activation, differentiable once; of any shape."""
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _TanhGelu.apply(z)
+    return torch.mul(z, z).mul_(_CUBIC).add_(_LINEAR).mul_(z).sigmoid_().mul_(z)
+
+
+def tanh_gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+    """``gelu(z)`` and ``gelu'(z)``, without gradient.
+
+    With ``s`` the sigmoid: ``gelu' = s + z s (1 - s) (2 c + 3 * 2 c 0.044715 z^2)``.
+    """
+    cubic = torch.mul(z, z).mul_(_CUBIC)
+    s = torch.add(cubic, _LINEAR).mul_(z).sigmoid_()
+    value = torch.mul(z, s)
+    inner = cubic.mul_(3.0).add_(_LINEAR).mul_(torch.addcmul(value, value, s, value=-1.0))
+    return value, inner.add_(s)
+
+
+class _TanhGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        value, slope = tanh_gelu_and_slope(z)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope
