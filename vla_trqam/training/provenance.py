@@ -37,7 +37,7 @@ def machine() -> dict[str, str | int]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": _usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "cuda_device": device,

@@ -45,7 +45,7 @@ def write_report(
     command: str | None = None,
     kl_unit: str = "nats",
 ) -> Path:
-    """Write `report.md` and `report.json`.
+    """Write `report.md` and `report.json`; returns the path of the former.
 
     Args:
         output_dir: The run's folder; links in the report are relative to it.
@@ -53,29 +53,17 @@ def write_report(
         evaluation: Base and tuned policy on the same initial states.
         metrics_path: The run's `metrics.jsonl`.
         wall_clock: Seconds by phase.
-        plots: Figures to show.
-        videos: Videos to link.
+        plots: Figures to show; a missing file is a ValueError.
+        videos: Videos to link; likewise.
         title: What was run, for instance "TRQAM on Lift".
         seeds: The run's random seeds by purpose; those of the initial states are in `evaluation`.
         command: Command line to record; this process's own unless given.
         kl_unit: Unit of the KL and its budget.
-
-    Returns:
-        Path of `report.md`.
-
-    Raises:
-        ValueError: When a figure or video to link does not exist.
     """
     _check_exist([*plots, *videos])
     metrics = read_metrics(metrics_path)
     trust_region = summarise_trust_region(metrics)
-    provenance = {
-        "command": command_line() if command is None else command,
-        "seeds": dict(seeds or {}),
-        "commit": git_commit(),
-        "versions": package_versions(),
-        "machine": machine(),
-    }
+    provenance = _provenance(command, seeds)
     raw = {
         "title": title,
         "evaluation": evaluation.to_json(),
@@ -155,12 +143,6 @@ def _success_section(evaluation: PairedEvaluation) -> str:
         _rate_row("tuned", int(evaluation.tuned_success.sum()), count, evaluation.tuned_interval()),
         ["difference", _points(evaluation.difference), difference, ""],
     ]
-    pairs = [
-        ("gained", evaluation.gained),
-        ("lost", evaluation.lost),
-        ("kept", evaluation.kept),
-        ("failed by both", evaluation.failed_both),
-    ]
     return "\n".join(
         [
             "## Success",
@@ -170,7 +152,9 @@ def _success_section(evaluation: PairedEvaluation) -> str:
             "Intervals: Wilson for the rates; Newcombe's method 10 for the paired difference."
             f" McNemar's exact test: p = {evaluation.mcnemar_p():.2g}.",
             "",
-            *(f"- {name}: {len(seeds)}{_seed_list(seeds)}" for name, seeds in pairs),
+            f"- gained: {len(evaluation.gained)}{_seed_list(evaluation.gained)}",
+            f"- lost: {len(evaluation.lost)}{_seed_list(evaluation.lost)}",
+            f"- kept: {len(evaluation.kept)}; failed by both: {len(evaluation.failed_both)}",
         ]
     )
 
@@ -214,6 +198,16 @@ def _media_section(output_dir: Path, plots: Sequence[Path], videos: Sequence[Pat
         links = [f"- [{video.name}]({_link(video, output_dir)})" for video in videos]
         parts += ["## Videos", "\n".join(links)]
     return "\n\n".join(parts)
+
+
+def _provenance(command: str | None, seeds: Mapping[str, int] | None) -> dict[str, Any]:
+    return {
+        "command": command_line() if command is None else command,
+        "seeds": dict(seeds or {}),
+        "commit": git_commit(),
+        "versions": package_versions(),
+        "machine": machine(),
+    }
 
 
 def _provenance_section(provenance: Mapping[str, Any], evaluation: PairedEvaluation) -> str:
