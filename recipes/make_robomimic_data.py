@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +30,11 @@ _VALID_SHARE = 0.1
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags; an unknown one ends the program with one sentence."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--task", required=True, help="lift, can or square")
     add("--episodes", type=int, required=True)
@@ -43,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make(options: argparse.Namespace, command: str) -> None:
+def make(options: argparse.Namespace) -> None:
     """Collect the episodes and write the file.
 
     Raises:
@@ -61,7 +66,11 @@ def make(options: argparse.Namespace, command: str) -> None:
         options.output,
         env_meta_for(task.env_name),
         next_obs=options.next_obs,
-        attributes={"command": command, "seed": options.seed, "max_steps": task.max_steps},
+        attributes={
+            "command": _command(options),
+            "seed": options.seed,
+            "max_steps": task.max_steps,
+        },
     )
     with writer:
         _fill(writer, options, plans)
@@ -90,8 +99,20 @@ def _split(writer: RobomimicWriter, demos: Sequence[str], seed: int) -> None:
         writer.add_to_mask("valid" if i in valid else "train", [name])
 
 
+def _command(options: argparse.Namespace) -> str:
+    """The command that makes this file again, without its folder and the number of workers."""
+    flags = {**vars(options), "output": options.output.name}
+    flags.pop("workers")
+    text = " ".join(f"--{key}={_flag(value)}" for key, value in flags.items())
+    return f"python recipes/make_robomimic_data.py {text}"
+
+
+def _flag(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help.")
 
 
@@ -108,12 +129,8 @@ def _check_positive(name: str, value: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(
-        ["python recipes/make_robomimic_data.py", *(a for a in given if "output" not in a)]
-    )
     try:
-        make(parse(given), command)
+        make(parse(arguments))
     except UserError as error:
         print(f"make_robomimic_data: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,1 @@
+"""Scripted operators of three qualities for robomimic's Lift, Can and Square."""

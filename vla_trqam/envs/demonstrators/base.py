@@ -21,7 +21,7 @@ from vla_trqam.envs.demonstrators.motion import (
 from vla_trqam.envs.demonstrators.operators import Operator
 
 OPEN, CLOSED = -1.0, 1.0
-_TURN_SPEED = 0.5  # turning faster than this drags the hand's position off its line
+_TURN_SPEED = 0.7  # turning faster than this drags the hand's position off its line
 _TURN_NOISE = 0.3  # a hand shakes less in turning than in moving
 
 

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
@@ -90,8 +91,17 @@ _worker: tuple[RobomimicEnv, DemoTask] | None = None
 def _start_worker(task_name: str) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then stops us
+    threading.Thread(target=_follow_parent, daemon=True).start()
     task = demo_task(task_name)
     _worker = (make_env(task), task)
+
+
+def _follow_parent() -> None:
+    """End with the parent, however it ended: a killed one cannot tell its workers to stop."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _play(plan: EpisodePlan) -> Demonstration:

@@ -8,15 +8,18 @@ from enum import Enum, auto
 import numpy as np
 
 from vla_trqam.envs.demonstrators.base import CLOSED, OPEN, Demonstrator, Target
-from vla_trqam.envs.demonstrators.motion import Array, Reading
+from vla_trqam.envs.demonstrators.motion import Array, Reading, hand_yaw_of, nearest_turn
 from vla_trqam.envs.demonstrators.operators import Operator
 
 _SIDE_STEP = 0.10  # metres that the left and right routes swing out
 _HIGH_ROUTE = 0.08  # metres that the high route keeps above the hover height
 _ARRIVED = 0.02  # metres from a waypoint at which the next one counts
 _ALIGNED = 0.012  # horizontal error below which the hand may go all the way down
+_SQUARE_ON = 0.15  # turn error in radians that does no harm
+_METRES_PER_TURN = 0.06  # horizontal error as bad as a radian of turn error, metres
 _FUNNEL_SLOPE = 4.0  # metres of height kept per metre of horizontal error
 _STILL = 4e-4  # metres per step: fingers slower than this have closed on something
+_OPEN_GAP = 0.074  # metres: wider than this, the fingers have yet to start closing
 _TOUCH = 0.008  # metres above the grasp at which closing starts
 
 
@@ -45,9 +48,9 @@ class GraspingDemonstrator(Demonstrator):
         super().__init__(operator, rng)
         self.phase = Phase.ROUTE
         self._waypoint: Array | None = None
-        self._aim_error = np.zeros(3)
+        self._aim_error: Array = np.zeros(3)
         self._last_gap = 0.0
-        self._closing_steps = 0
+        self._hold_at: tuple[Array, float] | None = None
         self._aim()
 
     @abstractmethod
@@ -83,8 +86,11 @@ class GraspingDemonstrator(Demonstrator):
             self._aim_error = self._aim_error + self.miss()
 
     def miss(self) -> Array:
-        """Error (3,) of an attempt that misses: the fingers close above the object."""
-        return np.array([0.0, 0.0, self.rng.uniform(0.035, 0.05)])
+        """Error (3,) of an attempt that closes on air: above the object or to one side of it."""
+        distance, above = self.rng.uniform(0.04, 0.05), self.rng.random() < 0.5
+        side = self.rng.choice((-1.0, 1.0))
+        # To the side the fingers are thin: closing there does not pinch the object's edge.
+        return np.array([0.0, 0.0, distance]) if above else np.array([side * distance, 0.0, 0.0])
 
     def _place(self, reading: Reading) -> tuple[Array, float]:
         position, yaw = self.grasp_pose(reading)
@@ -112,26 +118,30 @@ class GraspingDemonstrator(Demonstrator):
 
     def _reach(self, reading: Reading) -> Target:
         place, yaw = self._place(reading)
+        askew = abs(nearest_turn(yaw - hand_yaw_of(reading.eef_quat), 2.0 * np.pi))
         error = float(np.linalg.norm((place - reading.eef_pos)[:2]))
+        error += _METRES_PER_TURN * max(0.0, askew - _SQUARE_ON)
         height = min(self.hover, _FUNNEL_SLOPE * max(0.0, error - _ALIGNED))
         if error < _ALIGNED and reading.eef_pos[2] - place[2] < _TOUCH:
-            self.phase, self._closing_steps = Phase.CLOSE, 0
-            return self._close(reading)
+            return self._start_closing(reading, place, yaw)
         return Target(place + np.array([0.0, 0.0, height]), OPEN, yaw)
 
-    def _close(self, reading: Reading) -> Target:
-        # Stay where the hand is: following the object here would drag it.
-        if self._closing_steps == 0:
-            self._hold_at = self._place(reading)
-        closed = self._closing_steps >= 4 and abs(self._last_gap - reading.gap) < _STILL
+    def _start_closing(self, reading: Reading, place: Array, yaw: float) -> Target:
+        self.phase = Phase.CLOSE
+        self._hold_at = place, yaw  # following the object while closing would drag it along
         self._last_gap = reading.gap
-        self._closing_steps += 1
-        place, yaw = self._hold_at
-        if closed:
+        return Target(place, CLOSED, yaw)
+
+    def _close(self, reading: Reading) -> Target:
+        still = abs(self._last_gap - reading.gap) < _STILL
+        self._last_gap = reading.gap
+        if still and reading.gap < _OPEN_GAP:
             if self.lost(reading):
                 return self._start_recovery(reading)
             self.phase = Phase.CARRY
             return self.carry(reading)
+        assert self._hold_at is not None
+        place, yaw = self._hold_at
         return Target(place, CLOSED, yaw)
 
     def _start_recovery(self, reading: Reading) -> Target:

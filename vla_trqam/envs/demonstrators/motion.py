@@ -41,12 +41,12 @@ class Reading:
 
 def read(observation: NDArray[np.floating]) -> Reading:
     """Take apart the concatenated low-dimensional observation, (19,) for Lift, (23,) otherwise."""
-    observation = np.asarray(observation, dtype=np.float64)
-    pose = observation[_OBJECT_POSE[observation.shape[0]]]
-    fingers = observation[_FINGERS]
+    numbers: Array = np.asarray(observation, dtype=np.float64)
+    pose = numbers[_OBJECT_POSE[numbers.shape[0]]]
+    fingers = numbers[_FINGERS]
     return Reading(
-        eef_pos=observation[_EEF_POS],
-        eef_quat=observation[_EEF_QUAT],
+        eef_pos=numbers[_EEF_POS],
+        eef_quat=numbers[_EEF_QUAT],
         gap=float(fingers[0] - fingers[1]),
         object_pos=pose[:3],
         object_yaw=yaw_of(pose[3:]),
@@ -57,6 +57,18 @@ def yaw_of(quat: Array) -> float:
     """Rotation about the vertical of a body that stands upright, in radians."""
     x, y, z, w = quat
     return float(np.arctan2(2.0 * (w * z + x * y), 1.0 - 2.0 * (y * y + z * z)))
+
+
+def hand_yaw_of(quat: Array) -> float:
+    """Turn of a hand that points down from its home pose, in radians: `downward_quat` undone."""
+    x, y, _, _ = quat
+    return float(nearest_turn(2.0 * np.arctan2(y, x), 2.0 * np.pi))
+
+
+def turned(vector: Array, angle: float) -> Array:
+    """The vector (3,) turned about the vertical by `angle` radians."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([c * vector[0] - s * vector[1], s * vector[0] + c * vector[1], vector[2]])
 
 
 def nearest_turn(angle: float, period: float, around: float = 0.0) -> float:

@@ -72,8 +72,8 @@ _HABITS: Mapping[str, _Habits] = MappingProxyType(
         "better_operator_2": _Habits("better", "high", (0.85, 0.95), 0.02, 0.0, (0, 0), 0.001, 0.0),
         "okay_operator_1": _Habits("okay", "left", (0.65, 0.85), 0.1, 0.01, (3, 6), 0.005, 0.3),
         "okay_operator_2": _Habits("okay", "right", (0.65, 0.85), 0.1, 0.01, (3, 6), 0.005, 0.3),
-        "worse_operator_1": _Habits("worse", "direct", (0.4, 0.6), 0.2, 0.03, (5, 10), 0.008, 0.65),
-        "worse_operator_2": _Habits("worse", "high", (0.4, 0.6), 0.2, 0.03, (5, 10), 0.008, 0.65),
+        "worse_operator_1": _Habits("worse", "direct", (0.4, 0.6), 0.2, 0.03, (5, 10), 0.008, 0.7),
+        "worse_operator_2": _Habits("worse", "high", (0.4, 0.6), 0.2, 0.03, (5, 10), 0.008, 0.7),
     }
 )
 

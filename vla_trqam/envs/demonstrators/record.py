@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 from vla_trqam.data.robomimic_writer import Attribute, Demonstration
 from vla_trqam.envs.demonstrators.operators import Operator, draw_operator
 from vla_trqam.envs.demonstrators.tasks import DemoTask
-from vla_trqam.envs.robomimic import LOW_DIM_KEYS, RobomimicEnv
+from vla_trqam.envs.robomimic import LOW_DIM_KEYS, RobomimicEnv, env_meta_for
 
 # Widths of LOW_DIM_KEYS by the length of the concatenated observation.
 _WIDTHS = {19: (3, 4, 2, 10), 23: (3, 4, 2, 14)}
+
+
+KeepStates = Literal["all", "initial", "none"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,34 @@ class EpisodePlan:
     seed: int
     index: int
     operator: str
-    keep_states: str = "initial"
+    keep_states: KeepStates = "initial"
     keep_model: bool = False
+
+
+@dataclass
+class _Track:
+    """What has happened so far; observations and states run one ahead of actions and rewards."""
+
+    observations: list[NDArray[np.float32]]
+    actions: list[NDArray[np.float32]]
+    rewards: list[float]
+    states: list[NDArray[np.float64]]
+
+    def add(
+        self,
+        observation: NDArray[np.float32],
+        action: NDArray[np.float32],
+        reward: float,
+        state: NDArray[np.float64],
+    ) -> None:
+        self.observations.append(observation)
+        self.actions.append(action)
+        self.rewards.append(reward)
+        self.states.append(state)
 
 
 def make_env(task: DemoTask) -> RobomimicEnv:
     """The simulator in which `task` is demonstrated."""
-    from vla_trqam.envs.robomimic import env_meta_for
-
     return RobomimicEnv(env_meta_for(task.env_name), max_episode_steps=task.max_steps)
 
 
@@ -52,27 +76,29 @@ def record_episode(env: RobomimicEnv, task: DemoTask, plan: EpisodePlan) -> Demo
     demonstrator = task.demonstrator(operator, rng)
     observation, _ = env.reset(seed=reset_seed)
     model = env.robosuite.sim.model.get_xml() if plan.keep_model else None
-    observations, actions, rewards, states = [observation], [], [], [env.sim_state()]
+    track = _Track([observation], [], [], [env.sim_state()])
     ended = False
     while not ended:
         action = demonstrator.act(observation)
         observation, reward, terminated, truncated, _ = env.step(action)
-        observations.append(observation)
-        actions.append(action)
-        rewards.append(reward)
-        states.append(env.sim_state())
+        track.add(observation, action, reward, env.sim_state())
         ended = terminated or truncated
+    success = track.rewards[-1] > 0
     return Demonstration(
-        observations=_by_key(np.stack(observations)),
-        actions=np.stack(actions),
-        rewards=np.array(rewards, dtype=np.float32),
-        states={"all": np.stack(states[:-1]), "initial": states[0][None], "none": None}[
-            plan.keep_states
-        ],
+        observations=_by_key(np.stack(track.observations)),
+        actions=np.stack(track.actions),
+        rewards=np.array(track.rewards, dtype=np.float32),
+        states=_kept_states(track.states[:-1], plan.keep_states),
         model_file=model,
-        attributes=_attributes(plan, operator, reset_seed, success=rewards[-1] > 0),
-        filter_keys=_filter_keys(operator, success=rewards[-1] > 0),
+        attributes=_attributes(plan, operator, reset_seed, success=success),
+        filter_keys=_filter_keys(operator, success=success),
     )
+
+
+def _kept_states(states: list[NDArray[np.float64]], keep: KeepStates) -> NDArray[np.float64] | None:
+    if keep == "none":
+        return None
+    return np.stack(states if keep == "all" else states[:1])
 
 
 def _by_key(observations: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:

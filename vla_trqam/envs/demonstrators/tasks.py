@@ -9,6 +9,7 @@ from types import MappingProxyType
 from vla_trqam.envs.demonstrators.base import Demonstrator
 from vla_trqam.envs.demonstrators.can import CanDemonstrator
 from vla_trqam.envs.demonstrators.lift import LiftDemonstrator
+from vla_trqam.envs.demonstrators.square import SquareDemonstrator
 from vla_trqam.envs.robomimic import Task
 from vla_trqam.errors import UserError
 
@@ -32,6 +33,7 @@ DEMO_TASKS: Mapping[str, DemoTask] = MappingProxyType(
     {
         "lift": DemoTask("Lift", LiftDemonstrator, 150),
         "can": DemoTask("PickPlaceCan", CanDemonstrator, 300),
+        "square": DemoTask("NutAssemblySquare", SquareDemonstrator, 400),
     }
 )
 
