@@ -72,17 +72,20 @@ def write_until_killed(path: Path) -> None:
         episode_number(seed).add_to(buffer)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_replay_survives_a_kill_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "killed"
-    # A fork, because a fresh interpreter takes seconds to import torch; the child only writes.
+    # A fork, because a fresh interpreter takes seconds to import torch; the child uses only numpy.
     writer = multiprocessing.get_context("fork").Process(target=write_until_killed, args=(path,))
     writer.start()
     deadline = time.monotonic() + 20
-    while not (path / "replay.json").exists() or ReplayBuffer.open(path).num_episodes <= 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    writer.kill()
-    writer.join()
+    try:
+        while not (path / "replay.json").exists() or ReplayBuffer.open(path).num_episodes <= 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        writer.kill()
+        writer.join()
 
     buffer = ReplayBuffer.open(path)
     assert buffer.num_episodes > 20

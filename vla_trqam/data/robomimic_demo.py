@@ -85,9 +85,9 @@ def read_demo(
     end = len(observations) - 1
     return RobomimicDemo(
         name=demo.name.rpartition("/")[2],
-        observations=observations.astype(np.float32),
-        actions=actions[:end].astype(np.float32),
-        rewards=rewards[:end].astype(np.float32),
+        observations=observations,
+        actions=actions[:end],
+        rewards=rewards[:end],
         success=len(solved) > 0,
         num_cut=num_steps - end,
         filter_keys=filter_keys,
@@ -130,7 +130,7 @@ def _read_obs(
 def _read_array(
     group: h5py.Group, key: str, where: str, *, ndim: int, length: int | None = None
 ) -> np.ndarray:
-    """A numeric, finite array of `ndim` axes, with `length` rows where that is given."""
+    """A finite float32 array of `ndim` axes, with `length` rows where that is given."""
     dataset = group.get(key)
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{where} has no array '{key}'.")
@@ -143,7 +143,8 @@ def _read_array(
         raise UserError(
             f"{where}: '{key}' has {len(dataset)} rows, but there are {length} actions."
         )
-    array = dataset[()]
+    with np.errstate(over="ignore"):  # a number too large for float32 is caught as infinite
+        array = dataset[()].astype(np.float32)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         raise UserError(f"{where}: '{key}' is {array[tuple(bad[0])]} at step {bad[0][0]}.")

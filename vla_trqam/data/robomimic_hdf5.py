@@ -264,7 +264,10 @@ def _read_masks(file: h5py.File) -> dict[str, frozenset[str]]:
 def _read_mask(mask: h5py.Dataset | h5py.Group, where: str) -> frozenset[str]:
     if not isinstance(mask, h5py.Dataset) or h5py.check_string_dtype(mask.dtype) is None:
         raise UserError(f"{where} is not a list of demo names.")
-    return frozenset(mask.asstr()[:])
+    try:
+        return frozenset(mask.asstr()[:])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is damaged: it is not text ({error}).") from error
 
 
 def _select_names(
@@ -275,7 +278,7 @@ def _select_names(
     demos: Sequence[str] | None,
 ) -> list[str]:
     names: Iterable[str] = data.keys()
-    if not data:
+    if len(data) == 0:
         raise UserError(f"{path}: the group 'data' holds no demo.")
     if filter_key is not None:
         refuse_unknown(f"{path}: filter key", [filter_key], masks)
