@@ -17,9 +17,6 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
         chunk_actions (H, A): the actions as executed, clipped to [-1, 1],
         chunk_rewards (H,),
         num_steps: int, actions really executed, and is_success: bool.
-
-    A step after the episode's end executes nothing (`num_steps` 0) and repeats the last
-    observation, so that a vector environment can go on with its other members.
     """
 
     def __init__(self, env: gymnasium.Env[np.ndarray, np.ndarray], chunk_length: int) -> None:
@@ -56,10 +53,11 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
         """Execute a chunk (H, A).
 
         Raises:
-            ValueError: the chunk has another shape, or there was no reset.
+            ValueError: the chunk has another shape.
+            gymnasium.error.ResetNeeded: before the first reset, or after the episode's end.
         """
-        if self._observation is None:
-            raise ValueError("reset the environment before its first step")
+        if self._observation is None or any(self._ended):
+            raise gymnasium.error.ResetNeeded("reset the environment before this step")
         chunk = np.asarray(action, dtype=np.float32)
         if chunk.shape != self.action_space.shape:
             raise ValueError(f"chunk has shape {chunk.shape}; it must be {self.action_space.shape}")

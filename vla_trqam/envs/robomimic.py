@@ -6,7 +6,6 @@ or training on it needs neither.
 
 import contextlib
 import io
-import json
 import logging
 import os
 import random
@@ -14,109 +13,33 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 
+from vla_trqam.envs.env_meta import (
+    LOW_DIM_KEYS,
+    TASK_DESCRIPTIONS,
+    Task,
+    check_env_meta,
+    env_meta_for,
+)
 from vla_trqam.errors import UserError
 
 if TYPE_CHECKING:
     from vla_trqam.envs.osc_step import OscStep
 
-LOW_DIM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
-"""What robomimic's low-dimensional policies see: 19 numbers for Lift, 23 for Can and Square."""
-
-Task = Literal["Lift", "PickPlaceCan", "NutAssemblySquare"]
-
-TASK_DESCRIPTIONS = {
-    "Lift": "lift the cube",
-    "PickPlaceCan": "put the can into its bin",
-    "NutAssemblySquare": "put the square nut onto the square peg",
-}
-
-ROBOSUITE_SERIES = "1.5"
-ROBOSUITE_ENV_TYPE = 1
-
-
-def env_meta_for(task: Task) -> dict[str, Any]:
-    """The `env_args` of a task as the official v1.5 low-dimensional files carry them.
-
-    `damping` and `control_delta` are names of robosuite 1.4 that those files still hold; robosuite
-    1.5 ignores them and its defaults (critically damped, delta poses) say the same.
-
-    Args:
-        task: `Lift`, `PickPlaceCan` or `NutAssemblySquare`.
-
-    Returns:
-        A dictionary that `json.dumps` accepts.
-
-    Raises:
-        UserError: for another task.
-    """
-    if task not in TASK_DESCRIPTIONS:
-        raise UserError(f"Task {task!r} is unknown; choose one of {', '.join(TASK_DESCRIPTIONS)}.")
-    arm = {
-        "type": "OSC_POSE",
-        "input_max": 1,
-        "input_min": -1,
-        "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
-        "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
-        "kp": 150,
-        "damping": 1,
-        "impedance_mode": "fixed",
-        "kp_limits": [0, 300],
-        "damping_limits": [0, 10],
-        "position_limits": None,
-        "orientation_limits": None,
-        "uncouple_pos_ori": True,
-        "control_delta": True,
-        "interpolation": None,
-        "ramp_ratio": 0.2,
-        "input_ref_frame": "world",
-        "gripper": {"type": "GRIP"},
-    }
-    env_kwargs = {
-        "has_renderer": False,
-        "has_offscreen_renderer": False,
-        "ignore_done": True,
-        "use_object_obs": True,
-        "use_camera_obs": False,
-        "control_freq": 20,
-        "controller_configs": {"type": "BASIC", "body_parts": {"right": arm}},
-        "robots": ["Panda"],
-        "camera_depths": False,
-        "camera_heights": 84,
-        "camera_widths": 84,
-        "lite_physics": False,
-        "reward_shaping": False,
-    }
-    return {"env_name": task, "env_version": "1.5.1", "type": 1, "env_kwargs": env_kwargs}
-
-
-def check_env_meta(env_meta: Mapping[str, Any]) -> None:
-    """Refuse `env_args` that robosuite 1.5 cannot honour, before anything heavy is imported.
-
-    Raises:
-        UserError: a key is missing, the simulator is another one, or it is another robosuite.
-    """
-    missing = [k for k in ("env_name", "env_version", "type", "env_kwargs") if k not in env_meta]
-    if missing:
-        raise UserError(f"env_args lack {', '.join(missing)}; robomimic's files carry them all.")
-    if env_meta["type"] != ROBOSUITE_ENV_TYPE:
-        raise UserError(
-            f"env_args have type {env_meta['type']!r}; only robosuite tasks (type 1) are supported."
-        )
-    version = str(env_meta["env_version"])
-    if not version.startswith(ROBOSUITE_SERIES + "."):
-        raise UserError(
-            f"env_args were recorded with robosuite {version}, whose controller and physics differ "
-            f"from the installed {ROBOSUITE_SERIES} series; use the task's v1.5 file."
-        )
-    try:
-        json.dumps(env_meta)
-    except TypeError as error:
-        raise UserError(f"env_args hold something that JSON cannot: {error}.") from error
+__all__ = [
+    "LOW_DIM_KEYS",
+    "TASK_DESCRIPTIONS",
+    "RobomimicEnv",
+    "Task",
+    "check_env_meta",
+    "choose_gl_platform",
+    "create_robomimic_env",
+    "env_meta_for",
+]
 
 
 def choose_gl_platform() -> None:

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from vla_trqam.envs.robomimic import RobomimicEnv, env_meta_for
+from vla_trqam.errors import UserError
+
+
+def arm_settings(env_meta):
+    return env_meta["env_kwargs"]["controller_configs"]["body_parts"]["right"]
+
+
+@pytest.mark.parametrize(
+    ("task", "frame", "lite_physics"),
+    [("Lift", "world", False), ("NutAssemblySquare", "base", True)],
+)
+def test_fast_step_equals_the_stock_step_over_150_steps(
+    task, frame, lite_physics, restless_actions
+):
+    env_meta = env_meta_for(task)
+    env_meta["env_kwargs"]["lite_physics"] = lite_physics
+    arm_settings(env_meta)["input_ref_frame"] = frame
+    fast = RobomimicEnv(env_meta, max_episode_steps=150)
+    stock = RobomimicEnv(env_meta, max_episode_steps=150, fast_step=False)
+    first, _ = fast.reset(seed=5)
+    np.testing.assert_array_equal(first, stock.reset(seed=5)[0])
+    for action in restless_actions(150, 5):
+        got, expected = fast.step(action), stock.step(action)
+        np.testing.assert_allclose(fast.sim_state(), stock.sim_state(), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=1e-12)
+        assert got[1:] == expected[1:]
+    assert np.abs(got[0] - first).max() > 0.1
+    fast.close()
+    stock.close()
+
+
+def test_all_sensors_equal_the_stock_ones(square, stock_square, restless_actions):
+    keys = [k for k in stock_square.get_observation() if k.startswith("robot0")] + ["object"]
+    fast, stock = (
+        RobomimicEnv(env_meta_for("PickPlaceCan"), max_episode_steps=9, obs_keys=keys, fast_step=f)
+        for f in (True, False)
+    )
+    np.testing.assert_array_equal(fast.reset(seed=1)[0], stock.reset(seed=1)[0])
+    for action in restless_actions(5, 1):
+        np.testing.assert_array_equal(fast.step(action)[0], stock.step(action)[0])
+    fast.close()
+    stock.close()
+
+
+def test_sample_clock_ticks_when_robosuites_sensors_sample(lift):
+    from robosuite.utils.observables import Observable, sensor
+
+    from vla_trqam.envs.osc_step import SampleClock
+
+    samples = []
+
+    @sensor(modality="test")
+    def counting(obs_cache):
+        samples.append(1)
+        return np.zeros(2)
+
+    observable = Observable(name="test", sensor=counting, sampling_rate=20)
+    observable.update(timestep=0.002, obs_cache={}, force=True)
+    clock = SampleClock(observable, 0.002)
+    for _ in range(25 * 2000):  # long enough for rounding errors to add up
+        before = len(samples)
+        observable.update(timestep=0.002, obs_cache={})
+        assert clock.tick() == (len(samples) > before)
+
+
+def test_another_controller_is_refused_by_the_fast_step_and_runs_in_the_stock_one():
+    env_meta = env_meta_for("Lift")
+    arm_settings(env_meta)["impedance_mode"] = "variable_kp"
+    with pytest.raises(UserError, match=r"impedance_mode 'fixed'.*fast_step=False"):
+        RobomimicEnv(env_meta, max_episode_steps=9)
+    env = RobomimicEnv(env_meta, max_episode_steps=9, fast_step=False)
+    env.reset(seed=0)
+    env.step(np.zeros(13))
+    env.close()
