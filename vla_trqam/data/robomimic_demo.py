@@ -37,6 +37,7 @@ class RobomimicDemo:
         num_cut: stored steps that are left out here, because they come after success or because
             their next state is not stored.
         filter_keys: names of the masks that hold this demo.
+        obs_widths: how many columns of `observations` each key has.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RobomimicDemo:
     success: bool
     num_cut: int
     filter_keys: tuple[str, ...]
+    obs_widths: tuple[int, ...]
 
     @property
     def num_steps(self) -> int:
@@ -78,7 +80,8 @@ def read_demo(
             f"{num_steps} actions."
         )
     rewards = _read_array(demo, "rewards", where, ndim=1, length=num_steps)
-    obs = _read_obs(demo, "obs", where, obs_keys, length=num_steps)
+    columns = _read_obs(demo, "obs", where, obs_keys, length=num_steps)
+    obs = np.concatenate(columns, axis=1)
     solved = np.flatnonzero(rewards >= SUCCESS_REWARD - _TOLERANCE)
     end = int(solved[0]) + 1 if len(solved) else num_steps
     observations = _with_final_state(demo, where, obs_keys, obs, end, success=len(solved) > 0)
@@ -91,6 +94,7 @@ def read_demo(
         success=len(solved) > 0,
         num_cut=num_steps - end,
         filter_keys=filter_keys,
+        obs_widths=tuple(column.shape[1] for column in columns),
     )
 
 
@@ -106,7 +110,12 @@ def _with_final_state(
     """s_0..s_end, (end + 1, O); one row less where the last next state does not exist."""
     if "next_obs" in demo:
         following = _read_obs(demo, "next_obs", where, obs_keys, length=len(obs))
-        return np.concatenate((obs[:end], following[end - 1 : end]))
+        final = np.concatenate([column[end - 1] for column in following])
+        if final.shape != obs[0].shape:
+            raise UserError(
+                f"{where}: next_obs has {len(final)} columns, but obs has {obs.shape[1]}."
+            )
+        return np.concatenate((obs[:end], final[None]))
     if end < len(obs):
         return obs[: end + 1]
     if success:
@@ -118,13 +127,11 @@ def _with_final_state(
 
 def _read_obs(
     demo: h5py.Group, name: str, where: str, obs_keys: tuple[str, ...], *, length: int
-) -> np.ndarray:
+) -> list[np.ndarray]:
+    """The arrays of the keys, (length, D) each."""
     group = require_group(demo, name, where)
     refuse_unknown(f"{where}: the key {name}/", obs_keys, group)
-    columns = [
-        _read_array(group, key, f"{where}/{name}", ndim=2, length=length) for key in obs_keys
-    ]
-    return np.concatenate(columns, axis=1)
+    return [_read_array(group, key, f"{where}/{name}", ndim=2, length=length) for key in obs_keys]
 
 
 def _read_array(
@@ -143,7 +150,7 @@ def _read_array(
         raise UserError(
             f"{where}: '{key}' has {len(dataset)} rows, but there are {length} actions."
         )
-    with np.errstate(over="ignore"):  # a number too large for float32 is caught as infinite
+    with np.errstate(all="ignore"):  # a number too large for float32 is caught as infinite
         array = dataset[()].astype(np.float32)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):

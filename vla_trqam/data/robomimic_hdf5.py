@@ -142,7 +142,7 @@ def read_robomimic(
             demo = require_group(data, name, f"{path}: data")
             filter_keys = tuple(key for key, members in masks.items() if name in members)
             read.append(read_demo(demo, where, tuple(obs_keys), filter_keys))
-            _check_same_widths(demo, data[names[0]], obs_keys, where)
+            _check_same_widths(read[-1], read[0], obs_keys, where)
     if require_success:
         _check_any_success(path, read)
     return RobomimicFile(path, env_args, tuple(obs_keys), tuple(read))
@@ -294,14 +294,15 @@ def _select_names(
 
 
 def _check_same_widths(
-    demo: h5py.Group, first: h5py.Group, obs_keys: Sequence[str], where: str
+    demo: RobomimicDemo, first: RobomimicDemo, obs_keys: Sequence[str], where: str
 ) -> None:
-    for key in ("actions", *(f"obs/{key}" for key in obs_keys)):
-        expected, found = first[key].shape[1:], demo[key].shape[1:]
-        if found != expected:
+    keys = ("actions", *(f"obs/{key}" for key in obs_keys))
+    found = (demo.actions.shape[1], *demo.obs_widths)
+    expected = (first.actions.shape[1], *first.obs_widths)
+    for key, mine, other in zip(keys, found, expected, strict=True):
+        if mine != other:
             raise UserError(
-                f"{where}: '{key}' has rows of shape {found}, but those of {first.name} have "
-                f"{expected}."
+                f"{where}: '{key}' has {mine} columns, but that of {first.name} has {other}."
             )
 
 
