@@ -50,23 +50,23 @@ def osc_torques(
     (Khatib 1987), as `OperationalSpaceController.run_controller` computes it over a fixed base.
 
     Args:
-        goal_pos: (3,) world position wanted, m. `goal_ori`: (3, 3) world orientation wanted.
-        goal_ori: see above.
-        site_pos: (3,) position of the grip site; `site_ori` (9,) its rotation, row-major.
-        site_ori: see above.
-        jac_pos: (3, V) translational and `jac_ori` (3, V) rotational Jacobian of the site.
-        jac_ori: see above.
+        goal_pos: (3,) world position wanted, m.
+        goal_ori: (3, 3) world orientation wanted.
+        site_pos: (3,) position of the grip site, m.
+        site_ori: (9,) its rotation matrix, row-major.
+        jac_pos: (3, V) translational Jacobian of the site.
+        jac_ori: (3, V) rotational Jacobian of the site.
         full_mass: (V, V) mass matrix of the whole model.
-        bias: (V,) gravity and Coriolis forces. `qpos`, `qvel`: the whole model's state.
-        qpos: see above.
-        qvel: see above.
-        qpos_index: (7,) positions and `qvel_index` (7,) velocities that belong to the arm.
-        qvel_index: see above.
-        initial_joint: (7,) rad, the pose that the null space pulls towards.
-        kp: (6,) stiffness and `kd` (6,) damping.
-        kd: see above.
-        limit_low: (7,) and `limit_high` (7,) bounds of the actuators.
-        limit_high: see above.
+        bias: (V,) gravity and Coriolis forces of the whole model.
+        qpos: positions of the whole model.
+        qvel: (V,) velocities of the whole model.
+        qpos_index: (7,) where `qpos` holds the arm.
+        qvel_index: (7,) where `qvel` holds the arm.
+        initial_joint: (7,) the pose that the null space pulls towards, rad.
+        kp: (6,) stiffness.
+        kd: (6,) damping.
+        limit_low: (7,) least torques of the actuators.
+        limit_high: (7,) greatest torques of the actuators.
 
     Returns:
         (7,) torques, N m, within the bounds.
@@ -119,7 +119,7 @@ class SampleClock:
 
 
 class OscStep:
-    """Steps one robosuite environment with a Panda under fixed-impedance OSC_POSE.
+    """Steps one robosuite environment with one arm (the Panda) under fixed-impedance OSC_POSE.
 
     After a reset of the environment call `start_episode`, then per control step `step` and
     `observation`. Do not mix with `env.step` within an episode: the sensors' clocks would part.

@@ -50,7 +50,7 @@ def choose_gl_platform() -> None:
     if sys.platform != "linux":
         return
     platform = os.environ.setdefault("MUJOCO_GL", "egl")
-    if platform in ("egl", "osmesa"):
+    if platform in ("egl", "osmesa"):  # glx, robosuite's third, needs no second variable
         os.environ.setdefault("PYOPENGL_PLATFORM", platform)
 
 

@@ -1,8 +1,8 @@
 """Episodes from several simulator processes; an episode is a function of its seed and the policy.
 
-Each worker asks for its next chunk on its own. A lock-step vector environment (gymnasium's
-`AsyncVectorEnv` over `ChunkEnv` works too) makes every worker wait for the slowest one and for the
-others' resets, and gives the policy batches whose size depends on the number of workers.
+Each worker gets its next chunk on its own. A lock-step vector environment (`make_vector_env`) makes
+every worker wait for the slowest one and for the others' resets, and its policy sees batches whose
+size, and so whose rounding, depends on the number of workers.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from vla_trqam.envs.robomimic import LOW_DIM_KEYS, check_env_meta, choose_gl_platform
+from vla_trqam.envs.env_meta import LOW_DIM_KEYS, check_env_meta
 from vla_trqam.envs.worker import EnvSettings, FrameSettings
 from vla_trqam.errors import UserError
 
@@ -239,7 +239,6 @@ class RolloutPool:
             if number < 1:
                 raise UserError(f"{name} is {number}; it must be at least 1.")
         check_env_meta(env_meta)
-        choose_gl_platform()
         self._num_workers = num_workers
         self._settings = EnvSettings(
             env_meta=dict(env_meta),
