@@ -41,7 +41,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="determines every episode of the file")
     add("--output", type=Path, required=True, help="the HDF5 file to make")
     add("--operators", default="mixed", help="mixed, better, okay, worse or one operator's name")
-    add("--workers", type=int, default=2, help="processes; the file does not depend on it")
+    add(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes; 0 plays in this one; the file is the same",
+    )
     add("--states", default="all", choices=("all", "initial", "none"), help="simulator states kept")
     add("--next_obs", type=_boolean, default=True, help="store next_obs too: true or false")
     add("--model_file", type=_boolean, default=True, help="store the model's XML: true or false")
@@ -55,8 +60,9 @@ def make(options: argparse.Namespace) -> None:
         UserError: an option is out of range, or the output exists.
     """
     task = demo_task(options.task)
-    _check_positive("episodes", options.episodes)
-    _check_positive("workers", options.workers)
+    _check_at_least("episodes", options.episodes, 1)
+    _check_at_least("workers", options.workers, 0)
+    _check_at_least("seed", options.seed, 0)
     names = operator_names(options.operators)
     plans = [
         EpisodePlan(options.seed, i, names[i % len(names)], options.states, options.model_file)
@@ -122,9 +128,9 @@ def _boolean(text: str) -> bool:
     return text == "true"
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} is {value}; it must be at least 1.")
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name} is {value}; it must be at least {least}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
