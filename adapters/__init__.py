@@ -1,0 +1,1 @@
+"""One file a policy family: how to see a pretrained policy as two velocity fields."""

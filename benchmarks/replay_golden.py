@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy, VelocityMLP
+
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError

@@ -1,0 +1,1 @@
+"""Runnable scripts and their settings."""

@@ -1,0 +1,1 @@
+"""Off-policy reinforcement learning for pretrained flow-matching robot policies."""

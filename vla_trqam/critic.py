@@ -78,7 +78,7 @@ class CriticEnsemble(nn.Module):
         )
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
-        """features (B, F), action (B, H, A) -> (E, B)."""
+        """Features (B, F), action (B, H, A) -> (E, B)."""
         inputs = torch.cat([features, action.flatten(1)], dim=1)
         x = inputs.unsqueeze(0).expand(self.ensemble_size, -1, -1)
         for index, layer in enumerate(self.layers[:-1]):

@@ -69,13 +69,14 @@ class TrustRegionConfig:
             raise UserError(f"kl_ema_rate is {self.kl_ema_rate}; it must be in (0, 1]")
         if self.kl_clip is not None and self.kl_clip <= 1.0:
             raise UserError(
-                f"kl_clip is {self.kl_clip}; it must exceed 1 (times the budget), or null for no clip: "
+                f"kl_clip is {self.kl_clip}; it must exceed 1 (times the budget), or null for "
+                "no clip: "
                 "an estimate clipped at the budget can never raise lambda"
             )
 
 
 class TrustRegion:
-    """Lambda and its dual descent: ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``."""
+    """Lambda and its dual descent, ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``."""
 
     def __init__(self, config: TrustRegionConfig, chunk_length: int) -> None:
         self.config = config
