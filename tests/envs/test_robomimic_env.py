@@ -1,3 +1,4 @@
+import os
 import random
 
 import numpy as np
@@ -6,6 +7,8 @@ from gymnasium.utils.env_checker import check_env
 
 from vla_trqam.envs.robomimic import RobomimicEnv, create_robomimic_env, env_meta_for
 from vla_trqam.errors import UserError
+
+MUJOCO_GL_AT_START = os.environ.get("MUJOCO_GL")
 
 
 def model_arrays(model):
@@ -162,3 +165,13 @@ def test_bad_arguments_are_refused(lift):
         RobomimicEnv(env_meta_for("Lift"), max_episode_steps=9, obs_keys=["robot0_eef_poss"])
     with pytest.raises(UserError, match="render_offscreen"):
         lift.render()
+
+
+def test_a_gl_platform_that_robosuite_would_replace_is_refused(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(UserError, match="MUJOCO_GL=glfw"):
+        create_robomimic_env(env_meta_for("Lift"), render_offscreen=True)
+
+
+def test_the_environment_variable_is_left_as_the_user_has_it(lift):
+    assert os.environ.get("MUJOCO_GL") == MUJOCO_GL_AT_START

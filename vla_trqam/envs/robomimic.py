@@ -36,22 +36,51 @@ __all__ = [
     "RobomimicEnv",
     "Task",
     "check_env_meta",
-    "choose_gl_platform",
     "create_robomimic_env",
     "env_meta_for",
 ]
 
 
-def choose_gl_platform() -> None:
-    """Let MuJoCo render without a display, unless the user chose a platform.
+ROBOSUITE_GL_PLATFORMS = ("egl", "osmesa", "glx")
 
-    Must run before mujoco is imported. Low-dimensional environments open no GL context at all.
+
+def _check_gl_platform() -> None:
+    """Refuse what robosuite would silently replace by EGL.
+
+    Raises:
+        UserError: `MUJOCO_GL` names another platform.
     """
-    if sys.platform != "linux":
-        return
-    platform = os.environ.setdefault("MUJOCO_GL", "egl")
-    if platform in ("egl", "osmesa"):  # glx, robosuite's third, needs no second variable
-        os.environ.setdefault("PYOPENGL_PLATFORM", platform)
+    platform = os.environ.get("MUJOCO_GL", "egl")
+    if sys.platform == "linux" and platform not in ROBOSUITE_GL_PLATFORMS:
+        raise UserError(
+            f"robosuite cannot render with MUJOCO_GL={platform}; "
+            f"choose one of {', '.join(ROBOSUITE_GL_PLATFORMS)}, or unset it for egl."
+        )
+
+
+@contextlib.contextmanager
+def _gl_choice_kept() -> Iterator[None]:
+    """Keep `MUJOCO_GL` as the user has it.
+
+    Importing robosuite sets it to egl. Inherited by a worker, that makes `import mujoco` fail on
+    machines without an EGL library, though low-dimensional environments need no GL at all.
+
+    Raises:
+        UserError: the user's choice has no library, so that mujoco does not import.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    try:
+        yield
+    except (ImportError, AttributeError) as error:  # PyOpenGL without a library: AttributeError
+        if chosen is None:
+            raise
+        raise UserError(
+            f"The simulators do not import with MUJOCO_GL={chosen} ({error}); "
+            f"install its GL library or unset MUJOCO_GL."
+        ) from error
+    finally:
+        if chosen is None:
+            os.environ.pop("MUJOCO_GL", None)
 
 
 def _stand_in_for_mujoco_py() -> None:
@@ -92,13 +121,14 @@ def create_robomimic_env(env_meta: Mapping[str, Any], *, render_offscreen: bool 
         UserError: see `check_env_meta`; an unknown task; or GL cannot start.
     """
     check_env_meta(env_meta)
-    choose_gl_platform()
+    if render_offscreen:
+        _check_gl_platform()
     _stand_in_for_mujoco_py()
     with _quiet():
-        import robomimic.utils.env_utils as env_utils
-        import robomimic.utils.obs_utils as obs_utils
-        import robosuite
-
+        with _gl_choice_kept():
+            import robomimic.utils.env_utils as env_utils
+            import robomimic.utils.obs_utils as obs_utils
+            import robosuite
         if env_meta["env_name"] not in robosuite.ALL_ENVIRONMENTS:
             known = ", ".join(sorted(robosuite.ALL_ENVIRONMENTS))
             raise UserError(f"robosuite has no task {env_meta['env_name']!r}; it has {known}.")
@@ -111,8 +141,8 @@ def create_robomimic_env(env_meta: Mapping[str, Any], *, render_offscreen: bool 
             if not render_offscreen:
                 raise
             raise UserError(
-                f"Off-screen rendering does not start with MUJOCO_GL={os.environ['MUJOCO_GL']} "
-                f"({error}); install its GL library, or set MUJOCO_GL to egl or osmesa."
+                f"Off-screen rendering does not start ({type(error).__name__}: {error}); "
+                f"install EGL or OSMesa and set MUJOCO_GL to egl or osmesa."
             ) from error
 
 
