@@ -23,6 +23,9 @@ _LET_GO = 0.865  # height of the nut below which it stays on the peg by itself
 _LEVEL = 0.005  # horizontal error of the nut at which it may go down: the play is 0.007 each side
 _SQUARE_ON = 0.10  # turn error of the nut at which it may go down, radians
 _CARRY_SPEED = 0.8
+# Metres that the hand aims below itself: going down faster, the arm drifts outwards by more than
+# the nut's play and wedges it on the peg's edge.
+_LOWERING = 0.02
 _SEAT_YAWS = (0.5 * np.pi, np.pi, -0.5 * np.pi)  # of the nut on the peg, radians
 
 
@@ -54,6 +57,7 @@ class SquareDemonstrator(GraspingDemonstrator):
         reach = turned(reading.object_pos - reading.eef_pos, turn)
         error = self._error(reading)
         seat = np.array([*_PEG, self._height(error, reading)]) - reach
+        seat[2] = max(seat[2], reading.eef_pos[2] - _LOWERING)
         # Low down only climb, or the nut is dragged over the table and into the peg's side.
         across = 1.0
         if error > 0.03:
