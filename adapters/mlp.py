@@ -1,9 +1,9 @@
 """A plain MLP flow policy for state observations.
 
-The network is ``v(s, x, tau) = MLP(concat(s, x, tau))`` with tanh-GELU and optional layer normalisation
-after it. Its pullback and its gradient over a recorded path are written out by hand on stacked
-activations: the numbers of autograd, without a second forward pass and without the overhead of small
-operations (``tests/adapters`` holds them against autograd).
+The network is ``v(s, x, tau) = MLP(concat(s, x, tau))`` with tanh-GELU and optional layer
+normalisation after it. Its pullback and its gradient over a recorded path are written out by hand
+on stacked activations: the numbers of autograd, without a second forward pass and without the
+overhead of small operations (``tests/adapters`` holds them against autograd).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -93,12 +93,11 @@ class VelocityMLP(nn.Module):
         super().__init__()
         out_dim = config.chunk_length * config.action_dim
         widths = [config.observation_dim + out_dim + 1, *config.hidden_dims]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths, [*widths[1:], out_dim], strict=True)
-        )
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(width, eps=LAYER_NORM_EPS) for width in widths[1:] if config.layer_norm
-        )
+        layers = [nn.Linear(a, b) for a, b in zip(widths, [*widths[1:], out_dim], strict=True)]
+        norms = [nn.LayerNorm(w, eps=LAYER_NORM_EPS) for w in widths[1:] if config.layer_norm]
+        # A ModuleList forgets what it holds.
+        self.layers = cast("Sequence[nn.Linear]", nn.ModuleList(layers))
+        self.norms = cast("Sequence[nn.LayerNorm]", nn.ModuleList(norms))
         for layer in self.layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

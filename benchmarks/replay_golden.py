@@ -2,10 +2,10 @@
 
     python benchmarks/replay_golden.py tests/golden/golden_trqam.npz
 
-The file holds weights, batches, noise and outputs of consecutive updates (format: docs/golden.md). The
-command prints the worst relative error of every quantity and exits with 1 when one is out of tolerance:
-``|ours - theirs| <= atol + rtol |theirs|``; what it prints is ``|ours - theirs| / (|theirs| + atol / rtol)``,
-which is within tolerance when at most rtol.
+The file holds weights, batches, noise and outputs of consecutive updates (format: docs/golden.md).
+The command prints the worst relative error of every quantity and exits with 1 when one is out of
+tolerance: ``|ours - theirs| <= atol + rtol |theirs|``. What it prints is
+``|ours - theirs| / (|theirs| + atol / rtol)``, which is within tolerance when at most rtol.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _networks(method: TRQAM) -> dict[str, nn.Module]:
 
 
 def _named_weights(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The file's key of every weight and the weight in the file's layout (kernels are (in, out))."""
+    """Every weight under the file's key and in its layout (kernels are (in, out))."""
     assert isinstance(module, VelocityMLP | CriticEnsemble)
     pairs: list[tuple[str, Tensor]] = []
     for i, layer in enumerate(module.layers):

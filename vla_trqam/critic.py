@@ -1,4 +1,4 @@
-"""The critic: an ensemble of Q functions over action chunks, its target network and action gradient."""
+"""The critic: an ensemble of Q functions over chunks, its target network and action gradient."""
 
 from __future__ import annotations
 

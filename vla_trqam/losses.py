@@ -14,7 +14,8 @@ def adjoint_matching_loss(
 
     ``L = E_b sum_i || 2 (v_tuned - v_base)_i / sigma_i + sigma_i a_i ||^2`` with
     ``sigma_i = g_i / sqrt(lam)``; its minimiser is ``v_tuned - v_base = -g^2 a / (2 lam)``. With
-    ``lam = 1`` and the adjoint multiplied by beta it is QAM's loss; ``L_TRQAM(lam) = lam L_QAM(1/lam)``.
+    ``lam = 1`` and the adjoint multiplied by beta it is QAM's loss:
+    ``L_TRQAM(lam) = lam L_QAM(1/lam)``.
 
     Args:
         control_gap: ``v_tuned - v_base`` along the path, (K, B, H, A); gradients flow through it.
@@ -33,7 +34,7 @@ def adjoint_matching_loss(
 
 
 def flow_matching_target(action: Tensor, x_0: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """The point and the velocity of the linear path: ``x_tau = (1 - tau) x_0 + tau a``, ``a - x_0``.
+    """A point of the linear path and its velocity: ``(1 - tau) x_0 + tau a`` and ``a - x_0``.
 
     Args:
         action: (B, H, A).
@@ -50,13 +51,13 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, valid: Tensor) -> Tenso
     Args:
         velocity: ``v(x_tau, tau; s)``, (B, H, A).
         target: ``a - x_0``, (B, H, A).
-        valid: (B, H), steps really taken; the others weigh nothing, and the mean is over all of them.
+        valid: (B, H), steps really taken; the others weigh nothing, the mean is over all of them.
     """
     return ((velocity - target.detach()).square() * valid.unsqueeze(-1)).mean()
 
 
 def pessimistic_value(q: Tensor, pessimism: float) -> Tensor:
-    """``mean_e Q_e - rho std_e Q_e`` over the ensemble (population standard deviation): (E, B) -> (B,)."""
+    """``mean_e Q_e - rho std_e Q_e`` with the population's deviation: (E, B) -> (B,)."""
     if pessimism == 0.0:
         return q.mean(dim=0)
     return q.mean(dim=0) - pessimism * q.std(dim=0, correction=0)

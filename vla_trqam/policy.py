@@ -1,9 +1,9 @@
 """The contract an adapter fulfils: one policy, two velocity fields.
 
-A :class:`FlowPolicy` holds the tuned field ``v_theta`` and the base field ``v_base``. The core asks for
-three *shared evaluations* (:meth:`FlowPolicy.record_velocity`, :meth:`FlowPolicy.base_velocities`,
-:meth:`FlowPolicy.base_pullback`); the defaults here are the plain way to compute them, an adapter may do
-it faster as long as the numbers stay the same.
+A :class:`FlowPolicy` holds the tuned field ``v_theta`` and the base field ``v_base``. The core asks
+for three *shared evaluations* (:meth:`FlowPolicy.record_velocity`,
+:meth:`FlowPolicy.base_velocities`, :meth:`FlowPolicy.base_pullback`); the defaults here are the
+plain way to compute them, an adapter may do it faster as long as the numbers stay the same.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Pullback = Callable[[int, Tensor], Tensor]
 class VelocityRecord:
     """The tuned field along one path: values while sampling, gradients afterwards.
 
-    Calling it evaluates the field once and remembers the evaluation, so that the loss needs no second
-    forward pass over states that the sampler has already visited.
+    Calling it evaluates the field once and remembers the evaluation, so that the loss needs no
+    second forward pass over states that the sampler has already visited.
     """
 
     def __init__(self, velocity: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -45,7 +45,7 @@ class VelocityRecord:
         return value.detach()
 
     def stacked(self) -> Tensor:
-        """All evaluations in order, (K, B, H, A), with the graph back to the trainable parameters."""
+        """All evaluations in order, (K, B, H, A), with the graph back to the parameters."""
         return torch.stack(self._values)
 
 
@@ -82,7 +82,7 @@ class FlowPolicy(nn.Module, ABC):
 
     @abstractmethod
     def base_velocity(self, x: Tensor, tau: Tensor, context: Context) -> Tensor:
-        """``v_base(x, tau; s)``: x (B, H, A), tau (B,) -> (B, H, A). Its weights get no gradient."""
+        """``v_base(x, tau; s)``: x (B, H, A), tau (B,) -> (B, H, A); no gradient to its weights."""
 
     @abstractmethod
     def features(self, context: Context) -> Tensor:
@@ -112,7 +112,7 @@ class FlowPolicy(nn.Module, ABC):
         return iter(())
 
     def behaviour_velocity(self, x: Tensor, tau: Tensor, context: Context) -> Tensor:
-        """The training base's field, whose EMA is ``v_base``: x (B, H, A), tau (B,) -> (B, H, A)."""
+        """The training base's field, whose EMA is ``v_base``: (B, H, A), (B,) -> (B, H, A)."""
         raise UserError(
             f"the base of a {type(self).__name__} is frozen; it has no field in training"
         )
@@ -128,8 +128,8 @@ class FlowPolicy(nn.Module, ABC):
     def base_velocities(self, x: Tensor, tau: Tensor, context: Context) -> Tensor:
         """``v_base`` at K states of a path: x (K, B, H, A), tau (K,) -> (K, B, H, A), no gradient.
 
-        One evaluation a step, in the shape the sampler uses: where both fields are equal the two values
-        are then equal to the bit, and the KL at step 0 is exactly 0.
+        One evaluation a step, in the shape the sampler uses: where both fields are equal the two
+        values are then equal to the bit, and the KL at step 0 is exactly 0.
         """
         values = [
             self.base_velocity(x_i, full_tau(float(tau_i), x_i), context)

@@ -51,7 +51,7 @@ def sample_memoryless_sde(
     base_velocity: Velocity | None = None,
     final_step: FinalStep = "noiseless_base",
 ) -> Trajectory:
-    r"""Euler-Maruyama on ``dX = (2 v(X, tau) - X / tau) dtau + g(tau) dW`` (Adjoint Matching, eq. 23).
+    r"""Euler-Maruyama on ``dX = (2 v - X / tau) dtau + g(tau) dW`` (Adjoint Matching, eq. 23).
 
     On the grid ``X_{i+1} = X_i + h (2 v(X_i, tau_i) - X_i / (tau_i + d)) + sqrt(h) g_i eps_i``.
 
@@ -62,8 +62,8 @@ def sample_memoryless_sde(
         grid: the times and ``g``.
         base_velocity: needed by ``final_step="noiseless_base"``.
         final_step: ``"noiseless_base"`` takes the last step as ``X + h v_base(X, tau_{K-1})`` (the
-            authors' code); ``"sde"`` treats it as any other. The tuned field is evaluated at the last
-            state in both, so that its value there can be shared with the loss.
+            authors' code); ``"sde"`` treats it as any other. The tuned field is evaluated at the
+            last state in both, so that its value there can be shared with the loss.
 
     Returns:
         The path; it carries no gradient.

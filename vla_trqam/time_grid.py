@@ -1,7 +1,7 @@
 """The flow's time grid and the memoryless noise scale.
 
-The only file that knows what happens at ``tau = 0`` and ``tau = 1``. Time runs from noise (``tau = 0``)
-to action (``tau = 1``).
+The only file that knows what happens at ``tau = 0`` and ``tau = 1``. Time runs from noise
+(``tau = 0``) to action (``tau = 1``).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 class TimeGrid:
     r"""``tau_i = i h`` with ``h = 1/K``, and the memoryless noise scale on it.
 
-    In continuous time ``g(tau)^2 = 2 (1 - tau) / tau`` (Adjoint Matching, eq. 22, for the linear path),
-    singular at 0 and zero at 1. On the grid both times are moved by ``time_shift`` steps:
-    ``g_i^2 = 2 (1 - tau_i + d) / (tau_i + d)`` with ``d = time_shift * h``, finite at 0 and positive at
-    ``1 - h``. The authors' code uses ``time_shift = 1``; smaller values approach the text's formula.
+    In continuous time ``g(tau)^2 = 2 (1 - tau) / tau`` (Adjoint Matching, eq. 22, for the linear
+    path), singular at 0 and zero at 1. On the grid both ``tau`` and ``1 - tau`` grow by
+    ``time_shift`` steps: ``g_i^2 = 2 (1 - tau_i + d) / (tau_i + d)`` with ``d = time_shift * h``,
+    finite at 0. The authors' code uses ``time_shift = 1``; smaller values approach the text.
 
     Attributes:
         num_flow_steps: K, the number of steps from noise to action.

@@ -76,7 +76,7 @@ class TrustRegionConfig:
 
 
 class TrustRegion:
-    """Lambda and its dual descent, ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``."""
+    """Lambda by dual descent: ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``."""
 
     def __init__(self, config: TrustRegionConfig, chunk_length: int) -> None:
         self.config = config

@@ -1,7 +1,7 @@
 """QAM: Q-learning with Adjoint Matching, TRQAM at ``lam = 1`` without a dual.
 
-The inverse temperature beta multiplies the terminal adjoint; nothing holds the policy near its base but
-the size of the critic's gradient.
+The inverse temperature beta multiplies the terminal adjoint; nothing holds the policy near its base
+but the size of the critic's gradient.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TRQAM: Trust Region Q-Adjoint Matching (Algorithm 2).
 
-:class:`TRQAMLoss` is the algorithm box up to the gradient, one call a line, as one ``nn.Module`` whose
-``forward`` returns the scalar (so that distributed wrappers see it); :class:`TRQAM` takes the step,
-measures the KL and moves lambda.
+:class:`TRQAMLoss` is the algorithm box up to the gradient, one call a line, as one ``nn.Module``
+whose ``forward`` returns the scalar (so that distributed wrappers see it); :class:`TRQAM` takes the
+step, measures the KL and moves lambda.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class TRQAMConfig(TrustRegionConfig):
         max_grad_norm: global-norm clip.
         shared_optimizer: one clip over actor, base and critic together, as the authors' code does;
             otherwise each has its own, and a diverging loss does not shrink the others' gradients.
-        train_base: the base keeps training on the batch's flow-matching loss and ``v_base`` is its EMA,
-            as in the authors' code; otherwise it is frozen.
+        train_base: the base keeps training on the batch's flow-matching loss and ``v_base`` is its
+            EMA, as in the authors' code; otherwise it is frozen.
         base_ema_rate: rate of that EMA.
     """
 
@@ -177,8 +177,8 @@ class TRQAMLoss(nn.Module):
             value = self.critic.next_value(policy.features(context), action)
             target = td_target(batch.chunk_return, batch.discount, batch.terminated, value)
         q = self.critic.online(features, batch.action)
-        # A chunk cut short by the episode's end counts only where the end was a termination: then the
-        # actions after it cannot matter.
+        # A chunk cut short by the episode's end counts only where the end was a termination: then
+        # the actions after it cannot matter.
         weight = (batch.valid[:, -1] | batch.terminated).to(q.dtype)
         return td_loss(q, target, weight), q, target, action
 
