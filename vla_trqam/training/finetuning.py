@@ -1,0 +1,206 @@
+"""The run: phases of updates with rollouts, evaluations, metrics and checkpoints between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler
+from vla_trqam.envs.rollout import Episode, RolloutPool
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.training.acting import chunk_policy
+from vla_trqam.training.checkpoints import (
+    Generators,
+    Position,
+    last_checkpoint,
+    load_checkpoint,
+    read_position,
+    save_checkpoint,
+)
+from vla_trqam.training.interruption import Interrupted, InterruptGuard
+from vla_trqam.training.learners import Learner
+from vla_trqam.training.metrics import MetricsLog
+from vla_trqam.training.progress import TrainingProgress
+
+METRICS_NAME = "metrics.jsonl"
+ROLLOUT_NOISE, EVALUATION_NOISE = 1, 2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of updates.
+
+    Attributes:
+        name: "pretrain", "offline" or "online".
+        num_steps: updates.
+        make_learner: called when the phase begins, with the policy as the last phase left it.
+        sampler: where batches come from.
+        batch_size: chunks a batch.
+        episodes_before: seeds of the episodes to roll out before an update, given the updates done
+            in the phase; they join the replay.
+        evaluate_every: updates between evaluations, 0 for none.
+        finish: called when the phase is over.
+    """
+
+    name: str
+    num_steps: int
+    make_learner: Callable[[], Learner]
+    sampler: ChunkSampler | MixedSampler
+    batch_size: int
+    episodes_before: Callable[[int], Sequence[int]] = lambda _: ()
+    evaluate_every: int = 0
+    finish: Callable[[Learner], None] = lambda _: None
+
+
+@dataclass
+class Run:
+    """What all phases share, and what a checkpoint holds of it.
+
+    Attributes:
+        output_dir: the run's folder.
+        policy: the policy in training.
+        replay: where episodes go.
+        pool: the simulators.
+        generators: the run's randomness.
+        metrics: the log.
+        evaluation_seeds: initial states of the evaluations during training.
+        log_freq: updates between lines of the log.
+        save_freq: updates between checkpoints.
+        device: where batches go.
+    """
+
+    output_dir: Path
+    policy: FlowPolicy
+    replay: ReplayBuffer
+    pool: RolloutPool
+    generators: Generators
+    metrics: MetricsLog
+    evaluation_seeds: Sequence[int]
+    log_freq: int
+    save_freq: int
+    device: torch.device
+    step: int = 0
+    wall_clock: dict[str, float] = field(default_factory=dict)
+
+    def train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Learner:
+        """Runs the phases, from the last checkpoint where there is one; returns the last learner.
+
+        Raises:
+            Interrupted: the guard was asked to stop; everything up to here is saved.
+        """
+        checkpoint = last_checkpoint(self.output_dir)
+        position = None if checkpoint is None else read_position(checkpoint)
+        names = [phase.name for phase in phases]
+        begin = 0 if position is None else names.index(position.phase)
+        learner: Learner | None = None
+        for phase in phases[begin:]:
+            learner = phase.make_learner()
+            start = 0
+            if checkpoint is not None and position is not None and phase.name == position.phase:
+                load_checkpoint(checkpoint, learner, self.generators)
+                start, self.step, self.wall_clock = (
+                    position.phase_step,
+                    position.step,
+                    dict(position.wall_clock),
+                )
+            self._train_phase(phase, learner, start, guard)
+        assert learner is not None, "a run has at least one phase"
+        return learner
+
+    def _train_phase(
+        self, phase: Phase, learner: Learner, start: int, guard: InterruptGuard
+    ) -> None:
+        counts = 0 if phase.name == "pretrain" else 1
+        with TrainingProgress(phase.num_steps, phase.name, initial=start) as progress:
+            if start == 0 and phase.name == "offline":
+                self._evaluate(phase, 0, progress)
+            for done in range(start, phase.num_steps):
+                self._collect(phase, done, progress)
+                with self.timed(phase.name):
+                    batch = phase.sampler.sample(phase.batch_size, self.generators.replay)
+                    learner.update(batch.to(self.device), self.generators.noise)
+                self.step += counts
+                self._log(phase, learner, done + 1, progress)
+                self._evaluate(phase, done + 1, progress)
+                whole = done + 1 == phase.num_steps
+                if whole or guard.requested or (done + 1) % self.save_freq == 0:
+                    self._save(phase, learner, done + 1)
+                if guard.requested:
+                    raise Interrupted(f"{phase.name} update {done + 1} of {phase.num_steps}")
+        phase.finish(learner)
+
+    def _collect(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
+        seeds = phase.episodes_before(done)
+        if not seeds:
+            return
+        with self.timed("rollouts"):
+            episodes = self.pool.run(chunk_policy(self.policy, ROLLOUT_NOISE), seeds)
+        for episode in episodes:
+            self.replay.add_episode(
+                episode.observations,
+                episode.actions,
+                episode.rewards,
+                terminated=episode.terminated,
+                truncated=episode.truncated,
+                source=phase.name,
+                success=episode.success,
+            )
+            values = {"success": float(episode.success), "episode_steps": len(episode.actions)}
+            self.metrics.log(self.step, phase.name, values)
+        progress.update(done, {"success_rate": success_rate(episodes)})
+
+    def _log(self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress) -> None:
+        if done % self.log_freq and done != phase.num_steps:
+            return
+        seconds = self.wall_clock[phase.name]
+        values = learner.metrics() | {"updates_per_s": done / seconds if seconds else 0.0}
+        step = done if phase.name == "pretrain" else self.step
+        self.metrics.log(step, phase.name, values)
+        progress.update(done, values)
+
+    def _evaluate(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
+        if not phase.evaluate_every or done % phase.evaluate_every:
+            return
+        with self.timed("evaluations"):
+            episodes = self.evaluate(self.evaluation_seeds)
+        values = {"success_rate": success_rate(episodes), "episodes": float(len(episodes))}
+        self.metrics.log(self.step, "eval", values)
+        progress.update(done, values)
+
+    def evaluate(self, seeds: Sequence[int], policy: FlowPolicy | None = None) -> list[Episode]:
+        """One episode an initial state; every policy meets the same states and noise."""
+        return self.pool.run(chunk_policy(policy or self.policy, EVALUATION_NOISE), seeds)
+
+    def _save(self, phase: Phase, learner: Learner, done: int) -> None:
+        position = Position(
+            phase=phase.name,
+            phase_step=done,
+            step=self.step,
+            replay_episodes=self.replay.num_episodes,
+            metrics_lines=self.metrics.num_lines,
+            wall_clock=self.wall_clock,
+        )
+        name = f"pretrain_{done:06d}" if phase.name == "pretrain" else f"{self.step:06d}"
+        save_checkpoint(self.output_dir, name, learner, self.policy, self.generators, position)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to the wall clock under a name."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.wall_clock[name] = self.wall_clock.get(name, 0.0) + spent
+
+
+def success_rate(episodes: Sequence[Episode]) -> float:
+    """The share of episodes that succeeded."""
+    return float(np.mean([episode.success for episode in episodes]))

@@ -1,0 +1,190 @@
+"""What a training phase moves: behaviour cloning and the off-policy method, with state to save."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.critic import ema_update
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.losses import flow_matching_loss, flow_matching_target
+from vla_trqam.methods.trqam import TRQAM, UpdateNoise, UpdateResult
+from vla_trqam.policy import FlowPolicy
+
+
+class Learner(Protocol):
+    """One update at a time, and everything that moves as named tensors and numbers."""
+
+    def update(self, batch: TransitionBatch, generator: torch.Generator) -> None:
+        """Takes one gradient step."""
+
+    def metrics(self) -> dict[str, float]:
+        """The last update's logged quantities."""
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Networks to save, by name."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser to save."""
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers to save."""
+
+    def load_scalars(self, values: Mapping[str, float]) -> None:
+        """Restores :meth:`scalars`."""
+
+
+@dataclass(frozen=True)
+class BehaviourCloningConfig:
+    """Flow-matching pretraining.
+
+    Attributes:
+        lr: Adam's step size; it falls linearly to zero over the phase.
+        ema_rate: the pretrained policy is the average of the weights with this rate.
+    """
+
+    lr: float = 1e-3
+    ema_rate: float = 0.005
+
+
+class BehaviourCloning:
+    """Trains the tuned field on demonstrations; :meth:`finish` makes its average the policy."""
+
+    def __init__(self, policy: FlowPolicy, config: BehaviourCloningConfig, num_steps: int) -> None:
+        self.policy, self.config, self._num_steps = policy, config, num_steps
+        self._average = copy.deepcopy(policy)
+        self._done = 0
+        self._loss = torch.zeros(())
+        self._optimizer = torch.optim.Adam(policy.trainable_parameters(), lr=config.lr, fused=True)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam over the tuned field."""
+        return self._optimizer
+
+    def update(self, batch: TransitionBatch, generator: torch.Generator) -> None:
+        """One step on the flow-matching loss."""
+        noise = UpdateNoise.draw(batch.action, 0, generator)
+        x_tau, target = flow_matching_target(batch.action, noise.bc_x_0, noise.bc_tau)
+        context = self.policy.encode(batch.observation)
+        velocity = self.policy.velocity(x_tau, noise.bc_tau, context)
+        loss = flow_matching_loss(velocity, target, batch.valid)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.lr * (1.0 - self._done / self._num_steps)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        self._done += 1
+        # A young average forgets its random start: the mean of all weights so far is at most 1/n.
+        rate = max(self.config.ema_rate, 1.0 / self._done)
+        ema_update(self._average.trainable_parameters(), self.policy.trainable_parameters(), rate)
+        self._loss = loss.detach()
+
+    def finish(self) -> None:
+        """The average becomes the policy."""
+        ema_update(self.policy.trainable_parameters(), self._average.trainable_parameters(), 1.0)
+
+    def metrics(self) -> dict[str, float]:
+        """The loss."""
+        return {"bc_loss": float(self._loss)}
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Policy and average."""
+        return {"policy": self.policy, "average": self._average}
+
+    def scalars(self) -> dict[str, float]:
+        """Steps done."""
+        return {"done": self._done}
+
+    def load_scalars(self, values: Mapping[str, float]) -> None:
+        """Restores :meth:`scalars`."""
+        self._done = int(values["done"])
+
+
+class OffPolicy:
+    """TRQAM or QAM as a learner."""
+
+    def __init__(self, method: TRQAM) -> None:
+        self.method = method
+        self._result: UpdateResult | None = None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The method's."""
+        return self.method.optimizer
+
+    def update(self, batch: TransitionBatch, generator: torch.Generator) -> None:
+        """One update of the method."""
+        noise = UpdateNoise.draw(batch.action, self.method.policy.num_flow_steps, generator)
+        self._result = self.method.update(batch, noise)
+
+    def metrics(self) -> dict[str, float]:
+        """The update's own and the trust region's."""
+        assert self._result is not None, "metrics() before the first update()"
+        config, region = self.method.config, self.method.trust_region
+        values = self._result.metrics() | {"kl_ema": region.kl_ema}
+        if config.dual_step_size > 0.0:
+            values |= {
+                "kl_budget": config.kl_budget,
+                "lam_min": config.lam_min,
+                "lam_max": config.lam_max,
+            }
+        return values
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Policy and critic."""
+        return {"policy": self.method.policy, "critic": self.method.critic}
+
+    def scalars(self) -> dict[str, float]:
+        """The trust region's state."""
+        return self.method.trust_region.state_dict()
+
+    def load_scalars(self, values: Mapping[str, float]) -> None:
+        """Restores :meth:`scalars`."""
+        self.method.trust_region.load_state_dict(dict(values))
+
+
+def module_tensors(learner: Learner) -> dict[str, Tensor]:
+    """Every weight of a learner under ``<module>.<key>``."""
+    return {
+        f"{name}.{key}": value.detach().contiguous()
+        for name, module in learner.modules().items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def load_module_tensors(learner: Learner, tensors: Mapping[str, Tensor]) -> None:
+    """Restores :func:`module_tensors`; every key must be there and no other."""
+    for name, module in learner.modules().items():
+        prefix = f"{name}."
+        mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        module.load_state_dict(mine, strict=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's moments and step counts under ``<parameter number>.<name>``."""
+    return {
+        f"{number}.{key}": value.detach().contiguous()
+        for number, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restores :func:`optimizer_tensors`."""
+    parameters = list(_parameters(optimizer))
+    for name, value in tensors.items():
+        number, key = name.split(".", 1)
+        parameter = parameters[int(number)]
+        # Adam keeps its step counts where its moments are when fused.
+        optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])

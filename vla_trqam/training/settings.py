@@ -1,0 +1,230 @@
+"""The settings of a Robomimic run; every knob has one owner, here or in the part it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from vla_trqam.data.sampling import RewardKind, ShortChunks
+from vla_trqam.envs.env_meta import LOW_DIM_KEYS
+from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.training.learners import BehaviourCloningConfig
+
+# Initial states: evaluation seeds lie below, those of training above.
+VALIDATION_SEED, TRAINING_SEED, TRAINING_SEED_STRIDE = 500_000, 1_000_000, 1_000_000
+
+
+@dataclass
+class DatasetConfig:
+    """The replay's offline data.
+
+    Attributes:
+        path: a Robomimic HDF5 file; without path and name, the packed file of Lift.
+        name: an official dataset ("lift/mh"), downloaded from the Hub.
+        filter_key: only the demos of this key.
+        obs_keys: low-dimensional observations, concatenated in this order.
+        reward: what the critic maximises.
+        short_chunks: chunks that the episode's end cuts short.
+    """
+
+    path: Path | None = None
+    name: str | None = None
+    filter_key: str | None = None
+    obs_keys: tuple[str, ...] = LOW_DIM_KEYS
+    reward: RewardKind = "success_minus_one"
+    short_chunks: ShortChunks = "pad"
+
+
+@dataclass
+class PolicyConfig:
+    """The policy: a checkpoint, or the shape of a new one.
+
+    Attributes:
+        path: folder of a pretrained policy; skips the pretraining.
+        chunk_length: H, all of which is executed before the policy is asked again.
+        hidden_dims: widths of the hidden layers.
+        layer_norm: normalise after every activation.
+        num_flow_steps: K.
+    """
+
+    path: Path | None = None
+    chunk_length: int = 5
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    layer_norm: bool = False
+    num_flow_steps: int = 10
+
+
+@dataclass
+class PretrainConfig:
+    """Behaviour cloning of the base.
+
+    Attributes:
+        steps: updates.
+        batch_size: chunks a batch.
+        filter_key: the demos of this key; None for all of the replay's.
+        num_demos: the first so many of them; None for all.
+        optimizer: its step size and averaging.
+    """
+
+    steps: int = 5000
+    batch_size: int = 256
+    filter_key: str | None = None
+    num_demos: int | None = None
+    optimizer: BehaviourCloningConfig = field(default_factory=BehaviourCloningConfig)
+
+
+@dataclass
+class CriticConfig:
+    """The critic ensemble.
+
+    Attributes:
+        hidden_dims: widths of the hidden layers.
+        ensemble_size: E.
+        layer_norm: normalise after every activation.
+        pessimism: rho of mean - rho std in the TD target.
+        target_rate: EMA rate of the target network.
+        clip_actions: evaluate at actions clipped to [-1, 1].
+    """
+
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    ensemble_size: int = 10
+    layer_norm: bool = True
+    pessimism: float = 0.5
+    target_rate: float = 0.005
+    clip_actions: bool = True
+
+
+@dataclass
+class MethodConfig:
+    """Which method.
+
+    Attributes:
+        name: "trqam", or "qam" (lambda frozen at 1, no dual).
+        inverse_temperature: QAM's beta.
+    """
+
+    name: Literal["trqam", "qam"] = "trqam"
+    inverse_temperature: float = 1.0
+
+
+@dataclass
+class OfflineConfig:
+    """Updates from the dataset.
+
+    Attributes:
+        steps: updates.
+        base_episodes: episodes of the base policy that join the replay first, so that the critic
+            knows what the base does.
+    """
+
+    steps: int = 10000
+    base_episodes: int = 60
+
+
+@dataclass
+class OnlineConfig:
+    """Updates with rollouts of the tuned policy between them.
+
+    Attributes:
+        steps: updates.
+        episodes_per_round: episodes rolled out before every round of updates.
+        updates_per_round: updates of a round.
+        fraction: share of every batch from rollouts; None draws uniformly from all data.
+    """
+
+    steps: int = 5000
+    episodes_per_round: int = 20
+    updates_per_round: int = 250
+    fraction: float | None = None
+
+
+@dataclass
+class EvalConfig:
+    """The paired evaluation of base and tuned policy.
+
+    Attributes:
+        episodes: initial states.
+        first_seed: of the initial states; training uses others.
+        max_episode_steps: control steps (20 a second) until an episode is cut.
+        num_workers: simulator processes; None for one a core.
+        episodes_during_training: initial states (others) of the evaluations in between.
+        videos: episodes filmed; None for two where off-screen rendering works, else none.
+    """
+
+    episodes: int = 100
+    first_seed: int = 10_000
+    max_episode_steps: int = 150
+    num_workers: int | None = None
+    episodes_during_training: int = 50
+    videos: int | None = None
+
+
+@dataclass
+class FinetuneRobomimicConfig:
+    """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml."""
+
+    output_dir: Path | None = None
+    resume: bool = False
+    seed: int = 0
+    batch_size: int = 128
+    discount: float = 0.99
+    evaluate_every: int = 3000
+    log_freq: int = 100
+    save_freq: int = 1000
+    num_threads: int | None = None
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    trqam: TRQAMConfig = field(default_factory=TRQAMConfig)
+    offline: OfflineConfig = field(default_factory=OfflineConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        positive = {
+            "batch_size": self.batch_size,
+            "log_freq": self.log_freq,
+            "save_freq": self.save_freq,
+            "policy.chunk_length": self.policy.chunk_length,
+            "policy.num_flow_steps": self.policy.num_flow_steps,
+            "critic.ensemble_size": self.critic.ensemble_size,
+            "pretrain.steps": self.pretrain.steps,
+            "pretrain.batch_size": self.pretrain.batch_size,
+            "online.episodes_per_round": self.online.episodes_per_round,
+            "online.updates_per_round": self.online.updates_per_round,
+            "eval.episodes": self.eval.episodes,
+            "eval.max_episode_steps": self.eval.max_episode_steps,
+            "eval.episodes_during_training": self.eval.episodes_during_training,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise UserError(f"--{name}={value} must be at least 1")
+        counts = {
+            "offline.steps": self.offline.steps,
+            "offline.base_episodes": self.offline.base_episodes,
+            "online.steps": self.online.steps,
+            "evaluate_every": self.evaluate_every,
+        }
+        for name, value in counts.items():
+            if value < 0:
+                raise UserError(f"--{name}={value} must not be negative")
+        if self.offline.steps + self.online.steps < 1:
+            raise UserError(
+                "--offline.steps and --online.steps are both 0: nothing would be trained"
+            )
+        if not 0.0 < self.discount < 1.0:
+            raise UserError(f"--discount={self.discount} must lie between 0 and 1")
+        if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:
+            raise UserError(f"--online.fraction={self.online.fraction} must lie between 0 and 1")
+        last = self.eval.first_seed + self.eval.episodes
+        if self.eval.first_seed < 0 or last > VALIDATION_SEED:
+            raise UserError(
+                f"--eval.first_seed={self.eval.first_seed} must be at least 0 and leave its "
+                f"{self.eval.episodes} initial states below {VALIDATION_SEED}"
+            )
+        if self.dataset.path is not None and self.dataset.name is not None:
+            raise UserError("--dataset.path and --dataset.name are both given; choose one")

@@ -1,0 +1,173 @@
+"""What a run leaves for its reader: the paired evaluation, plots, videos and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_trqam.critic import Critic
+from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.envs.rollout import Episode
+from vla_trqam.envs.video import write_side_by_side
+from vla_trqam.errors import UserError
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.training.acting import chunk_policy
+from vla_trqam.training.critic_check import check_critic
+from vla_trqam.training.evaluation import PairedEvaluation
+from vla_trqam.training.finetuning import EVALUATION_NOISE, METRICS_NAME, Run
+from vla_trqam.training.plots import plot_q_against_returns, plot_run
+from vla_trqam.training.report import write_json, write_report
+
+EVALUATION_NAME = "evaluation.json"
+CONTROL_FREQUENCY = 20  # Hz
+FRAME_EVERY = 2
+DEFAULT_VIDEOS = 2
+
+
+def paired_evaluation(base: Sequence[Episode], tuned: Sequence[Episode]) -> PairedEvaluation:
+    """Base and tuned episodes from the same initial states."""
+    assert [e.seed for e in base] == [e.seed for e in tuned], "not the same initial states"
+    return PairedEvaluation(
+        seeds=np.array([e.seed for e in base]),
+        base_success=np.array([e.success for e in base]),
+        tuned_success=np.array([e.success for e in tuned]),
+        base_steps=np.array([len(e.actions) for e in base]),
+        tuned_steps=np.array([len(e.actions) for e in tuned]),
+    )
+
+
+def write_plots(
+    run: Run,
+    critic: Critic,
+    evaluation: PairedEvaluation,
+    *,
+    discount: float,
+    reward: RewardSpec,
+    kl_unit: str,
+) -> list[Path]:
+    """The figures of a run."""
+    folder = run.output_dir / "plots"
+    paths = plot_run(run.output_dir / METRICS_NAME, folder, evaluation=evaluation, kl_unit=kl_unit)
+    check = check_critic(run.policy, critic, run.replay, discount=discount, reward=reward)
+    path = folder / "q_against_returns.png"
+    plot_q_against_returns(check.q, check.returns, path, success=check.success)
+    return [*paths, path]
+
+
+def film(run: Run, base: FlowPolicy, evaluation: PairedEvaluation, count: int) -> list[Path]:
+    """Films base and tuned policy side by side: gained episodes first, then lost, then others.
+
+    Raises:
+        UserError: off-screen rendering does not start.
+    """
+    seeds = _interesting(evaluation)[:count]
+    if not seeds:
+        return []
+    pair = [
+        run.pool.record(chunk_policy(policy, EVALUATION_NOISE), seeds, every=FRAME_EVERY)
+        for policy in (base, run.policy)
+    ]
+    paths = []
+    for before, after in zip(*pair, strict=True):
+        path = run.output_dir / "videos" / f"seed_{before.seed}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        write_side_by_side(
+            path,
+            _frames(before),
+            _frames(after),
+            base_label=_label("base", before),
+            tuned_label=_label("tuned", after),
+            fps=CONTROL_FREQUENCY / FRAME_EVERY,
+        )
+        paths.append(path)
+    return paths
+
+
+def conclude(
+    run: Run,
+    base: FlowPolicy,
+    critic: Critic,
+    *,
+    evaluation_seeds: Sequence[int],
+    num_videos: int | None,
+    discount: float,
+    reward: RewardSpec,
+    config: Mapping[str, Any],
+    title: str,
+    seeds: Mapping[str, int],
+    command: str,
+    kl_unit: str,
+) -> PairedEvaluation:
+    """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result."""
+    with run.timed("final evaluation"):
+        evaluation = paired_evaluation(
+            run.evaluate(evaluation_seeds, base), run.evaluate(evaluation_seeds)
+        )
+    write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
+    with run.timed("plots"):
+        plots = write_plots(
+            run, critic, evaluation, discount=discount, reward=reward, kl_unit=kl_unit
+        )
+
+    def report(videos: Sequence[Path]) -> Path:
+        return write_report(
+            run.output_dir,
+            config=config,
+            evaluation=evaluation,
+            metrics_path=run.output_dir / METRICS_NAME,
+            wall_clock=run.wall_clock,
+            plots=plots,
+            videos=videos,
+            title=title,
+            seeds=seeds,
+            command=command,
+            kl_unit=kl_unit,
+        )
+
+    path = report(())
+    try:
+        with run.timed("videos"):
+            videos = film(
+                run, base, evaluation, DEFAULT_VIDEOS if num_videos is None else num_videos
+            )
+    except UserError as error:
+        # Without a wish of the user's, a machine that cannot render gets a sentence.
+        if num_videos is not None:
+            raise
+        print(f"no videos: {error}")
+    else:
+        path = report(videos)
+    print(_verdict(evaluation, path))
+    return evaluation
+
+
+def _verdict(evaluation: PairedEvaluation, path: Path) -> str:
+    base, tuned = evaluation.base_interval(), evaluation.tuned_interval()
+    change = evaluation.difference_interval()
+    return (
+        f"\nbase   {evaluation.base_rate:.1%} (95% interval {base.low:.1%} to {base.high:.1%})\n"
+        f"tuned  {evaluation.tuned_rate:.1%} (95% interval {tuned.low:.1%} to {tuned.high:.1%})\n"
+        f"gain   {100 * evaluation.difference:+.1f} points "
+        f"(95% interval {100 * change.low:+.1f} to {100 * change.high:+.1f}) on "
+        f"{len(evaluation)} initial states; {len(evaluation.gained)} gained, "
+        f"{len(evaluation.lost)} lost\n"
+        f"report {path}"
+    )
+
+
+def _interesting(evaluation: PairedEvaluation) -> list[int]:
+    first = [int(seed) for seed in (*evaluation.gained, *evaluation.lost)]
+    return first + [int(seed) for seed in evaluation.seeds if int(seed) not in first]
+
+
+def _frames(episode: Episode) -> Any:
+    assert episode.frames is not None, "the episode was not filmed"
+    return episode.frames
+
+
+def _label(name: str, episode: Episode) -> str:
+    seconds = len(episode.actions) / CONTROL_FREQUENCY
+    return f"{name}: {f'success at {seconds:.1f} s' if episode.success else 'failed'}"
