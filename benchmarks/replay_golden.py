@@ -5,21 +5,22 @@
 The file holds weights, batches, noise and outputs of consecutive updates (format: docs/golden.md).
 The command prints the worst relative error of every quantity and exits with 1 when one is out of
 tolerance: ``|ours - theirs| <= atol + rtol |theirs|``. What it prints is
-``|ours - theirs| / (|theirs| + atol / rtol)``, which is within tolerance when at most rtol.
+``|ours - theirs| / (|theirs| + atol / rtol)``, which is within tolerance when at most rtol. It
+exits with 2 when the file cannot be replayed: unreadable, of another method, or incomplete.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from golden_file import GoldenFile
 from torch import Tensor, nn
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy, VelocityMLP
 
@@ -33,7 +34,14 @@ from vla_trqam.time_grid import TimeGrid
 
 RTOL, ATOL = 2e-4, 2e-5
 
-Golden = Mapping[str, np.ndarray]
+LOSSES = ("info/actor/adj_loss", "info/actor/flow_loss", "info/critic/critic_loss")
+REQUIRED_OUTPUTS = {
+    "qam": (*LOSSES, "info/grad/norm"),
+    "trqam": (
+        *(f"out/{name}" for name in ("xs", "adjoints", "next_actions", "lambda_raw", "kl_ema")),
+        *(*LOSSES, "info/grad/norm", "info/actor/path_kl"),
+    ),
+}
 
 
 @dataclass
@@ -43,6 +51,7 @@ class Comparison:
     rtol: float
     atol: float
     worst: dict[str, float] = field(default_factory=dict)
+    not_compared: list[str] = field(default_factory=list)
 
     def add(self, name: str, ours: Tensor | float, theirs: np.ndarray) -> None:
         """Compares one quantity."""
@@ -62,82 +71,67 @@ class Comparison:
         return [name for name, error in self.worst.items() if not error <= self.rtol]
 
 
-def load_golden(path: Path) -> tuple[Golden, dict]:
-    """Reads the file and its settings; refuses what this command does not replay."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            data = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a golden npz file: {error}") from None
-    if "config.json" not in data:
-        raise UserError(f"{path} has no config.json entry; it is not a golden file")
-    config = json.loads(bytes(data["config.json"]).decode())
-    if config["agent_name"] not in ("trqam", "qam"):
-        raise UserError(f"{path} records {config['agent_name']!r}; only trqam and qam are replayed")
-    required = {"best_of_n": 1, "use_target_grad": True, "target_actor": True}
-    for key, value in required.items():
-        if config[key] != value:
-            raise UserError(f"{path}: {key} is {config[key]}; only {value} is replayed")
-    return data, config
-
-
-def _method_config(config: dict) -> TRQAMConfig:
-    common = {
+def _method_config(golden: GoldenFile) -> TRQAMConfig:
+    get = golden.setting
+    common: dict[str, Any] = {
         "shared_optimizer": True,
         "train_base": True,
-        "actor_lr": config["lr"],
-        "critic_lr": config["lr"],
-        "base_ema_rate": config["tau"],
-        "max_grad_norm": 1.0 if config["clip_grad"] else float("inf"),
+        "actor_lr": get("lr"),
+        "critic_lr": get("lr"),
+        "base_ema_rate": get("tau"),
+        "max_grad_norm": 1.0 if get("clip_grad") else float("inf"),
     }
-    if config["agent_name"] == "qam":
-        return qam_config(TRQAMConfig(**common), config["inv_temp"])
-    scale = config["lam_scale"]
+    if golden.agent == "qam":
+        return qam_config(TRQAMConfig(**common), get("inv_temp"))
+    scale = get("lam_scale")
     return TRQAMConfig(
-        kl_budget=config["kl_budget"],
-        kl_clip=config["kl_clip_coef"],
-        kl_ema_rate=config["kl_ema_coef"],
-        lam_init=scale,
-        lam_min=scale * config["lambda_min"],
-        lam_max=scale * config["lambda_max"],
-        dual_step_size=scale * config["eta_lambda"],
+        kl_budget=get("kl_budget"),
+        kl_clip=get("kl_clip_coef"),
+        kl_ema_rate=get("kl_ema_coef"),
+        lam_init=scale * min(max(1.0, get("lambda_min")), get("lambda_max")),
+        lam_min=scale * get("lambda_min"),
+        lam_max=scale * get("lambda_max"),
+        dual_step_size=scale * get("eta_lambda"),
         **common,
     )
 
 
-def build(data: Golden, config: dict) -> TRQAM:
+def build(golden: GoldenFile) -> TRQAM:
     """The method with the file's initial weights."""
+    get = golden.setting
+    if len(get("ob_dims")) != 1:
+        raise UserError(f"{golden.path}: ob_dims is {get('ob_dims')}; only vectors are replayed")
     policy = MLPFlowPolicy(
         MLPFlowConfig(
-            observation_dim=config["ob_dims"][0],
-            action_dim=config["action_dim"],
-            chunk_length=config["horizon_length"],
-            hidden_dims=tuple(config["actor_hidden_dims"]),
-            layer_norm=config["actor_layer_norm"],
-            num_flow_steps=config["flow_steps"],
+            observation_dim=get("ob_dims")[0],
+            action_dim=get("action_dim"),
+            chunk_length=get("horizon_length"),
+            hidden_dims=tuple(get("actor_hidden_dims")),
+            layer_norm=get("actor_layer_norm"),
+            num_flow_steps=get("flow_steps"),
         )
     )
     ensemble = CriticEnsemble(
-        config["ob_dims"][0],
-        config["action_dim"] * config["horizon_length"],
-        config["value_hidden_dims"],
-        config["num_qs"],
-        layer_norm=config["value_layer_norm"],
+        get("ob_dims")[0],
+        get("action_dim") * get("horizon_length"),
+        get("value_hidden_dims"),
+        get("num_qs"),
+        layer_norm=get("value_layer_norm"),
     )
     critic = Critic(
         ensemble,
-        pessimism=config["rho"],
-        target_rate=config["tau"],
-        clip_actions=config["clip_adj"],
+        pessimism=get("rho"),
+        target_rate=get("tau"),
+        clip_actions=get("clip_adj"),
     )
-    method = TRQAM(policy, critic, _method_config(config))
+    method = TRQAM(policy, critic, _method_config(golden))
     with torch.no_grad():
         for name, module in _networks(method).items():
             for key, weight in _named_weights(name, module):
-                weight.copy_(torch.from_numpy(data[f"init/{key}"]))
-    if "u0/in/lambda_raw" in data:
-        method.trust_region.lam = float(data["u0/in/lambda_raw"]) * config["lam_scale"]
-        method.trust_region.kl_ema = float(data["u0/in/kl_ema"])
+                weight.copy_(golden.tensor(f"init/{key}", weight.shape))
+    if golden.agent == "trqam":
+        lam_raw, kl_ema = float(golden["u0/in/lambda_raw"]), float(golden["u0/in/kl_ema"])
+        method.trust_region.load_state_dict({"lam": lam_raw * get("lam_scale"), "kl_ema": kl_ema})
     return method
 
 
@@ -170,147 +164,189 @@ def _named_weights(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     return pairs
 
 
-BATCH_KEYS = ("observations", "actions", "next_observations", "rewards", "masks", "valid")
-
-
-def read_batch(data: Golden, update: int, discount: float) -> TransitionBatch:
+def read_batch(golden: GoldenFile, method: TRQAM, update: int) -> TransitionBatch:
     """The recorded batch in this library's words."""
-    get = {k: torch.from_numpy(data[f"u{update}/batch/{k}"]) for k in BATCH_KEYS}
-    valid = get["valid"][:, -1:] > 0
-    actions = get["actions"]
-    steps = actions.shape[1]
-    ended = get["masks"][:, -1] == 0
+    get, prefix = golden.setting, f"u{update}/batch"
+    steps, dim = method.policy.chunk_shape
+    width = method.policy.feature_dim
+    size = len(golden[f"{prefix}/observations"])
+    per_step = {
+        name: golden.tensor(f"{prefix}/{name}", (size, steps))[:, -1]
+        for name in ("rewards", "masks", "valid")
+    }
+    for name in ("masks", "valid"):
+        if not bool(((per_step[name] == 0) | (per_step[name] == 1)).all()):
+            raise UserError(f"{golden.path}: {prefix}/{name} holds more than zeros and ones")
+    valid, ended = per_step["valid"] == 1, per_step["masks"] == 0
     return TransitionBatch(
-        observation=get["observations"],
-        action=actions,
-        chunk_return=get["rewards"][:, -1],
-        next_observation=get["next_observations"][:, -1],
-        discount=torch.full(ended.shape, discount),
+        observation=golden.tensor(f"{prefix}/observations", (size, width)),
+        action=golden.tensor(f"{prefix}/actions", (size, steps, dim)),
+        chunk_return=per_step["rewards"],
+        next_observation=golden.tensor(f"{prefix}/next_observations", (size, steps, width))[:, -1],
+        discount=torch.full((size,), get("discount") ** get("horizon_length")),
         # Their `valid` wins over `masks`; ours counts a terminated chunk whatever its length.
-        terminated=ended & valid[:, 0],
+        terminated=ended & valid,
         truncated=torch.zeros_like(ended),
-        valid=valid.expand(-1, steps),
+        # The last step's `valid` is the whole chunk's.
+        valid=valid.unsqueeze(1).expand(-1, steps),
     )
 
 
-def read_noise(data: Golden, update: int, config: dict, shape: torch.Size) -> UpdateNoise:
+def read_noise(golden: GoldenFile, update: int, steps: int, shape: torch.Size) -> UpdateNoise:
     """The recorded noise: named in TRQAM's files, in drawing order in QAM's."""
     prefix = f"u{update}"
-    if f"{prefix}/noise/sde_x0" in data:
-        names = ("next_action", "sde_x0", "sde_steps", "bc_x0", "bc_t")
-        arrays = [data[f"{prefix}/noise/{name}"] for name in names]
+    if golden.agent == "trqam":
+        names = ("next_action", "bc_x0", "bc_t", "sde_x0")
+        keys = [f"{prefix}/noise/{name}" for name in names]
+        increments = golden.tensor(f"{prefix}/noise/sde_steps", (steps, *shape))
     else:
-        draws = [data[k] for k in sorted(k for k in data if k.startswith(f"{prefix}/draw/"))]
-        arrays = [draws[0], draws[3], np.stack(draws[4:]), draws[1], draws[2]]
-    tensors = [torch.from_numpy(a) for a in arrays]
-    steps = config["flow_steps"]
+        keys = golden.keys(f"{prefix}/draw/")
+        if len(keys) != 4 + steps:
+            raise UserError(f"{golden.path}: {len(keys)} {prefix}/draw entries, not {4 + steps}")
+        increments = torch.stack([golden.tensor(key, shape) for key in keys[4:]])
     return UpdateNoise(
-        next_action=tensors[0].reshape(shape),
-        sde_x_0=tensors[1].reshape(shape),
-        sde_steps=tensors[2].reshape(steps, *shape),
-        bc_x_0=tensors[3].reshape(shape),
-        bc_tau=tensors[4].reshape(shape[0]),
+        next_action=golden.tensor(keys[0], shape),
+        bc_x_0=golden.tensor(keys[1], shape),
+        bc_tau=golden.tensor(keys[2], shape[:1]),
+        sde_x_0=golden.tensor(keys[3], shape),
+        sde_steps=increments,
     )
 
 
 def compare_update(
-    comparison: Comparison, method: TRQAM, result: UpdateResult, data: Golden, update: int
+    comparison: Comparison, method: TRQAM, result: UpdateResult, golden: GoldenFile, update: int
 ) -> None:
     """Compares one update's outputs and the dual state after it."""
-    out, scale = result.output, method.config.lam_init
-    ours: dict[str, Tensor | float] = {
+    ours = _outputs(method, result)
+    if golden.agent == "trqam":
+        ours |= _dual_outputs(method, result, golden.setting("lam_scale"))
+    for name, value in ours.items():
+        key = f"u{update}/{name}"
+        if key in golden or name in REQUIRED_OUTPUTS[golden.agent]:
+            comparison.add(name, value, golden[key])
+
+
+def _outputs(method: TRQAM, result: UpdateResult) -> dict[str, Tensor | float]:
+    out = result.output
+    assert out.bc_loss is not None
+    steps, batch = out.adjoint.shape[:2]
+    times = torch.tensor([method.loss.grid.tau(i) for i in range(steps)])
+    size = out.terminal_adjoint.abs()
+    return {
         "out/xs": out.trajectory.states,
         "out/adjoints": out.adjoint,
-        "out/ts": torch.tensor([method.loss.grid.tau(i) for i in range(len(out.adjoint))])
-        .view(-1, 1, 1)
-        .expand(-1, len(out.target), 1),
+        "out/ts": times.view(-1, 1, 1).expand(-1, batch, 1),
         "out/next_actions": out.next_action,
-        "out/kl_ema": method.trust_region.kl_ema,
-        "out/lambda_raw": method.trust_region.lam / scale,
         "info/actor/adj_loss": out.adjoint_loss,
-        "info/actor/flow_loss": out.bc_loss if out.bc_loss is not None else float("nan"),
+        "info/actor/fast_loss": out.adjoint_loss,
+        "info/actor/flow_loss": out.bc_loss,
         "info/actor/path_kl": result.kl_estimate,
+        "info/actor/adj_mean": size.mean(),
+        "info/actor/adj_max": size.max(),
+        "info/actor/adj_std": size.std(correction=0),
         "info/critic/critic_loss": out.td_loss,
         "info/critic/q_mean": out.q.mean(),
         "info/critic/q_max": out.q.max(),
         "info/critic/q_min": out.q.min(),
-        "info/actor/adj_mean": out.terminal_adjoint.abs().mean(),
-        "info/actor/adj_max": out.terminal_adjoint.abs().max(),
-        "info/actor/adj_std": out.terminal_adjoint.abs().std(correction=0),
-        "info/grad/norm": _sum_of_gradient_norms(method, result),
-        "info/dual/kl_estimate": result.kl_estimate,
-        "info/dual/kl_ema": method.trust_region.kl_ema,
-        "info/dual/lambda": method.trust_region.lam,
+        **_gradient_outputs(method, result),
     }
-    for name, value in ours.items():
-        if f"u{update}/{name}" in data:
-            comparison.add(name, value, data[f"u{update}/{name}"])
 
 
-def _sum_of_gradient_norms(method: TRQAM, result: UpdateResult) -> float:
-    """Their ``grad/norm``: the sum over arrays of each array's norm, before clipping."""
-    groups = method.optimizer.param_groups
-    clipped = sum(float(p.grad.norm()) for group in groups for p in group["params"])
-    return clipped * max(1.0, float(result.grad_norms[0]) / method.config.max_grad_norm)
+def _gradient_outputs(method: TRQAM, result: UpdateResult) -> dict[str, Tensor | float]:
+    """Their ``grad/norm`` is the sum over arrays of each array's norm, all before clipping."""
+    parameters = [p for group in method.optimizer.param_groups for p in group["params"]]
+    unclip = max(1.0, float(result.grad_norms[0]) / method.config.max_grad_norm)
+    return {
+        "info/grad/norm": unclip * sum(float(p.grad.norm()) for p in parameters),
+        "info/grad/max": unclip * max(float(p.grad.max()) for p in parameters),
+        "info/grad/min": unclip * min(float(p.grad.min()) for p in parameters),
+    }
 
 
-def compare_weights(comparison: Comparison, method: TRQAM, data: Golden, prefix: str) -> None:
-    """Compares the weights stored under a prefix, where there are any."""
+def _dual_outputs(method: TRQAM, result: UpdateResult, scale: float) -> dict[str, Tensor | float]:
+    """Lambda and the KL after the update; in their files lambda is ``scale`` times ``raw``."""
+    region, config = method.trust_region, method.config
+    assert config.kl_clip is not None
+    limit = config.kl_clip * config.kl_budget
+    return {
+        "out/lambda_raw": region.lam / scale,
+        "out/kl_ema": region.kl_ema,
+        "info/dual/lambda": region.lam,
+        "info/dual/sigma_scale": region.lam**-0.5,
+        "info/dual/kl_estimate": result.kl_estimate,
+        "info/dual/kl_estimate_clipped": min(result.kl_estimate, limit),
+        "info/dual/kl_clipped": float(result.kl_estimate > limit),
+        "info/dual/kl_ema": region.kl_ema,
+        "info/dual/kl_budget": config.kl_budget,
+    }
+
+
+def compare_weights(comparison: Comparison, method: TRQAM, golden: GoldenFile, prefix: str) -> None:
+    """Compares every network's weights."""
     for name, module in _networks(method).items():
         for key, weight in _named_weights(name, module):
-            if f"{prefix}/{key}" in data:
-                comparison.add(f"{prefix}/{name}", weight, data[f"{prefix}/{key}"])
+            comparison.add(f"{prefix}/{name}", weight, golden[f"{prefix}/{key}"])
 
 
-def compare_evaluation(comparison: Comparison, method: TRQAM, data: Golden) -> None:
+def compare_evaluation(comparison: Comparison, method: TRQAM, golden: GoldenFile) -> None:
     """Compares the final policy's ODE actions."""
     policy = method.policy
-    context = policy.encode(torch.from_numpy(data["eval/obs"]))
-    x_0 = torch.from_numpy(data["eval/noise"]).reshape(-1, *policy.chunk_shape)
+    size = len(golden["eval/obs"])
+    context = policy.encode(golden.tensor("eval/obs", (size, policy.feature_dim)))
+    x_0 = golden.tensor("eval/noise", (size, *policy.chunk_shape))
     with torch.no_grad():
         actions = sample_ode(
             lambda x, tau: policy.velocity(x, tau, context), x_0, TimeGrid(policy.num_flow_steps)
         )
-    comparison.add("eval/actions", actions.clamp(-1.0, 1.0), data["eval/actions"])
+    comparison.add("eval/actions", actions.clamp(-1.0, 1.0), golden["eval/actions"])
 
 
 def replay(path: Path, rtol: float = RTOL, atol: float = ATOL) -> Comparison:
     """Runs every recorded update and compares everything the file holds."""
-    data, config = load_golden(path)
-    method = build(data, config)
+    golden = GoldenFile(path)
+    num_updates = golden.num_updates
+    method = build(golden)
     comparison = Comparison(rtol, atol)
-    discount = config["discount"] ** config["horizon_length"]
-    num_updates = len({k.split("/")[0] for k in data if k[0] == "u" and k[1].isdigit()})
-    if num_updates == 0:
-        raise UserError(f"{path} holds no updates (no u0/... entries); there is nothing to compare")
     for update in range(num_updates):
-        batch = read_batch(data, update, discount)
-        noise = read_noise(data, update, config, batch.action.shape)
+        batch = read_batch(golden, method, update)
+        noise = read_noise(golden, update, method.policy.num_flow_steps, batch.action.shape)
+        if golden.agent == "trqam":
+            lam_raw = method.trust_region.lam / golden.setting("lam_scale")
+            comparison.add("in/lambda_raw", lam_raw, golden[f"u{update}/in/lambda_raw"])
+            comparison.add("in/kl_ema", method.trust_region.kl_ema, golden[f"u{update}/in/kl_ema"])
         result = method.update(batch, noise)
-        compare_update(comparison, method, result, data, update)
-        compare_weights(comparison, method, data, f"u{update}/out")
-    compare_weights(comparison, method, data, "final")
-    if "eval/actions" in data:
-        compare_evaluation(comparison, method, data)
+        compare_update(comparison, method, result, golden, update)
+        if golden.keys(f"u{update}/out/modules_"):
+            compare_weights(comparison, method, golden, f"u{update}/out")
+    compare_weights(comparison, method, golden, "final")
+    if golden.keys("eval/"):
+        compare_evaluation(comparison, method, golden)
+    comparison.not_compared = golden.unasked_groups()
     return comparison
 
 
-def main() -> int:
-    """Command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status: 0 within tolerance, 1 out of it, 2 not a file to replay."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("--rtol", type=float, default=RTOL)
     parser.add_argument("--atol", type=float, default=ATOL)
-    arguments = parser.parse_args()
+    flags = parser.parse_args(arguments)
+    if not (flags.rtol > 0 and flags.atol >= 0):
+        parser.error(
+            f"--rtol {flags.rtol} --atol {flags.atol}: rtol must be positive, atol not negative"
+        )
     try:
-        comparison = replay(arguments.file, arguments.rtol, arguments.atol)
+        comparison = replay(flags.file, flags.rtol, flags.atol)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, error in comparison.worst.items():
-        print(f"{name:<42} {error:.2e}{'' if error <= arguments.rtol else '   OUT OF TOLERANCE'}")
+    for name, worst in comparison.worst.items():
+        print(f"{name:<42} {worst:.2e}{'' if worst <= flags.rtol else '   OUT OF TOLERANCE'}")
+    if comparison.not_compared:
+        print(f"in the file, but no part of the update: {', '.join(comparison.not_compared)}")
     print("all within tolerance" if not comparison.failures else f"failed: {comparison.failures}")
     return 1 if comparison.failures else 0
 
