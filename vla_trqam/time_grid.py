@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vla_trqam.errors import UserError
+
 
 @dataclass(frozen=True)
 class TimeGrid:
@@ -31,11 +33,9 @@ class TimeGrid:
 
     def __post_init__(self) -> None:
         if self.num_flow_steps < 1:
-            raise ValueError(f"num_flow_steps is {self.num_flow_steps}; it must be at least 1")
+            raise UserError(f"num_flow_steps is {self.num_flow_steps}; it must be at least 1")
         if not 0.0 < self.time_shift <= 1.0:
-            raise ValueError(
-                f"time_shift is {self.time_shift}; it must be in (0, 1], in units of h"
-            )
+            raise UserError(f"time_shift is {self.time_shift}; it must be in (0, 1], in units of h")
 
     @property
     def step_size(self) -> float:

@@ -63,15 +63,14 @@ class TrustRegionConfig:
                 f"lam_min, lam_init, lam_max are {self.lam_min}, {self.lam_init}, {self.lam_max}; "
                 "they must satisfy 0 < lam_min <= lam_init <= lam_max"
             )
-        if self.dual_step_size < 0.0:
+        if not self.dual_step_size >= 0.0:
             raise UserError(f"dual_step_size is {self.dual_step_size}; it must not be negative")
         if not 0.0 < self.kl_ema_rate <= 1.0:
             raise UserError(f"kl_ema_rate is {self.kl_ema_rate}; it must be in (0, 1]")
-        if self.kl_clip is not None and self.kl_clip <= 1.0:
+        if self.kl_clip is not None and not self.kl_clip > 1.0:
             raise UserError(
-                f"kl_clip is {self.kl_clip}; it must exceed 1 (times the budget), or null for "
-                "no clip: "
-                "an estimate clipped at the budget can never raise lambda"
+                f"kl_clip is {self.kl_clip}; it must exceed 1 (times the budget), or be null for "
+                "no clip: an estimate clipped at the budget can never raise lambda"
             )
 
 

@@ -8,6 +8,7 @@ step, measures the KL and moves lambda.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vla_trqam.adjoint import AdjointTime, adjoint_taus, lean_adjoint
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.errors import UserError
 from vla_trqam.losses import (
     adjoint_matching_loss,
     flow_matching_loss,
@@ -57,6 +59,20 @@ class TRQAMConfig(TrustRegionConfig):
     shared_optimizer: bool = False
     train_base: bool = False
     base_ema_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inverse_temperature", "actor_lr", "critic_lr", "max_grad_norm"):
+            if not getattr(self, name) > 0.0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0.0 < self.time_shift <= 1.0:
+            raise UserError(f"time_shift is {self.time_shift}; it must be in (0, 1], in units of h")
+        if not 0.0 <= self.base_ema_rate <= 1.0:
+            raise UserError(f"base_ema_rate is {self.base_ema_rate}; it must be in [0, 1]")
+        for name, choices in (("final_step", FinalStep), ("adjoint_time", AdjointTime)):
+            if getattr(self, name) not in get_args(choices):
+                known = " or ".join(map(repr, get_args(choices)))
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {known}")
 
 
 @dataclass(frozen=True)
