@@ -1,11 +1,14 @@
 """Flows whose every answer is known: Gaussian and two-mode bases, exact linear propagation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vla_trqam.policy import FlowPolicy
 from vla_trqam.sde import FinalStep, Velocity, sample_memoryless_sde, sample_ode
 from vla_trqam.time_grid import TimeGrid
 
@@ -25,6 +28,58 @@ def gaussian_field(variance: float) -> Velocity:
         return gain.view(-1, 1, 1) * x
 
     return velocity
+
+
+class FunctionPolicy(FlowPolicy):
+    """Two functions as a policy; observations are features are context.
+
+    Args:
+        tuned: the tuned field; where it is a module, its parameters are trained.
+        base: the base field.
+        chunk_shape: (H, A).
+        num_flow_steps: K.
+    """
+
+    def __init__(
+        self, tuned: Velocity, base: Velocity, chunk_shape: tuple[int, int], num_flow_steps: int
+    ) -> None:
+        super().__init__()
+        self._tuned, self._base = tuned, base
+        self._shape, self._steps = chunk_shape, num_flow_steps
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def num_flow_steps(self) -> int:
+        return self._steps
+
+    @property
+    def feature_dim(self) -> int:
+        return 1
+
+    def encode(self, observation: Any) -> Any:
+        return observation
+
+    def features(self, context: Any) -> Tensor:
+        return context
+
+    def velocity(self, x: Tensor, tau: Tensor, context: Any) -> Tensor:
+        return self._tuned(x, tau)
+
+    def base_velocity(self, x: Tensor, tau: Tensor, context: Any) -> Tensor:
+        return self._base(x, tau)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        return self._tuned.parameters() if isinstance(self._tuned, nn.Module) else iter(())
+
+    def save_pretrained(self, directory: Path) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> Self:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
