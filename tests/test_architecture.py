@@ -21,12 +21,12 @@ MATH_RANKS = {
     "time_grid": 0,
     "losses": 1,
     "policy": 1,
-    "sde": 1,
     "trust_region": 1,
-    "adjoint": 2,
-    "critic": 2,
+    "sde": 2,
+    "adjoint": 3,
+    "critic": 3,
 }
-PACKAGE_RANKS = {"adapters": 3, "data": 3, "envs": 3, "methods": 3, "training": 4, "recipes": 5}
+PACKAGE_RANKS = {"adapters": 4, "data": 4, "envs": 4, "methods": 4, "training": 5, "recipes": 6}
 RANKS = MATH_RANKS | PACKAGE_RANKS
 
 # What would make a math file read, write or talk. Importing pathlib is the contract's privilege:

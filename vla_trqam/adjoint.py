@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vla_trqam.policy import Pullback
 from vla_trqam.time_grid import TimeGrid
 
-AdjointTime = Literal["next", "same"]
-
-
-def adjoint_taus(grid: TimeGrid, like: Tensor, adjoint_time: AdjointTime = "next") -> Tensor:
-    """The times at which the adjoint asks for ``v_base``, (K,).
-
-    ``"next"`` evaluates the base at ``(X_i, tau_{i+1})``, as the authors' code does; ``"same"`` at
-    ``(X_i, tau_i)``, where the forward chain evaluates its field.
-    """
-    return grid.taus(like) + (grid.step_size if adjoint_time == "next" else 0.0)
+Pullback = Callable[[int, Tensor], Tensor]
+"""``pullback(i, a)``: the vector-Jacobian product ``a^T d v_base / dx`` at the i-th state."""
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ sigmoid is at hand.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def tanh_gelu(z: Tensor) -> Tensor:
     """The activation, differentiable once; of any shape."""
     if torch.is_grad_enabled() and z.requires_grad:
         return _TanhGelu.apply(z)
-    return torch.mul(z, z).mul_(_CUBIC).add_(_LINEAR).mul_(z).sigmoid_().mul_(z)
+    return _inner(z, _CUBIC).mul_(z).sigmoid_().mul_(z)
 
 
 def tanh_gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,11 +32,20 @@ def tanh_gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
 
     With ``s`` the sigmoid: ``gelu' = s + z s (1 - s) (2 c + 3 * 2 c 0.044715 z^2)``.
     """
-    cubic = torch.mul(z, z).mul_(_CUBIC)
-    s = torch.add(cubic, _LINEAR).mul_(z).sigmoid_()
+    s = _inner(z, _CUBIC).mul_(z).sigmoid_()
     value = torch.mul(z, s)
-    inner = cubic.mul_(3.0).add_(_LINEAR).mul_(torch.addcmul(value, value, s, value=-1.0))
-    return value, inner.add_(s)
+    rest = torch.addcmul(value, value, s, value=-1.0)
+    return value, s.addcmul_(rest, _inner(z, 3.0 * _CUBIC))
+
+
+def _inner(z: Tensor, cubic: float) -> Tensor:
+    """``2 c + cubic z^2`` in one pass: torch converts a Python number anew at every addition."""
+    return torch.addcmul(_linear(z.dtype, z.device), z, z, value=cubic)
+
+
+@cache
+def _linear(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(_LINEAR, dtype=dtype, device=device)
 
 
 class _TanhGelu(torch.autograd.Function):

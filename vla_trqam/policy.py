@@ -1,15 +1,15 @@
 """The contract an adapter fulfils: one policy, two velocity fields.
 
-A :class:`FlowPolicy` holds the tuned field ``v_theta`` and the base field ``v_base``. The core asks
-for three *shared evaluations* (:meth:`FlowPolicy.record_velocity`,
-:meth:`FlowPolicy.base_velocities`, :meth:`FlowPolicy.base_pullback`); the defaults here are the
-plain way to compute them, an adapter may do it faster as long as the numbers stay the same.
+A :class:`FlowPolicy` holds the tuned field ``v_theta`` and the base field ``v_base``. One update
+asks for both along one path; :class:`PathFields` makes these evaluations once and shares them
+between sampling, adjoint, loss and KL. The class here is the plain way to compute them; an adapter
+may do it faster as long as the numbers stay the same.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,31 +22,66 @@ from vla_trqam.time_grid import full_tau
 Context = Any
 """What :meth:`FlowPolicy.encode` returned; opaque to the core."""
 
-Pullback = Callable[[int, Tensor], Tensor]
-"""``pullback(i, a)``: the vector-Jacobian product ``a^T d v_base / dx`` at the i-th state."""
 
+class PathFields:
+    """The fields along one path of the memoryless SDE, every evaluation made once.
 
-class VelocityRecord:
-    """The tuned field along one path: values while sampling, gradients afterwards.
-
-    Calling it evaluates the field once and remembers the evaluation, so that the loss needs no
-    second forward pass over states that the sampler has already visited.
+    Args:
+        policy: whose fields.
+        context: of the path's observations.
+        next_context: of the observations whose next action is sampled beside the path.
     """
 
-    def __init__(self, velocity: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._velocity = velocity
-        self._values: list[Tensor] = []
+    def __init__(self, policy: FlowPolicy, context: Context, next_context: Context) -> None:
+        self._policy, self._context, self._next_context = policy, context, next_context
+        self._points: list[tuple[Tensor, float]] = []
+        self._tuned: list[Tensor] = []
+        self._base: list[Tensor] = []
 
-    def __call__(self, x: Tensor, tau: Tensor) -> Tensor:
-        """``v_theta(x, tau)`` without gradient, (B, H, A)."""
+    def evaluate(
+        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step's evaluations, without gradient.
+
+        Args:
+            x: the path's state, (B, H, A).
+            next_x: the state of the next action's ODE, (B, H, A).
+            tau: the time of both.
+            adjoint_tau: the time at which :meth:`base_pullback` is asked for at ``x``.
+
+        Returns:
+            ``v_theta(x, tau)``, ``v_base(x, tau)``, and ``v_theta(next_x, tau)`` of the next
+            observation.
+        """
+        policy, time = self._policy, full_tau(tau, x)
         with torch.enable_grad():
-            value = self._velocity(x.detach(), tau)
-        self._values.append(value)
-        return value.detach()
+            # A copy: the sampler writes the next state into the same storage, and the graph may
+            # need this one.
+            tuned = policy.velocity(x.clone(), time, self._context)
+        with torch.no_grad():
+            base = policy.base_velocity(x, time, self._context)
+            following = policy.velocity(next_x, time, self._next_context)
+        self._points.append((x, adjoint_tau))
+        self._tuned.append(tuned)
+        self._base.append(base)
+        return tuned.detach(), base, following
 
-    def stacked(self) -> Tensor:
-        """All evaluations in order, (K, B, H, A), with the graph back to the parameters."""
-        return torch.stack(self._values)
+    def tuned(self) -> Tensor:
+        """``v_theta`` at all states in order, (K, B, H, A), with the graph to its parameters."""
+        return torch.stack(self._tuned)
+
+    def base(self) -> Tensor:
+        """``v_base`` at all states in order, (K, B, H, A), without gradient."""
+        return torch.stack(self._base)
+
+    def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
+        """``a^T d v_base / dx`` at the state of a step and the adjoint's time, (B, H, A)."""
+        x, tau = self._points[step]
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(True)
+            value = self._policy.base_velocity(point, full_tau(tau, point), self._context)
+        (gradient,) = torch.autograd.grad(value, point, cotangent)
+        return gradient
 
 
 class FlowPolicy(nn.Module, ABC):
@@ -120,31 +155,6 @@ class FlowPolicy(nn.Module, ABC):
     def update_base(self, rate: float) -> None:
         """Moves ``v_base`` towards a training base; a frozen base stays as it is."""
 
-    def record_velocity(self, context: Context) -> VelocityRecord:
-        """Starts a recording of ``v_theta`` along one path."""
-        return VelocityRecord(lambda x, tau: self.velocity(x, tau, context))
-
-    @torch.no_grad()
-    def base_velocities(self, x: Tensor, tau: Tensor, context: Context) -> Tensor:
-        """``v_base`` at K states of a path: x (K, B, H, A), tau (K,) -> (K, B, H, A), no gradient.
-
-        One evaluation a step, in the shape the sampler uses: where both fields are equal the two
-        values are then equal to the bit, and the KL at step 0 is exactly 0.
-        """
-        values = [
-            self.base_velocity(x_i, full_tau(float(tau_i), x_i), context)
-            for x_i, tau_i in zip(x, tau, strict=True)
-        ]
-        return torch.stack(values)
-
-    def base_pullback(self, x: Tensor, tau: Tensor, context: Context) -> Pullback:
-        """The pullback of ``v_base`` in x at K states: x (K, B, H, A), tau (K,)."""
-
-        def pullback(step: int, cotangent: Tensor) -> Tensor:
-            with torch.enable_grad():
-                point = x[step].detach().requires_grad_(True)
-                value = self.base_velocity(point, full_tau(float(tau[step]), point), context)
-            (gradient,) = torch.autograd.grad(value, point, cotangent)
-            return gradient
-
-        return pullback
+    def path_fields(self, context: Context, next_context: Context) -> PathFields:
+        """Both fields along one path, and the tuned one along the next action's ODE."""
+        return PathFields(self, context, next_context)

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vla_trqam.time_grid import TimeGrid, full_tau
+from vla_trqam.policy import PathFields
+from vla_trqam.time_grid import AdjointTime, TimeGrid, adjoint_tau, full_tau
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``v(x, tau)`` with x (B, H, A) and tau (B,), returning (B, H, A)."""
@@ -68,22 +69,72 @@ def sample_memoryless_sde(
     Returns:
         The path; it carries no gradient.
     """
-    steps, h = grid.num_flow_steps, grid.step_size
-    assert noise.shape == (steps, *x_0.shape), (noise.shape, steps, x_0.shape)
-    x = x_0.new_empty((steps + 1, *x_0.shape))
-    x[0] = x_0
-    for i in range(steps):
+    assert noise.shape == (grid.num_flow_steps, *x_0.shape), (noise.shape, x_0.shape)
+    x = _path_from(x_0, grid)
+    for i in range(grid.num_flow_steps):
         tau = full_tau(grid.tau(i), x_0)
-        v = velocity(x[i], tau)
-        if i == steps - 1 and final_step == "noiseless_base":
+        if final_step == "noiseless_base" and i == grid.num_flow_steps - 1:
             if base_velocity is None:
                 raise ValueError('final_step="noiseless_base" needs base_velocity')
-            torch.add(x[i], base_velocity(x[i], tau), alpha=h, out=x[i + 1])
-            continue
-        torch.mul(x[i], 1.0 - h / grid.shifted_tau(i), out=x[i + 1])
-        x[i + 1].add_(v, alpha=2.0 * h)
-        x[i + 1].add_(noise[i], alpha=math.sqrt(h * grid.noise_scale_squared(i)))
+            _noiseless_step(x, i, base_velocity(x[i], tau), grid)
+        else:
+            _sde_step(x, i, velocity(x[i], tau), noise[i], grid)
     return Trajectory(x, grid)
+
+
+@torch.no_grad()
+def sample_path_and_next_action(
+    fields: PathFields,
+    x_0: Tensor,
+    noise: Tensor,
+    next_x_0: Tensor,
+    grid: TimeGrid,
+    *,
+    final_step: FinalStep = "noiseless_base",
+    adjoint_time: AdjointTime = "next",
+) -> tuple[Trajectory, Tensor]:
+    """:func:`sample_memoryless_sde` and, on the same grid, :func:`sample_ode` of the next action.
+
+    Args:
+        fields: makes and keeps the evaluations.
+        x_0: start of the path, (B, H, A).
+        noise: its increments, (K, B, H, A).
+        next_x_0: start of the next action's ODE, (B, H, A).
+        grid: the times and ``g``.
+        final_step: see :func:`sample_memoryless_sde`.
+        adjoint_time: see :func:`~vla_trqam.time_grid.adjoint_tau`.
+
+    Returns:
+        The path, and the next action (B, H, A); neither carries a gradient.
+    """
+    assert noise.shape == (grid.num_flow_steps, *x_0.shape), (noise.shape, x_0.shape)
+    x, next_x = _path_from(x_0, grid), next_x_0
+    for i in range(grid.num_flow_steps):
+        times = grid.tau(i), adjoint_tau(grid, i, adjoint_time)
+        tuned, base, following = fields.evaluate(x[i], next_x, *times)
+        if final_step == "noiseless_base" and i == grid.num_flow_steps - 1:
+            _noiseless_step(x, i, base, grid)
+        else:
+            _sde_step(x, i, tuned, noise[i], grid)
+        next_x = torch.add(next_x, following, alpha=grid.step_size)
+    return Trajectory(x, grid), next_x
+
+
+def _path_from(x_0: Tensor, grid: TimeGrid) -> Tensor:
+    x = x_0.new_empty((grid.num_flow_steps + 1, *x_0.shape))
+    x[0] = x_0
+    return x
+
+
+def _sde_step(x: Tensor, i: int, velocity: Tensor, noise: Tensor, grid: TimeGrid) -> None:
+    h = grid.step_size
+    torch.mul(x[i], 1.0 - h / grid.shifted_tau(i), out=x[i + 1])
+    x[i + 1].add_(velocity, alpha=2.0 * h)
+    x[i + 1].add_(noise, alpha=math.sqrt(h * grid.noise_scale_squared(i)))
+
+
+def _noiseless_step(x: Tensor, i: int, velocity: Tensor, grid: TimeGrid) -> None:
+    torch.add(x[i], velocity, alpha=grid.step_size, out=x[i + 1])
 
 
 def sample_ode(velocity: Velocity, x_0: Tensor, grid: TimeGrid) -> Tensor:

@@ -7,11 +7,14 @@ The only file that knows what happens at ``tau = 0`` and ``tau = 1``. Time runs 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vla_trqam.errors import UserError
+
+AdjointTime = Literal["next", "same"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,15 @@ class TimeGrid:
     def noise_scales_squared(self, like: Tensor) -> Tensor:
         """``g_0^2 .. g_{K-1}^2`` as a tensor (K,) of ``like``'s dtype and device."""
         return like.new_tensor([self.noise_scale_squared(i) for i in range(self.num_flow_steps)])
+
+
+def adjoint_tau(grid: TimeGrid, step: int, adjoint_time: AdjointTime) -> float:
+    """The time at which the adjoint asks for ``v_base`` at a step's state.
+
+    ``"next"`` evaluates the base at ``(X_i, tau_{i+1})``, as the authors' code does; ``"same"`` at
+    ``(X_i, tau_i)``, where the forward chain evaluates its field.
+    """
+    return grid.tau(step + 1 if adjoint_time == "next" else step)
 
 
 def per_step(weights: Tensor, path: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.adjoint import AdjointTime, adjoint_taus, lean_adjoint
+from vla_trqam.adjoint import lean_adjoint
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
@@ -25,8 +25,8 @@ from vla_trqam.losses import (
     td_target,
 )
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.sde import FinalStep, Trajectory, sample_memoryless_sde, sample_ode
-from vla_trqam.time_grid import TimeGrid
+from vla_trqam.sde import FinalStep, Trajectory, sample_path_and_next_action
+from vla_trqam.time_grid import AdjointTime, TimeGrid
 from vla_trqam.trust_region import TrustRegion, TrustRegionConfig, path_kl_per_step
 
 
@@ -38,7 +38,7 @@ class TRQAMConfig(TrustRegionConfig):
         inverse_temperature: beta, multiplies the terminal adjoint; 1 in TRQAM, QAM's only knob.
         time_shift: see :class:`~vla_trqam.time_grid.TimeGrid`.
         final_step: see :func:`~vla_trqam.sde.sample_memoryless_sde`.
-        adjoint_time: see :func:`~vla_trqam.adjoint.adjoint_taus`.
+        adjoint_time: see :func:`~vla_trqam.time_grid.adjoint_tau`.
         actor_lr: Adam's step size for the tuned field (and a training base).
         critic_lr: Adam's step size for the critic.
         max_grad_norm: global-norm clip.
@@ -142,28 +142,33 @@ class TRQAMLoss(nn.Module):
 
     def forward(self, batch: TransitionBatch, noise: UpdateNoise, lam: float) -> LossOutput:
         """Algorithm 2 up to the gradient step."""
-        policy, grid = self.policy, self.grid
+        policy, critic, grid = self.policy, self.critic, self.grid
         context = policy.encode(batch.observation)
+        next_context = policy.encode(batch.next_observation)
         features = policy.features(context)
 
-        td, q, target, next_action = self._temporal_difference(batch, features, noise)
+        fields = policy.path_fields(context, next_context)
+        trajectory, next_action = sample_path_and_next_action(
+            fields,
+            noise.sde_x_0,
+            noise.sde_steps,
+            noise.next_action,
+            grid,
+            final_step=self.config.final_step,
+            adjoint_time=self.config.adjoint_time,
+        )
+        next_action = next_action.clamp(-1.0, 1.0)
 
-        def base(x: Tensor, tau: Tensor) -> Tensor:
-            return policy.base_velocity(x, tau, context)
+        next_value = critic.next_value(policy.features(next_context), next_action)
+        target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
+        q = critic.online(features, batch.action)
+        td = td_loss(q, target, _td_weight(batch))
 
-        tuned = policy.record_velocity(context)
-        trajectory = sample_memoryless_sde(
-            tuned, noise.sde_x_0, noise.sde_steps, grid,
-            base_velocity=base, final_step=self.config.final_step,
-        )  # fmt: skip
-
-        gradient, _ = self.critic.action_gradient(features, trajectory.x_1)
+        gradient, _ = critic.action_gradient(features, trajectory.x_1)
         terminal_adjoint = -self.config.inverse_temperature * gradient
-        states = trajectory.states
-        taus = adjoint_taus(grid, states, self.config.adjoint_time)
-        adjoint = lean_adjoint(terminal_adjoint, policy.base_pullback(states, taus, context), grid)
+        adjoint = lean_adjoint(terminal_adjoint, fields.base_pullback, grid)
 
-        control_gap = tuned.stacked() - policy.base_velocities(states, grid.taus(states), context)
+        control_gap = fields.tuned() - fields.base()
         am = adjoint_matching_loss(control_gap, adjoint, grid, lam)
         bc = self._behaviour_cloning(batch, noise, context) if self.config.train_base else None
         return LossOutput(
@@ -180,30 +185,17 @@ class TRQAMLoss(nn.Module):
             next_action=next_action,
         )
 
-    def _temporal_difference(
-        self, batch: TransitionBatch, features: Tensor, noise: UpdateNoise
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Chunked TD: loss, online Q (E, B), target (B,), next action (B, H, A)."""
-        policy = self.policy
-        with torch.no_grad():
-            context = policy.encode(batch.next_observation)
-            action = sample_ode(
-                lambda x, tau: policy.velocity(x, tau, context), noise.next_action, self.grid
-            ).clamp(-1.0, 1.0)
-            value = self.critic.next_value(policy.features(context), action)
-            target = td_target(batch.chunk_return, batch.discount, batch.terminated, value)
-        q = self.critic.online(features, batch.action)
-        # A chunk cut short by the episode's end counts only where the end was a termination: then
-        # the actions after it cannot matter.
-        weight = (batch.valid[:, -1] | batch.terminated).to(q.dtype)
-        return td_loss(q, target, weight), q, target, action
-
     def _behaviour_cloning(
         self, batch: TransitionBatch, noise: UpdateNoise, context: object
     ) -> Tensor:
         x_tau, velocity = flow_matching_target(batch.action, noise.bc_x_0, noise.bc_tau)
         predicted = self.policy.behaviour_velocity(x_tau, noise.bc_tau, context)
         return flow_matching_loss(predicted, velocity, batch.valid)
+
+
+def _td_weight(batch: TransitionBatch) -> Tensor:
+    """1 for whole chunks, and for chunks that a termination cut: what comes after cannot matter."""
+    return (batch.valid[:, -1] | batch.terminated).to(batch.chunk_return.dtype)
 
 
 class TRQAM:

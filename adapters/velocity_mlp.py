@@ -1,0 +1,255 @@
+"""The network of a plain MLP flow, and its evaluations along a path, shared and by hand.
+
+One update needs four values at every step of a path: the tuned and the base field where the SDE is,
+the base field there at the adjoint's time, and the tuned field where the next action's ODE is. They
+are one batched matrix product a layer. The gradients are written out on the stored activations: the
+numbers of autograd (``tests/adapters`` holds them against it) without a second forward pass and
+without the overhead of many small operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
+from vla_trqam.policy import PathFields
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MLPFlowConfig:
+    """The shape of an :class:`MLPFlowPolicy`; its ``config.json``.
+
+    Attributes:
+        observation_dim: O.
+        action_dim: A.
+        chunk_length: H.
+        hidden_dims: widths of the hidden layers.
+        layer_norm: normalise after every activation.
+        num_flow_steps: K, the Euler steps of the policy's own sampler.
+    """
+
+    observation_dim: int
+    action_dim: int
+    chunk_length: int
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    layer_norm: bool = False
+    num_flow_steps: int = 10
+
+
+@dataclass
+class Tape:
+    """Activations of N evaluations, kept for gradients: one entry a hidden layer.
+
+    Attributes:
+        inputs: what every layer multiplies, (N, width) each; the first is ``concat(s, x, tau)``.
+        slopes: the activations' derivatives, (N, width) each.
+        normed: what every layer norm got, its mean and its reciprocal deviation.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    slopes: list[Tensor] = field(default_factory=list)
+    normed: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def of(self, slot: int) -> Tape:
+        """One slot of a tape whose tensors hold one slot a field."""
+        return Tape(
+            [t[slot] for t in self.inputs],
+            [t[slot] for t in self.slopes],
+            [tuple(t[slot] for t in entry) for entry in self.normed],
+        )
+
+    @staticmethod
+    def concatenate(tapes: Sequence[Tape]) -> Tape:
+        """One tape of all evaluations, in order."""
+        return Tape(
+            [torch.cat(parts) for parts in zip(*(t.inputs for t in tapes), strict=True)],
+            [torch.cat(parts) for parts in zip(*(t.slopes for t in tapes), strict=True)],
+            [
+                tuple(torch.cat(column) for column in zip(*entries, strict=True))
+                for entries in zip(*(t.normed for t in tapes), strict=True)
+            ],
+        )
+
+
+class VelocityMLP(nn.Module):
+    """The field's network over flattened chunks."""
+
+    def __init__(self, config: MLPFlowConfig) -> None:
+        super().__init__()
+        out_dim = config.chunk_length * config.action_dim
+        widths = [config.observation_dim + out_dim + 1, *config.hidden_dims]
+        layers = [nn.Linear(a, b) for a, b in zip(widths, [*widths[1:], out_dim], strict=True)]
+        norms = [nn.LayerNorm(w, eps=LAYER_NORM_EPS) for w in widths[1:] if config.layer_norm]
+        # A ModuleList forgets what it holds.
+        self.layers = cast("Sequence[nn.Linear]", nn.ModuleList(layers))
+        self.norms = cast("Sequence[nn.LayerNorm]", nn.ModuleList(norms))
+        for layer in self.layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``concat(s, x, tau)`` (N, in) -> (N, H * A)."""
+        h = inputs
+        for index, layer in enumerate(self.layers[:-1]):
+            h = tanh_gelu(layer(h))
+            if self.norms:
+                h = self.norms[index](h)
+        return self.layers[-1](h)
+
+    @torch.no_grad()
+    def input_pullback(self, tape: Tape, cotangent: Tensor, columns: slice) -> Tensor:
+        """``J^T a`` over some of the input's columns: (N, H * A) -> (N, columns)."""
+        g = cotangent @ self.layers[-1].weight
+        for index in reversed(range(len(tape.slopes))):
+            weight = self.layers[index].weight
+            g = self._activation_pullback(tape, index, g) @ (
+                weight if index else weight[:, columns]
+            )
+        return g
+
+    @torch.no_grad()
+    def parameter_gradients(self, tape: Tape, cotangent: Tensor) -> list[Tensor]:
+        """Gradients of ``<cotangent, output>`` in the order of ``self.parameters()``."""
+        layers: list[Tensor] = []
+        norms: list[Tensor] = []
+        g = cotangent
+        for index in reversed(range(len(self.layers))):
+            if index < len(tape.slopes):
+                g = self._activation_pullback(tape, index, g, norms)
+            layers[:0] = [g.t() @ tape.inputs[index], g.sum(dim=0)]
+            if index:
+                g = g @ self.layers[index].weight
+        return layers + norms
+
+    def _activation_pullback(
+        self, tape: Tape, index: int, g: Tensor, norm_gradients: list[Tensor] | None = None
+    ) -> Tensor:
+        """Back through (layer norm and) GELU; prepends the norm's gradients where asked."""
+        if self.norms:
+            norm = self.norms[index]
+            value, mean, rstd = tape.normed[index]
+            wanted = [True, norm_gradients is not None, norm_gradients is not None]
+            g, *parameters = torch.ops.aten.native_layer_norm_backward(
+                g, value, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, wanted
+            )
+            if norm_gradients is not None:
+                norm_gradients[:0] = parameters
+        return g.mul_(tape.slopes[index])
+
+
+@dataclass(frozen=True)
+class _StackedLayer:
+    """One layer of several networks, to be applied in one batched product."""
+
+    weight: Tensor
+    bias: Tensor
+    norm: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, networks: Sequence[VelocityMLP], index: int) -> _StackedLayer:
+        layers = [network.layers[index] for network in networks]
+        norm = None
+        if index < len(networks[0].norms):
+            norms = [network.norms[index] for network in networks]
+            norm = _stack([n.weight for n in norms]), _stack([n.bias for n in norms])
+        weight = torch.stack([layer.weight.detach() for layer in layers]).transpose(1, 2)
+        return cls(weight, _stack([layer.bias for layer in layers]), norm)
+
+
+def _stack(vectors: Sequence[Tensor]) -> Tensor:
+    """(width,) each -> (networks, 1, width), to be added to every row."""
+    return torch.stack([vector.detach() for vector in vectors]).unsqueeze(1)
+
+
+class MLPPathFields(PathFields):
+    """All evaluations of a step in one pass over four stacked networks.
+
+    The slots are the base at the adjoint's time, the tuned field, the base, and the tuned field of
+    the next action; only the first two keep what gradients need.
+    """
+
+    _ADJOINT, _TUNED, _BASE, _NEXT = range(4)
+
+    def __init__(
+        self, tuned: VelocityMLP, base: VelocityMLP, features: Tensor, next_features: Tensor
+    ) -> None:
+        self._tuned_network, self._base_network = tuned, base
+        slots = [base, tuned, base, tuned]
+        self._layers = [_StackedLayer.of(slots, i) for i in range(len(tuned.layers))]
+        batch, width = features.shape
+        self._template = features.new_empty(4, batch, tuned.layers[0].in_features)
+        self._template[:3, :, :width] = features
+        self._template[3, :, :width] = next_features
+        self._columns = slice(width, -1)
+        self._tapes: list[Tape] = []
+        self._values: list[Tensor] = []
+
+    @torch.no_grad()
+    def evaluate(
+        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`PathFields.evaluate`."""
+        inputs = self._template.clone()
+        inputs[:3, :, self._columns] = x.flatten(1)
+        inputs[3, :, self._columns] = next_x.flatten(1)
+        inputs[0, :, -1] = adjoint_tau
+        inputs[1:, :, -1] = tau
+        values = self._forward(inputs).view(4, *x.shape)
+        self._values.append(values)
+        return values[self._TUNED], values[self._BASE], values[self._NEXT]
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        tape = Tape([inputs[:2]])
+        h = inputs
+        for layer in self._layers[:-1]:
+            z = torch.baddbmm(layer.bias, h, layer.weight)
+            h, slope = tanh_gelu_and_slope(z)
+            tape.slopes.append(slope[:2])
+            if layer.norm is not None:
+                value, (scale, shift) = h, layer.norm
+                width = value.shape[-1:]
+                h, mean, rstd = torch.native_layer_norm(value, width, None, None, LAYER_NORM_EPS)
+                h = torch.addcmul(shift, h, scale)
+                tape.normed.append((value[:2], mean[:2], rstd[:2]))
+            tape.inputs.append(h[:2])
+        self._tapes.append(tape)
+        return torch.baddbmm(self._layers[-1].bias, h, self._layers[-1].weight)
+
+    def tuned(self) -> Tensor:
+        """See :meth:`PathFields.tuned`; its backward pass is one over the stacked path."""
+        values = torch.stack([v[self._TUNED] for v in self._values])
+        tape = Tape.concatenate([tape.of(self._TUNED) for tape in self._tapes])
+        parameters = self._tuned_network.parameters()
+        return cast("Tensor", _ReplayedPath.apply(values, self._tuned_network, tape, *parameters))
+
+    def base(self) -> Tensor:
+        """See :meth:`PathFields.base`."""
+        return torch.stack([v[self._BASE] for v in self._values])
+
+    def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
+        """See :meth:`PathFields.base_pullback`."""
+        tape = self._tapes[step].of(self._ADJOINT)
+        gradient = self._base_network.input_pullback(tape, cotangent.flatten(1), self._columns)
+        return gradient.view_as(cotangent)
+
+
+class _ReplayedPath(torch.autograd.Function):
+    """Values computed earlier, with the gradient to the weights that produced them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, network: VelocityMLP, tape: Tape, *_: Tensor) -> Tensor:
+        ctx.network, ctx.tape = network, tape
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangent,) = gradients
+        flat = cotangent.reshape(-1, cotangent.shape[-2] * cotangent.shape[-1])
+        return None, None, None, *ctx.network.parameter_gradients(ctx.tape, flat)

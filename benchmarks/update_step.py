@@ -1,0 +1,188 @@
+"""Times one TRQAM update against the matrix products that it is made of.
+
+    python benchmarks/update_step.py
+
+For each size it prints the seconds of one update; the floating-point work of the authors' way of
+computing it (every evaluation made where it is needed, none shared); the time this machine's own
+matrix product takes for that work, measured in the same run at the same shapes and threads; and the
+ratio of the two times. (a) is the size of the authors' runs, (b) the default preset of
+``recipes/finetune_robomimic.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
+from vla_trqam.recipes.finetune_robomimic import PRESETS
+from vla_trqam.training.config import parse_config
+from vla_trqam.training.settings import FinetuneRobomimicConfig
+
+Product = tuple[int, int, int, int]
+"""(E, M, N, K): E products of (M, K) by (K, N)."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides the cost of an update."""
+
+    label: str
+    observation_dim: int
+    action_dim: int
+    chunk_length: int
+    batch_size: int
+    num_flow_steps: int
+    hidden_dims: tuple[int, ...]
+    critic_dims: tuple[int, ...]
+    ensemble_size: int
+    train_base: bool
+
+
+AUTHORS = Size("(a) authors", 19, 7, 5, 256, 10, (512,) * 4, (512,) * 4, 10, True)
+
+
+def default_preset() -> Size:
+    """The default run's size on Lift."""
+    config = parse_config(FinetuneRobomimicConfig, PRESETS, [])
+    return Size(
+        "(b) default preset",
+        19,
+        7,
+        config.policy.chunk_length,
+        config.batch_size,
+        config.policy.num_flow_steps,
+        config.policy.hidden_dims,
+        config.critic.hidden_dims,
+        config.critic.ensemble_size,
+        config.trqam.train_base,
+    )
+
+
+def products(size: Size) -> Counter[Product]:
+    """The matrix products of one update without sharing, with how often each is needed.
+
+    Field evaluations: K for the next action, K for the SDE, K (forward and back to the input) for the
+    adjoint, K of the tuned field in the loss (forward and back to the weights), K of the base there,
+    and one with its gradient where the base keeps training. Critic evaluations: the target at the
+    next state; online with its gradient; the target with its gradient to the action.
+    """
+    chunk = size.chunk_length * size.action_dim
+    steps, batch = size.num_flow_steps, size.batch_size
+    field = [size.observation_dim + chunk + 1, *size.hidden_dims, chunk]
+    critic = [size.observation_dim + chunk, *size.critic_dims, 1]
+    count: Counter[Product] = Counter()
+
+    def add(widths: list[int], members: int, forward: int, to_input: int, to_weights: int) -> None:
+        for index, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+            count[members, batch, b, a] += forward
+            # The gradient to the weights passes through every layer but the first.
+            count[members, batch, a, b] += to_input + (to_weights if index else 0)
+            count[members, a, b, batch] += to_weights
+
+    trained = 1 if size.train_base else 0
+    add(field, 1, 5 * steps + trained, steps, steps + trained)
+    add(critic, size.ensemble_size, 3, 1, 1)
+    return count
+
+
+def flops(count: Counter[Product]) -> float:
+    """Multiplications and additions."""
+    return float(sum(2 * e * m * n * k * times for (e, m, n, k), times in count.items()))
+
+
+def best_time(call: Callable[[], object], seconds: float) -> float:
+    """The median over repetitions that fill about so many seconds."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+@torch.no_grad()
+def machine_time(count: Counter[Product]) -> float:
+    """Seconds of torch's own matrix product for all of them."""
+    total = 0.0
+    for (e, m, n, k), times in count.items():
+        if times:
+            a, b = torch.randn(e, m, k), torch.randn(e, k, n)
+            out = torch.empty(e, m, n)
+            total += times * best_time(lambda a=a, b=b, out=out: torch.bmm(a, b, out=out), 0.3)
+    return total
+
+
+def make_update(size: Size) -> Callable[[], object]:
+    """One update of a method of this size on a random batch, noise included."""
+    torch.manual_seed(0)
+    shape = MLPFlowConfig(
+        size.observation_dim,
+        size.action_dim,
+        size.chunk_length,
+        size.hidden_dims,
+        num_flow_steps=size.num_flow_steps,
+    )
+    ensemble = CriticEnsemble(
+        size.observation_dim,
+        size.chunk_length * size.action_dim,
+        size.critic_dims,
+        size.ensemble_size,
+    )
+    config = TRQAMConfig(train_base=size.train_base)
+    method = TRQAM(MLPFlowPolicy(shape), Critic(ensemble), config)
+    rows, generator = size.batch_size, torch.Generator().manual_seed(0)
+    batch = TransitionBatch(
+        observation=torch.randn(rows, size.observation_dim),
+        action=torch.rand(rows, size.chunk_length, size.action_dim) * 2 - 1,
+        chunk_return=torch.randn(rows),
+        next_observation=torch.randn(rows, size.observation_dim),
+        discount=torch.full((rows,), 0.95),
+        terminated=torch.zeros(rows, dtype=torch.bool),
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        valid=torch.ones(rows, size.chunk_length, dtype=torch.bool),
+    )
+
+    def update() -> object:
+        noise = UpdateNoise.draw(batch.action, size.num_flow_steps, generator)
+        return method.update(batch, noise)
+
+    return update
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seconds", type=float, default=20.0, help="measuring time a size")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads")
+    print(f"{'size':<20}{'s/update':>10}{'updates/s':>11}{'GFLOP':>8}{'products s':>12}{'ratio':>7}")
+    for size in (AUTHORS, default_preset()):
+        count = products(size)
+        update = make_update(size)
+        # Products before and after: a machine whose clock drifts shows in the mean of the two.
+        before = machine_time(count)
+        seconds = best_time(update, arguments.seconds)
+        machine = 0.5 * (before + machine_time(count))
+        print(
+            f"{size.label:<20}{seconds:>10.4f}{1 / seconds:>11.1f}{flops(count) / 1e9:>8.1f}"
+            f"{machine:>12.4f}{seconds / machine:>7.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
