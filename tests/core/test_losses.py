@@ -131,7 +131,7 @@ def test_td_loss_is_the_weighted_mean_over_ensemble_and_batch() -> None:
     q = torch.tensor([[1.0, 5.0, 2.0], [0.0, 5.0, 2.0]], requires_grad=True)
     target = torch.tensor([0.0, 0.0, 1.0], requires_grad=True)
     loss = td_loss(q, target, torch.tensor([1.0, 0.0, 1.0]))
-    assert float(loss) == pytest.approx((1 + 1 + 0 + 1) / 6)
+    assert loss.item() == pytest.approx((1 + 1 + 0 + 1) / 6)
     loss.backward()
     assert target.grad is None
     assert q.grad is not None

@@ -1,10 +1,22 @@
 import numpy as np
 import pytest
 import torch
-from flow_problems import DOUBLE, gaussian_field, gaussian_gain, ode_variance, propagate
+from flow_problems import (
+    DOUBLE,
+    FunctionPolicy,
+    gaussian_field,
+    gaussian_gain,
+    ode_variance,
+    propagate,
+)
 from torch import Tensor
 
-from vla_trqam.sde import FinalStep, sample_memoryless_sde, sample_ode
+from vla_trqam.sde import (
+    FinalStep,
+    sample_memoryless_sde,
+    sample_ode,
+    sample_path_and_next_action,
+)
 from vla_trqam.time_grid import TimeGrid
 
 STEPS = (10, 20, 50, 200)
@@ -127,19 +139,32 @@ def test_sampling_leaves_its_inputs_alone_and_carries_no_gradient() -> None:
     assert torch.equal(noise, copies[1])
 
 
-def test_the_tuned_field_is_asked_once_at_every_state_the_last_included() -> None:
-    asked: list[tuple[float, Tensor]] = []
-
-    def velocity(x: Tensor, tau: Tensor) -> Tensor:
-        asked.append((float(tau[0]), x.clone()))
-        return torch.zeros_like(x)
-
-    noise = torch.randn(4, 2, 1, 1)
-    path = sample_memoryless_sde(
-        velocity, torch.randn(2, 1, 1), noise, TimeGrid(4), base_velocity=other
+@pytest.mark.parametrize("final_step", ["noiseless_base", "sde"])
+def test_path_and_next_action_together_are_what_each_is_alone(final_step: FinalStep) -> None:
+    x_0, next_x_0 = torch.randn(2, 5, 2, 3)
+    noise, grid = torch.randn(7, 5, 2, 3), TimeGrid(7)
+    policy = FunctionPolicy(nonlinear, other, (2, 3), 7)
+    path, action = sample_path_and_next_action(
+        policy.path_fields(None, None), x_0, noise, next_x_0, grid, final_step=final_step
     )
-    assert [tau for tau, _ in asked] == [0.0, 0.25, 0.5, 0.75]
-    assert torch.equal(torch.stack([x for _, x in asked]), path.states)
+    alone = sample_memoryless_sde(
+        nonlinear, x_0, noise, grid, base_velocity=other, final_step=final_step
+    )
+    assert torch.equal(path.x, alone.x)
+    assert torch.equal(action, sample_ode(nonlinear, next_x_0, grid))
+
+
+def test_the_fields_recorded_along_a_path_are_the_fields_at_its_states() -> None:
+    """The last state included: the loss and the KL need the tuned field there too."""
+    grid, policy = TimeGrid(7), FunctionPolicy(nonlinear, other, (2, 3), 7)
+    fields = policy.path_fields(None, None)
+    noise = torch.randn(7, 5, 2, 3)
+    path, _ = sample_path_and_next_action(fields, noise[0], noise, noise[1], grid)
+    taus = [torch.full((5,), i / 7) for i in range(7)]
+    tuned = [nonlinear(x, tau) for x, tau in zip(path.states, taus, strict=True)]
+    base = [other(x, tau) for x, tau in zip(path.states, taus, strict=True)]
+    assert torch.equal(fields.tuned(), torch.stack(tuned))
+    assert torch.equal(fields.base(), torch.stack(base))
 
 
 def test_a_noiseless_last_step_needs_the_base() -> None:

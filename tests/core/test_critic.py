@@ -1,0 +1,173 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vla_trqam.critic import Critic, CriticEnsemble, ema_update
+
+FEATURES, CHUNK, BATCH = 4, (2, 3), 7
+HIDDEN = (16, 12)
+
+
+def ensemble_of(
+    size: int = 3, layer_norm: bool = True, dtype: torch.dtype = torch.float32
+) -> CriticEnsemble:
+    """Random weights everywhere, biases and norms included."""
+    torch.manual_seed(size)
+    ensemble = CriticEnsemble(FEATURES, CHUNK[0] * CHUNK[1], HIDDEN, size, layer_norm=layer_norm)
+    for parameter in ensemble.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return ensemble.to(dtype)
+
+
+def inputs_of(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(BATCH, FEATURES, generator=generator, dtype=dtype)
+    return features, scale * torch.randn(BATCH, *CHUNK, generator=generator, dtype=dtype)
+
+
+def naive_member(ensemble: CriticEnsemble, member: int, features: Tensor, action: Tensor) -> Tensor:
+    x = torch.cat([features, action.reshape(len(action), -1)], dim=1)
+    weights = dict(ensemble.named_parameters())
+    depth = len(HIDDEN) + 1
+    for i in range(depth):
+        x = x @ weights[f"layers.{i}.weight"][member] + weights[f"layers.{i}.bias"][member]
+        if i < depth - 1:
+            x = F.gelu(x, approximate="tanh")
+            if f"norms.{i}.scale" in weights:
+                scale, bias = (weights[f"norms.{i}.{name}"][member] for name in ("scale", "bias"))
+                x = F.layer_norm(x, x.shape[-1:], scale, bias, eps=1e-6)
+    return x[:, 0]
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_the_ensemble_is_its_members_one_by_one(size: int, layer_norm: bool) -> None:
+    ensemble = ensemble_of(size, layer_norm, torch.float64)
+    features, action = inputs_of(torch.float64)
+    expected = torch.stack([naive_member(ensemble, e, features, action) for e in range(size)])
+    q = ensemble(features, action)
+    assert q.shape == (size, BATCH)
+    torch.testing.assert_close(q, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_parameter_gradients_are_the_members_own(layer_norm: bool) -> None:
+    ensemble = ensemble_of(3, layer_norm, torch.float64)
+    features, action = inputs_of(torch.float64)
+    weight = torch.randn(3, BATCH, dtype=torch.float64)
+    parameters = list(ensemble.parameters())
+    ours = torch.autograd.grad((ensemble(features, action) * weight).sum(), parameters)
+    naive = torch.stack([naive_member(ensemble, e, features, action) for e in range(3)])
+    expected = torch.autograd.grad((naive * weight).sum(), parameters)
+    for mine, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_members_start_different() -> None:
+    ensemble = CriticEnsemble(FEATURES, CHUNK[0] * CHUNK[1], HIDDEN, 4)
+    q = ensemble(*inputs_of())
+    assert q.std(dim=0).min().item() > 1e-3
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("clip_actions", [True, False])
+def test_the_action_gradient_is_autograds(clip_actions: bool, layer_norm: bool) -> None:
+    critic = Critic(ensemble_of(3, layer_norm, torch.float64), clip_actions=clip_actions)
+    features, action = inputs_of(torch.float64, scale=1.2)
+    gradient, value = critic.action_gradient(features, action)
+    point = action.clone().requires_grad_(True)
+    inside = point.clamp(-1, 1) if clip_actions else point
+    members = [naive_member(critic.target, e, features, inside) for e in range(3)]
+    mean = torch.stack(members).mean(0)
+    (expected,) = torch.autograd.grad(mean.sum(), point)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(value, mean.detach(), rtol=1e-10, atol=1e-12)
+    assert not gradient.requires_grad
+    assert not value.requires_grad
+
+
+def test_the_action_gradient_is_the_finite_difference_of_the_mean_target_value() -> None:
+    critic = Critic(ensemble_of(4, dtype=torch.float64), clip_actions=False)
+    features, action = inputs_of(torch.float64)
+    gradient, _ = critic.action_gradient(features, action)
+    step = 1e-6
+    for h in range(CHUNK[0]):
+        for a in range(CHUNK[1]):
+            moved = torch.zeros_like(action)
+            moved[:, h, a] = step
+            with torch.no_grad():
+                up = critic.target(features, action + moved).mean(0)
+                down = critic.target(features, action - moved).mean(0)
+            difference = (up - down) / (2 * step)
+            torch.testing.assert_close(gradient[:, h, a], difference, rtol=1e-6, atol=1e-7)
+
+
+def test_beyond_the_box_the_clipped_gradient_is_zero_and_the_other_is_not() -> None:
+    ensemble = ensemble_of()
+    features, action = inputs_of(scale=2.0)
+    outside = action.abs() > 1
+    assert bool(outside.any())
+    assert not bool(outside.all())
+    clipped, _ = Critic(ensemble).action_gradient(features, action)
+    free, _ = Critic(ensemble, clip_actions=False).action_gradient(features, action)
+    assert float(clipped[outside].abs().max()) == 0.0
+    assert float(clipped[~outside].abs().min()) > 0.0
+    assert float(free[outside].abs().min()) > 0.0
+
+
+def test_the_action_gradient_is_the_targets_and_leaves_no_trace_on_any_parameter() -> None:
+    critic = Critic(ensemble_of())
+    features, action = inputs_of()
+    before, _ = critic.action_gradient(features, action)
+    with torch.no_grad():
+        for parameter in critic.online.parameters():
+            parameter.add_(1.0)
+    after, _ = critic.action_gradient(features, action)
+    assert torch.equal(before, after)
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    assert not any(parameter.requires_grad for parameter in critic.target.parameters())
+
+
+def test_it_works_where_gradients_are_switched_off() -> None:
+    critic = Critic(ensemble_of())
+    with torch.no_grad():
+        gradient, _ = critic.action_gradient(*inputs_of())
+    assert float(gradient.abs().max()) > 0
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 0.5, 3.0])
+def test_the_next_value_is_the_targets_pessimistic_one(pessimism: float) -> None:
+    critic = Critic(ensemble_of(5), pessimism=pessimism)
+    features, action = inputs_of()
+    with torch.no_grad():
+        for parameter in critic.online.parameters():
+            parameter.zero_()
+    value = critic.next_value(features, action)
+    q = critic.target(features, action)
+    expected = q.mean(0) - pessimism * ((q - q.mean(0)) ** 2).mean(0).sqrt()
+    torch.testing.assert_close(value, expected)
+    assert not value.requires_grad
+
+
+def test_the_target_follows_by_its_rate() -> None:
+    critic = Critic(ensemble_of(), target_rate=0.25)
+    with torch.no_grad():
+        for parameter in critic.online.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    old = copy.deepcopy(critic.target.state_dict())
+    critic.update_target()
+    new, online = critic.target.state_dict(), critic.online.state_dict()
+    for key, value in new.items():
+        torch.testing.assert_close(value, 0.75 * old[key] + 0.25 * online[key])
+
+
+def test_the_ema_at_rate_one_copies_and_at_zero_stays() -> None:
+    average, current = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(3))
+    before = average.detach().clone()
+    ema_update([average], [current], 0.0)
+    assert torch.equal(average, before)
+    ema_update([average], [current], 1.0)
+    assert torch.equal(average, current)
