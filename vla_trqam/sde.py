@@ -63,8 +63,7 @@ def sample_memoryless_sde(
         grid: the times and ``g``.
         base_velocity: needed by ``final_step="noiseless_base"``.
         final_step: ``"noiseless_base"`` takes the last step as ``X + h v_base(X, tau_{K-1})`` (the
-            authors' code); ``"sde"`` treats it as any other. The tuned field is evaluated at the
-            last state in both, so that its value there can be shared with the loss.
+            authors' code); ``"sde"`` treats it as any other.
 
     Returns:
         The path; it carries no gradient.
