@@ -18,14 +18,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.recipes.finetune_robomimic import PRESETS
+
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
-from vla_trqam.recipes.finetune_robomimic import PRESETS
 from vla_trqam.training.config import parse_config
 from vla_trqam.training.settings import FinetuneRobomimicConfig
 
@@ -72,10 +73,10 @@ def default_preset() -> Size:
 def products(size: Size) -> Counter[Product]:
     """The matrix products of one update without sharing, with how often each is needed.
 
-    Field evaluations: K for the next action, K for the SDE, K (forward and back to the input) for the
-    adjoint, K of the tuned field in the loss (forward and back to the weights), K of the base there,
-    and one with its gradient where the base keeps training. Critic evaluations: the target at the
-    next state; online with its gradient; the target with its gradient to the action.
+    Field evaluations: K for the next action, K for the SDE, K (forward and back to the input) for
+    the adjoint, K of the tuned field in the loss (forward and back to the weights), K of the base
+    there, and one with its gradient where the base keeps training. Critic evaluations: the target
+    at the next state; online with its gradient; the target with its gradient to the action.
     """
     chunk = size.chunk_length * size.action_dim
     steps, batch = size.num_flow_steps, size.batch_size
@@ -84,7 +85,7 @@ def products(size: Size) -> Counter[Product]:
     count: Counter[Product] = Counter()
 
     def add(widths: list[int], members: int, forward: int, to_input: int, to_weights: int) -> None:
-        for index, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (a, b) in enumerate(pairwise(widths)):
             count[members, batch, b, a] += forward
             # The gradient to the weights passes through every layer but the first.
             count[members, batch, a, b] += to_input + (to_weights if index else 0)
@@ -164,13 +165,16 @@ def make_update(size: Size) -> Callable[[], object]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time a size")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads")
-    print(f"{'size':<20}{'s/update':>10}{'updates/s':>11}{'GFLOP':>8}{'products s':>12}{'ratio':>7}")
+    columns = ("s/update", "updates/s", "GFLOP", "products s", "ratio")
+    print(f"{'size':<20}" + "".join(f"{name:>12}" for name in columns))
     for size in (AUTHORS, default_preset()):
         count = products(size)
         update = make_update(size)
@@ -179,8 +183,8 @@ def main() -> None:
         seconds = best_time(update, arguments.seconds)
         machine = 0.5 * (before + machine_time(count))
         print(
-            f"{size.label:<20}{seconds:>10.4f}{1 / seconds:>11.1f}{flops(count) / 1e9:>8.1f}"
-            f"{machine:>12.4f}{seconds / machine:>7.2f}"
+            f"{size.label:<20}{seconds:>12.4f}{1 / seconds:>12.1f}{flops(count) / 1e9:>12.1f}"
+            f"{machine:>12.4f}{seconds / machine:>12.2f}"
         )
 
 
