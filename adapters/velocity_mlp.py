@@ -168,6 +168,11 @@ def _stack(vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack([vector.detach() for vector in vectors]).unsqueeze(1)
 
 
+def _same_weights(first: VelocityMLP, second: VelocityMLP) -> bool:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 class MLPPathFields(PathFields):
     """All evaluations of a step in one pass over four stacked networks.
 
@@ -181,6 +186,9 @@ class MLPPathFields(PathFields):
         self, tuned: VelocityMLP, base: VelocityMLP, features: Tensor, next_features: Tensor
     ) -> None:
         self._tuned_network, self._base_network = tuned, base
+        # Equal weights are one function: two slots of one batched product may still round apart (by
+        # alignment, by where threads split it), and the KL of equal fields is exactly 0.
+        self._base_slot = self._TUNED if _same_weights(tuned, base) else self._BASE
         slots = [base, tuned, base, tuned]
         self._layers = [_StackedLayer.of(slots, i) for i in range(len(tuned.layers))]
         batch, width = features.shape
@@ -203,7 +211,7 @@ class MLPPathFields(PathFields):
         inputs[1:, :, -1] = tau
         values = self._forward(inputs).view(4, *x.shape)
         self._values.append(values)
-        return values[self._TUNED], values[self._BASE], values[self._NEXT]
+        return values[self._TUNED], values[self._base_slot], values[self._NEXT]
 
     def _forward(self, inputs: Tensor) -> Tensor:
         tape = Tape([inputs[:2]])
@@ -231,7 +239,7 @@ class MLPPathFields(PathFields):
 
     def base(self) -> Tensor:
         """See :meth:`PathFields.base`."""
-        return torch.stack([v[self._BASE] for v in self._values])
+        return torch.stack([v[self._base_slot] for v in self._values])
 
     def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
         """See :meth:`PathFields.base_pullback`."""
