@@ -1,0 +1,327 @@
+"""What every adapter promises, as one suite: subclass it, say how to make the policy, run it.
+
+    class TestMyPolicy(FlowPolicyContract):
+        def make_policy(self) -> FlowPolicy: ...
+        def observation(self, batch_size: int, seed: int) -> Any: ...
+        def host_actions(self, policy, observation, noise): ...
+        def host_behaviour_loss(self, policy, observation, action, noise, tau): ...
+        def load(self, directory): ...
+
+Everything is asked through :class:`~vla_trqam.policy.FlowPolicy` alone, so the same tests hold an
+MLP, a policy with LoRA and a policy inside another library to the same promises.
+"""
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.errors import UserError
+from vla_trqam.losses import flow_matching_loss, flow_matching_target
+from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
+from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.sde import Trajectory, sample_ode, sample_path_and_next_action
+from vla_trqam.time_grid import TimeGrid, full_tau
+
+BATCH = 3
+
+
+class FlowPolicyContract(ABC):
+    """The suite; its tolerances are for float32 and a policy may widen them.
+
+    Attributes:
+        rtol, atol: between two ways to compute the same numbers in the policy's own precision.
+        exact: the precision in which finite differences are taken.
+        trains_base: whether the base can keep training by behaviour cloning.
+    """
+
+    rtol, atol = 1e-4, 1e-5
+    exact = torch.float64
+    trains_base = False
+
+    @abstractmethod
+    def make_policy(self) -> FlowPolicy:
+        """A fresh policy, the same at every call, whose tuned field is its base."""
+
+    @abstractmethod
+    def observation(self, batch_size: int, seed: int) -> Any:
+        """What :meth:`FlowPolicy.encode` takes."""
+
+    @abstractmethod
+    def host_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
+        """The host's own sampler, (B, H, A) -> (B, H, A), in the flow's space."""
+
+    @abstractmethod
+    def host_behaviour_loss(
+        self, policy: FlowPolicy, observation: Any, action: Tensor, noise: Tensor, tau: Tensor
+    ) -> Tensor:
+        """The host's own training loss, a scalar."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> FlowPolicy:
+        """The saved policy, read by what users read it with."""
+
+    def in_precision(self, policy: FlowPolicy, observation: Any) -> tuple[FlowPolicy, Any]:
+        """Policy and observation in :attr:`exact`."""
+        return policy.to(self.exact), observation.to(self.exact)
+
+    @pytest.fixture
+    def policy(self) -> FlowPolicy:
+        return self.make_policy()
+
+    @pytest.fixture
+    def moved(self) -> FlowPolicy:
+        """A policy whose tuned field has left its base."""
+        policy = self.make_policy()
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters():
+                step = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(0.1 * step)
+        return policy
+
+    # The two fields.
+
+    def test_tuned_and_base_are_equal_to_the_bit_at_the_start(self, policy: FlowPolicy) -> None:
+        x, tau, context = self._point(policy)
+        with torch.no_grad():
+            tuned, base = policy.velocity(x, tau, context), policy.base_velocity(x, tau, context)
+        assert tuned.shape == x.shape
+        assert torch.equal(tuned, base)
+        assert float(tuned.abs().max()) > 0
+
+    def test_moving_the_trained_parameters_moves_the_tuned_field_only(
+        self, policy: FlowPolicy, moved: FlowPolicy
+    ) -> None:
+        x, tau, context = self._point(policy)
+        moved_context = moved.encode(self.observation(BATCH, 0))
+        with torch.no_grad():
+            before = policy.base_velocity(x, tau, context)
+            assert torch.equal(moved.base_velocity(x, tau, moved_context), before)
+            assert not torch.equal(moved.velocity(x, tau, moved_context), before)
+
+    def test_every_sample_has_its_own_time_and_observation(self, moved: FlowPolicy) -> None:
+        x, _, context = self._point(moved)
+        tau = torch.linspace(0.1, 0.8, BATCH)
+        with torch.no_grad():
+            for field in (moved.velocity, moved.base_velocity):
+                together = field(x, tau, context)
+                for b in range(BATCH):
+                    alone = field(x, full_tau(float(tau[b]), x), context)
+                    self._assert_close(together[b], alone[b])
+                    assert not torch.allclose(together[b - 1], alone[b - 1], rtol=1e-6, atol=0)
+
+    def test_gradients_reach_the_trained_parameters_and_never_the_base(
+        self, moved: FlowPolicy
+    ) -> None:
+        x, tau, context = self._point(moved)
+        moved.velocity(x, tau, context).square().sum().backward()
+        trained = list(moved.trainable_parameters())
+        assert trained
+        assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in trained)
+        rest = [p for p in moved.parameters() if all(p is not q for q in trained)]
+        assert all(p.grad is None for p in rest)
+        moved.zero_grad(set_to_none=True)
+        point = x.clone().requires_grad_(True)
+        moved.base_velocity(point, tau, context).square().sum().backward()
+        assert point.grad is not None
+        assert all(p.grad is None for p in moved.parameters())
+
+    def test_features_and_mask_have_the_promised_shape(self, policy: FlowPolicy) -> None:
+        features = policy.features(policy.encode(self.observation(BATCH, 0)))
+        assert features.shape == (BATCH, policy.feature_dim)
+        assert not features.requires_grad
+        assert policy.action_mask.shape == (policy.chunk_shape[1],)
+        assert policy.action_mask.dtype == torch.bool
+        assert bool(policy.action_mask.any())
+
+    # Derivatives in x.
+
+    def test_the_base_pullback_is_the_finite_difference(self, moved: FlowPolicy) -> None:
+        policy, observation = self.in_precision(moved, self.observation(BATCH, 0))
+        path, fields = self._path(policy, observation)
+        grid = TimeGrid(policy.num_flow_steps)
+        context = policy.encode(observation)
+        generator = torch.Generator().manual_seed(5)
+        for step in (0, grid.num_flow_steps - 1):
+            x = path.states[step]
+            cotangent, direction = (
+                torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2)
+            )
+            tau, size = full_tau(grid.tau(step + 1), x), 1e-5
+            with torch.no_grad():
+                up = policy.base_velocity(x + size * direction, tau, context)
+                down = policy.base_velocity(x - size * direction, tau, context)
+            expected = ((up - down) / (2 * size) * cotangent).flatten(1).sum(1)
+            pullback = (fields.base_pullback(step, cotangent) * direction).flatten(1).sum(1)
+            torch.testing.assert_close(pullback, expected, rtol=1e-6, atol=1e-8)
+
+    # The shared evaluations along a path.
+
+    def test_shared_evaluations_are_the_plain_ones(self, moved: FlowPolicy) -> None:
+        observation = self.observation(BATCH, 0)
+        path, fields = self._path(moved, observation)
+        plain_path, plain = self._path(moved, observation, plain=True)
+        self._assert_close(path.x, plain_path.x)
+        self._assert_close(fields.tuned(), plain.tuned())
+        self._assert_close(fields.base(), plain.base())
+        cotangent = torch.randn(path.x_1.shape, generator=torch.Generator().manual_seed(1))
+        for step in range(moved.num_flow_steps):
+            pulled, expected = (f.base_pullback(step, cotangent) for f in (fields, plain))
+            self._assert_close(pulled, expected)
+        assert fields.tuned().requires_grad
+        assert not fields.base().requires_grad
+
+    def test_the_gradient_over_a_recorded_path_is_autograds(self, moved: FlowPolicy) -> None:
+        observation = self.observation(BATCH, 0)
+        _, fields = self._path(moved, observation)
+        _, plain = self._path(moved, observation, plain=True)
+        weight = torch.randn(fields.tuned().shape, generator=torch.Generator().manual_seed(2))
+        parameters = list(moved.trainable_parameters())
+        ours = torch.autograd.grad((fields.tuned() * weight).sum(), parameters)
+        autograds = torch.autograd.grad((plain.tuned() * weight).sum(), parameters)
+        for mine, other in zip(ours, autograds, strict=True):
+            scale = float(other.abs().max())
+            torch.testing.assert_close(mine, other, rtol=self.rtol, atol=self.atol * (1 + scale))
+
+    # The host.
+
+    def test_euler_on_the_velocity_is_the_hosts_own_sampler(self, moved: FlowPolicy) -> None:
+        observation = self.observation(BATCH, 0)
+        noise = self._noise(moved, 1)[0]
+        actions = self._ode_actions(moved, observation, noise)
+        with torch.no_grad():
+            host = self.host_actions(moved, observation, noise)
+        self._assert_close(actions, host)
+
+    def test_the_behaviour_cloning_loss_is_the_hosts_training_loss(self, moved: FlowPolicy) -> None:
+        observation = self.observation(BATCH, 0)
+        action, noise = self._noise(moved, 2)
+        tau = torch.linspace(0.05, 0.95, BATCH)
+        x_tau, target = flow_matching_target(action, noise, tau)
+        context = moved.encode(observation)
+        valid = torch.ones(BATCH, moved.chunk_shape[0], dtype=torch.bool)
+        loss = flow_matching_loss(moved.velocity(x_tau, tau, context), target, valid)
+        host = self.host_behaviour_loss(moved, observation, action, noise, tau)
+        self._assert_close(loss, host)
+
+    # Updates.
+
+    def test_the_kl_of_the_first_update_is_exactly_zero(self, policy: FlowPolicy) -> None:
+        method = self._method(policy)
+        first = method.update(*self._data(policy, 0))
+        assert first.kl_estimate == 0.0
+        assert first.output.kl_per_step.tolist() == [0.0] * policy.num_flow_steps
+        second = method.update(*self._data(policy, 1))
+        assert second.kl_estimate > 0.0
+
+    def test_updates_never_change_the_base(self, policy: FlowPolicy) -> None:
+        x, tau, context = self._point(policy)
+        before, field = self._untrained_hash(policy), policy.base_velocity(x, tau, context).clone()
+        trained = [p.detach().clone() for p in policy.trainable_parameters()]
+        method = self._method(policy)
+        for seed in range(2):
+            method.update(*self._data(policy, seed))
+        assert self._untrained_hash(policy) == before
+        assert torch.equal(policy.base_velocity(x, tau, context), field)
+        moved = list(policy.trainable_parameters())
+        assert not any(torch.equal(a, b) for a, b in zip(trained, moved, strict=True))
+
+    def test_training_the_base_works_or_is_refused(self, policy: FlowPolicy) -> None:
+        x, tau, context = self._point(policy)
+        before = policy.base_velocity(x, tau, context).clone()
+        if not self.trains_base:
+            with pytest.raises(UserError, match="train_base"):
+                self._method(policy, train_base=True)
+            return
+        method = self._method(policy, train_base=True)
+        for seed in range(2):
+            result = method.update(*self._data(policy, seed))
+        assert result.output.bc_loss is not None
+        assert not torch.equal(policy.base_velocity(x, tau, context), before)
+
+    # Checkpoints.
+
+    def test_a_saved_policy_acts_as_it_did(self, moved: FlowPolicy, tmp_path: Path) -> None:
+        observation, noise = self.observation(BATCH, 0), self._noise(moved, 1)[0]
+        moved.save_pretrained(tmp_path / "policy")
+        loaded = self.load(tmp_path / "policy")
+        actions = self._ode_actions(moved, observation, noise)
+        assert torch.equal(self._ode_actions(loaded, observation, noise), actions)
+        x, tau, context = self._point(loaded)
+        with torch.no_grad():
+            base = loaded.base_velocity(x, tau, context)
+            assert torch.equal(loaded.velocity(x, tau, context), base)
+
+    # What the tests share.
+
+    def _assert_close(self, ours: Tensor, theirs: Tensor) -> None:
+        torch.testing.assert_close(ours, theirs, rtol=self.rtol, atol=self.atol)
+
+    def _noise(self, policy: FlowPolicy, count: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, BATCH, *policy.chunk_shape, generator=generator)
+
+    def _point(self, policy: FlowPolicy) -> tuple[Tensor, Tensor, Any]:
+        context = policy.encode(self.observation(BATCH, 0))
+        return self._noise(policy, 1)[0], torch.full((BATCH,), 0.3), context
+
+    def _path(
+        self, policy: FlowPolicy, observation: Any, *, plain: bool = False
+    ) -> tuple[Trajectory, PathFields]:
+        """A path by the adapter's shared evaluations, or by the plain ones."""
+        context = policy.encode(observation)
+        following = policy.encode(self._like(observation, self.observation(BATCH, 1)))
+        make = PathFields(policy, context, following) if plain else None
+        fields = make or policy.path_fields(context, following)
+        noise = self._noise(policy, policy.num_flow_steps + 2).to(policy.features(context))
+        grid = TimeGrid(policy.num_flow_steps)
+        path, _ = sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid)
+        return path, fields
+
+    def _like(self, observation: Any, other: Any) -> Any:
+        """`other` in the precision of `observation`, where both are tensors."""
+        return other.to(observation) if isinstance(observation, Tensor) else other
+
+    def _ode_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
+        context, grid = policy.encode(observation), TimeGrid(policy.num_flow_steps)
+        with torch.no_grad():
+            return sample_ode(lambda x, tau: policy.velocity(x, tau, context), noise, grid)
+
+    def _method(self, policy: FlowPolicy, **changes: Any) -> TRQAM:
+        torch.manual_seed(0)
+        horizon, width = policy.chunk_shape
+        critic = Critic(CriticEnsemble(policy.feature_dim, horizon * width, (16,), 2))
+        return TRQAM(policy, critic, TRQAMConfig(**changes))
+
+    def _data(self, policy: FlowPolicy, seed: int) -> tuple[TransitionBatch, UpdateNoise]:
+        horizon = policy.chunk_shape[0]
+        generator = torch.Generator().manual_seed(seed)
+        batch = TransitionBatch(
+            observation=self.observation(BATCH, seed),
+            action=self._noise(policy, 1, seed)[0].clamp(-1, 1),
+            chunk_return=torch.randn(BATCH, generator=generator),
+            next_observation=self.observation(BATCH, seed + 50),
+            discount=torch.full((BATCH,), 0.99),
+            terminated=torch.zeros(BATCH, dtype=torch.bool),
+            truncated=torch.zeros(BATCH, dtype=torch.bool),
+            valid=torch.ones(BATCH, horizon, dtype=torch.bool),
+        )
+        return batch, UpdateNoise.draw(batch.action, policy.num_flow_steps, generator)
+
+    def _untrained_hash(self, policy: FlowPolicy) -> str:
+        """Of every parameter and buffer that training must not move."""
+        trained = {id(p) for p in policy.trainable_parameters()}
+        digest = hashlib.sha256()
+        for name, value in copy.copy(policy).state_dict(keep_vars=True).items():
+            if id(value) not in trained:
+                digest.update(name.encode())
+                digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
