@@ -121,7 +121,9 @@ class MLPFlowPolicy(FlowPolicy):
         self.base.load_state_dict(self.tuned.state_dict())
 
     def path_fields(self, context: Tensor, next_context: Tensor) -> PathFields:
-        """All evaluations of an update in one pass a step."""
+        """All evaluations of an update in one pass a step, where that changes no bit."""
+        if not MLPPathFields.keeps_equal_fields_equal(self.tuned, len(context)):
+            return super().path_fields(context, next_context)
         return MLPPathFields(self.tuned, self.base, context, next_context)
 
     def save_pretrained(self, directory: Path) -> None:

@@ -28,6 +28,7 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 from vla_trqam.training.config import parse_config
+from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 Product = tuple[int, int, int, int]
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time a size")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads")
     columns = ("s/update", "updates/s", "GFLOP", "products s", "ratio")
     print(f"{'size':<20}" + "".join(f"{name:>12}" for name in columns))

@@ -42,6 +42,7 @@ from vla_trqam.training.config import dump_config, parse_config, saved_config
 from vla_trqam.training.finetuning import METRICS_NAME, Phase, Run
 from vla_trqam.training.interruption import Interrupted, InterruptGuard
 from vla_trqam.training.learners import BehaviourCloning, Learner, OffPolicy
+from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.metrics import MetricsLog
 from vla_trqam.training.settings import (
     TRAINING_SEED,
@@ -147,6 +148,7 @@ def _prepare_torch(config: FinetuneRobomimicConfig) -> torch.device:
         )
     # accelerate launch sets OMP_NUM_THREADS to 1 on its own; this is the owner of the number.
     torch.set_num_threads(config.num_threads or _cores())
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     return accelerator.device
 

@@ -27,15 +27,16 @@ def tanh_gelu(z: Tensor) -> Tensor:
     return _inner(z, _CUBIC).mul_(z).sigmoid_().mul_(z)
 
 
-def tanh_gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
-    """``gelu(z)`` and ``gelu'(z)``, without gradient.
+def tanh_gelu_and_slope(z: Tensor, slopes: int | None = None) -> tuple[Tensor, Tensor]:
+    """``gelu(z)``, and ``gelu'(z)`` of the first ``slopes`` entries (all by default); no gradient.
 
     With ``s`` the sigmoid: ``gelu' = s + z s (1 - s) (2 c + 3 * 2 c 0.044715 z^2)``.
     """
     s = _inner(z, _CUBIC).mul_(z).sigmoid_()
     value = torch.mul(z, s)
-    rest = torch.addcmul(value, value, s, value=-1.0)
-    return value, s.addcmul_(rest, _inner(z, 3.0 * _CUBIC))
+    first = slice(slopes)
+    rest = torch.addcmul(value[first], value[first], s[first], value=-1.0)
+    return value, s[first].addcmul_(rest, _inner(z[first], 3.0 * _CUBIC))
 
 
 def _inner(z: Tensor, cubic: float) -> Tensor:
