@@ -121,9 +121,7 @@ class MLPFlowPolicy(FlowPolicy):
         self.base.load_state_dict(self.tuned.state_dict())
 
     def path_fields(self, context: Tensor, next_context: Tensor) -> PathFields:
-        """All evaluations of an update in one pass a step, where that changes no bit."""
-        if not MLPPathFields.keeps_equal_fields_equal(self.tuned, len(context)):
-            return super().path_fields(context, next_context)
+        """All evaluations of an update in one pass a step."""
         return MLPPathFields(self.tuned, self.base, context, next_context)
 
     def save_pretrained(self, directory: Path) -> None:
@@ -158,7 +156,7 @@ def _read_config(path: Path) -> MLPFlowConfig:
         raise UserError(f"{path} does not exist; a policy folder holds {CONFIG_NAME}") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    if fields.pop("type", None) != "mlp_flow":
+    if not isinstance(fields, dict) or fields.pop("type", None) != "mlp_flow":
         raise UserError(f'{path}: "type" is not "mlp_flow"; this is not an MLP flow policy')
     try:
         return MLPFlowConfig(**{**fields, "hidden_dims": tuple(fields["hidden_dims"])})

@@ -21,11 +21,6 @@ from vla_trqam.policy import PathFields
 
 LAYER_NORM_EPS = 1e-6
 
-# torch's CPU kernels: elements below which a tensor is not split between threads, and elements of
-# the widest unrolled vector loop.
-_GRAIN_SIZE = 32768
-_REGISTERS = 64
-
 
 @dataclass(frozen=True)
 class MLPFlowConfig:
@@ -187,20 +182,6 @@ class MLPPathFields(PathFields):
 
     _ADJOINT, _TUNED, _BASE, _NEXT = range(4)
 
-    @staticmethod
-    def keeps_equal_fields_equal(network: VelocityMLP, batch_size: int) -> bool:
-        """Whether two equal networks give equal values to the bit, whatever their slot.
-
-        torch rounds a sigmoid differently where a thread's share of a tensor ends between two vector
-        registers: every share must be a whole number of registers.
-        """
-        if network.layers[0].weight.device.type != "cpu":
-            return True
-        threads = torch.get_num_threads()
-        sizes = [4 * batch_size * layer.out_features for layer in network.layers[:-1]]
-        shares = ((size, _share(size, threads)) for size in sizes)
-        return all(share == size or share % _REGISTERS == 0 for size, share in shares)
-
     def __init__(
         self, tuned: VelocityMLP, base: VelocityMLP, features: Tensor, next_features: Tensor
     ) -> None:
@@ -265,11 +246,6 @@ class MLPPathFields(PathFields):
         tape = self._tapes[step].of(self._ADJOINT)
         gradient = self._base_network.input_pullback(tape, cotangent.flatten(1), self._columns)
         return gradient.view_as(cotangent)
-
-
-def _share(size: int, threads: int) -> int:
-    """Elements that a thread gets of an elementwise operation."""
-    return -(-size // min(threads, -(-size // _GRAIN_SIZE)))
 
 
 class _ReplayedPath(torch.autograd.Function):
