@@ -11,10 +11,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -33,23 +34,23 @@ from vla_trqam.data.robomimic_hdf5 import (
     require_env_version,
 )
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
+from vla_trqam.envs.env_meta import check_env_meta
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
-from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAM
-from vla_trqam.training.checkpoints import Generators, last_checkpoint, read_position
-from vla_trqam.training.config import dump_config, parse_config, saved_config
+from vla_trqam.training.checkpoints import (
+    Generators,
+    check_output_dir,
+    last_checkpoint,
+    read_position,
+)
+from vla_trqam.training.config import dump_config, given_flags, parse_config, resumed_config
 from vla_trqam.training.finetuning import METRICS_NAME, Phase, Run
-from vla_trqam.training.interruption import Interrupted, InterruptGuard
+from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
 from vla_trqam.training.learners import BehaviourCloning, Learner, OffPolicy
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.metrics import MetricsLog
-from vla_trqam.training.settings import (
-    TRAINING_SEED,
-    TRAINING_SEED_STRIDE,
-    VALIDATION_SEED,
-    FinetuneRobomimicConfig,
-)
+from vla_trqam.training.settings import FinetuneRobomimicConfig, refuse_idle_flags
 from vla_trqam.training.showcase import conclude
 
 PRESETS = Path(__file__).with_suffix(".yaml")
@@ -61,13 +62,17 @@ SMALLEST_STD = 1e-2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
+    config = None
     try:
-        finetune(read_config(sys.argv[1:] if arguments is None else arguments))
+        config = read_config(sys.argv[1:] if arguments is None else arguments)
+        finetune(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"stopped{f' at {stop}' if str(stop) else ''}", file=sys.stderr)
+        folder = None if config is None else config.output_dir
+        begun = folder is not None and (folder / CONFIG_NAME).is_file()
+        print(how_to_go_on(folder if begun else None, str(stop)), file=sys.stderr)
         return 130
     return 0
 
@@ -75,68 +80,91 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_config(arguments: Sequence[str]) -> FinetuneRobomimicConfig:
     """The settings of a new run, or those of the run that is resumed."""
     config = parse_config(FinetuneRobomimicConfig, PRESETS, arguments)
-    if not config.resume:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        config.output_dir = config.output_dir or Path("outputs/finetune_robomimic") / stamp
-        return config
-    if config.output_dir is None:
-        raise UserError("--resume=true needs --output_dir, the folder of the run to go on with")
-    allowed = {"--resume", "--output_dir", "--num_threads"}
-    others = {a.partition("=")[0] for a in arguments if a.startswith("--")} - allowed
-    if others:
-        raise UserError(f"a resumed run keeps its settings; leave out {', '.join(sorted(others))}")
-    saved = saved_config(FinetuneRobomimicConfig, config.output_dir / CONFIG_NAME)
-    saved.resume, saved.output_dir = True, config.output_dir
-    saved.num_threads = config.num_threads or saved.num_threads
-    return saved
+    if config.resume:
+        return resumed_config(config, CONFIG_NAME, arguments)
+    refuse_idle_flags(config, given_flags(arguments))
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    config.output_dir = config.output_dir or Path("outputs/finetune_robomimic") / stamp
+    return config
 
 
 def finetune(config: FinetuneRobomimicConfig) -> None:
     """The whole run.
 
     Raises:
-        UserError: the settings, the data or the folder do not work.
+        UserError: the settings, the data or the folder do not work; no folder is made then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
     device = _prepare_torch(config)
     assert config.output_dir is not None
-    if not config.resume and config.output_dir.exists() and any(config.output_dir.iterdir()):
-        raise UserError(
-            f"{config.output_dir} is in use; choose another --output_dir, or go on with that run "
-            "by --resume=true"
-        )
+    check_output_dir(config.output_dir, resume=config.resume)
     file = _read_dataset(config)
     policy = _make_policy(config, file).to(device)
     reward = RewardSpec(config.dataset.reward)
-    with RolloutPool(
-        file.env_args,
-        chunk_length=policy.chunk_shape[0],
-        num_workers=config.eval.num_workers or _cores(),
-        max_episode_steps=config.eval.max_episode_steps,
-        obs_keys=config.dataset.obs_keys,
-    ) as pool:
-        run = _open_run(config, file, policy, pool, device)
+    with ExitStack() as stack:
+        run, phases = _set_up(config, file, policy, reward, device, stack)
         print(reward.describe())
         print(f"initial states of the final evaluation: {config.eval.episodes}")
-        method = cache(lambda: _make_method(config, policy))
         with InterruptGuard() as guard:
-            learner = run.train(_phases(config, run, reward, method), guard)
+            learner = run.train(phases, guard)
         assert isinstance(learner, OffPolicy)
         base = MLPFlowPolicy.from_pretrained(run.output_dir / BASE_NAME).to(device)
         conclude(
             run,
             base,
             learner.method.critic,
-            evaluation_seeds=_seeds(config.eval.first_seed, config.eval.episodes),
+            evaluation_seeds=config.evaluation_seeds(),
             num_videos=config.eval.videos,
             discount=config.discount,
             reward=reward,
-            config=_plain(config),
+            config=asdict(config),
             title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
             seeds={"training": config.seed},
             command=_command(),
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
+
+
+def _set_up(
+    config: FinetuneRobomimicConfig,
+    file: RobomimicFile,
+    policy: MLPFlowPolicy,
+    reward: RewardSpec,
+    device: torch.device,
+    stack: ExitStack,
+) -> tuple[Run, list[Phase]]:
+    """Folder, replay and phases, and last the simulators: they start when all else is checked."""
+    output_dir = config.output_dir
+    assert output_dir is not None
+    try:
+        replay, metrics = _open_folder(config, file, policy, output_dir)
+        stack.callback(replay.close)
+        stack.enter_context(metrics)
+        phases = _phases(config, policy, replay, reward)
+        pool = RolloutPool(
+            file.env_args,
+            chunk_length=policy.chunk_shape[0],
+            num_workers=config.eval.num_workers or _cores(),
+            max_episode_steps=config.eval.max_episode_steps,
+            obs_keys=config.dataset.obs_keys,
+        )
+    except UserError:
+        if not config.resume:
+            shutil.rmtree(output_dir, ignore_errors=True)
+        raise
+    run = Run(
+        output_dir=output_dir,
+        policy=policy,
+        replay=replay,
+        pool=stack.enter_context(pool),
+        generators=Generators.seeded(config.seed, device),
+        metrics=metrics,
+        evaluation_seeds=config.validation_seeds(),
+        log_freq=config.log_freq,
+        save_freq=config.save_freq,
+        device=device,
+    )
+    return run, phases
 
 
 def _prepare_torch(config: FinetuneRobomimicConfig) -> torch.device:
@@ -162,6 +190,7 @@ def _read_dataset(config: FinetuneRobomimicConfig) -> RobomimicFile:
     path = download_official(data.name) if data.name else data.path or PACKED
     file = read_robomimic(path, obs_keys=data.obs_keys, filter_key=data.filter_key)
     require_env_version(file)
+    check_env_meta(file.env_args)
     return file
 
 
@@ -177,7 +206,12 @@ def _pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> 
             f"--pretrain.filter_key={key} selects no demo of {file.path}; "
             f"there are {', '.join(known) or 'no filter keys'}"
         )
-    return names[: config.pretrain.num_demos]
+    count = config.pretrain.num_demos
+    if count is not None and count > len(names):
+        raise UserError(
+            f"--pretrain.num_demos={count} wants more demos than the {len(names)} of {file.path}"
+        )
+    return names[:count]
 
 
 def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlowPolicy:
@@ -224,59 +258,42 @@ def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffP
         target_rate=knobs.target_rate,
         clip_actions=knobs.clip_actions,
     ).to(next(policy.parameters()).device)
-    trqam = config.trqam
-    if config.method.name == "qam":
-        trqam = qam_config(trqam, config.method.inverse_temperature)
-    return OffPolicy(TRQAM(policy, critic, trqam))
+    return OffPolicy(TRQAM(policy, critic, config.method_config()))
 
 
-def _open_run(
-    config: FinetuneRobomimicConfig,
-    file: RobomimicFile,
-    policy: MLPFlowPolicy,
-    pool: RolloutPool,
-    device: torch.device,
-) -> Run:
-    """A new run's folder, or the folder of the run to go on with."""
-    output_dir = config.output_dir
-    assert output_dir is not None
+def _open_folder(
+    config: FinetuneRobomimicConfig, file: RobomimicFile, policy: MLPFlowPolicy, output_dir: Path
+) -> tuple[ReplayBuffer, MetricsLog]:
+    """Replay and log of a new run, or those of the run to go on with, back at its checkpoint."""
     checkpoint = last_checkpoint(output_dir)
-    if checkpoint is None:
-        # Nothing to go on with: what a run leaves before its first checkpoint is begun anew.
-        shutil.rmtree(output_dir, ignore_errors=True)
-        output_dir.mkdir(parents=True)
-        dump_config(config, output_dir / CONFIG_NAME)
-        replay = _fill_replay(config, file, output_dir / REPLAY_NAME)
-        metrics = MetricsLog(output_dir / METRICS_NAME)
-        if config.policy.path is not None:
-            policy.save_pretrained(output_dir / BASE_NAME)
-    else:
+    if checkpoint is not None:
+        print(f"going on from {checkpoint}")
         position = read_position(checkpoint)
         replay = ReplayBuffer.open(output_dir / REPLAY_NAME)
         replay.truncate_to(position.replay_episodes)
-        metrics = MetricsLog.resume_after_line(output_dir / METRICS_NAME, position.metrics_lines)
-    return Run(
-        output_dir=output_dir,
-        policy=policy,
-        replay=replay,
-        pool=pool,
-        generators=Generators.seeded(config.seed, device),
-        metrics=metrics,
-        evaluation_seeds=_seeds(VALIDATION_SEED, config.eval.episodes_during_training),
-        log_freq=config.log_freq,
-        save_freq=config.save_freq,
-        device=device,
-    )
+        metrics_path = output_dir / METRICS_NAME
+        return replay, MetricsLog.resume_after_line(metrics_path, position.metrics_lines)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir={output_dir} cannot be made: {error.strerror}") from None
+    # Nothing to go on with: what a run leaves before its first checkpoint is begun anew.
+    (output_dir / METRICS_NAME).unlink(missing_ok=True)
+    for name in (REPLAY_NAME, BASE_NAME):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)
+    replay = _fill_replay(config, file, output_dir / REPLAY_NAME)
+    if config.policy.path is not None:
+        policy.save_pretrained(output_dir / BASE_NAME)
+    return replay, MetricsLog(output_dir / METRICS_NAME)
 
 
 def _fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
-    rounds = -(-config.online.steps // config.online.updates_per_round)
-    episodes = config.offline.base_episodes + rounds * config.online.episodes_per_round
     replay = ReplayBuffer.create(
         path,
         observation_dim=file.observation_dim,
         action_dim=file.action_dim,
-        capacity=file.num_steps + episodes * config.eval.max_episode_steps,
+        capacity=file.num_steps + config.num_training_episodes * config.eval.max_episode_steps,
     )
     cloned = set(_pretraining_demos(config, file))
     parts = {
@@ -291,91 +308,87 @@ def _fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Pat
 
 
 def _phases(
-    config: FinetuneRobomimicConfig, run: Run, reward: RewardSpec, method: object
+    config: FinetuneRobomimicConfig,
+    policy: MLPFlowPolicy,
+    replay: ReplayBuffer,
+    reward: RewardSpec,
 ) -> list[Phase]:
-    policy, replay = run.policy, run.replay
-    assert isinstance(policy, MLPFlowPolicy)
-    assert callable(method)
-    make_method = method
-
-    def sampler(*sources: str) -> ChunkSampler:
-        return replay.sampler(
-            chunk_length=policy.chunk_shape[0],
-            discount=config.discount,
-            short_chunks=config.dataset.short_chunks,
-            reward=reward,
-            sources=sources or None,
-        )
-
-    def finish_pretraining(learner: Learner) -> None:
-        assert isinstance(learner, BehaviourCloning)
-        learner.finish()
-        policy.reset_base()
-        policy.save_pretrained(run.output_dir / BASE_NAME)
-
-    first_seed = TRAINING_SEED + config.seed * TRAINING_SEED_STRIDE
-
-    def base_episodes(done: int) -> Sequence[int]:
-        return _seeds(first_seed, config.offline.base_episodes) if done == 0 else ()
-
-    def online_episodes(done: int) -> Sequence[int]:
-        number, rest = divmod(done, config.online.updates_per_round)
-        count = config.online.episodes_per_round
-        start = first_seed + config.offline.base_episodes + number * count
-        return () if rest else _seeds(start, count)
-
+    """Pretraining, offline and online updates, as far as the settings want them."""
+    draw = partial(
+        replay.sampler,
+        chunk_length=policy.chunk_shape[0],
+        discount=config.discount,
+        short_chunks=config.dataset.short_chunks,
+        reward=reward,
+    )
+    # Offline and online updates are the same learner's.
+    method = cache(lambda: _make_method(config, policy))
     phases = []
     if config.policy.path is None:
-        pretrain = config.pretrain
-        phases.append(
-            Phase(
-                name="pretrain",
-                num_steps=pretrain.steps,
-                make_learner=lambda: BehaviourCloning(policy, pretrain.optimizer, pretrain.steps),
-                sampler=sampler("pretrain"),
-                batch_size=pretrain.batch_size,
-                finish=finish_pretraining,
-            )
-        )
+        phases.append(_pretraining(config, policy, draw(sources=["pretrain"])))
     if config.offline.steps:
         phases.append(
             Phase(
                 name="offline",
                 num_steps=config.offline.steps,
-                make_learner=make_method,
-                sampler=sampler(),
+                make_learner=method,
+                sampler=draw(),
                 batch_size=config.batch_size,
-                episodes_before=base_episodes,
+                episodes_before=lambda done: () if done else config.base_seeds(),
                 evaluate_every=config.evaluate_every,
             )
         )
     if config.online.steps:
-        fraction = config.online.fraction
-        offline_part = ("pretrain", "dataset", "offline")
         phases.append(
             Phase(
                 name="online",
                 num_steps=config.online.steps,
-                make_learner=make_method,
-                sampler=sampler()
-                if fraction is None
-                else MixedSampler(
-                    sampler(*offline_part), sampler("online"), online_fraction=fraction
-                ),
+                make_learner=method,
+                sampler=_online_sampler(config, draw),
                 batch_size=config.batch_size,
-                episodes_before=online_episodes,
+                episodes_before=config.round_seeds,
                 evaluate_every=config.evaluate_every,
             )
         )
+    for phase in phases:
+        if phase.sampler.num_starts == 0:
+            raise UserError(
+                f"the data for the {phase.name} updates has no chunk of {policy.chunk_shape[0]} "
+                "steps; choose a shorter --policy.chunk_length or other --dataset.short_chunks"
+            )
     return phases
 
 
-def _seeds(first: int, count: int) -> list[int]:
-    return list(range(first, first + count))
+def _pretraining(
+    config: FinetuneRobomimicConfig, policy: MLPFlowPolicy, sampler: ChunkSampler
+) -> Phase:
+    knobs, output_dir = config.pretrain, config.output_dir
+    assert output_dir is not None
+
+    def finish(learner: Learner) -> None:
+        assert isinstance(learner, BehaviourCloning)
+        learner.finish()
+        policy.reset_base()
+        policy.save_pretrained(output_dir / BASE_NAME)
+
+    return Phase(
+        name="pretrain",
+        num_steps=knobs.steps,
+        make_learner=lambda: BehaviourCloning(policy, knobs.optimizer, knobs.steps),
+        sampler=sampler,
+        batch_size=knobs.batch_size,
+        finish=finish,
+    )
 
 
-def _plain(config: FinetuneRobomimicConfig) -> dict[str, object]:
-    return asdict(config)
+def _online_sampler(
+    config: FinetuneRobomimicConfig, draw: Callable[..., ChunkSampler]
+) -> ChunkSampler | MixedSampler:
+    fraction = config.online.fraction
+    if fraction is None:
+        return draw()
+    offline = draw(sources=["pretrain", "dataset", "offline"])
+    return MixedSampler(offline, draw(sources=["online"]), online_fraction=fraction)
 
 
 def _command() -> str:

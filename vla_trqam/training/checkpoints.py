@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla_trqam.errors import UserError
@@ -67,6 +68,21 @@ class Generators:
         return cls(np.random.default_rng(seed), torch.Generator(device).manual_seed(seed))
 
 
+def check_output_dir(output_dir: Path, *, resume: bool) -> None:
+    """Refuses a folder that a new run would overwrite.
+
+    Raises:
+        UserError: it is a file, or something is in it and the run is new.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir={output_dir} is a file; a run needs a folder")
+    if not resume and output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(
+            f"{output_dir} is in use; choose another --output_dir, or go on with that run "
+            "by --resume=true"
+        )
+
+
 def save_checkpoint(
     output_dir: Path,
     name: str,
@@ -99,30 +115,48 @@ def save_checkpoint(
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint, None where there is none."""
     last = output_dir / CHECKPOINTS / LAST
-    return last.resolve() if last.exists() else None
+    if last.is_dir():
+        return last.resolve()
+    # A kill between the first checkpoint and its link, or a copy that left the link out.
+    whole = [path for path in last.parent.glob("[!.]*") if path.is_dir()]
+    return max(whole, key=_age, default=None)
 
 
 def read_position(checkpoint: Path) -> Position:
-    """Where the run stood when it was saved."""
-    return Position(**_read_json(checkpoint / TRAINING / "position.json"))
+    """Where the run stood when it was saved.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = checkpoint / TRAINING / "position.json"
+    try:
+        return Position(**_read_json(path))
+    except TypeError as error:
+        raise UserError(f"{path} does not say where a run stands: {error}") from None
 
 
 def load_checkpoint(checkpoint: Path, learner: Learner, generators: Generators) -> None:
     """Restores learner and generators to the bit.
 
     Raises:
-        UserError: the checkpoint's weights are of other names or shapes than the learner's.
+        UserError: a file is missing or damaged, or of another run's names or shapes.
     """
-    training = checkpoint / TRAINING
+    training, algorithm = checkpoint / TRAINING, checkpoint / ALGORITHM
     try:
-        load_module_tensors(learner, load_file(checkpoint / ALGORITHM / "networks.safetensors"))
-    except (RuntimeError, FileNotFoundError) as error:
+        load_module_tensors(learner, _read_tensors(algorithm / "networks.safetensors"))
+        learner.load_scalars(_read_json(algorithm / "scalars.json"))
+        moments = _read_tensors(training / "optimizer_state.safetensors")
+        load_optimizer_tensors(learner.optimizer, moments)
+        generators.noise.set_state(_read_tensors(training / "rng_state.safetensors")["noise"])
+        generators.replay.bit_generator.state = _read_json(training / "replay_rng.json")
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())
-        raise UserError(f"{checkpoint} does not fit this run's settings: {detail}") from None
-    learner.load_scalars(_read_json(checkpoint / ALGORITHM / "scalars.json"))
-    load_optimizer_tensors(learner.optimizer, load_file(training / "optimizer_state.safetensors"))
-    generators.noise.set_state(load_file(training / "rng_state.safetensors")["noise"])
-    generators.replay.bit_generator.state = _read_json(training / "replay_rng.json")
+        raise UserError(f"{checkpoint} does not fit this run: {detail}") from None
+
+
+def _age(checkpoint: Path) -> tuple[int, int]:
+    position = read_position(checkpoint)
+    return position.step, position.phase_step
 
 
 def _point(link: Path, target: str) -> None:
@@ -134,6 +168,13 @@ def _point(link: Path, target: str) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -34,10 +35,47 @@ def parse_config[C](
     if "--help" in arguments or "-h" in arguments:
         draccus.parse(config_class, args=["--help"])
     flags = _read_flags(arguments)
-    config_path = flags.pop("config_path", None)
-    name = flags.pop("preset", preset)
-    settings = _flatten(_section(presets, name) if config_path is None else _read_yaml(config_path))
+    if {"config_path", "preset"} <= flags.keys():
+        raise UserError("--config_path and --preset are both given; choose one")
+    config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
+    source = _section(presets, name) if config_path is None else _read_yaml(str(config_path))
+    settings = _flatten(source)
     return _decode(config_class, settings | flags)
+
+
+def given_flags(arguments: Sequence[str]) -> set[str]:
+    """The names, with their dashes, of the flags on a command line."""
+    return {item.partition("=")[0] for item in arguments if item.startswith("--")}
+
+
+class Resumable(Protocol):
+    """The settings that a resumed run may be given."""
+
+    output_dir: Path | None
+    resume: bool
+    num_threads: int | None
+
+
+def resumed_config[C: Resumable](config: C, name: str, arguments: Sequence[str]) -> C:
+    """The settings of the run in ``config.output_dir``, to go on with it.
+
+    Args:
+        config: what the command line alone gives.
+        name: the configuration's file in the run's folder.
+        arguments: the command line.
+
+    Raises:
+        UserError: there is no such run, or the command line has other settings.
+    """
+    if config.output_dir is None:
+        raise UserError("--resume=true needs --output_dir, the folder of the run to go on with")
+    others = given_flags(arguments) - {"--resume", "--output_dir", "--num_threads"}
+    if others:
+        raise UserError(f"a resumed run keeps its settings; leave out {', '.join(sorted(others))}")
+    saved = saved_config(type(config), config.output_dir / name)
+    saved.resume, saved.output_dir = True, config.output_dir
+    saved.num_threads = config.num_threads or saved.num_threads
+    return saved
 
 
 def saved_config[C](config_class: type[C], path: Path) -> C:
@@ -52,17 +90,23 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
 
 
 def dump_config(config: Any, path: Path) -> None:
-    """Writes a configuration that ``--config_path`` reads back."""
-    path.write_text(str(draccus.dump(config)))
+    """Writes a configuration that ``--config_path`` reads back; a kill leaves none, not half."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(str(draccus.dump(config)))
+    os.replace(part, path)
 
 
 def _decode[C](config_class: type[C], settings: Settings) -> C:
     known = _known_flags(config_class)
-    for name in settings:
+    for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists every flag"
             raise UserError(f"--{name} is not a setting; {hint}")
+        if value is None and type(None) not in get_args(known[name]):
+            raise UserError(f"--{name} needs a value; null is none")
+        if get_origin(known[name]) is tuple and not isinstance(value, list):
+            raise UserError(f"--{name}={value} must be a list, like [{value}]")
     try:
         decoded: C = draccus.decode(config_class, _nest(settings))
     except Exception as error:  # draccus wraps whatever a value's own check raised
@@ -75,14 +119,15 @@ def _decode[C](config_class: type[C], settings: Settings) -> C:
     return decoded
 
 
-def _known_flags(config_class: type, prefix: str = "") -> set[str]:
-    flags: set[str] = set()
+def _known_flags(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, and its type."""
+    flags: dict[str, Any] = {}
     for name, hint in get_type_hints(config_class).items():
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             flags |= _known_flags(hint, f"{prefix}{name}.")
         else:
-            flags.add(prefix + name)
+            flags[prefix + name] = hint
     return flags
 
 

@@ -27,6 +27,11 @@ class CriticCheck:
     returns: np.ndarray
     success: np.ndarray
 
+    @property
+    def known(self) -> np.ndarray:
+        """Where both numbers exist, (N,)."""
+        return np.isfinite(self.q) & np.isfinite(self.returns)
+
 
 @torch.no_grad()
 def check_critic(
@@ -48,7 +53,7 @@ def check_critic(
     table = replay.episodes()
     last_start = table.num_steps - chunk_length
     episodes = np.repeat(np.arange(len(last_start)), np.maximum(last_start + 1, 0))
-    first = np.concatenate([np.arange(n + 1) for n in last_start if n >= 0])
+    first = np.concatenate([np.arange(n + 1) for n in np.maximum(last_start, -1)])
     chosen = np.random.default_rng(seed).permutation(len(episodes))[:num_chunks]
     episode, offset = episodes[chosen], first[chosen]
     steps = table.first_step[episode] + offset

@@ -14,6 +14,7 @@ import torch
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
 from vla_trqam.envs.rollout import Episode, RolloutPool
+from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.checkpoints import (
@@ -94,10 +95,16 @@ class Run:
 
         Raises:
             Interrupted: the guard was asked to stop; everything up to here is saved.
+            UserError: the checkpoint is damaged, or of another run.
         """
         checkpoint = last_checkpoint(self.output_dir)
         position = None if checkpoint is None else read_position(checkpoint)
         names = [phase.name for phase in phases]
+        if position is not None and position.phase not in names:
+            raise UserError(
+                f"{checkpoint} is of the phase {position.phase!r}; "
+                f"this run has {', '.join(names)} only"
+            )
         begin = 0 if position is None else names.index(position.phase)
         learner: Learner | None = None
         for phase in phases[begin:]:
@@ -119,7 +126,8 @@ class Run:
     ) -> None:
         counts = 0 if phase.name == "pretrain" else 1
         with TrainingProgress(phase.num_steps, phase.name, initial=start) as progress:
-            if start == 0 and phase.name == "offline":
+            if counts and self.step == 0:
+                # The policy is still its base.
                 self._evaluate(phase, 0, progress)
             for done in range(start, phase.num_steps):
                 self._collect(phase, done, progress)
@@ -135,6 +143,8 @@ class Run:
                 if guard.requested:
                     raise Interrupted(f"{phase.name} update {done + 1} of {phase.num_steps}")
         phase.finish(learner)
+        if guard.requested:
+            raise Interrupted(f"the end of {phase.name}")
 
     def _collect(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
         seeds = phase.episodes_before(done)

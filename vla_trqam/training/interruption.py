@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
+import sys
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
+
+MESSAGE = b"\nstopping after this update and its rollouts; once more to stop at once\n"
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -36,4 +42,21 @@ class InterruptGuard:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this update; once more to stop at once", flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, MESSAGE)
+
+
+def how_to_go_on(output_dir: Path | None, where: str) -> str:
+    """The last sentence of a run that was asked to stop.
+
+    Args:
+        output_dir: the run's folder; None before there is one.
+        where: what :class:`Interrupted` said; empty when the run stopped at once.
+    """
+    stopped = f"stopped at {where}" if where else "stopped"
+    if output_dir is None:
+        return f"{stopped} before anything was written"
+    return (
+        f"{stopped}; go on with: accelerate launch {shlex.quote(sys.argv[0])} --resume=true "
+        f"--output_dir={shlex.quote(str(output_dir))}"
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vla_trqam.critic import ema_update
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
 from vla_trqam.methods.trqam import TRQAM, UpdateNoise, UpdateResult
 from vla_trqam.policy import FlowPolicy
@@ -51,6 +52,12 @@ class BehaviourCloningConfig:
 
     lr: float = 1e-3
     ema_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0.0:
+            raise UserError(f"lr is {self.lr}; it must be positive")
+        if not 0.0 < self.ema_rate <= 1.0:
+            raise UserError(f"ema_rate is {self.ema_rate}; it must be in (0, 1]")
 
 
 class BehaviourCloning:
@@ -160,8 +167,17 @@ def module_tensors(learner: Learner) -> dict[str, Tensor]:
 
 
 def load_module_tensors(learner: Learner, tensors: Mapping[str, Tensor]) -> None:
-    """Restores :func:`module_tensors`; every key must be there and no other."""
-    for name, module in learner.modules().items():
+    """Restores :func:`module_tensors`.
+
+    Raises:
+        UserError: a key belongs to no module.
+        RuntimeError: a module lacks a key, or has it in another shape.
+    """
+    modules = learner.modules()
+    strange = sorted(key for key in tensors if key.partition(".")[0] not in modules)
+    if strange:
+        raise UserError(f"{strange[0]} is a weight of none of {', '.join(modules)}")
+    for name, module in modules.items():
         prefix = f"{name}."
         mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         module.load_state_dict(mine, strict=True)
@@ -177,11 +193,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restores :func:`optimizer_tensors`."""
+    """Restores :func:`optimizer_tensors`.
+
+    Raises:
+        UserError: there is no such parameter, or it has another shape.
+    """
     parameters = list(_parameters(optimizer))
     for name, value in tensors.items():
         number, key = name.split(".", 1)
+        if int(number) >= len(parameters):
+            raise UserError(f"{name} is the state of none of the {len(parameters)} parameters")
         parameter = parameters[int(number)]
+        if value.dim() and value.shape != parameter.shape:
+            raise UserError(
+                f"{name} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+            )
         # Adam keeps its step counts where its moments are when fused.
         optimizer.state[parameter][key] = value.to(parameter.device)
 

@@ -9,11 +9,14 @@ from typing import Literal
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
+from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training.learners import BehaviourCloningConfig
 
 # Initial states: evaluation seeds lie below, those of training above.
 VALIDATION_SEED, TRAINING_SEED, TRAINING_SEED_STRIDE = 500_000, 1_000_000, 1_000_000
+# An initial state's seed must fit 32 bits.
+LARGEST_SEED = (2**32 - TRAINING_SEED) // TRAINING_SEED_STRIDE - 1
 
 
 @dataclass
@@ -42,7 +45,7 @@ class PolicyConfig:
     """The policy: a checkpoint, or the shape of a new one.
 
     Attributes:
-        path: folder of a pretrained policy; skips the pretraining.
+        path: folder of a pretrained policy, whose shape it keeps; skips the pretraining.
         chunk_length: H, all of which is executed before the policy is asked again.
         hidden_dims: widths of the hidden layers.
         layer_norm: normalise after every activation.
@@ -185,46 +188,161 @@ class FinetuneRobomimicConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        positive = {
+        self._check_numbers()
+        self._check_rates()
+        self._check_seeds()
+        self._check_choices()
+
+    def method_config(self) -> TRQAMConfig:
+        """The knobs of the chosen method.
+
+        Raises:
+            UserError: a knob of the other method is set.
+        """
+        beta = self.method.inverse_temperature
+        if self.method.name == "qam":
+            if self.trqam.inverse_temperature != 1.0:
+                raise UserError(
+                    f"--trqam.inverse_temperature={self.trqam.inverse_temperature} does not reach "
+                    "QAM; give --method.inverse_temperature"
+                )
+            return qam_config(self.trqam, beta)
+        if beta != 1.0:
+            raise UserError(
+                f"--method.inverse_temperature={beta} is QAM's; TRQAM finds its own temperature: "
+                "add --method.name=qam or leave it out"
+            )
+        return self.trqam
+
+    def evaluation_seeds(self) -> list[int]:
+        """Initial states of the final evaluation."""
+        return _seeds(self.eval.first_seed, self.eval.episodes)
+
+    def validation_seeds(self) -> list[int]:
+        """Initial states of the evaluations during training."""
+        return _seeds(VALIDATION_SEED, self.eval.episodes_during_training)
+
+    def base_seeds(self) -> list[int]:
+        """Initial states of the base's episodes before the offline updates."""
+        return _seeds(self._first_training_seed, self.offline.base_episodes)
+
+    def round_seeds(self, done: int) -> list[int]:
+        """Initial states of the rollouts before the online update after ``done`` of them."""
+        number, rest = divmod(done, self.online.updates_per_round)
+        count = self.online.episodes_per_round
+        start = self._first_training_seed + self.offline.base_episodes + number * count
+        return [] if rest else _seeds(start, count)
+
+    @property
+    def num_training_episodes(self) -> int:
+        """Episodes that all rollouts of the training add to the replay."""
+        rounds = -(-self.online.steps // self.online.updates_per_round)
+        return self.offline.base_episodes + rounds * self.online.episodes_per_round
+
+    @property
+    def _first_training_seed(self) -> int:
+        return TRAINING_SEED + self.seed * TRAINING_SEED_STRIDE
+
+    def _check_numbers(self) -> None:
+        at_least_one = {
             "batch_size": self.batch_size,
             "log_freq": self.log_freq,
             "save_freq": self.save_freq,
+            "num_threads": self.num_threads,
             "policy.chunk_length": self.policy.chunk_length,
+            "policy.hidden_dims": min(self.policy.hidden_dims, default=0),
             "policy.num_flow_steps": self.policy.num_flow_steps,
+            "critic.hidden_dims": min(self.critic.hidden_dims, default=0),
             "critic.ensemble_size": self.critic.ensemble_size,
             "pretrain.steps": self.pretrain.steps,
             "pretrain.batch_size": self.pretrain.batch_size,
+            "pretrain.num_demos": self.pretrain.num_demos,
             "online.episodes_per_round": self.online.episodes_per_round,
             "online.updates_per_round": self.online.updates_per_round,
             "eval.episodes": self.eval.episodes,
             "eval.max_episode_steps": self.eval.max_episode_steps,
+            "eval.num_workers": self.eval.num_workers,
             "eval.episodes_during_training": self.eval.episodes_during_training,
         }
-        for name, value in positive.items():
-            if value < 1:
+        for name, value in at_least_one.items():
+            if value is not None and value < 1:
                 raise UserError(f"--{name}={value} must be at least 1")
-        counts = {
+        not_negative = {
             "offline.steps": self.offline.steps,
             "offline.base_episodes": self.offline.base_episodes,
             "online.steps": self.online.steps,
             "evaluate_every": self.evaluate_every,
+            "eval.videos": self.eval.videos,
         }
-        for name, value in counts.items():
-            if value < 0:
+        for name, value in not_negative.items():
+            if value is not None and value < 0:
                 raise UserError(f"--{name}={value} must not be negative")
-        if self.offline.steps + self.online.steps < 1:
-            raise UserError(
-                "--offline.steps and --online.steps are both 0: nothing would be trained"
-            )
+
+    def _check_rates(self) -> None:
         if not 0.0 < self.discount < 1.0:
             raise UserError(f"--discount={self.discount} must lie between 0 and 1")
         if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:
             raise UserError(f"--online.fraction={self.online.fraction} must lie between 0 and 1")
+        if not 0.0 < self.critic.target_rate <= 1.0:
+            raise UserError(f"--critic.target_rate={self.critic.target_rate} must lie in (0, 1]")
+        if not 0.0 <= self.critic.pessimism < float("inf"):
+            raise UserError(f"--critic.pessimism={self.critic.pessimism} must not be negative")
+
+    def _check_seeds(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"--seed={self.seed} must lie between 0 and {LARGEST_SEED}")
         last = self.eval.first_seed + self.eval.episodes
         if self.eval.first_seed < 0 or last > VALIDATION_SEED:
             raise UserError(
                 f"--eval.first_seed={self.eval.first_seed} must be at least 0 and leave its "
                 f"{self.eval.episodes} initial states below {VALIDATION_SEED}"
             )
+        most = TRAINING_SEED - VALIDATION_SEED
+        if self.eval.episodes_during_training > most:
+            raise UserError(
+                f"--eval.episodes_during_training={self.eval.episodes_during_training} "
+                f"must be at most {most}"
+            )
+        if self.num_training_episodes > TRAINING_SEED_STRIDE:
+            raise UserError(
+                f"the settings roll out {self.num_training_episodes} episodes for training; "
+                f"there are initial states for {TRAINING_SEED_STRIDE}"
+            )
+
+    def _check_choices(self) -> None:
+        if self.offline.steps + self.online.steps < 1:
+            raise UserError(
+                "--offline.steps and --online.steps are both 0: nothing would be trained"
+            )
         if self.dataset.path is not None and self.dataset.name is not None:
             raise UserError("--dataset.path and --dataset.name are both given; choose one")
+        if self.eval.max_episode_steps < self.policy.chunk_length:
+            raise UserError(
+                f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
+                f"its first chunk of {self.policy.chunk_length} steps"
+            )
+        self.method_config()
+
+
+def refuse_idle_flags(config: FinetuneRobomimicConfig, flags: set[str]) -> None:
+    """Refuses flags that a given policy leaves without effect.
+
+    Args:
+        config: all settings.
+        flags: the names, with their dashes, of those on the command line.
+
+    Raises:
+        UserError: there is such a flag.
+    """
+    if config.policy.path is None:
+        return
+    idle = sorted(f for f in flags - {"--policy.path"} if f.startswith(("--policy.", "--pretrain")))
+    if idle:
+        raise UserError(
+            f"--policy.path={config.policy.path} is a policy that is trained already and has its "
+            f"own shape; leave out {', '.join(idle)}"
+        )
+
+
+def _seeds(first: int, count: int) -> list[int]:
+    return list(range(first, first + count))

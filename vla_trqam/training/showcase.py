@@ -52,6 +52,9 @@ def write_plots(
     folder = run.output_dir / "plots"
     paths = plot_run(run.output_dir / METRICS_NAME, folder, evaluation=evaluation, kl_unit=kl_unit)
     check = check_critic(run.policy, critic, run.replay, discount=discount, reward=reward)
+    if not check.known.any():
+        print("no plot of Q against returns: no whole chunk of the replay has both, finite")
+        return paths
     path = folder / "q_against_returns.png"
     plot_q_against_returns(check.q, check.returns, path, success=check.success)
     return [*paths, path]

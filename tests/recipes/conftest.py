@@ -1,0 +1,87 @@
+"""The recipe on the toy task: all of it but the simulator."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+
+import pytest
+from toy_files import write_toy_file
+from toy_task import ToyPool
+from vla_trqam.recipes import finetune_robomimic
+
+TINY = [
+    "--dataset.obs_keys=[object]",
+    "--batch_size=8",
+    "--save_freq=4",
+    "--log_freq=2",
+    "--evaluate_every=3",
+    "--num_threads=1",
+    "--policy.hidden_dims=[8]",
+    "--policy.chunk_length=2",
+    "--policy.num_flow_steps=3",
+    "--critic.hidden_dims=[8]",
+    "--critic.ensemble_size=2",
+    "--pretrain.steps=6",
+    "--pretrain.batch_size=8",
+    "--pretrain.filter_key=worse",
+    "--pretrain.num_demos=3",
+    "--offline.steps=6",
+    "--offline.base_episodes=2",
+    "--online.steps=6",
+    "--online.episodes_per_round=2",
+    "--online.updates_per_round=3",
+    "--eval.episodes=2",
+    "--eval.max_episode_steps=10",
+    "--eval.episodes_during_training=2",
+    "--eval.num_workers=1",
+    "--eval.videos=0",
+]
+OF_THE_POLICY = ("--policy.", "--pretrain.")
+
+
+@pytest.fixture(scope="session")
+def toy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_file(tmp_path_factory.mktemp("data") / "toy.hdf5")
+
+
+@pytest.fixture
+def toy_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ToyPool]]:
+    monkeypatch.setattr(finetune_robomimic, "RolloutPool", ToyPool)
+    ToyPool.started, ToyPool.rounds, ToyPool.before_run = 0, [], None
+    yield ToyPool
+    ToyPool.before_run = None
+
+
+@pytest.fixture
+def no_conclusion(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Leaves out final evaluation and report, which cost most of a tiny run; keeps what it got."""
+    calls: list[dict] = []
+
+    def conclude(run: object, base: object, critic: object, **settings: object) -> None:
+        calls.append({"run": run, "base": base, "critic": critic, **settings})
+
+    monkeypatch.setattr(finetune_robomimic, "conclude", conclude)
+    return calls
+
+
+@pytest.fixture
+def tiny(toy_file: Path, toy_pool: type[ToyPool]) -> Callable[..., int]:
+    """Runs `main` with tiny settings; later flags win."""
+
+    def run(output_dir: Path, *flags: str) -> int:
+        base = [f"--dataset.path={toy_file}", *TINY]
+        if any(flag.startswith("--policy.path=") for flag in flags):
+            base = [flag for flag in base if not flag.startswith(OF_THE_POLICY)]
+        return finetune_robomimic.main([*base, f"--output_dir={output_dir}", *flags])
+
+    return run
+
+
+@pytest.fixture
+def resume(toy_pool: type[ToyPool]) -> Callable[[Path], int]:
+    def run(output_dir: Path) -> int:
+        return finetune_robomimic.main(["--resume=true", f"--output_dir={output_dir}"])
+
+    return run
