@@ -120,7 +120,7 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
             config=asdict(config),
             title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
             seeds={"training": config.seed},
-            command=_command(),
+            command=shlex.join(["accelerate", "launch", *sys.argv]),
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
 
@@ -190,7 +190,11 @@ def _read_dataset(config: FinetuneRobomimicConfig) -> RobomimicFile:
     path = download_official(data.name) if data.name else data.path or PACKED
     file = read_robomimic(path, obs_keys=data.obs_keys, filter_key=data.filter_key)
     require_env_version(file)
-    check_env_meta(file.env_args)
+    try:
+        check_env_meta(file.env_args)
+        RewardSpec(data.reward).apply(np.concatenate([demo.rewards for demo in file.demos]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return file
 
 
@@ -389,10 +393,6 @@ def _online_sampler(
         return draw()
     offline = draw(sources=["pretrain", "dataset", "offline"])
     return MixedSampler(offline, draw(sources=["online"]), online_fraction=fraction)
-
-
-def _command() -> str:
-    return shlex.join(["accelerate", "launch", *sys.argv])
 
 
 if __name__ == "__main__":

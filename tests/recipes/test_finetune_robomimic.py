@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from toy_files import differences, final_state, metrics_lines
+from toy_settings import TINY
 from toy_task import Killed, ToyPool
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.training import checkpoints
+from vla_trqam.training.acting import chunk_policy
+from vla_trqam.training.finetuning import EVALUATION_NOISE
 from vla_trqam.training.learners import BehaviourCloning, OffPolicy
 
 
@@ -50,8 +53,6 @@ def signalled_at_update(monkeypatch, learner, number, which):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, toy_file):
     """A whole run without conclusion."""
-    from conftest import TINY
-
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_robomimic, "RolloutPool", ToyPool)
@@ -67,16 +68,9 @@ def test_the_first_evaluation_is_the_bases(uninterrupted):
     first = next(line for line in metrics_lines(folder) if line["phase"] == "eval")
     base = MLPFlowPolicy.from_pretrained(folder / "base_policy")
     pool = ToyPool({}, max_episode_steps=10)
-    episodes = pool.run(finetune_robomimic_policy(base), rounds[0])
+    episodes = pool.run(chunk_policy(base, EVALUATION_NOISE), rounds[0])
     assert first["step"] == 0
     assert first["success_rate"] == np.mean([e.success for e in episodes])
-
-
-def finetune_robomimic_policy(policy):
-    from vla_trqam.training.acting import chunk_policy
-    from vla_trqam.training.finetuning import EVALUATION_NOISE
-
-    return chunk_policy(policy, EVALUATION_NOISE)
 
 
 def test_every_phase_evaluation_and_rollout_is_logged_in_order(uninterrupted):
@@ -385,7 +379,7 @@ def test_the_saved_settings_begin_the_same_run_elsewhere(
 
 REAL = """
 import sys
-from conftest import TINY
+from toy_settings import TINY
 from vla_trqam.recipes.finetune_robomimic import main
 flags = [f for f in TINY if "obs_keys" not in f]
 sys.exit(main([*flags, "--pretrain.num_demos=3", *sys.argv[1:]]))
@@ -403,21 +397,22 @@ def test_kill_minus_nine_and_resume_on_the_simulator(tmp_path):
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     recipe = ["-m", "vla_trqam.recipes.finetune_robomimic"]
-    first, second = start(["-c", REAL], f"--output_dir={whole}"), None
+    processes = [
+        start(["-c", REAL], f"--output_dir={killed}", "--save_freq=1"),
+        start(["-c", REAL], f"--output_dir={whole}"),
+    ]
     try:
-        assert first.wait(180) == 0, first.stderr.read()
-        second = start(["-c", REAL], f"--output_dir={killed}", "--save_freq=1")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not (killed / "checkpoints" / "000008").exists():
-            assert second.poll() is None, second.stderr.read()
+            assert processes[0].poll() is None, processes[0].stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        second.kill()
-        assert second.wait(10) == -signal.SIGKILL
-        third = start(recipe, "--resume=true", f"--output_dir={killed}")
-        assert third.wait(180) == 0, third.stderr.read()
+        processes[0].kill()
+        assert processes[0].wait(10) == -signal.SIGKILL
+        processes.append(start(recipe, "--resume=true", f"--output_dir={killed}"))
+        for process in processes[1:]:
+            assert process.wait(200) == 0, process.stderr.read()
     finally:
-        for process in (first, second):
-            if process is not None and process.poll() is None:
-                process.kill()
+        for process in processes:
+            process.kill()
     assert differences(final_state(killed), final_state(whole)) == []

@@ -1,6 +1,7 @@
 """A task without a simulator: a point in the plane that must come near the origin.
 
-`ToyPool` stands in for `RolloutPool`: an episode is a function of its seed and the policy, as there.
+`ToyPool` stands in for `RolloutPool`: as there, an episode is a function of its seed
+and the policy.
 """
 
 from __future__ import annotations

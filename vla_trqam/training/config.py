@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ import draccus
 import yaml
 
 from vla_trqam.errors import UserError
+from vla_trqam.training.flag_help import help_text
 
 Settings = dict[str, Any]
 
@@ -33,7 +35,9 @@ def parse_config[C](
         SystemExit: ``--help``, after the list of flags.
     """
     if "--help" in arguments or "-h" in arguments:
-        draccus.parse(config_class, args=["--help"])
+        plain = _decode(config_class, _flatten(_section(presets, preset)))
+        print(help_text(plain, Path(sys.argv[0]).name, presets, list(_read_yaml(presets))))
+        raise SystemExit(0)
     flags = _read_flags(arguments)
     if {"config_path", "preset"} <= flags.keys():
         raise UserError("--config_path and --preset are both given; choose one")

@@ -166,7 +166,28 @@ class EvalConfig:
 
 @dataclass
 class FinetuneRobomimicConfig:
-    """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml."""
+    """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml.
+
+    Attributes:
+        output_dir: the run's folder; null for a new one named after the time.
+        resume: go on with the run in ``output_dir``, whose settings it keeps.
+        seed: of all that is random in training; the evaluation does not depend on it.
+        batch_size: chunks a batch of the offline and online updates.
+        discount: gamma, per control step.
+        evaluate_every: updates between evaluations during training; 0 for none.
+        log_freq: updates between lines of ``metrics.jsonl``.
+        save_freq: updates between checkpoints.
+        num_threads: torch's threads; null for one a core.
+        dataset: the replay's offline data.
+        policy: the policy.
+        pretrain: behaviour cloning of the base.
+        critic: the critic ensemble.
+        method: which method.
+        trqam: its knobs.
+        offline: updates from the dataset.
+        online: updates with rollouts between them.
+        eval: the evaluations.
+    """
 
     output_dir: Path | None = None
     resume: bool = False

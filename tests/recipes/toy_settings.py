@@ -1,0 +1,30 @@
+"""The smallest settings that go through every part of a run."""
+
+TINY = [
+    "--dataset.obs_keys=[object]",
+    "--batch_size=8",
+    "--save_freq=4",
+    "--log_freq=2",
+    "--evaluate_every=3",
+    "--num_threads=1",
+    "--policy.hidden_dims=[8]",
+    "--policy.chunk_length=2",
+    "--policy.num_flow_steps=3",
+    "--critic.hidden_dims=[8]",
+    "--critic.ensemble_size=2",
+    "--pretrain.steps=6",
+    "--pretrain.batch_size=8",
+    "--pretrain.filter_key=worse",
+    "--pretrain.num_demos=3",
+    "--offline.steps=6",
+    "--offline.base_episodes=2",
+    "--online.steps=6",
+    "--online.episodes_per_round=2",
+    "--online.updates_per_round=3",
+    "--eval.episodes=2",
+    "--eval.max_episode_steps=10",
+    "--eval.episodes_during_training=2",
+    "--eval.num_workers=1",
+    "--eval.videos=0",
+]
+OF_THE_POLICY = ("--policy.", "--pretrain.")

@@ -1,0 +1,150 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from vla_trqam.errors import UserError
+from vla_trqam.training.config import dump_config, parse_config, resumed_config, saved_config
+from vla_trqam.training.flag_help import attribute_docs
+from vla_trqam.training.settings import (
+    LARGEST_SEED,
+    FinetuneRobomimicConfig,
+    OnlineConfig,
+)
+
+
+@dataclass
+class Inner:
+    """Inside.
+
+    Attributes:
+        rate: how fast,
+            in Hz.
+        a, b: two numbers.
+    """
+
+    rate: float = 0.5
+    a: int = 1
+    b: int = 2
+
+
+@dataclass
+class Outer:
+    """Outside.
+
+    Attributes:
+        name: of it.
+        folder: where.
+        widths: of layers.
+    """
+
+    name: str = "x"
+    folder: Path | None = None
+    widths: tuple[int, ...] = (1, 2)
+    output_dir: Path | None = None
+    resume: bool = False
+    num_threads: int | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.fixture
+def presets(tmp_path):
+    path = tmp_path / "presets.yaml"
+    path.write_text("default: {name: y, inner: {a: 5}}\nbig:\n  widths: [100]\nwrong: {nmae: z}\n")
+    return path
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_the_code(presets):
+    config = parse_config(Outer, presets, ["--inner.a=7", "--widths", "[3, 4]", "--resume"])
+    assert config == Outer(name="y", inner=Inner(a=7), widths=(3, 4), resume=True)
+    assert parse_config(Outer, presets, ["--preset=big"]) == Outer(widths=(100,))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("3", 3.0), ("0.25", 0.25), ("-1", -1.0)]
+)
+def test_numbers_are_read_as_people_write_them(text, value, presets):
+    for flags in ([f"--inner.rate={text}"], ["--inner.rate", text]):
+        assert parse_config(Outer, presets, flags).inner.rate == value
+
+
+def test_a_flag_with_an_equals_sign_in_its_value_keeps_it(presets):
+    assert parse_config(Outer, presets, ["--folder=a=b"]).folder == Path("a=b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nmae=z"], "did you mean --name"),
+        (["--preset=wrong"], "did you mean --name"),
+        (["--preset=huge"], "default, big, wrong"),
+        (["--inner=3"], "--inner is not a setting"),
+        (["--inner.a=null"], "--inner.a needs a value"),
+        (["--widths=3"], r"--widths=3 must be a list, like \[3\]"),
+        (["--inner.a=x"], "inner.a"),
+        (["--config_path=presets.yaml", "--preset=big"], "choose one"),
+        (["--config_path=/nowhere/x.yaml"], "cannot be read"),
+        (["name=z"], "no flag"),
+    ],
+)
+def test_a_mistake_is_named(flags, words, presets):
+    with pytest.raises(UserError, match=words):
+        parse_config(Outer, presets, flags)
+
+
+def test_what_is_written_reads_back(presets, tmp_path):
+    config = Outer("z", Path("/a b"), (7,), None, False, 2, Inner(1e-7, 3, 4))
+    dump_config(config, tmp_path / "config.yaml")
+    assert saved_config(Outer, tmp_path / "config.yaml") == config
+    assert parse_config(Outer, presets, [f"--config_path={tmp_path / 'config.yaml'}"]) == config
+
+
+def test_a_half_written_configuration_never_bears_the_name(tmp_path, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        dump_config(Outer(), tmp_path / "config.yaml")
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_resumed_run_keeps_its_settings_but_may_have_other_threads(tmp_path):
+    dump_config(Outer(name="first", num_threads=1), tmp_path / "config.yaml")
+    asked = Outer(resume=True, output_dir=tmp_path, num_threads=3)
+    arguments = ["--resume=true", f"--output_dir={tmp_path}", "--num_threads", "3"]
+    found = resumed_config(asked, "config.yaml", arguments)
+    assert found == Outer("first", output_dir=tmp_path, resume=True, num_threads=3)
+    with pytest.raises(UserError, match="leave out --name"):
+        resumed_config(asked, "config.yaml", [*arguments, "--name=second"])
+
+
+def test_the_meaning_of_a_flag_is_what_the_docstring_says():
+    docs = attribute_docs(Inner)
+    assert docs == {"rate": "how fast, in Hz.", "a": "two numbers.", "b": "two numbers."}
+
+
+@pytest.mark.parametrize("seed", [0, 1, LARGEST_SEED])
+def test_no_seed_is_used_for_two_purposes(seed):
+    config = FinetuneRobomimicConfig(
+        seed=seed, online=OnlineConfig(steps=1000, updates_per_round=250)
+    )
+    rollouts = [s for done in range(1000) for s in config.round_seeds(done)]
+    uses = [
+        config.evaluation_seeds(),
+        config.validation_seeds(),
+        config.base_seeds(),
+        rollouts,
+        FinetuneRobomimicConfig(seed=abs(seed - 1)).base_seeds(),
+    ]
+    every = [s for use in uses for s in use]
+    assert len(every) == len(set(every))
+    assert len(rollouts) == 4 * 20
+    assert max(every) < 2**32  # numpy's global generator takes no more
+    assert config.num_training_episodes == len(rollouts) + len(config.base_seeds())
+
+
+def test_evaluation_states_do_not_depend_on_the_seed():
+    one, other = FinetuneRobomimicConfig(seed=1), FinetuneRobomimicConfig(seed=2)
+    assert one.evaluation_seeds() == other.evaluation_seeds()
+    assert one.validation_seeds() == other.validation_seeds()

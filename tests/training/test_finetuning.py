@@ -1,0 +1,177 @@
+"""Run and Phase themselves, without a recipe."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from toy_files import metrics_lines
+from toy_learners import make_cloning, make_off_policy
+from toy_task import ToyPool, homing_policy, roll_out
+
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.errors import UserError
+from vla_trqam.training.checkpoints import Generators
+from vla_trqam.training.critic_check import check_critic
+from vla_trqam.training.finetuning import METRICS_NAME, Phase, Run
+from vla_trqam.training.interruption import InterruptGuard
+from vla_trqam.training.metrics import MetricsLog
+
+SEEDS = (900, 901, 902)
+
+
+@pytest.fixture
+def replay(tmp_path):
+    buffer = ReplayBuffer.create(
+        tmp_path / "replay", observation_dim=3, action_dim=2, capacity=1000
+    )
+    for seed in range(5):
+        episode = roll_out(homing_policy(2, 0.2), seed, 12)
+        buffer.add_episode(
+            episode.observations,
+            episode.actions,
+            episode.rewards,
+            terminated=episode.terminated,
+            truncated=episode.truncated,
+            source="dataset",
+            success=episode.success,
+        )
+    yield buffer
+    buffer.close()
+
+
+@pytest.fixture
+def learner():
+    return make_off_policy()
+
+
+@pytest.fixture
+def run(tmp_path, replay, learner):
+    ToyPool.rounds, ToyPool.before_run = [], None
+    with MetricsLog(tmp_path / METRICS_NAME) as metrics:
+        yield Run(
+            output_dir=tmp_path,
+            policy=learner.method.policy,
+            replay=replay,
+            pool=ToyPool({}, max_episode_steps=10),
+            generators=Generators.seeded(0, torch.device("cpu")),
+            metrics=metrics,
+            evaluation_seeds=SEEDS,
+            log_freq=2,
+            save_freq=100,
+            device=torch.device("cpu"),
+        )
+
+
+def phase(run, learner, name="offline", steps=4, **settings):
+    sampler = run.replay.sampler(
+        chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec()
+    )
+    return Phase(name, steps, lambda: learner, sampler, 8, **settings)
+
+
+def test_rollouts_join_the_replay_before_the_update_that_asks_for_them(run, learner):
+    held = []
+    update = learner.update
+    learner.update = lambda *a: (held.append(run.replay.num_episodes), update(*a))
+    seeds = {0: [5, 6], 3: [7]}
+    run.train(
+        [phase(run, learner, "online", episodes_before=lambda n: seeds.get(n, []))],
+        InterruptGuard(),
+    )
+    assert held == [7, 7, 7, 8]
+    assert set(run.replay.episodes().source[5:]) == {"online"}
+    stored = run.replay.episodes()
+    row = stored.first_observation[5]
+    assert np.array_equal(run.replay.observations[row][:2], roll_out_start(5))
+
+
+def roll_out_start(seed):
+    return roll_out(homing_policy(2, 0.0), seed, 1).observations[0][:2]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (2, [0, 2, 4]), (3, [0, 3])])
+def test_evaluations_come_at_0_and_every_so_many_updates(every, expected, run, learner):
+    run.train([phase(run, learner, evaluate_every=every)], InterruptGuard())
+    lines = metrics_lines(run.output_dir)
+    assert [line["step"] for line in lines if line["phase"] == "eval"] == expected
+    assert ToyPool.rounds == [list(SEEDS)] * len(expected)
+
+
+def test_pretraining_is_not_counted_as_off_policy_updates(run, learner):
+    cloning = make_cloning(num_steps=4)
+    phases = [phase(run, cloning, "pretrain"), phase(run, learner, "online", evaluate_every=4)]
+    run.train(phases, InterruptGuard())
+    assert run.step == 4
+    names = [path.name for path in (run.output_dir / "checkpoints").iterdir()]
+    assert sorted(names) == ["000004", "last", "pretrain_000004"]
+    assert [line["step"] for line in metrics_lines(run.output_dir)] == [2, 4, 0, 2, 4, 4]
+
+
+def test_a_checkpoint_of_an_unknown_phase_is_refused(run, learner):
+    run.train([phase(run, learner)], InterruptGuard())
+    path = run.output_dir / "checkpoints/last/training_state/position.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"phase": "dreaming"}))
+    with pytest.raises(UserError, match="'dreaming'; this run has offline only"):
+        run.train([phase(run, learner)], InterruptGuard())
+
+
+def test_the_clock_runs_separately_for_updates_rollouts_and_evaluations(run, learner):
+    run.train(
+        [phase(run, learner, evaluate_every=2, episodes_before=lambda n: [] if n else [5])],
+        InterruptGuard(),
+    )
+    assert run.wall_clock.keys() == {"offline", "rollouts", "evaluations"}
+    assert all(seconds > 0 for seconds in run.wall_clock.values())
+
+
+def test_a_log_file_gets_lines_without_control_characters(run, learner, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    run.train([phase(run, learner, evaluate_every=2)], InterruptGuard())
+    text = stream.getvalue()
+    assert "\r" not in text
+    assert "\x1b" not in text
+    (line,) = text.splitlines()
+    assert line.startswith("offline: 4/4 (100%), ")
+    assert "success" in line
+    assert "KL" in line
+
+
+def test_the_critic_check_is_q_beside_the_return_of_whole_chunks(replay):
+    torch.manual_seed(0)
+    policy = make_off_policy().method.policy
+    critic = Critic(CriticEnsemble(3, 4, (8,), 2))
+    check = check_critic(policy, critic, replay, discount=0.9, reward=RewardSpec())
+    table = replay.episodes()
+    assert len(check.q) == (table.num_steps - 1).clip(0).sum()
+    expected = []
+    for episode in range(len(table)):
+        length, start = table.num_steps[episode], table.first_step[episode]
+        for step in range(length - 1):
+            tail = replay.rewards[start + step : start + length] - 1
+            total = float(sum(0.9**i * r for i, r in enumerate(tail)))
+            expected.append(total if table.terminated[episode] else np.nan)
+    assert np.allclose(np.sort(check.returns), np.sort(expected), equal_nan=True)
+    assert np.array_equal(check.known, np.isfinite(check.returns))
+
+
+def test_without_a_whole_chunk_the_critic_check_is_empty(tmp_path):
+    short = ReplayBuffer.create(tmp_path / "short", observation_dim=3, action_dim=2, capacity=9)
+    short.add_episode(
+        np.zeros((2, 3)),
+        np.zeros((1, 2)),
+        np.ones(1),
+        terminated=True,
+        truncated=False,
+        source="dataset",
+        success=True,
+    )
+    policy, critic = make_off_policy().method.policy, Critic(CriticEnsemble(3, 4, (8,), 2))
+    check = check_critic(policy, critic, short, discount=0.9, reward=RewardSpec())
+    assert len(check.q) == 0
+    assert not check.known.any()

@@ -1,0 +1,67 @@
+"""What ``--help`` prints: every flag, its value where none is given, and what it means."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", re.MULTILINE)
+
+
+def help_text(config: Any, program: str, presets: Path, names: list[str]) -> str:
+    """The flags of a configuration.
+
+    Args:
+        config: a dataclass of dataclasses, as it is without flags.
+        program: the command's name.
+        presets: the file of presets.
+        names: its presets.
+    """
+    head = (
+        f"usage: {program} [--preset=NAME | --config_path=FILE] [--name=value ...]\n\n"
+        f"--preset=NAME: a section of {presets.name}: {', '.join(names)}\n"
+        "--config_path=FILE: the config.yaml of another run\n"
+        "A value is YAML: 3, 0.5, true, null, [256, 256]. The values below are the default "
+        "preset's.\n"
+    )
+    return head + "\n".join(_lines(config, ""))
+
+
+def attribute_docs(config_class: type) -> dict[str, str]:
+    """Meaning of the fields, from the ``Attributes:`` of a class and those it inherits from."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for names, meaning in ENTRY.findall(text):
+            docs |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+    return docs
+
+
+def _lines(config: Any, prefix: str) -> Iterator[str]:
+    docs, hints = attribute_docs(type(config)), get_type_hints(type(config))
+    if not prefix:
+        yield ""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield f"\n{name}: {(type(value).__doc__ or '').strip().splitlines()[0]}"
+            yield from _lines(value, f"{name}.")
+        else:
+            yield f"  --{name}={_yaml(value)}"
+            meaning = re.sub(r"\bNone\b", "null", docs[field.name].replace("``", ""))
+            if get_origin(hints[field.name]) is Literal:
+                meaning += f" One of {', '.join(map(str, get_args(hints[field.name])))}."
+            yield textwrap.fill(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
