@@ -11,6 +11,7 @@ import pytest
 import yaml
 from collect_results import main, read_groups
 from finished_run import read_run, shareable_command
+from matplotlib.figure import Figure
 
 from vla_trqam.errors import UserError
 from vla_trqam.training.evaluation import PairedEvaluation
@@ -91,6 +92,12 @@ def collect(*arguments: Any, output: Path) -> tuple[str, dict[str, Any]]:
     return text, json.loads((output / "summary.json").read_text())
 
 
+@pytest.fixture
+def no_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not rendered, which takes most of a page's time."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_bytes(b"png"))
+
+
 def row(text: str, *start: str) -> list[str]:
     """The cells of the only table row that starts so."""
     head = "| " + " | ".join(start) + " |"
@@ -98,19 +105,15 @@ def row(text: str, *start: str) -> list[str]:
     return line.strip("| ").split(" | ")
 
 
-@pytest.fixture
-def three_seeds(tmp_path: Path) -> list[Path]:
-    tuned = (18, 20, 9)
-    return [
-        make_run(tmp_path / "runs" / f"s{seed}", seed=seed, evaluation=outcomes(10, tuned[seed]))
-        for seed in range(3)
-    ]
-
-
+@pytest.mark.usefixtures("no_rendering")
 def test_the_page_of_seeds_has_median_and_least_gain_of_hand_counted_outcomes(
-    tmp_path: Path, three_seeds: list[Path]
+    tmp_path: Path,
 ) -> None:
-    text, summary = collect("seeds", "--runs", *three_seeds, output=tmp_path / "lift")
+    runs = [
+        make_run(tmp_path / f"s{seed}", seed=seed, evaluation=outcomes(10, tuned))
+        for seed, tuned in enumerate((18, 20, 9))
+    ]
+    text, summary = collect("seeds", "--runs", *runs, output=tmp_path / "lift")
     assert "base 50.0%, 50.0%, 50.0%; tuned median 90.0%" in text
     assert "the least gain is seed 2's, -5.0; below their base: seed 2." in text
     # Base solves states 0-9, tuned 11-19: nine gained, ten lost.
@@ -121,15 +124,17 @@ def test_the_page_of_seeds_has_median_and_least_gain_of_hand_counted_outcomes(
     assert summary["combined"]["median_tuned_rate"] == 0.9
 
 
-def test_nothing_written_names_the_machine(tmp_path: Path, three_seeds: list[Path]) -> None:
-    collect("seeds", "--runs", *three_seeds, output=tmp_path / "out" / "lift")
+@pytest.mark.usefixtures("no_rendering")
+def test_nothing_written_names_the_machine(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("s0", "s1")]
+    groups = [f"--group=0.5={runs[0]},{runs[1]}"]
+    page, _ = collect("budgets", *groups, output=tmp_path / "out" / "budgets")
     written = [f for f in (tmp_path / "out").rglob("*") if f.suffix in (".md", ".json")]
-    assert len(written) == 5
+    assert len(written) == 4
     for file in written:
         text = file.read_text(encoding="utf-8")
         assert MACHINE not in text
         assert str(tmp_path) not in text
-    page = (tmp_path / "out" / "lift.md").read_text()
     assert (
         "accelerate launch recipes/finetune_robomimic.py --output_dir=s1 --dataset.path lift.hdf5"
         in page
@@ -141,11 +146,12 @@ def test_paths_in_group_flags_lose_their_folders_too() -> None:
     assert command == "python x.py --group 'QAM b=1=q0,q1' --n=a b/c"
 
 
+@pytest.mark.usefixtures("no_rendering")
 def test_raw_numbers_rebuild_the_evaluation_and_keep_what_is_not_finite(tmp_path: Path) -> None:
     evaluation = outcomes(8, 15)
     losses = [math.nan if step == 39 else 2.0 for step in range(40)]
     run = make_run(tmp_path / "s0", evaluation=evaluation, adjoint_loss=losses)
-    collect("seeds", "--runs", run, output=tmp_path / "lift")
+    collect("budgets", f"--group=0.5={run}", output=tmp_path / "lift")
     raw = json.loads((tmp_path / "lift" / "s0.json").read_text())
     rebuilt = PairedEvaluation.from_json(raw["evaluation"])
     np.testing.assert_array_equal(rebuilt.tuned_success, evaluation.tuned_success)
@@ -153,10 +159,11 @@ def test_raw_numbers_rebuild_the_evaluation_and_keep_what_is_not_finite(tmp_path
     assert raw["metrics"]["eval"]["success_rate"] == {"step": [0, 20], "value": [0.5, 0.7]}
 
 
+@pytest.mark.usefixtures("no_rendering")
 def test_metrics_of_a_long_run_are_thinned_to_a_small_file(tmp_path: Path) -> None:
     steps = 5000
     run = make_run(tmp_path / "s0", kl=np.linspace(0.1, 0.9, steps), adjoint_loss=[1.0] * steps)
-    collect("seeds", "--runs", run, output=tmp_path / "lift")
+    collect("budgets", f"--group=0.5={run}", output=tmp_path / "lift")
     assert (tmp_path / "lift" / "s0.json").stat().st_size < 50_000
     series = json.loads((tmp_path / "lift" / "s0.json").read_text())["metrics"]["online"]
     assert series["kl_ema"]["step"][0] == 20
@@ -189,6 +196,7 @@ def test_the_page_of_methods_shows_the_collapse_that_the_metrics_hold(tmp_path: 
     assert '`method.name` "trqam", "qam"' in text
 
 
+@pytest.mark.usefixtures("no_rendering")
 def test_runs_from_different_bases_are_told(tmp_path: Path) -> None:
     first = make_run(tmp_path / "t0")
     other = make_run(tmp_path / "q0", base_weights=b"other")
@@ -211,6 +219,7 @@ def test_the_sweep_judges_the_last_half_alone(tmp_path: Path) -> None:
     assert "in 0 of 1 runs" in text
 
 
+@pytest.mark.usefixtures("no_rendering")
 def test_a_multiplier_on_its_bound_excuses_the_kl(tmp_path: Path) -> None:
     run = make_run(tmp_path / "b", kl=[0.1] * 40, budget=1.0, lam=0.03)
     text, summary = collect("budgets", f"--group=1={run}", output=tmp_path / "budgets")
@@ -219,17 +228,20 @@ def test_a_multiplier_on_its_bound_excuses_the_kl(tmp_path: Path) -> None:
     assert "in 1 of 1 runs" in text
 
 
-def test_a_second_collection_replaces_the_first_and_its_index_entry_only(
-    tmp_path: Path, three_seeds: list[Path]
-) -> None:
+@pytest.mark.usefixtures("no_rendering")
+def test_a_second_collection_replaces_the_first_and_its_index_entry_only(tmp_path: Path) -> None:
     index = tmp_path / "README.md"
-    index.write_text("<!-- begin lift -->\nold\n<!-- end lift -->\n<!-- begin can -->\nkept\n")
-    collect("seeds", "--runs", *three_seeds, output=tmp_path / "lift")
-    collect("seeds", "--runs", three_seeds[0], output=tmp_path / "lift")
-    assert sorted(f.name for f in (tmp_path / "lift").glob("*.json")) == ["s0.json", "summary.json"]
+    index.write_text("<!-- begin kl -->\nold\n<!-- end kl -->\n<!-- begin can -->\nkept\n")
+    for name in ("first", "second"):
+        run = make_run(tmp_path / name)
+        collect("budgets", f"--group=0.5={run}", output=tmp_path / "kl")
+    assert [f.name for f in sorted((tmp_path / "kl").glob("*.json"))] == [
+        "second.json",
+        "summary.json",
+    ]
     text = index.read_text()
-    assert "tuned median 90.0%" in text
-    assert "[Page](lift.md)" in text
+    assert "in 1 of 1 runs" in text
+    assert "[Page](kl.md)" in text
     assert "old" not in text
     assert "kept" in text
 
