@@ -84,7 +84,7 @@ def seeds_page(runs: Sequence[FinishedRun]) -> Page:
             "Base and tuned policy meet the same initial states with the same noise. Intervals: "
             "paired difference by Newcombe's method 10; mean gain by a bootstrap over seeds and "
             "initial states.",
-            f"Final KL ({runs[0].kl_unit}): mean estimate over the last twentieth of the logged "
+            f"Final KL ({runs[0].kl_unit}): mean estimate over the last tenth of the logged "
             "updates, without the clip that the moving average has.",
         ],
         summary={
@@ -92,7 +92,7 @@ def seeds_page(runs: Sequence[FinishedRun]) -> Page:
             "seeds": {
                 run.name: {
                     "seed": run.seed,
-                    "kl_final": run.last("kl_estimate"),
+                    "kl_final": float(run.last("kl_estimate").mean()),
                     "lam_final": float(run.values("lam")[-1]),
                     "trust_region": _trust_region(run),
                 }
@@ -129,8 +129,9 @@ def methods_page(groups: Groups) -> Page:
             "Worst evaluation: the least success of the evaluations during training, on initial "
             "states of their own; beside it the base's on the same.",
             "KL: path-space estimates of logged batches, not clipped; final: mean over the last "
-            "twentieth of them. Adjoint loss: means over the first and the last twentieth; its "
-            "scale goes with 1/λ and with β², so compare its course, not its size, over methods.",
+            "tenth of them. Adjoint loss: medians over the first and the last tenth (single "
+            "batches can be ten times as large); its scale goes with 1/λ and with β², so compare "
+            "its course, not its size, over methods.",
             same_bases(groups),
         ],
         summary={label: [asdict(row) for row in group] for label, group in rows.items()},
@@ -187,7 +188,7 @@ def _seeds_table(runs: Sequence[FinishedRun]) -> str:
                 points_interval(evaluation.difference_interval()),
                 str(len(evaluation.gained)),
                 str(len(evaluation.lost)),
-                number(run.last("kl_estimate")),
+                number(float(run.last("kl_estimate").mean())),
                 "none" if region is None else number(region.kl_budget),
                 "" if region is None else f"{region.share_within:.0%} of the time",
                 number(float(run.values("lam")[-1])),

@@ -26,8 +26,8 @@ from vla_trqam.training.metrics import (
     read_metrics,
 )
 
-# A metric's first and last value are means over this share of its logged lines: one is one batch.
-END_SHARE = 1 / 20
+# What a metric is at first and at last is told by this share of its logged lines: one is one batch.
+END_SHARE = 1 / 10
 MOST_POINTS = 150
 # Settings that may differ between runs without making them other experiments.
 INCIDENTAL = frozenset({"output_dir", "resume", "seed", "num_threads", "eval.num_workers"})
@@ -90,15 +90,15 @@ class FinishedRun:
             raise UserError(f"{self.folder} logged no {name} in the phases {', '.join(phases)}")
         return values
 
-    def first(self, name: str) -> float:
-        """Mean of a metric over the first twentieth of its lines."""
+    def first(self, name: str) -> NDArray[np.float64]:
+        """A metric's values in the first tenth of its lines."""
         values = self.values(name)
-        return float(values[: end_size(len(values))].mean())
+        return values[: end_size(len(values))]
 
-    def last(self, name: str) -> float:
-        """Mean of a metric over the last twentieth of its lines."""
+    def last(self, name: str) -> NDArray[np.float64]:
+        """A metric's values in the last tenth of its lines."""
         values = self.values(name)
-        return float(values[-end_size(len(values)) :].mean())
+        return values[-end_size(len(values)) :]
 
     def raw(self) -> dict[str, Any]:
         """Its numbers for a JSON file: outcomes of every episode, thinned metrics, settings."""
@@ -183,7 +183,7 @@ def thinned(metrics: Metrics) -> dict[str, Any]:
 
 
 def end_size(lines: int) -> int:
-    """How many of so many lines are the first or the last twentieth."""
+    """How many of so many lines are the first or the last tenth."""
     return max(round(lines * END_SHARE), 1)
 
 

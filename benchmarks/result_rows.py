@@ -26,9 +26,9 @@ class MethodRow:
         first_evaluation: success of the base on the states of the evaluations during training.
         worst_evaluation: least success of the tuned policy on those.
         kl_max: largest logged KL estimate (of one batch).
-        kl_final: mean KL estimate of the last twentieth.
-        adjoint_loss_first: mean over the first twentieth.
-        adjoint_loss_last: mean over the last twentieth.
+        kl_final: mean KL estimate of the last tenth of the logged lines.
+        adjoint_loss_first: median of the first tenth; single batches are up to ten times as large.
+        adjoint_loss_last: median of the last tenth.
         lam_final: the last lambda.
     """
 
@@ -141,9 +141,9 @@ def method_row(run: FinishedRun) -> MethodRow:
         first_evaluation=float(evaluations[0]),
         worst_evaluation=float(evaluations[1:].min()),
         kl_max=float(run.values("kl_estimate").max()),
-        kl_final=run.last("kl_estimate"),
-        adjoint_loss_first=run.first("adjoint_loss"),
-        adjoint_loss_last=run.last("adjoint_loss"),
+        kl_final=float(run.last("kl_estimate").mean()),
+        adjoint_loss_first=float(np.median(run.first("adjoint_loss"))),
+        adjoint_loss_last=float(np.median(run.last("adjoint_loss"))),
         lam_final=float(run.values("lam")[-1]),
     )
 

@@ -179,8 +179,8 @@ def test_the_page_of_methods_shows_the_collapse_that_the_metrics_hold(tmp_path: 
         budget=None,
         lam=1.0,
         evaluation=outcomes(10, 4),
-        kl=[*np.linspace(0, 9, 38), 6.0, 8.0],
-        adjoint_loss=[50.0, 50.0, *[1e3] * 36, 4e3, 6e3],
+        kl=[*np.linspace(0, 9, 36), 6.0, 8.0, 6.0, 8.0],
+        adjoint_loss=[*[50.0] * 4, *[1e3] * 32, 4e3, 6e3, 4e3, 9e6],
         evaluations=(0.5, 0.1, 0.3),
     )
     groups = [f"--group=TRQAM={steady}", f"--group=QAM beta=1={drifting}"]
