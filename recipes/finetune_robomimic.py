@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}; a smaller step size or budget may hold it", file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as stop:
         folder = None if config is None else config.output_dir
         begun = folder is not None and (folder / CONFIG_NAME).is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -88,10 +89,18 @@ class TrustRegion:
         return kl / self._divisor
 
     def update(self, kl_estimate: float) -> None:
-        """One dual step with this batch's estimate ``D_hat``, in the budget's unit."""
+        """One dual step with this batch's estimate ``D_hat``, in the budget's unit.
+
+        Raises:
+            FloatingPointError: the clipped estimate is not finite; lambda would never recover.
+        """
         config = self.config
         limit = float("inf") if config.kl_clip is None else config.kl_clip * config.kl_budget
         clipped = min(kl_estimate, limit)
+        if not math.isfinite(clipped):
+            raise FloatingPointError(
+                f"the path KL is {kl_estimate} at lambda {self.lam:.3g}: training has diverged"
+            )
         self.kl_ema += config.kl_ema_rate * (clipped - self.kl_ema)
         lam = self.lam + config.dual_step_size * (self.kl_ema - config.kl_budget)
         self.lam = min(max(lam, config.lam_min), config.lam_max)

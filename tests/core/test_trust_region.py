@@ -73,6 +73,15 @@ def test_the_kl_is_divided_by_the_chunk_length_where_asked() -> None:
     assert region_of(5, kl_per_action=False).in_budget_units(10.0) == 10.0
 
 
+@pytest.mark.parametrize("estimate", [math.nan, math.inf])
+def test_a_kl_that_is_not_finite_ends_training_and_leaves_lambda(estimate: float) -> None:
+    region = TrustRegion(TrustRegionConfig(kl_clip=None), 1)
+    before = region.state_dict()
+    with pytest.raises(FloatingPointError, match="diverged"):
+        region.update(estimate)
+    assert region.state_dict() == before
+
+
 def test_a_frozen_dual_keeps_lambda_and_still_averages() -> None:
     region = region_of(dual_step_size=0.0, kl_budget=0.1)
     region.update(0.2)
