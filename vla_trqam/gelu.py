@@ -1,8 +1,8 @@
-r"""The tanh-approximated GELU, written so that a CPU computes it twice as fast.
+r"""The tanh-approximated GELU, written so that a CPU computes it fast.
 
 ``gelu(z) = z/2 (1 + tanh(c (z + 0.044715 z^3)))`` with ``c = sqrt(2 / pi)`` (Hendrycks & Gimpel,
 2016) is the same function as ``z sigmoid(2 c z + 2 c 0.044715 z^3)``, and torch's vectorised
-sigmoid is several times faster than its tanh. The slope is computed beside the value, where the
+sigmoid is faster than its tanh. The slope is computed beside the value, where the
 sigmoid is at hand.
 """
 
