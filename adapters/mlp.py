@@ -122,7 +122,7 @@ class MLPFlowPolicy(FlowPolicy):
 
     def path_fields(self, context: Tensor, next_context: Tensor) -> PathFields:
         """All evaluations of an update in one pass a step."""
-        return MLPPathFields(self.tuned, self.base, context, next_context)
+        return MLPPathFields(self.tuned, self.base, context, next_context, self.num_flow_steps)
 
     def save_pretrained(self, directory: Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` (tuned field and normalisation)."""

@@ -10,13 +10,13 @@ without the overhead of many small operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
+from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope_
 from vla_trqam.policy import PathFields
 
 LAYER_NORM_EPS = 1e-6
@@ -53,28 +53,38 @@ class Tape:
         normed: what every layer norm got, its mean and its reciprocal deviation.
     """
 
-    inputs: list[Tensor] = field(default_factory=list)
-    slopes: list[Tensor] = field(default_factory=list)
-    normed: list[tuple[Tensor, ...]] = field(default_factory=list)
+    inputs: list[Tensor]
+    slopes: list[Tensor]
+    normed: list[tuple[Tensor, ...]]
 
-    def of(self, slot: int) -> Tape:
-        """One slot of a tape whose tensors hold one slot a field."""
-        return Tape(
-            [t[slot] for t in self.inputs],
-            [t[slot] for t in self.slopes],
-            [tuple(t[slot] for t in entry) for entry in self.normed],
+    @classmethod
+    def empty(cls, network: VelocityMLP, leading: tuple[int, ...]) -> Tape:
+        """Room for evaluations in an array of this shape."""
+        new = network.layers[0].weight.new_empty
+        widths = [layer.in_features for layer in network.layers]
+        return cls(
+            [new(*leading, width) for width in widths],
+            [new(*leading, width) for width in widths[1:]],
+            [
+                (new(*leading, width), new(*leading, 1), new(*leading, 1))
+                for width in widths[1 : 1 + len(network.norms)]
+            ],
         )
 
-    @staticmethod
-    def concatenate(tapes: Sequence[Tape]) -> Tape:
-        """One tape of all evaluations, in order."""
+    def __getitem__(self, index: int | tuple[int | slice, ...]) -> Tape:
+        """The evaluations at this index of the array, as views."""
         return Tape(
-            [torch.cat(parts) for parts in zip(*(t.inputs for t in tapes), strict=True)],
-            [torch.cat(parts) for parts in zip(*(t.slopes for t in tapes), strict=True)],
-            [
-                tuple(torch.cat(column) for column in zip(*entries, strict=True))
-                for entries in zip(*(t.normed for t in tapes), strict=True)
-            ],
+            [t[index] for t in self.inputs],
+            [t[index] for t in self.slopes],
+            [tuple(t[index] for t in entry) for entry in self.normed],
+        )
+
+    def flat(self) -> Tape:
+        """All evaluations of the array in one row."""
+        return Tape(
+            [t.flatten(0, -2) for t in self.inputs],
+            [t.flatten(0, -2) for t in self.slopes],
+            [tuple(t.flatten(0, -2) for t in entry) for entry in self.normed],
         )
 
 
@@ -173,6 +183,25 @@ def _same_weights(first: VelocityMLP, second: VelocityMLP) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+class _Workspace:
+    """What a layer of the stacked networks needs for a moment, (slots, batch, width) each.
+
+    One set a width, used again by every layer and step: it stays in the processor's cache.
+    """
+
+    def __init__(self, layers: Sequence[_StackedLayer], rows: int) -> None:
+        self._sets: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for layer in layers[:-1]:
+            slots, _, width = layer.weight.shape
+            new = layer.weight.new_empty
+            shape = slots, rows, width
+            self._sets[width] = new(shape), new(shape), new(shape)
+
+    def of(self, layer: _StackedLayer) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for the pre-activation, its sigmoid and its activation."""
+        return self._sets[layer.weight.shape[-1]]
+
+
 class MLPPathFields(PathFields):
     """All evaluations of a step in one pass over four stacked networks.
 
@@ -181,9 +210,15 @@ class MLPPathFields(PathFields):
     """
 
     _ADJOINT, _TUNED, _BASE, _NEXT = range(4)
+    _KEPT = slice(2)
 
     def __init__(
-        self, tuned: VelocityMLP, base: VelocityMLP, features: Tensor, next_features: Tensor
+        self,
+        tuned: VelocityMLP,
+        base: VelocityMLP,
+        features: Tensor,
+        next_features: Tensor,
+        num_flow_steps: int,
     ) -> None:
         self._tuned_network, self._base_network = tuned, base
         # Equal weights are one function: two slots of one batched product may still round apart (by
@@ -192,11 +227,12 @@ class MLPPathFields(PathFields):
         slots = [base, tuned, base, tuned]
         self._layers = [_StackedLayer.of(slots, i) for i in range(len(tuned.layers))]
         batch, width = features.shape
-        self._template = features.new_empty(4, batch, tuned.layers[0].in_features)
-        self._template[:3, :, :width] = features
-        self._template[3, :, :width] = next_features
+        self._inputs = features.new_empty(4, batch, tuned.layers[0].in_features)
+        self._inputs[:3, :, :width] = features
+        self._inputs[3, :, :width] = next_features
         self._columns = slice(width, -1)
-        self._tapes: list[Tape] = []
+        self._work = _Workspace(self._layers, batch)
+        self._tape = Tape.empty(tuned, (2, num_flow_steps, batch))
         self._values: list[Tensor] = []
 
     @torch.no_grad()
@@ -204,36 +240,35 @@ class MLPPathFields(PathFields):
         self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`PathFields.evaluate`."""
-        inputs = self._template.clone()
+        inputs = self._inputs
         inputs[:3, :, self._columns] = x.flatten(1)
         inputs[3, :, self._columns] = next_x.flatten(1)
         inputs[0, :, -1] = adjoint_tau
         inputs[1:, :, -1] = tau
-        values = self._forward(inputs).view(4, *x.shape)
+        step = len(self._values)
+        values = self._forward(inputs, self._tape[:, step]).view(4, *x.shape)
         self._values.append(values)
         return values[self._TUNED], values[self._base_slot], values[self._NEXT]
 
-    def _forward(self, inputs: Tensor) -> Tensor:
-        tape = Tape([inputs[:2]])
-        h = inputs
-        for layer in self._layers[:-1]:
-            z = torch.baddbmm(layer.bias, h, layer.weight)
-            h, slope = tanh_gelu_and_slope(z, slopes=2)
-            tape.slopes.append(slope)
+    def _forward(self, inputs: Tensor, tape: Tape) -> Tensor:
+        """The stacked networks' values; the kept slots' activations go to the tape."""
+        kept, h = self._KEPT, inputs
+        for index, layer in enumerate(self._layers[:-1]):
+            tape.inputs[index].copy_(h[kept])
+            z, sigmoid, value = self._work.of(layer)
+            torch.baddbmm(layer.bias, h, layer.weight, out=z)
+            h = tanh_gelu_and_slope_(z, sigmoid, value, tape.slopes[index])
             if layer.norm is not None:
-                value, (scale, shift) = h, layer.norm
-                width = value.shape[-1:]
-                h, mean, rstd = torch.native_layer_norm(value, width, None, None, LAYER_NORM_EPS)
-                h = torch.addcmul(shift, h, scale)
-                tape.normed.append((value[:2], mean[:2], rstd[:2]))
-            tape.inputs.append(h[:2])
-        self._tapes.append(tape)
+                h, *statistics = _layer_norm(h, layer.norm)
+                for stored, found in zip(tape.normed[index], (value, *statistics), strict=True):
+                    stored.copy_(found[kept])
+        tape.inputs[-1].copy_(h[kept])
         return torch.baddbmm(self._layers[-1].bias, h, self._layers[-1].weight)
 
     def tuned(self) -> Tensor:
         """See :meth:`PathFields.tuned`; its backward pass is one over the stacked path."""
         values = torch.stack([v[self._TUNED] for v in self._values])
-        tape = Tape.concatenate([tape.of(self._TUNED) for tape in self._tapes])
+        tape = self._tape[self._TUNED].flat()
         parameters = self._tuned_network.parameters()
         return cast("Tensor", _ReplayedPath.apply(values, self._tuned_network, tape, *parameters))
 
@@ -243,9 +278,17 @@ class MLPPathFields(PathFields):
 
     def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
         """See :meth:`PathFields.base_pullback`."""
-        tape = self._tapes[step].of(self._ADJOINT)
+        tape = self._tape[self._ADJOINT, step]
         gradient = self._base_network.input_pullback(tape, cotangent.flatten(1), self._columns)
         return gradient.view_as(cotangent)
+
+
+def _layer_norm(value: Tensor, norm: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised value, its mean and its reciprocal deviation."""
+    scale, shift = norm
+    width = value.shape[-1:]
+    normal, mean, rstd = torch.native_layer_norm(value, width, None, None, LAYER_NORM_EPS)
+    return torch.addcmul(shift, normal, scale), mean, rstd
 
 
 class _ReplayedPath(torch.autograd.Function):

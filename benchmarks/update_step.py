@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
 import torch
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
@@ -103,28 +104,40 @@ def flops(count: Counter[Product]) -> float:
     return float(sum(2 * e * m * n * k * times for (e, m, n, k), times in count.items()))
 
 
-def best_time(call: Callable[[], object], seconds: float) -> float:
-    """The median over repetitions that fill about so many seconds."""
+def elapsed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
     call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
+    return time.perf_counter() - start
+
+
+def make_product(shape: Product) -> Callable[[], object]:
+    """Torch's own matrix product of this shape."""
+    members, rows, columns, inner = shape
+    a, b = torch.randn(members, rows, inner), torch.randn(members, inner, columns)
+    return lambda: torch.bmm(a, b)
+
+
+def measure(size: Size, seconds: float) -> tuple[float, float]:
+    """Median seconds of one update, and of the products of its work, for about so many seconds.
+
+    The two take turns in short rounds: a machine whose speed drifts slows both.
+    """
+    update = make_update(size)
+    count = {shape: times for shape, times in products(size).items() if times}
+    calls = {shape: make_product(shape) for shape in count}
+    for call in (update, *calls.values()):
         call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
-
-
-@torch.no_grad()
-def machine_time(count: Counter[Product]) -> float:
-    """Seconds of torch's own matrix product for all of them."""
-    total = 0.0
-    for (e, m, n, k), times in count.items():
-        if times:
-            a, b = torch.randn(e, m, k), torch.randn(e, k, n)
-            out = torch.empty(e, m, n)
-            total += times * best_time(lambda a=a, b=b, out=out: torch.bmm(a, b, out=out), 0.3)
-    return total
+    burst = max(1, round(0.2 / elapsed(update)))
+    updates: list[float] = []
+    rounds: dict[Product, list[float]] = {shape: [] for shape in count}
+    end = time.perf_counter() + seconds
+    while len(updates) < 10 or time.perf_counter() < end:
+        updates += [elapsed(update) for _ in range(burst)]
+        for shape, call in calls.items():
+            # The first of a row fetches its operands into the cache.
+            rounds[shape].append(median([elapsed(call) for _ in range(4)]))
+    return median(updates), sum(count[s] * median(rounds[s]) for s in count)
 
 
 def make_update(size: Size) -> Callable[[], object]:
@@ -173,19 +186,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time a size")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    keep_freed_memory()  # as the recipe does
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads")
     columns = ("s/update", "updates/s", "GFLOP", "products s", "ratio")
     print(f"{'size':<20}" + "".join(f"{name:>12}" for name in columns))
     for size in (AUTHORS, default_preset()):
-        count = products(size)
-        update = make_update(size)
-        # Products before and after: a machine whose clock drifts shows in the mean of the two.
-        before = machine_time(count)
-        seconds = best_time(update, arguments.seconds)
-        machine = 0.5 * (before + machine_time(count))
+        seconds, machine = measure(size, arguments.seconds)
+        work = flops(products(size)) / 1e9
         print(
-            f"{size.label:<20}{seconds:>12.4f}{1 / seconds:>12.1f}{flops(count) / 1e9:>12.1f}"
+            f"{size.label:<20}{seconds:>12.4f}{1 / seconds:>12.1f}{work:>12.1f}"
             f"{machine:>12.4f}{seconds / machine:>12.2f}"
         )
 

@@ -27,16 +27,37 @@ def tanh_gelu(z: Tensor) -> Tensor:
     return _inner(z, _CUBIC).mul_(z).sigmoid_().mul_(z)
 
 
-def tanh_gelu_and_slope(z: Tensor, slopes: int | None = None) -> tuple[Tensor, Tensor]:
-    """``gelu(z)``, and ``gelu'(z)`` of the first ``slopes`` entries (all by default); no gradient.
+def tanh_gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+    """``gelu(z)`` and ``gelu'(z)``; no gradient flows.
 
     With ``s`` the sigmoid: ``gelu' = s + z s (1 - s) (2 c + 3 * 2 c 0.044715 z^2)``.
     """
     s = _inner(z, _CUBIC).mul_(z).sigmoid_()
     value = torch.mul(z, s)
-    first = slice(slopes)
-    rest = torch.addcmul(value[first], value[first], s[first], value=-1.0)
-    return value, s[first].addcmul_(rest, _inner(z[first], 3.0 * _CUBIC))
+    rest = torch.addcmul(value, value, s, value=-1.0)
+    return value, s.addcmul_(rest, _inner(z, 3.0 * _CUBIC))
+
+
+def tanh_gelu_and_slope_(z: Tensor, sigmoid: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """:func:`tanh_gelu_and_slope` without an allocation; overwrites ``z``.
+
+    Args:
+        z: (N, ...); its first M entries are lost.
+        sigmoid: room of z's shape.
+        value: where ``gelu(z)`` goes, of z's shape.
+        slope: where ``gelu'`` of the first M entries goes, (M, ...).
+
+    Returns:
+        ``value``.
+    """
+    torch.addcmul(_linear(z.dtype, z.device), z, z, value=_CUBIC, out=sigmoid)
+    sigmoid.mul_(z).sigmoid_()
+    torch.mul(z, sigmoid, out=value)
+    z, s, first = z[: len(slope)], sigmoid[: len(slope)], value[: len(slope)]
+    torch.addcmul(first, first, s, value=-1.0, out=slope)
+    torch.addcmul(_linear(z.dtype, z.device), z, z, value=3.0 * _CUBIC, out=z)
+    torch.addcmul(s, slope, z, out=slope)
+    return value
 
 
 def _inner(z: Tensor, cubic: float) -> Tensor:
