@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from vla_trqam.gelu import tanh_gelu
+from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
 from vla_trqam.losses import pessimistic_value
 
 LAYER_NORM_EPS = 1e-6
+_NOTHING = torch.empty(0)
 
 
 class EnsembleLinear(nn.Module):
@@ -27,23 +31,14 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(ensemble_size, out_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(E, B, in) -> (E, B, out)."""
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
-
 
 class EnsembleLayerNorm(nn.Module):
-    """Layer normalisation with one scale and shift per ensemble member."""
+    """Layer normalisation with one scale and shift per ensemble member, (E, dim) each."""
 
     def __init__(self, ensemble_size: int, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(ensemble_size, dim))
         self.bias = nn.Parameter(torch.zeros(ensemble_size, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(E, B, dim) -> (E, B, dim)."""
-        normal = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-        return torch.addcmul(self.bias.unsqueeze(1), normal, self.scale.unsqueeze(1))
 
 
 class CriticEnsemble(nn.Module):
@@ -69,23 +64,123 @@ class CriticEnsemble(nn.Module):
         super().__init__()
         self.ensemble_size = ensemble_size
         widths = [feature_dim + action_dim, *hidden_dims]
-        self.layers = nn.ModuleList(
-            EnsembleLinear(ensemble_size, a, b)
-            for a, b in zip(widths, [*widths[1:], 1], strict=True)
-        )
-        self.norms = nn.ModuleList(
-            EnsembleLayerNorm(ensemble_size, width) for width in widths[1:] if layer_norm
-        )
+        layers = [
+            EnsembleLinear(ensemble_size, i, o)
+            for i, o in zip(widths, [*widths[1:], 1], strict=True)
+        ]
+        norms = [EnsembleLayerNorm(ensemble_size, width) for width in widths[1:] if layer_norm]
+        # A ModuleList forgets what it holds.
+        self.layers = cast("Sequence[EnsembleLinear]", nn.ModuleList(layers))
+        self.norms = cast("Sequence[EnsembleLayerNorm]", nn.ModuleList(norms))
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
-        """Features (B, F), action (B, H, A) -> (E, B)."""
+        """Features (B, F), action (B, H, A) -> (E, B); differentiable once."""
         inputs = torch.cat([features, action.flatten(1)], dim=1)
-        x = inputs.unsqueeze(0).expand(self.ensemble_size, -1, -1)
+        if torch.is_grad_enabled():
+            return cast("Tensor", _EnsembleValue.apply(inputs, self, *self.parameters()))
+        return self.evaluate(inputs)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, tape: list[_HiddenLayer] | None = None) -> Tensor:
+        """``concat(features, action)`` (B, in) -> (E, B); the tape gets what gradients need."""
+        x = inputs.expand(self.ensemble_size, -1, -1)
         for index, layer in enumerate(self.layers[:-1]):
-            x = tanh_gelu(layer(x))
+            z = torch.baddbmm(layer.bias.unsqueeze(1), x, layer.weight)
+            record = _HiddenLayer(x)
+            if tape is None:
+                x = tanh_gelu(z)
+            else:
+                x, record.slope = tanh_gelu_and_slope(z)
+                tape.append(record)
             if self.norms:
-                x = self.norms[index](x)
-        return self.layers[-1](x).squeeze(-1)
+                x = record.normalise(x, self.norms[index])
+        head = self.layers[-1]
+        if tape is not None:
+            tape.append(_HiddenLayer(x))
+        # With one output, a sum of products is faster than a matrix product.
+        return (x * head.weight.transpose(1, 2)).sum(dim=-1).add_(head.bias)
+
+    @torch.no_grad()
+    def pullback(
+        self, tape: list[_HiddenLayer], cotangent: Tensor, *, to_parameters: bool, to_inputs: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of ``<cotangent, output>``, cotangent (E, B), on a tape of :meth:`evaluate`.
+
+        Returns:
+            The gradient to the inputs, (B, in), and those to ``self.parameters()`` in their order.
+        """
+        layers: list[Tensor] = []
+        norms: list[Tensor] = []
+        if to_parameters:
+            weight = torch.bmm(cotangent.unsqueeze(1), tape[-1].inputs).transpose(1, 2)
+            layers = [weight, cotangent.sum(dim=1, keepdim=True)]
+        g = cotangent.unsqueeze(-1) * self.layers[-1].weight.transpose(1, 2)
+        for index in reversed(range(len(tape) - 1)):
+            record = tape[index]
+            if self.norms:
+                if to_parameters:
+                    norms[:0] = [(g * record.normal).sum(dim=1), g.sum(dim=1)]
+                g = record.through_norm(g.mul_(self.norms[index].scale.unsqueeze(1)))
+            g = g.mul_(record.slope)
+            if to_parameters:
+                layers[:0] = [torch.bmm(record.inputs.transpose(1, 2), g), g.sum(dim=1)]
+            if index or to_inputs:
+                g = torch.bmm(g, self.layers[index].weight.transpose(1, 2))
+        return g.sum(dim=0) if to_inputs else None, layers + norms
+
+
+@dataclass
+class _HiddenLayer:
+    """What the gradients of one layer need, (E, B, width) each."""
+
+    inputs: Tensor
+    slope: Tensor = _NOTHING
+    value: Tensor = _NOTHING
+    normal: Tensor = _NOTHING
+    mean: Tensor = _NOTHING
+    rstd: Tensor = _NOTHING
+
+    def normalise(self, value: Tensor, norm: EnsembleLayerNorm) -> Tensor:
+        """Layer norm with each member's scale and shift."""
+        self.value = value
+        # torch's kernel is slower without a weight than with ones.
+        width = value.shape[-1:]
+        self.normal, self.mean, self.rstd = torch.native_layer_norm(
+            value, width, _ones(width[0], value.dtype, value.device), None, LAYER_NORM_EPS
+        )
+        return torch.addcmul(norm.bias.unsqueeze(1), self.normal, norm.scale.unsqueeze(1))
+
+    def through_norm(self, g: Tensor) -> Tensor:
+        """The gradient to :meth:`normalise`'s value from the one to ``normal``."""
+        wanted = [True, False, False]
+        gradient: Tensor = torch.ops.aten.native_layer_norm_backward(
+            g, self.value, self.value.shape[-1:], self.mean, self.rstd, None, None, wanted
+        )[0]
+        return gradient
+
+
+@cache
+def _ones(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(width, dtype=dtype, device=device)
+
+
+class _EnsembleValue(torch.autograd.Function):
+    """:meth:`CriticEnsemble.evaluate` for autograd: one node instead of some thirty."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, ensemble: CriticEnsemble, *_: Tensor) -> Tensor:
+        ctx.ensemble, ctx.tape = ensemble, []
+        return ensemble.evaluate(inputs, ctx.tape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        to_inputs, _, *to_parameters = ctx.needs_input_grad
+        wanted = any(to_parameters)
+        to_input, parameters = ctx.ensemble.pullback(
+            ctx.tape, gradients[0], to_parameters=wanted, to_inputs=to_inputs
+        )
+        return to_input, None, *(parameters if wanted else [None] * len(to_parameters))
 
 
 class Critic(nn.Module):
