@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vla_trqam.errors import UserError
 from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
 from vla_trqam.losses import pessimistic_value
 
@@ -50,6 +51,9 @@ class CriticEnsemble(nn.Module):
         hidden_dims: widths of the hidden layers.
         ensemble_size: E.
         layer_norm: normalise after every activation.
+
+    Raises:
+        UserError: hidden_dims or ensemble_size is empty or not positive.
     """
 
     def __init__(
@@ -62,6 +66,12 @@ class CriticEnsemble(nn.Module):
         layer_norm: bool = True,
     ) -> None:
         super().__init__()
+        if ensemble_size < 1:
+            raise UserError(f"ensemble_size is {ensemble_size}; it must be at least 1")
+        if min(hidden_dims, default=0) < 1:
+            raise UserError(
+                f"hidden_dims is {list(hidden_dims)}; it must hold widths of at least 1"
+            )
         self.ensemble_size = ensemble_size
         widths = [feature_dim + action_dim, *hidden_dims]
         layers = [
@@ -192,6 +202,9 @@ class Critic(nn.Module):
         target_rate: the target's EMA rate.
         clip_actions: evaluate at ``clip(a, -1, 1)``, as the authors' code does: beyond the box the
             action gradient is zero.
+
+    Raises:
+        UserError: pessimism or target_rate is out of its range.
     """
 
     def __init__(
@@ -203,6 +216,10 @@ class Critic(nn.Module):
         clip_actions: bool = True,
     ) -> None:
         super().__init__()
+        if not 0.0 <= pessimism < math.inf:
+            raise UserError(f"pessimism is {pessimism}; it must be finite and not negative")
+        if not 0.0 <= target_rate <= 1.0:
+            raise UserError(f"target_rate is {target_rate}; it must be in [0, 1]")
         self.online = ensemble
         self.target = copy.deepcopy(ensemble).requires_grad_(False)
         self.pessimism = pessimism

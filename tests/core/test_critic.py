@@ -6,6 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vla_trqam.critic import Critic, CriticEnsemble, ema_update
+from vla_trqam.errors import UserError
 
 FEATURES, CHUNK, BATCH = 4, (2, 3), 7
 HIDDEN = (16, 12)
@@ -171,3 +172,27 @@ def test_the_ema_at_rate_one_copies_and_at_zero_stays() -> None:
     assert torch.equal(average, before)
     ema_update([average], [current], 1.0)
     assert torch.equal(average, current)
+
+
+@pytest.mark.parametrize("pessimism", [-0.1, float("nan"), float("inf")])
+def test_a_pessimism_out_of_range_is_refused(pessimism: float) -> None:
+    with pytest.raises(UserError, match=f"pessimism is {pessimism}; it must be"):
+        Critic(ensemble_of(), pessimism=pessimism)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_a_target_rate_out_of_range_is_refused(rate: float) -> None:
+    with pytest.raises(UserError, match=f"target_rate is {rate}; it must be"):
+        Critic(ensemble_of(), target_rate=rate)
+
+
+@pytest.mark.parametrize("hidden_dims", [(), (8, 0), (-1,)])
+def test_hidden_dims_without_a_positive_width_are_refused(hidden_dims: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"hidden_dims is .*; it must hold widths of at least 1"):
+        CriticEnsemble(FEATURES, 6, hidden_dims)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_an_ensemble_without_members_is_refused(size: int) -> None:
+    with pytest.raises(UserError, match=f"ensemble_size is {size}; it must be at least 1"):
+        CriticEnsemble(FEATURES, 6, HIDDEN, size)
