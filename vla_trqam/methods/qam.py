@@ -13,7 +13,7 @@ from vla_trqam.methods.trqam import TRQAMConfig
 
 
 def qam_config(config: TRQAMConfig, inverse_temperature: float) -> TRQAMConfig:
-    """The same knobs with lambda frozen at 1 and beta on the adjoint.
+    """The same knobs with lambda frozen at 1, beta on the adjoint, and an unclipped KL average.
 
     Raises:
         UserError: beta is not positive.
@@ -29,4 +29,5 @@ def qam_config(config: TRQAMConfig, inverse_temperature: float) -> TRQAMConfig:
         lam_min=min(config.lam_min, 1.0),
         lam_max=max(config.lam_max, 1.0),
         dual_step_size=0.0,
+        kl_clip=None,
     )
