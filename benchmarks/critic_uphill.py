@@ -39,10 +39,8 @@ from uphill_probe import (
 )
 from uphill_report import StepResult, describe, draw, to_json
 from vla_trqam.adapters.mlp import MLPFlowPolicy
-from vla_trqam.recipes.finetune_robomimic import BASE_NAME, CONFIG_NAME, PACKED
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.data.official import download_official
 from vla_trqam.data.robomimic_hdf5 import read_robomimic
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.envs.chunked import ChunkEnv
@@ -51,7 +49,9 @@ from vla_trqam.errors import UserError
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.checkpoints import ALGORITHM, CHECKPOINTS, LAST, PRETRAINED
 from vla_trqam.training.config import saved_config
+from vla_trqam.training.offline_data import dataset_path
 from vla_trqam.training.provenance import command_line, git_commit, package_versions
+from vla_trqam.training.run_folder import BASE_NAME, CONFIG_NAME
 from vla_trqam.training.settings import TRAINING_SEED, FinetuneRobomimicConfig
 
 # Above the seeds of the evaluations, below those of training.
@@ -118,8 +118,7 @@ def _load_critic(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy, path: P
 def make_env(subject: Subject, horizon: int) -> ChunkEnv:
     """The run's task; it truncates after the run's limit and the horizon."""
     config = subject.config
-    name, path = config.dataset.name, config.dataset.path
-    file = read_robomimic(download_official(name) if name else path or PACKED)
+    file = read_robomimic(dataset_path(config.dataset))
     env = RobomimicEnv(
         file.env_args,
         max_episode_steps=config.eval.max_episode_steps + horizon,

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -23,39 +23,25 @@ import torch
 from accelerate import Accelerator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
-import vla_trqam.data
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.data.official import download_official
 from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.robomimic_hdf5 import (
-    RobomimicFile,
-    load_into_replay,
-    read_robomimic,
-    require_env_version,
-)
+from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
-from vla_trqam.envs.env_meta import check_env_meta
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
-from vla_trqam.training.checkpoints import (
-    Generators,
-    check_output_dir,
-    last_checkpoint,
-    read_position,
-)
-from vla_trqam.training.config import dump_config, given_flags, parse_config, resumed_config
-from vla_trqam.training.finetuning import METRICS_NAME, Phase, Run
+from vla_trqam.training.checkpoints import Generators, check_output_dir
+from vla_trqam.training.config import given_flags, parse_config, resumed_config
+from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
 from vla_trqam.training.learners import BehaviourCloning, Learner, OffPolicy
 from vla_trqam.training.memory import keep_freed_memory
-from vla_trqam.training.metrics import MetricsLog
+from vla_trqam.training.offline_data import pretraining_demos, read_dataset
+from vla_trqam.training.run_folder import BASE_NAME, CONFIG_NAME, open_folder
 from vla_trqam.training.settings import FinetuneRobomimicConfig, refuse_idle_flags
 from vla_trqam.training.showcase import conclude
 
 PRESETS = Path(__file__).with_suffix(".yaml")
-PACKED = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
-CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
 # Sensors that hardly move would be blown up to unit variance.
 SMALLEST_STD = 1e-2
 
@@ -101,7 +87,8 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
     device = _prepare_torch(config)
     assert config.output_dir is not None
     check_output_dir(config.output_dir, resume=config.resume)
-    file = _read_dataset(config)
+    file = read_dataset(config.dataset)
+    pretraining_demos(config, file)  # refused here, before there is a folder
     policy = _make_policy(config, file).to(device)
     reward = RewardSpec(config.dataset.reward)
     with ExitStack() as stack:
@@ -140,7 +127,7 @@ def _set_up(
     output_dir = config.output_dir
     assert output_dir is not None
     try:
-        replay, metrics = _open_folder(config, file, policy, output_dir)
+        replay, metrics = open_folder(config, file, policy, output_dir)
         stack.callback(replay.close)
         stack.enter_context(metrics)
         phases = _phases(config, policy, replay, reward)
@@ -188,41 +175,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _read_dataset(config: FinetuneRobomimicConfig) -> RobomimicFile:
-    data = config.dataset
-    path = download_official(data.name) if data.name else data.path or PACKED
-    file = read_robomimic(path, obs_keys=data.obs_keys, filter_key=data.filter_key)
-    require_env_version(file)
-    try:
-        check_env_meta(file.env_args)
-        RewardSpec(data.reward).apply(np.concatenate([demo.rewards for demo in file.demos]))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return file
-
-
-def _pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> list[str]:
-    """The demos that the base is cloned from; none when it comes from a checkpoint."""
-    if config.policy.path is not None:
-        return []
-    key = config.pretrain.filter_key
-    names = [demo.name for demo in file.demos if key is None or key in demo.filter_keys]
-    if not names:
-        known = sorted({key for demo in file.demos for key in demo.filter_keys})
-        raise UserError(
-            f"--pretrain.filter_key={key} selects no demo of {file.path}; "
-            f"there are {', '.join(known) or 'no filter keys'}"
-        )
-    count = config.pretrain.num_demos
-    if count is not None and count > len(names):
-        raise UserError(
-            f"--pretrain.num_demos={count} wants more demos than the {len(names)} of {file.path}"
-        )
-    return names[:count]
-
-
 def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlowPolicy:
-    _pretraining_demos(config, file)
     if config.policy.path is not None:
         policy = MLPFlowPolicy.from_pretrained(config.policy.path)
         shapes = policy.config.observation_dim, policy.config.action_dim
@@ -268,52 +221,6 @@ def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffP
     return OffPolicy(TRQAM(policy, critic, config.method_config()))
 
 
-def _open_folder(
-    config: FinetuneRobomimicConfig, file: RobomimicFile, policy: MLPFlowPolicy, output_dir: Path
-) -> tuple[ReplayBuffer, MetricsLog]:
-    """Replay and log of a new run, or those of the run to go on with, back at its checkpoint."""
-    checkpoint = last_checkpoint(output_dir)
-    if checkpoint is not None:
-        print(f"going on from {checkpoint}")
-        position = read_position(checkpoint)
-        replay = ReplayBuffer.open(output_dir / REPLAY_NAME)
-        replay.truncate_to(position.replay_episodes)
-        metrics_path = output_dir / METRICS_NAME
-        return replay, MetricsLog.resume_after_line(metrics_path, position.metrics_lines)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir={output_dir} cannot be made: {error.strerror}") from None
-    # Nothing to go on with: what a run leaves before its first checkpoint is begun anew.
-    (output_dir / METRICS_NAME).unlink(missing_ok=True)
-    for name in (REPLAY_NAME, BASE_NAME):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)
-    replay = _fill_replay(config, file, output_dir / REPLAY_NAME)
-    if config.policy.path is not None:
-        policy.save_pretrained(output_dir / BASE_NAME)
-    return replay, MetricsLog(output_dir / METRICS_NAME)
-
-
-def _fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
-    replay = ReplayBuffer.create(
-        path,
-        observation_dim=file.observation_dim,
-        action_dim=file.action_dim,
-        capacity=file.num_steps + config.num_training_episodes * config.eval.max_episode_steps,
-    )
-    cloned = set(_pretraining_demos(config, file))
-    parts = {
-        "pretrain": [demo.name for demo in file.demos if demo.name in cloned],
-        "dataset": [demo.name for demo in file.demos if demo.name not in cloned],
-    }
-    for source, names in parts.items():
-        if names:
-            summary = load_into_replay(file.select(names), replay, source=source)
-            print(f"{source}: {summary.describe()}")
-    return replay
-
-
 def _phases(
     config: FinetuneRobomimicConfig,
     policy: MLPFlowPolicy,
@@ -329,32 +236,31 @@ def _phases(
         reward=reward,
     )
     # Offline and online updates are the same learner's.
-    method = cache(lambda: _make_method(config, policy))
+    off_policy = partial(
+        Phase,
+        make_learner=cache(lambda: _make_method(config, policy)),
+        batch_size=config.batch_size,
+        evaluate_every=config.evaluate_every,
+    )
     phases = []
     if config.policy.path is None:
         phases.append(_pretraining(config, policy, draw(sources=["pretrain"])))
     if config.offline.steps:
         phases.append(
-            Phase(
+            off_policy(
                 name="offline",
                 num_steps=config.offline.steps,
-                make_learner=method,
                 sampler=draw(),
-                batch_size=config.batch_size,
                 episodes_before=lambda done: () if done else config.base_seeds(),
-                evaluate_every=config.evaluate_every,
             )
         )
     if config.online.steps:
         phases.append(
-            Phase(
+            off_policy(
                 name="online",
                 num_steps=config.online.steps,
-                make_learner=method,
                 sampler=_online_sampler(config, draw),
-                batch_size=config.batch_size,
                 episodes_before=config.round_seeds,
-                evaluate_every=config.evaluate_every,
             )
         )
     for phase in phases:

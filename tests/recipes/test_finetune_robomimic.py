@@ -243,7 +243,7 @@ def test_ctrl_c_before_anything_is_written_says_so(tiny, tmp_path, capsys, monke
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_robomimic, "read_robomimic", interrupt)
+    monkeypatch.setattr(finetune_robomimic, "read_dataset", interrupt)
     assert tiny(tmp_path / "run") == 130
     assert capsys.readouterr().err == "stopped before anything was written\n"
 

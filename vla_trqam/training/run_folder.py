@@ -1,0 +1,51 @@
+"""The folder of a Robomimic run: begun anew, or gone on with from its last checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.robomimic_hdf5 import RobomimicFile
+from vla_trqam.errors import UserError
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.training.checkpoints import last_checkpoint, read_position
+from vla_trqam.training.config import dump_config
+from vla_trqam.training.finetuning import METRICS_NAME
+from vla_trqam.training.metrics import MetricsLog
+from vla_trqam.training.offline_data import fill_replay
+from vla_trqam.training.settings import FinetuneRobomimicConfig
+
+CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
+
+
+def open_folder(
+    config: FinetuneRobomimicConfig, file: RobomimicFile, policy: FlowPolicy, output_dir: Path
+) -> tuple[ReplayBuffer, MetricsLog]:
+    """Replay and log of a new run, or those of the run to go on with, back at its checkpoint.
+
+    Raises:
+        UserError: the folder cannot be made, or what is in it is damaged.
+    """
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is not None:
+        print(f"going on from {checkpoint}")
+        position = read_position(checkpoint)
+        replay = ReplayBuffer.open(output_dir / REPLAY_NAME)
+        replay.truncate_to(position.replay_episodes)
+        metrics_path = output_dir / METRICS_NAME
+        return replay, MetricsLog.resume_after_line(metrics_path, position.metrics_lines)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir={output_dir} cannot be made: {error.strerror}") from None
+    # Nothing to go on with: what a run leaves before its first checkpoint is begun anew.
+    (output_dir / METRICS_NAME).unlink(missing_ok=True)
+    for name in (REPLAY_NAME, BASE_NAME):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)
+    replay = fill_replay(config, file, output_dir / REPLAY_NAME)
+    if config.policy.path is not None:
+        policy.save_pretrained(output_dir / BASE_NAME)
+    return replay, MetricsLog(output_dir / METRICS_NAME)
