@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from finished_run import FinishedRun, differing_settings
 
 from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
 from vla_trqam.training.evaluation import Interval
 from vla_trqam.training.metrics import json_number
 
@@ -54,19 +53,13 @@ def write_page(page: Page, output: Path, command: str) -> Path:
         UserError: `output` ends in .md, or its folder holds something else than such a page.
     """
     _check_output(output)
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with written_whole(output) as part:
         part.mkdir(parents=True)
         figures = page.draw(part)
         for run in page.runs:
             write_compact_json(part / f"{run.name}.json", run.raw())
         write_compact_json(part / SUMMARY, page.summary)
         text = _render(page, output.name, figures, command)
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     path = output.with_name(f"{output.name}.md")
     path.write_text(text, encoding="utf-8")
     _update_index(output.parent / "README.md", output.name, page.headline)

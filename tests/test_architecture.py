@@ -27,7 +27,8 @@ MATH_RANKS = {
     "critic": 3,
 }
 PACKAGE_RANKS = {"adapters": 4, "data": 4, "envs": 4, "methods": 4, "training": 5, "recipes": 6}
-RANKS = MATH_RANKS | PACKAGE_RANKS
+# `files` is no package, and no math either: it writes.
+RANKS = MATH_RANKS | {"files": 4} | PACKAGE_RANKS
 
 # What would make a math file read, write or talk. Importing pathlib is the contract's privilege:
 # `policy.py` names the type of a checkpoint's folder.

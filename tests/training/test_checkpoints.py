@@ -88,7 +88,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(step, number, tmp_path
 
 def test_a_half_written_checkpoint_is_none(tmp_path):
     assert last_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoints" / ".000003.part" / "algorithm").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".part.000003" / "algorithm").mkdir(parents=True)
     assert last_checkpoint(tmp_path) is None
 
 

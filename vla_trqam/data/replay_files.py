@@ -12,6 +12,7 @@ from typing import TextIO
 import numpy as np
 
 from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
 
 HEADER_NAME = "replay.json"
 FORMAT = "vla_trqam.replay"
@@ -44,9 +45,8 @@ class Header:
     def write(self, folder: Path) -> None:
         """Replace the folder's header in one step, so that a reader never sees half of it."""
         text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-        temporary = folder / f"{HEADER_NAME}.tmp"
-        temporary.write_text(text + "\n")
-        os.replace(temporary, folder / HEADER_NAME)
+        with written_whole(folder / HEADER_NAME) as part:
+            part.write_text(text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Header:

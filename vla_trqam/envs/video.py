@@ -1,6 +1,5 @@
 """Base and tuned policy side by side, as a video."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vla_trqam.files import written_whole
 
 BAND_HEIGHT = 24
 """Pixels above the frames for the labels."""
@@ -44,17 +45,13 @@ def write_side_by_side(
         raise ValueError(f"{path} must end in .mp4")
     band = np.hstack([_label_band(base_frames[0], text) for text in (base_label, tuned_label)])
     length = max(len(base_frames), len(tuned_frames))
-    unfinished = path.with_name(f".{path.stem}.unfinished.mp4")
-    # yuv420p wants even sizes; any player plays it.
-    writer: Any = imageio.get_writer(unfinished, fps=fps, macro_block_size=1)
-    try:
+    with written_whole(path) as part:
+        # yuv420p wants even sizes; any player plays it.
+        writer: Any = imageio.get_writer(part, fps=fps, macro_block_size=1)
         with writer:
             for k in range(length):
                 pair = np.hstack([_held(base_frames, k), _held(tuned_frames, k)])
                 writer.append_data(_even(np.vstack([band, pair])))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _held(frames: Sequence[np.ndarray], k: int) -> np.ndarray:

@@ -7,8 +7,6 @@ whole, so that a kill leaves the one before.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.learners import (
     Learner,
@@ -92,23 +91,19 @@ def save_checkpoint(
     position: Position,
 ) -> Path:
     """Writes ``checkpoints/<name>`` and points ``last`` at it."""
-    root = output_dir / CHECKPOINTS
-    part = root / f".{name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    for folder in (PRETRAINED, TRAINING, ALGORITHM):
-        (part / folder).mkdir(parents=True)
-    policy.save_pretrained(part / PRETRAINED)
-    save_file(module_tensors(learner), part / ALGORITHM / "networks.safetensors")
-    _write_json(part / ALGORITHM / "scalars.json", learner.scalars())
-    training = part / TRAINING
-    save_file(optimizer_tensors(learner.optimizer), training / "optimizer_state.safetensors")
-    save_file({"noise": generators.noise.get_state()}, training / "rng_state.safetensors")
-    _write_json(training / "replay_rng.json", generators.replay.bit_generator.state)
-    _write_json(training / "position.json", asdict(position))
-    final = root / name
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    _point(root / LAST, name)
+    final = output_dir / CHECKPOINTS / name
+    with written_whole(final) as part:
+        for folder in (PRETRAINED, TRAINING, ALGORITHM):
+            (part / folder).mkdir(parents=True)
+        policy.save_pretrained(part / PRETRAINED)
+        save_file(module_tensors(learner), part / ALGORITHM / "networks.safetensors")
+        _write_json(part / ALGORITHM / "scalars.json", learner.scalars())
+        training = part / TRAINING
+        save_file(optimizer_tensors(learner.optimizer), training / "optimizer_state.safetensors")
+        save_file({"noise": generators.noise.get_state()}, training / "rng_state.safetensors")
+        _write_json(training / "replay_rng.json", generators.replay.bit_generator.state)
+        _write_json(training / "position.json", asdict(position))
+    _point(final.with_name(LAST), name)
     return final
 
 
@@ -160,10 +155,8 @@ def _age(checkpoint: Path) -> tuple[int, int]:
 
 
 def _point(link: Path, target: str) -> None:
-    part = link.with_name(f".{link.name}.part")
-    part.unlink(missing_ok=True)
-    part.symlink_to(target)
-    os.replace(part, link)
+    with written_whole(link) as part:
+        part.symlink_to(target)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

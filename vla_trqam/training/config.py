@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import draccus
 import yaml
 
 from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
 from vla_trqam.training.flag_help import help_text
 
 Settings = dict[str, Any]
@@ -95,9 +95,8 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
 
 def dump_config(config: Any, path: Path) -> None:
     """Writes a configuration that ``--config_path`` reads back; a kill leaves none, not half."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(str(draccus.dump(config)))
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(str(draccus.dump(config)))
 
 
 def _decode[C](config_class: type[C], settings: Settings) -> C:

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 MESSAGE = b"\nstopping after this update and its rollouts; once more to stop at once\n"
@@ -29,12 +29,7 @@ class InterruptGuard:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

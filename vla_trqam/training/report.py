@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from vla_trqam.files import written_whole
 from vla_trqam.training.evaluation import Interval, PairedEvaluation, combine_seeds
 from vla_trqam.training.metrics import (
     Metrics,
@@ -85,7 +86,7 @@ def write_report(
     ]
     write_json(output_dir / "report.json", raw)
     text = "\n\n".join(section for section in sections if section) + "\n"
-    return _write_atomically(output_dir / "report.md", text)
+    return _write(output_dir / "report.md", text)
 
 
 def comparison_table(methods: Mapping[str, Sequence[PairedEvaluation]]) -> str:
@@ -118,7 +119,7 @@ def comparison_table(methods: Mapping[str, Sequence[PairedEvaluation]]) -> str:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Path:
     """Write valid JSON at once or not at all; NaN and infinities become strings."""
-    return _write_atomically(path, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
+    return _write(path, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def _verdict(evaluation: PairedEvaluation) -> str:
@@ -252,11 +253,9 @@ def _check_exist(files: Iterable[Path]) -> None:
         raise ValueError(f"the report would link to files that do not exist: {missing}")
 
 
-def _write_atomically(path: Path, text: str) -> Path:
-    """A run killed while writing leaves the old file or the new one, never half of one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def _write(path: Path, text: str) -> Path:
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
     return path
 
 
