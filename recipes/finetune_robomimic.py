@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.checkpoints import Generators, check_output_dir
-from vla_trqam.training.config import given_flags, parse_config, resumed_config
+from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
 from vla_trqam.training.learners import BehaviourCloning, Learner, OffPolicy
@@ -107,7 +106,7 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
             num_videos=config.eval.videos,
             discount=config.discount,
             reward=reward,
-            config=asdict(config),
+            config=settings_of(config),
             title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
             seeds={"training": config.seed},
             command=shlex.join(["accelerate", "launch", *sys.argv]),

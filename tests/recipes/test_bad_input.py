@@ -121,7 +121,7 @@ SETTINGS = [
     (["--method.inverse_temperature=2"], ["--method.inverse_temperature=2", "qam"]),
     (
         ["--method.name=qam", "--trqam.inverse_temperature=2"],
-        ["--trqam.inverse_temperature=2", "--method.inverse_temperature"],
+        ["--trqam.inverse_temperature is not a setting", "--method.inverse_temperature?"],
     ),
     (["--dataset.name=lift/ph"], ["--dataset.path", "--dataset.name", "choose one"]),
     (["--dataset.filter_key=nobodys"], ["nobodys", "worse"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,7 @@ import yaml
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
-from vla_trqam.training.flag_help import help_text
+from vla_trqam.training.flag_help import NO_FLAGS, help_text
 
 Settings = dict[str, Any]
 
@@ -96,7 +96,13 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
 def dump_config(config: Any, path: Path) -> None:
     """Writes a configuration that ``--config_path`` reads back; a kill leaves none, not half."""
     with written_whole(path) as part:
-        part.write_text(str(draccus.dump(config)))
+        part.write_text(yaml.safe_dump(settings_of(config)))
+
+
+def settings_of(config: Any) -> Settings:
+    """Every setting and its value, nested as in YAML and of YAML's types."""
+    known = _known_flags(type(config))
+    return _nest({k: v for k, v in _flatten(draccus.encode(config)).items() if k in known})
 
 
 def _decode[C](config_class: type[C], settings: Settings) -> C:
@@ -122,15 +128,21 @@ def _decode[C](config_class: type[C], settings: Settings) -> C:
     return decoded
 
 
-def _known_flags(config_class: type, prefix: str = "") -> dict[str, Any]:
+def _known_flags(
+    config_class: type, prefix: str = "", hidden: Collection[str] = ()
+) -> dict[str, Any]:
     """Every setting by its dotted name, and its type."""
     flags: dict[str, Any] = {}
-    for name, hint in get_type_hints(config_class).items():
+    hints = get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        name, hint = f"{prefix}{item.name}", hints[item.name]
+        if item.name in hidden:
+            continue
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
-            flags |= _known_flags(hint, f"{prefix}{name}.")
+            flags |= _known_flags(hint, f"{name}.", item.metadata.get(NO_FLAGS, ()))
         else:
-            flags[prefix + name] = hint
+            flags[name] = hint
     return flags
 
 

@@ -11,6 +11,7 @@ from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.training.flag_help import NO_FLAGS
 from vla_trqam.training.learners import BehaviourCloningConfig
 
 # Initial states: evaluation seeds lie below, those of training above.
@@ -105,7 +106,7 @@ class MethodConfig:
 
     Attributes:
         name: "trqam", or "qam" (lambda frozen at 1, no dual).
-        inverse_temperature: QAM's beta.
+        inverse_temperature: QAM's beta; TRQAM has none but 1, for it moves lambda instead.
     """
 
     name: Literal["trqam", "qam"] = "trqam"
@@ -183,7 +184,7 @@ class FinetuneRobomimicConfig:
         pretrain: behaviour cloning of the base.
         critic: the critic ensemble.
         method: which method.
-        trqam: its knobs.
+        trqam: its knobs, but for the inverse temperature, which the method has.
         offline: updates from the dataset.
         online: updates with rollouts between them.
         eval: the evaluations.
@@ -203,7 +204,9 @@ class FinetuneRobomimicConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    trqam: TRQAMConfig = field(default_factory=TRQAMConfig)
+    trqam: TRQAMConfig = field(
+        default_factory=TRQAMConfig, metadata={NO_FLAGS: ["inverse_temperature"]}
+    )
     offline: OfflineConfig = field(default_factory=OfflineConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -218,15 +221,15 @@ class FinetuneRobomimicConfig:
         """The knobs of the chosen method.
 
         Raises:
-            UserError: a knob of the other method is set.
+            UserError: QAM's beta is not positive, TRQAM is given one, or ``trqam`` has one.
         """
         beta = self.method.inverse_temperature
+        if self.trqam.inverse_temperature != 1.0:
+            raise UserError(
+                f"trqam.inverse_temperature is {self.trqam.inverse_temperature}; "
+                "it is set by method.inverse_temperature only"
+            )
         if self.method.name == "qam":
-            if self.trqam.inverse_temperature != 1.0:
-                raise UserError(
-                    f"--trqam.inverse_temperature={self.trqam.inverse_temperature} does not reach "
-                    "QAM; give --method.inverse_temperature"
-                )
             return qam_config(self.trqam, beta)
         if beta != 1.0:
             raise UserError(
