@@ -36,7 +36,7 @@ from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_
 from vla_trqam.training.learners import BehaviourCloning, Learner, OffPolicy
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.offline_data import pretraining_demos, read_dataset
-from vla_trqam.training.run_folder import BASE_NAME, CONFIG_NAME, open_folder
+from vla_trqam.training.run_folder import BASE_NAME, CONFIG_NAME, given_policy, open_folder
 from vla_trqam.training.settings import FinetuneRobomimicConfig, refuse_idle_flags
 from vla_trqam.training.showcase import conclude
 
@@ -175,12 +175,13 @@ def _cores() -> int:
 
 
 def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlowPolicy:
-    if config.policy.path is not None:
-        policy = MLPFlowPolicy.from_pretrained(config.policy.path)
+    given = given_policy(config)
+    if given is not None:
+        policy = MLPFlowPolicy.from_pretrained(given)
         shapes = policy.config.observation_dim, policy.config.action_dim
         if shapes != (file.observation_dim, file.action_dim):
             raise UserError(
-                f"the policy in {config.policy.path} has observations and actions of sizes "
+                f"the policy in {given} has observations and actions of sizes "
                 f"{shapes}, the data in {file.path} of {(file.observation_dim, file.action_dim)}"
             )
         return policy

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -14,7 +15,7 @@ from toy_task import Killed, ToyPool
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training import checkpoints
+from vla_trqam.training import checkpoints, run_folder
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.finetuning import EVALUATION_NOISE
 from vla_trqam.training.learners import BehaviourCloning, OffPolicy
@@ -320,6 +321,26 @@ def test_a_given_policy_is_the_base_and_is_not_pretrained(
     expected = MLPFlowPolicy.from_pretrained(given).state_dict()
     for key, value in no_conclusion[0]["base"].state_dict().items():
         assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("update", [0, 1, 5])
+def test_a_run_from_a_given_policy_goes_on_without_it(
+    update, tiny, resume, no_conclusion, uninterrupted, tmp_path
+):
+    given = tmp_path / "given"
+    shutil.copytree(uninterrupted[1] / "base_policy", given)
+    assert tiny(tmp_path / "whole", f"--policy.path={given}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        if update:
+            dies_at_update(patch, OffPolicy, update)
+        else:
+            patch.setattr(run_folder, "fill_replay", raise_killed)
+        with pytest.raises(Killed):
+            tiny(tmp_path / "killed", f"--policy.path={given}")
+    shutil.rmtree(given)
+    assert resume(tmp_path / "killed") == 0
+    killed, whole = final_state(tmp_path / "killed"), final_state(tmp_path / "whole")
+    assert differences(killed, whole) == []
 
 
 def test_the_reported_base_is_the_pretrained_one_while_the_base_trains(

@@ -9,6 +9,7 @@ from pathlib import Path
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.checkpoints import last_checkpoint, read_position
 from vla_trqam.training.config import dump_config
@@ -42,10 +43,21 @@ def open_folder(
         raise UserError(f"--output_dir={output_dir} cannot be made: {error.strerror}") from None
     # Nothing to go on with: what a run leaves before its first checkpoint is begun anew.
     (output_dir / METRICS_NAME).unlink(missing_ok=True)
-    for name in (REPLAY_NAME, BASE_NAME):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
+    shutil.rmtree(output_dir / REPLAY_NAME, ignore_errors=True)
+    if config.policy.path is None:
+        shutil.rmtree(output_dir / BASE_NAME, ignore_errors=True)
+    elif not config.resume:
+        # Before the settings: a run that can be resumed has its copy.
+        with written_whole(output_dir / BASE_NAME) as part:
+            policy.save_pretrained(part)
     dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)
     replay = fill_replay(config, file, output_dir / REPLAY_NAME)
-    if config.policy.path is not None:
-        policy.save_pretrained(output_dir / BASE_NAME)
     return replay, MetricsLog(output_dir / METRICS_NAME)
+
+
+def given_policy(config: FinetuneRobomimicConfig) -> Path | None:
+    """The folder of the policy that the run begins with; a resumed run has a copy of its own."""
+    if config.policy.path is None or not config.resume:
+        return config.policy.path
+    assert config.output_dir is not None
+    return config.output_dir / BASE_NAME
