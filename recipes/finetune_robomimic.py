@@ -33,7 +33,7 @@ from vla_trqam.training.checkpoints import Generators, check_output_dir
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
-from vla_trqam.training.learners import BehaviourCloning, Learner, OffPolicy
+from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.offline_data import pretraining_demos, read_dataset
 from vla_trqam.training.run_folder import BASE_NAME, CONFIG_NAME, given_policy, open_folder
@@ -235,23 +235,37 @@ def _phases(
         short_chunks=config.dataset.short_chunks,
         reward=reward,
     )
-    # Offline and online updates are the same learner's.
+    # The critic's, the offline and the online updates are the same learner's.
+    method = cache(lambda: _make_method(config, policy))
     off_policy = partial(
         Phase,
-        make_learner=cache(lambda: _make_method(config, policy)),
+        make_learner=method,
         batch_size=config.batch_size,
         evaluate_every=config.evaluate_every,
     )
     phases = []
     if config.policy.path is None:
         phases.append(_pretraining(config, policy, draw(sources=["pretrain"])))
+    if config.offline.critic_steps:
+        phases.append(
+            Phase(
+                name="critic",
+                num_steps=config.offline.critic_steps,
+                make_learner=lambda: CriticWarmup(method()),
+                sampler=draw(),
+                batch_size=config.batch_size,
+                episodes_before=lambda done: () if done else config.base_seeds(),
+                moves_policy=False,
+            )
+        )
     if config.offline.steps:
+        collected = config.offline.critic_steps > 0
         phases.append(
             off_policy(
                 name="offline",
                 num_steps=config.offline.steps,
                 sampler=draw(),
-                episodes_before=lambda done: () if done else config.base_seeds(),
+                episodes_before=lambda done: () if done or collected else config.base_seeds(),
             )
         )
     if config.online.steps:
@@ -291,6 +305,7 @@ def _pretraining(
         sampler=sampler,
         batch_size=knobs.batch_size,
         finish=finish,
+        moves_policy=False,
     )
 
 
@@ -300,7 +315,7 @@ def _online_sampler(
     fraction = config.online.fraction
     if fraction is None:
         return draw()
-    offline = draw(sources=["pretrain", "dataset", "offline"])
+    offline = draw(sources=["pretrain", "dataset", "critic", "offline"])
     return MixedSampler(offline, draw(sources=["online"]), online_fraction=fraction)
 
 

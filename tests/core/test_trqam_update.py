@@ -190,6 +190,24 @@ def test_two_runs_with_the_same_noise_are_equal_to_the_bit() -> None:
     assert same(weights(first), weights(second), "")
 
 
+def test_the_critics_update_alone_is_its_part_of_the_whole_one() -> None:
+    """The critic's part does not depend on the actor's while the actor stands still."""
+    still = TRQAMConfig(actor_lr=1e-12)
+    whole, alone = method_of(still), method_of(still)
+    before = weights(alone)
+    for step in range(3):
+        expected = whole.update(batch_of(step), noise_of(step)).metrics()
+        found = alone.update_critic(batch_of(step), noise_of(step)).metrics()
+        assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-5)
+    mine, other = weights(alone), weights(whole)
+    for name in mine:
+        if name.startswith("critic."):
+            torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-6)
+    assert same(mine, before, "policy.")
+    assert not same(mine, before, "critic.")
+    assert alone.trust_region.lam == still.lam_init
+
+
 def run(config: TRQAMConfig, updates: int = 3) -> tuple[TRQAM, list[float], list[float]]:
     method = method_of(config)
     results = [method.update(batch_of(step), noise_of(step)) for step in range(updates)]

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from toy_files import differences, final_state, metrics_lines
 from toy_settings import TINY
@@ -18,7 +19,7 @@ from vla_trqam.recipes import finetune_robomimic
 from vla_trqam.training import checkpoints, run_folder
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.finetuning import EVALUATION_NOISE
-from vla_trqam.training.learners import BehaviourCloning, OffPolicy
+from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, OffPolicy
 
 
 def dies_at_update(monkeypatch, learner, number, death=Killed):
@@ -393,3 +394,44 @@ def test_the_saved_settings_begin_the_same_run_elsewhere(
     elsewhere = [f"--config_path={config}", f"--output_dir={tmp_path / 'again'}"]
     assert finetune_robomimic.main(elsewhere) == 0
     assert differences(final_state(tmp_path / "again"), uninterrupted[0]) == []
+
+
+WARM = ("--offline.critic_steps=3", "--save_freq=2")
+
+
+def test_the_critic_warms_up_on_the_bases_episodes_before_the_policy_moves(
+    tiny, no_conclusion, tmp_path
+):
+    folder = tmp_path / "run"
+    assert tiny(folder, *WARM) == 0
+    found = [(line["phase"], line["step"]) for line in metrics_lines(folder)]
+    assert found[3:9] == [
+        *[("critic", 0)] * 2,  # the base's episodes
+        ("critic", 2),
+        ("critic", 3),
+        ("eval", 0),
+        ("offline", 2),
+    ]
+    warmed = MLPFlowPolicy.from_pretrained(folder / "checkpoints/critic_000003/pretrained_model")
+    base = MLPFlowPolicy.from_pretrained(folder / "base_policy")
+    assert all(map(torch.equal, warmed.tuned.parameters(), base.tuned.parameters()))
+    first, second = (
+        safetensors.torch.load_file(folder / f"checkpoints/{name}/algorithm/networks.safetensors")
+        for name in ("critic_000002", "critic_000003")
+    )
+    moved = {key.split(".")[0] for key in first if not torch.equal(first[key], second[key])}
+    assert moved == {"critic"}
+
+
+@pytest.mark.parametrize("update", [1, 2, 3])
+def test_a_run_killed_while_its_critic_warms_up_goes_on_to_the_same_bits(
+    update, tiny, resume, no_conclusion, tmp_path
+):
+    assert tiny(tmp_path / "whole", *WARM) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at_update(patch, CriticWarmup, update)
+        with pytest.raises(Killed):
+            tiny(tmp_path / "killed", *WARM)
+    assert resume(tmp_path / "killed") == 0
+    whole, killed = (final_state(tmp_path / name) for name in ("whole", "killed"))
+    assert differences(killed, whole) == []

@@ -104,7 +104,10 @@ def test_evaluations_come_at_0_and_every_so_many_updates(every, expected, run, l
 
 def test_pretraining_is_not_counted_as_off_policy_updates(run, learner):
     cloning = make_cloning(num_steps=4)
-    phases = [phase(run, cloning, "pretrain"), phase(run, learner, "online", evaluate_every=4)]
+    phases = [
+        phase(run, cloning, "pretrain", moves_policy=False),
+        phase(run, learner, "online", evaluate_every=4),
+    ]
     run.train(phases, InterruptGuard())
     assert run.step == 4
     names = [path.name for path in (run.output_dir / "checkpoints").iterdir()]

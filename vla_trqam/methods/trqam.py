@@ -25,7 +25,7 @@ from vla_trqam.losses import (
     td_target,
 )
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.sde import FinalStep, Trajectory, sample_path_and_next_action
+from vla_trqam.sde import FinalStep, Trajectory, sample_ode, sample_path_and_next_action
 from vla_trqam.time_grid import AdjointTime, TimeGrid
 from vla_trqam.trust_region import TrustRegion, TrustRegionConfig, path_kl_per_step
 
@@ -132,6 +132,21 @@ class LossOutput:
     next_action: Tensor
 
 
+@dataclass(frozen=True)
+class CriticLossOutput:
+    """What one forward pass of the critic's loss found.
+
+    Attributes:
+        loss: the TD loss, a scalar.
+        q: online Q values of the batch, (E, B), detached.
+        target: TD targets, (B,).
+    """
+
+    loss: Tensor
+    q: Tensor
+    target: Tensor
+
+
 class TRQAMLoss(nn.Module):
     """The update's scalar loss as a module over policy and critic."""
 
@@ -159,10 +174,7 @@ class TRQAMLoss(nn.Module):
         )
         next_action = next_action.clamp(-1.0, 1.0)
 
-        next_value = critic.next_value(policy.features(next_context), next_action)
-        target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
-        q = critic.online(features, batch.action)
-        td = td_loss(q, target, _td_weight(batch))
+        q, target, td = self._temporal_difference(batch, features, next_context, next_action)
 
         gradient, _ = critic.action_gradient(features, trajectory.x_1)
         terminal_adjoint = -self.config.inverse_temperature * gradient
@@ -184,6 +196,29 @@ class TRQAMLoss(nn.Module):
             terminal_adjoint=terminal_adjoint,
             next_action=next_action,
         )
+
+    def critic_loss(self, batch: TransitionBatch, noise: UpdateNoise) -> CriticLossOutput:
+        """The TD part alone, with the next action as in :meth:`forward`."""
+        policy = self.policy
+        context = policy.encode(batch.observation)
+        next_context = policy.encode(batch.next_observation)
+        with torch.no_grad():
+            next_action = sample_ode(
+                lambda x, tau: policy.velocity(x, tau, next_context), noise.next_action, self.grid
+            ).clamp(-1.0, 1.0)
+        q, target, td = self._temporal_difference(
+            batch, policy.features(context), next_context, next_action
+        )
+        return CriticLossOutput(td, q.detach(), target)
+
+    def _temporal_difference(
+        self, batch: TransitionBatch, features: Tensor, next_context: object, next_action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Online values (E, B), targets (B,) and the loss."""
+        next_value = self.critic.next_value(self.policy.features(next_context), next_action)
+        target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
+        q = self.critic.online(features, batch.action)
+        return q, target, td_loss(q, target, _td_weight(batch))
 
     def _behaviour_cloning(
         self, batch: TransitionBatch, noise: UpdateNoise, context: object
@@ -221,6 +256,17 @@ class TRQAM:
             fused=True,
         )
 
+    def update_critic(self, batch: TransitionBatch, noise: UpdateNoise) -> CriticUpdateResult:
+        """One update of the critic and its target alone; policy and lambda stand still."""
+        output = self.loss.critic_loss(batch, noise)
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.critic.online.parameters(), self.config.max_grad_norm)
+        self.critic.update_target()
+        # Adam leaves alone what has no gradient.
+        self.optimizer.step()
+        return CriticUpdateResult(output, norm)
+
     def update(self, batch: TransitionBatch, noise: UpdateNoise) -> UpdateResult:
         """One update of critic, tuned field, lambda and target networks."""
         output = self.loss(batch, noise, self.trust_region.lam)
@@ -238,6 +284,30 @@ class TRQAM:
         kl = self.trust_region.in_budget_units(float(output.kl_per_step.sum()))
         self.trust_region.update(kl)
         return UpdateResult(output, lam, kl, norms)
+
+
+@dataclass(frozen=True)
+class CriticUpdateResult:
+    """Outcome of :meth:`TRQAM.update_critic`: the loss, and the gradient's norm before clipping."""
+
+    output: CriticLossOutput
+    grad_norm: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """The logged quantities; each is explained in ``docs/metrics.md``."""
+        out = self.output
+        return _critic_metrics(out.loss.detach(), out.q, out.target) | {
+            "critic_grad_norm": float(self.grad_norm)
+        }
+
+
+def _critic_metrics(td: Tensor, q: Tensor, target: Tensor) -> dict[str, float]:
+    return {
+        "td_loss": float(td),
+        "q_mean": float(q.mean()),
+        "q_std": float(q.std(dim=0, correction=0).mean()),
+        "target_mean": float(target.mean()),
+    }
 
 
 @dataclass(frozen=True)
@@ -266,10 +336,7 @@ class UpdateResult:
             "adjoint_loss": float(out.adjoint_loss),
             "adjoint_norm_terminal": float(terminal),
             "adjoint_norm_initial": float(out.adjoint[0].flatten(1).norm(dim=1).mean()),
-            "td_loss": float(out.td_loss),
-            "q_mean": float(out.q.mean()),
-            "q_std": float(out.q.std(dim=0, correction=0).mean()),
-            "target_mean": float(out.target.mean()),
+            **_critic_metrics(out.td_loss, out.q, out.target),
             "clipped_action_fraction": float(
                 (out.trajectory.x_1.abs() > clip_actions_at).float().mean()
             ),

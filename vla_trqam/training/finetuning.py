@@ -39,7 +39,7 @@ class Phase:
     """A stretch of updates.
 
     Attributes:
-        name: "pretrain", "offline" or "online".
+        name: "pretrain", "critic", "offline" or "online".
         num_steps: updates.
         make_learner: called when the phase begins, with the policy as the last phase left it.
         sampler: where batches come from.
@@ -48,6 +48,8 @@ class Phase:
             in the phase; they join the replay.
         evaluate_every: updates between evaluations, 0 for none.
         finish: called when the phase is over.
+        moves_policy: whether its updates count as the run's: those that move the tuned field away
+            from its base.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Phase:
     episodes_before: Callable[[int], Sequence[int]] = lambda _: ()
     evaluate_every: int = 0
     finish: Callable[[Learner], None] = lambda _: None
+    moves_policy: bool = True
 
 
 @dataclass
@@ -124,9 +127,8 @@ class Run:
     def _train_phase(
         self, phase: Phase, learner: Learner, start: int, guard: InterruptGuard
     ) -> None:
-        counts = 0 if phase.name == "pretrain" else 1
         with TrainingProgress(phase.num_steps, phase.name, initial=start) as progress:
-            if counts and self.step == 0:
+            if phase.moves_policy and self.step == 0:
                 # The policy is still its base.
                 self._evaluate(phase, 0, progress)
             for done in range(start, phase.num_steps):
@@ -134,7 +136,7 @@ class Run:
                 with self.timed(phase.name):
                     batch = phase.sampler.sample(phase.batch_size, self.generators.replay)
                     learner.update(batch.to(self.device), self.generators.noise)
-                self.step += counts
+                self.step += phase.moves_policy
                 self._log(phase, learner, done + 1, progress)
                 self._evaluate(phase, done + 1, progress)
                 whole = done + 1 == phase.num_steps
@@ -171,7 +173,7 @@ class Run:
             return
         seconds = self.wall_clock[phase.name]
         values = learner.metrics() | {"updates_per_s": done / seconds if seconds else 0.0}
-        step = done if phase.name == "pretrain" else self.step
+        step = self.step if phase.moves_policy else done
         self.metrics.log(step, phase.name, values)
         progress.update(done, values)
 
@@ -197,7 +199,7 @@ class Run:
             metrics_lines=self.metrics.num_lines,
             wall_clock=self.wall_clock,
         )
-        name = f"pretrain_{done:06d}" if phase.name == "pretrain" else f"{self.step:06d}"
+        name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
         save_checkpoint(self.output_dir, name, learner, self.policy, self.generators, position)
 
     @contextmanager

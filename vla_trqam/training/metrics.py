@@ -116,7 +116,7 @@ class MetricsLog:
 
         Args:
             step: Updates so far.
-            phase: "pretrain", "offline", "online" or "eval".
+            phase: "pretrain", "critic", "offline", "online" or "eval".
             values: Numbers by name. Integers stay integers. A NaN or an infinity is written as the
                 string "NaN", "Infinity" or "-Infinity".
 

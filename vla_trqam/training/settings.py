@@ -118,11 +118,13 @@ class OfflineConfig:
     """Updates from the dataset.
 
     Attributes:
+        critic_steps: updates of the critic alone before the policy moves.
         steps: updates.
         base_episodes: episodes of the base policy that join the replay first, so that the critic
             knows what the base does.
     """
 
+    critic_steps: int = 0
     steps: int = 10000
     base_episodes: int = 60
 
@@ -293,6 +295,7 @@ class FinetuneRobomimicConfig:
                 raise UserError(f"--{name}={value} must be at least 1")
         not_negative = {
             "offline.steps": self.offline.steps,
+            "offline.critic_steps": self.offline.critic_steps,
             "offline.base_episodes": self.offline.base_episodes,
             "online.steps": self.online.steps,
             "evaluate_every": self.evaluate_every,
