@@ -95,7 +95,7 @@ def plot_budget_sweep(
         axes.set_xlabel(f"KL budget ({kl_unit})")
     trace.set(xlabel="updates", ylabel=f"KL, moving average ({kl_unit})")
     lam.set(xlabel="updates", ylabel="λ")
-    success.set(ylabel="final success rate (95% interval)", ylim=(-0.02, 1.02))
+    success.set(ylabel="success, last evaluation in training", ylim=(-0.02, 1.02))
     realised.set(ylabel=f"KL, mean of the last half ({kl_unit})")
     return save(figure, path)
 
