@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 import pytest
-from toy_files import write_toy_file
+from toy_files import final_state, write_toy_file
 from toy_settings import OF_THE_POLICY, TINY
 from toy_task import ToyPool
 from vla_trqam.recipes import finetune_robomimic
@@ -57,3 +57,18 @@ def resume(toy_pool: type[ToyPool]) -> Callable[[Path], int]:
         return finetune_robomimic.main(["--resume=true", f"--output_dir={output_dir}"])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, toy_file: Path
+) -> tuple[dict, Path, list]:
+    """A whole run without conclusion: its end, its folder and the seeds of all rollouts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_robomimic, "RolloutPool", ToyPool)
+        patch.setattr(finetune_robomimic, "conclude", lambda *a, **k: None)
+        ToyPool.rounds, ToyPool.before_run = [], None
+        arguments = [f"--dataset.path={toy_file}", *TINY, f"--output_dir={folder}"]
+        assert finetune_robomimic.main(arguments) == 0
+        return final_state(folder), folder, list(ToyPool.rounds)

@@ -1,0 +1,46 @@
+"""Ways for a run to end early."""
+
+import os
+
+from toy_task import Killed
+
+
+def dies_at_update(monkeypatch, learner, number, death=Killed):
+    """The process ends in the middle of the n-th update of this kind."""
+    update, count = learner.update, 0
+
+    def mortal(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise death
+        update(self, *arguments)
+
+    monkeypatch.setattr(learner, "update", mortal)
+
+
+def signalled_at_update(monkeypatch, learner, number, which):
+    update, count = learner.update, 0
+
+    def signalled(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), which)
+        update(self, *arguments)
+
+    monkeypatch.setattr(learner, "update", signalled)
+
+
+def dies_at_call(patch, owner, name, number):
+    """The process ends at the beginning of the n-th call, counted from 0."""
+    function, count = getattr(owner, name), 0
+
+    def mortal(*arguments):
+        nonlocal count
+        count += 1
+        if count == number + 1:
+            raise Killed
+        return function(*arguments)
+
+    patch.setattr(owner, name, mortal)
