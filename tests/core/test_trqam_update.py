@@ -313,7 +313,7 @@ def test_metrics_are_their_documented_formulas() -> None:
 
 def test_the_terminal_adjoint_is_minus_beta_times_the_target_critics_gradient_at_the_end() -> None:
     for beta in (1.0, 4.0):
-        method = method_of(TRQAMConfig(inverse_temperature=beta))
+        method = method_of(qam_config(TRQAMConfig(), beta))
         out = method.loss(batch_of(), noise_of(), 1.0)
         x_1 = out.trajectory.x_1.clone().requires_grad_(True)
         value = method.critic.target(batch_of().observation, x_1.clamp(-1, 1)).mean(0).sum()

@@ -123,7 +123,6 @@ BAD_KNOBS: list[dict[str, Any]] = [
     {"actor_lr": 0.0},
     {"critic_lr": -1e-4},
     {"max_grad_norm": 0.0},
-    {"inverse_temperature": 0.0},
     {"base_ema_rate": 1.5},
 ]
 

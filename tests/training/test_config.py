@@ -1,23 +1,19 @@
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from vla_trqam.errors import UserError
-from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training.config import (
     dump_config,
     parse_config,
     resumed_config,
     saved_config,
-    settings_of,
 )
-from vla_trqam.training.flag_help import NO_FLAGS, attribute_docs, help_text
+from vla_trqam.training.flag_help import attribute_docs
 from vla_trqam.training.settings import (
     LARGEST_SEED,
     FinetuneRobomimicConfig,
-    MethodConfig,
     OnlineConfig,
 )
 
@@ -116,38 +112,6 @@ def test_a_half_written_configuration_never_bears_the_name(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         dump_config(Outer(), tmp_path / "config.yaml")
     assert not (tmp_path / "config.yaml").exists()
-
-
-def test_a_knob_that_another_flag_sets_is_no_flag(presets, tmp_path):
-    @dataclass
-    class Owner:
-        """Has a of its own.
-
-        Attributes:
-            a: the owner's.
-            inner: the rest.
-        """
-
-        a: int = 1
-        inner: Inner = field(default_factory=Inner, metadata={NO_FLAGS: ["a"]})
-
-    text = help_text(Owner(), "program", presets, [])
-    assert re.findall("--[a-z.]+=[0-9.]+", text) == ["--a=1", "--inner.rate=0.5", "--inner.b=2"]
-    assert settings_of(Owner()) == {"a": 1, "inner": {"rate": 0.5, "b": 2}}
-    dump_config(Owner(a=3), tmp_path / "config.yaml")
-    assert saved_config(Owner, tmp_path / "config.yaml") == Owner(a=3)
-    (tmp_path / "config.yaml").write_text("inner: {a: 2}")
-    with pytest.raises(UserError, match=r"--inner\.a is not a setting; did you mean"):
-        saved_config(Owner, tmp_path / "config.yaml")
-
-
-def test_the_inverse_temperature_has_one_owner():
-    for method in (MethodConfig("trqam"), MethodConfig("qam", 3.0)):
-        with pytest.raises(UserError, match=r"set by method\.inverse_temperature only"):
-            FinetuneRobomimicConfig(method=method, trqam=TRQAMConfig(inverse_temperature=2.0))
-    config = FinetuneRobomimicConfig(method=MethodConfig("qam", 3.0))
-    assert config.method_config().inverse_temperature == 3.0
-    assert "inverse_temperature" not in settings_of(config)["trqam"]
 
 
 def test_a_resumed_run_keeps_its_settings_but_may_have_other_threads(tmp_path):

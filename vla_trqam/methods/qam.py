@@ -6,28 +6,47 @@ but the size of the critic's gradient.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields
 
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAMConfig
 
 
-def qam_config(config: TRQAMConfig, inverse_temperature: float) -> TRQAMConfig:
+@dataclass(frozen=True)
+class QAMConfig(TRQAMConfig):
+    """Knobs of QAM: those of TRQAM with its dual off, and beta.
+
+    Attributes:
+        inverse_temperature: beta.
+    """
+
+    inverse_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.inverse_temperature > 0.0:
+            raise UserError(
+                f"inverse_temperature is {self.inverse_temperature}; QAM's beta must be positive"
+            )
+
+    @property
+    def adjoint_scale(self) -> float:
+        """Beta."""
+        return self.inverse_temperature
+
+
+def qam_config(config: TRQAMConfig, inverse_temperature: float) -> QAMConfig:
     """The same knobs with lambda frozen at 1, beta on the adjoint, and an unclipped KL average.
 
     Raises:
         UserError: beta is not positive.
     """
-    if not inverse_temperature > 0.0:
-        raise UserError(
-            f"inverse_temperature is {inverse_temperature}; QAM's beta must be positive"
-        )
-    return replace(
-        config,
-        inverse_temperature=inverse_temperature,
-        lam_init=1.0,
-        lam_min=min(config.lam_min, 1.0),
-        lam_max=max(config.lam_max, 1.0),
-        dual_step_size=0.0,
-        kl_clip=None,
-    )
+    kept = {field.name: getattr(config, field.name) for field in fields(TRQAMConfig)}
+    dual_off = {
+        "lam_init": 1.0,
+        "lam_min": min(config.lam_min, 1.0),
+        "lam_max": max(config.lam_max, 1.0),
+        "dual_step_size": 0.0,
+        "kl_clip": None,
+    }
+    return QAMConfig(**kept | dual_off, inverse_temperature=inverse_temperature)

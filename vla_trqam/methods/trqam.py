@@ -35,7 +35,6 @@ class TRQAMConfig(TrustRegionConfig):
     """Knobs of TRQAM beside the trust region's.
 
     Attributes:
-        inverse_temperature: beta, multiplies the terminal adjoint; 1 in TRQAM, QAM's only knob.
         time_shift: see :class:`~vla_trqam.time_grid.TimeGrid`.
         final_step: see :func:`~vla_trqam.sde.sample_memoryless_sde`.
         adjoint_time: see :func:`~vla_trqam.time_grid.adjoint_tau`.
@@ -49,7 +48,6 @@ class TRQAMConfig(TrustRegionConfig):
         base_ema_rate: rate of that EMA.
     """
 
-    inverse_temperature: float = 1.0
     time_shift: float = 1.0
     final_step: FinalStep = "noiseless_base"
     adjoint_time: AdjointTime = "next"
@@ -62,7 +60,7 @@ class TRQAMConfig(TrustRegionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("inverse_temperature", "actor_lr", "critic_lr", "max_grad_norm"):
+        for name in ("actor_lr", "critic_lr", "max_grad_norm"):
             if not getattr(self, name) > 0.0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
         if not 0.0 < self.time_shift <= 1.0:
@@ -73,6 +71,11 @@ class TRQAMConfig(TrustRegionConfig):
             if getattr(self, name) not in get_args(choices):
                 known = " or ".join(map(repr, get_args(choices)))
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {known}")
+
+    @property
+    def adjoint_scale(self) -> float:
+        """Factor of the terminal adjoint: 1, for TRQAM moves lambda instead."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class TRQAMLoss(nn.Module):
         q, target, td = self._temporal_difference(batch, features, next_context, next_action)
 
         gradient, _ = critic.action_gradient(features, trajectory.x_1)
-        terminal_adjoint = -self.config.inverse_temperature * gradient
+        terminal_adjoint = -self.config.adjoint_scale * gradient
         adjoint = lean_adjoint(terminal_adjoint, fields.base_pullback, grid)
 
         control_gap = fields.tuned() - fields.base()

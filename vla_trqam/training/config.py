@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,7 @@ import yaml
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
-from vla_trqam.training.flag_help import NO_FLAGS, help_text
+from vla_trqam.training.flag_help import help_text
 
 Settings = dict[str, Any]
 
@@ -101,8 +101,8 @@ def dump_config(config: Any, path: Path) -> None:
 
 def settings_of(config: Any) -> Settings:
     """Every setting and its value, nested as in YAML and of YAML's types."""
-    known = _known_flags(type(config))
-    return _nest({k: v for k, v in _flatten(draccus.encode(config)).items() if k in known})
+    settings: Settings = draccus.encode(config)
+    return settings
 
 
 def _decode[C](config_class: type[C], settings: Settings) -> C:
@@ -128,19 +128,15 @@ def _decode[C](config_class: type[C], settings: Settings) -> C:
     return decoded
 
 
-def _known_flags(
-    config_class: type, prefix: str = "", hidden: Collection[str] = ()
-) -> dict[str, Any]:
+def _known_flags(config_class: type, prefix: str = "") -> dict[str, Any]:
     """Every setting by its dotted name, and its type."""
     flags: dict[str, Any] = {}
     hints = get_type_hints(config_class)
     for item in dataclasses.fields(config_class):
         name, hint = f"{prefix}{item.name}", hints[item.name]
-        if item.name in hidden:
-            continue
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
-            flags |= _known_flags(hint, f"{name}.", item.metadata.get(NO_FLAGS, ()))
+            flags |= _known_flags(hint, f"{name}.")
         else:
             flags[name] = hint
     return flags

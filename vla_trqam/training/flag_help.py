@@ -6,12 +6,10 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# In a field's metadata: names of its dataclass that are no flags, because another flag sets them.
-NO_FLAGS = "no_flags"
 ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", re.MULTILINE)
 
 
@@ -44,17 +42,15 @@ def attribute_docs(config_class: type) -> dict[str, str]:
     return docs
 
 
-def _lines(config: Any, prefix: str, hidden: Collection[str] = ()) -> Iterator[str]:
+def _lines(config: Any, prefix: str) -> Iterator[str]:
     docs, hints = attribute_docs(type(config)), get_type_hints(type(config))
     if not prefix:
         yield ""
     for field in dataclasses.fields(config):
-        if field.name in hidden:
-            continue
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             yield f"\n{name}: {(type(value).__doc__ or '').strip().splitlines()[0]}"
-            yield from _lines(value, f"{name}.", field.metadata.get(NO_FLAGS, ()))
+            yield from _lines(value, f"{name}.")
         else:
             yield f"  --{name}={_yaml(value)}"
             meaning = re.sub(r"\bNone\b", "null", docs[field.name].replace("``", ""))

@@ -11,7 +11,6 @@ from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAMConfig
-from vla_trqam.training.flag_help import NO_FLAGS
 from vla_trqam.training.learners import BehaviourCloningConfig
 
 # Initial states: evaluation seeds lie below, those of training above.
@@ -206,9 +205,7 @@ class FinetuneRobomimicConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    trqam: TRQAMConfig = field(
-        default_factory=TRQAMConfig, metadata={NO_FLAGS: ["inverse_temperature"]}
-    )
+    trqam: TRQAMConfig = field(default_factory=TRQAMConfig)
     offline: OfflineConfig = field(default_factory=OfflineConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -223,14 +220,9 @@ class FinetuneRobomimicConfig:
         """The knobs of the chosen method.
 
         Raises:
-            UserError: QAM's beta is not positive, TRQAM is given one, or ``trqam`` has one.
+            UserError: QAM's beta is not positive, or TRQAM is given one.
         """
         beta = self.method.inverse_temperature
-        if self.trqam.inverse_temperature != 1.0:
-            raise UserError(
-                f"trqam.inverse_temperature is {self.trqam.inverse_temperature}; "
-                "it is set by method.inverse_temperature only"
-            )
         if self.method.name == "qam":
             return qam_config(self.trqam, beta)
         if beta != 1.0:
