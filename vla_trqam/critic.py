@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +193,18 @@ class _EnsembleValue(torch.autograd.Function):
         return to_input, None, *(parameters if wanted else [None] * len(to_parameters))
 
 
+class Executed(Protocol):
+    """What is executed of a policy's chunks, (B, H, A) -> (B, H, real A)."""
+
+    def __call__(self, action: Tensor, *, clip: bool = True) -> Tensor:
+        """Clipped to the limits, or not."""
+
+
+def in_box(action: Tensor, *, clip: bool = True) -> Tensor:
+    """All dimensions; the limits are -1 and 1."""
+    return action.clamp(-1.0, 1.0) if clip else action
+
+
 class Critic(nn.Module):
     """An ensemble with its slowly following target.
 
@@ -200,8 +212,8 @@ class Critic(nn.Module):
         ensemble: the online network.
         pessimism: rho of ``mean_e Q - rho std_e Q`` in the TD target.
         target_rate: the target's EMA rate.
-        clip_actions: evaluate at ``clip(a, -1, 1)``, as the authors' code does: beyond the box the
-            action gradient is zero.
+        clip_actions: take the action gradient at the clipped action, as the authors' code does:
+            beyond the limits it is zero.
 
     Raises:
         UserError: pessimism or target_rate is out of its range.
@@ -231,20 +243,22 @@ class Critic(nn.Module):
         """The pessimistic target value, (B,)."""
         return pessimistic_value(self.target(features, action), self.pessimism)
 
-    def action_gradient(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def action_gradient(
+        self, features: Tensor, action: Tensor, executed: Executed = in_box
+    ) -> tuple[Tensor, Tensor]:
         """``grad_a mean_e Q_e`` of the target ensemble at every sample, and that mean.
 
         Args:
             features: (B, F).
-            action: (B, H, A).
+            action: the policy's chunks, (B, H, A).
+            executed: what the critic sees of them, as :meth:`FlowPolicy.executed`.
 
         Returns:
-            The gradient (B, H, A) and the mean value (B,), both detached.
+            The gradient to ``action`` (B, H, A) and the mean value (B,), both detached.
         """
         with torch.enable_grad():
             point = action.detach().requires_grad_(True)
-            inside = point.clamp(-1.0, 1.0) if self.clip_actions else point
-            value = self.target(features, inside).mean(dim=0)
+            value = self.target(features, executed(point, clip=self.clip_actions)).mean(dim=0)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return gradient, value.detach()
 

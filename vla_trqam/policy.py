@@ -102,6 +102,29 @@ class FlowPolicy(nn.Module, ABC):
         """(A,) bool: real action dimensions (True) against padded ones."""
         return torch.ones(self.chunk_shape[1], dtype=torch.bool)
 
+    def real_actions(self, x: Tensor) -> Tensor:
+        """The dimensions that exist on the robot: (..., A) -> (..., a); what it executes."""
+        mask = self.action_mask
+        return x if bool(mask.all()) else x[..., mask.to(x.device)]
+
+    @property
+    def action_limits(self) -> tuple[Tensor | float, Tensor | float]:
+        """Lowest and highest executed number in the flow's space, or one of a real dimension."""
+        return -1.0, 1.0
+
+    def executed(self, action: Tensor, *, clip: bool = True) -> Tensor:
+        """What the robot gets of a chunk: (B, H, A) -> (B, H, a), differentiable.
+
+        The flow, its SDE, its adjoint and its KL live in all A dimensions, for padded ones feed
+        back into real ones; the critic and its targets see this.
+
+        Args:
+            action: chunks of the flow.
+            clip: keep to :attr:`action_limits`; beyond them the gradient is zero.
+        """
+        real = self.real_actions(action)
+        return torch.clamp(real, *self.action_limits) if clip else real
+
     @property
     @abstractmethod
     def feature_dim(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
-from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.critic import Critic, CriticEnsemble, Executed, in_box
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
@@ -27,8 +27,10 @@ def reward(action: Tensor) -> Tensor:
 class FlippedCritic(Critic):
     """Points downhill: what a wrong sign of the adjoint would do."""
 
-    def action_gradient(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, value = super().action_gradient(features, action)
+    def action_gradient(
+        self, features: Tensor, action: Tensor, executed: Executed = in_box
+    ) -> tuple[Tensor, Tensor]:
+        gradient, value = super().action_gradient(features, action, executed)
         return -gradient, value
 
 

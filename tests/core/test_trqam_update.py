@@ -11,6 +11,7 @@ from update_problems import (
     ACTION,
     BATCH,
     HORIZON,
+    OBSERVATION,
     STEPS,
     batch_of,
     gradients,
@@ -19,7 +20,9 @@ from update_problems import (
     same,
     weights,
 )
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
+from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import pessimistic_value
 from vla_trqam.methods.qam import qam_config
@@ -363,3 +366,40 @@ def test_a_policy_with_a_frozen_base_keeps_it_to_the_bit_and_trains_the_rest() -
     assert same(old, new, "policy.base")
     for prefix in ("policy.tuned", "critic.online", "critic.target"):
         assert not same(old, new, prefix)
+
+
+class PaddedPolicy(MLPFlowPolicy):
+    """The last action dimension is padding."""
+
+    @property
+    def action_mask(self) -> Tensor:
+        return torch.tensor([True] * (ACTION - 1) + [False])
+
+    @property
+    def action_limits(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor([-0.5, -2.0]), torch.tensor([0.25, 2.0])
+
+
+def test_the_critic_sees_real_dimensions_within_their_limits_and_the_flow_all() -> None:
+    torch.manual_seed(0)
+    shape = MLPFlowConfig(OBSERVATION, ACTION, HORIZON, (24, 24), num_flow_steps=STEPS)
+    critic = Critic(CriticEnsemble(OBSERVATION, HORIZON * (ACTION - 1), (24, 24), 3))
+    method = TRQAM(PaddedPolicy(shape), critic, TRQAMConfig(dual_step_size=0.0))
+    batch, noise = batch_of(), noise_of()
+    out = method.loss(batch, noise, 1.0)
+    low, high = torch.tensor([-0.5, -2.0]), torch.tensor([0.25, 2.0])
+    assert out.next_action.shape == (BATCH, HORIZON, ACTION - 1)
+    assert bool(((out.next_action >= low) & (out.next_action <= high)).all())
+    beyond = (out.trajectory.x_1[..., :-1] < low) | (out.trajectory.x_1[..., :-1] > high)
+    assert bool(beyond.any())
+    assert bool((out.terminal_adjoint[..., -1] == 0).all())
+    assert bool((out.terminal_adjoint[..., :-1][beyond] == 0).all())
+    assert bool((out.terminal_adjoint[..., :-1][~beyond] != 0).all())
+    # Padded dimensions feed back into real ones: the adjoint reaches them.
+    assert bool((out.adjoint[0][..., -1] != 0).any())
+    padding = batch.action.clone()
+    padding[..., -1] = 7.0
+    assert torch.equal(method.loss(replace(batch, action=padding), noise, 1.0).q, out.q)
+    result = method.update(batch, noise)
+    share = float(beyond.float().mean())
+    assert result.metrics()["clipped_action_fraction"] == pytest.approx(share)

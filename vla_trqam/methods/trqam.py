@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_trqam.adjoint import lean_adjoint
-from vla_trqam.critic import Critic
+from vla_trqam.critic import Critic, Executed
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import (
@@ -119,7 +119,7 @@ class LossOutput:
         trajectory: the SDE path.
         adjoint: the lean adjoint, (K, B, H, A).
         terminal_adjoint: ``a_K``, (B, H, A).
-        next_action: the clipped ODE sample at the next observation, (B, H, A).
+        next_action: what is executed of the ODE sample at the next observation, (B, H, real A).
     """
 
     loss: Tensor
@@ -175,11 +175,11 @@ class TRQAMLoss(nn.Module):
             final_step=self.config.final_step,
             adjoint_time=self.config.adjoint_time,
         )
-        next_action = next_action.clamp(-1.0, 1.0)
+        next_action = policy.executed(next_action)
 
         q, target, td = self._temporal_difference(batch, features, next_context, next_action)
 
-        gradient, _ = critic.action_gradient(features, trajectory.x_1)
+        gradient, _ = critic.action_gradient(features, trajectory.x_1, policy.executed)
         terminal_adjoint = -self.config.adjoint_scale * gradient
         adjoint = lean_adjoint(terminal_adjoint, fields.base_pullback, grid)
 
@@ -208,7 +208,8 @@ class TRQAMLoss(nn.Module):
         with torch.no_grad():
             next_action = sample_ode(
                 lambda x, tau: policy.velocity(x, tau, next_context), noise.next_action, self.grid
-            ).clamp(-1.0, 1.0)
+            )
+        next_action = policy.executed(next_action)
         q, target, td = self._temporal_difference(
             batch, policy.features(context), next_context, next_action
         )
@@ -218,9 +219,11 @@ class TRQAMLoss(nn.Module):
         self, batch: TransitionBatch, features: Tensor, next_context: object, next_action: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Online values (E, B), targets (B,) and the loss."""
-        next_value = self.critic.next_value(self.policy.features(next_context), next_action)
+        policy = self.policy
+        next_value = self.critic.next_value(policy.features(next_context), next_action)
         target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
-        q = self.critic.online(features, batch.action)
+        # What was executed is within the limits.
+        q = self.critic.online(features, policy.executed(batch.action, clip=False))
         return q, target, td_loss(q, target, _td_weight(batch))
 
     def _behaviour_cloning(
@@ -286,7 +289,7 @@ class TRQAM:
         lam = self.trust_region.lam
         kl = self.trust_region.in_budget_units(float(output.kl_per_step.sum()))
         self.trust_region.update(kl)
-        return UpdateResult(output, lam, kl, norms)
+        return UpdateResult(output, lam, kl, norms, self.policy.executed)
 
 
 @dataclass(frozen=True)
@@ -322,16 +325,19 @@ class UpdateResult:
         lam: the lambda that the loss used.
         kl_estimate: the path KL of the batch before the step, in the budget's unit.
         grad_norms: norms before clipping: actor, critic - or one of both together.
+        executed: see :meth:`FlowPolicy.executed`.
     """
 
     output: LossOutput
     lam: float
     kl_estimate: float
     grad_norms: list[Tensor]
+    executed: Executed
 
-    def metrics(self, clip_actions_at: float = 1.0) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The logged quantities; each is explained in ``docs/metrics.md``."""
         out = self.output
+        x_1 = out.trajectory.x_1
         terminal = out.terminal_adjoint.flatten(1).norm(dim=1).mean()
         values = {
             "kl_estimate": self.kl_estimate,
@@ -341,7 +347,7 @@ class UpdateResult:
             "adjoint_norm_initial": float(out.adjoint[0].flatten(1).norm(dim=1).mean()),
             **_critic_metrics(out.td_loss, out.q, out.target),
             "clipped_action_fraction": float(
-                (out.trajectory.x_1.abs() > clip_actions_at).float().mean()
+                (self.executed(x_1) != self.executed(x_1, clip=False)).float().mean()
             ),
             "actor_grad_norm": float(self.grad_norms[0]),
             "critic_grad_norm": float(self.grad_norms[-1]),
