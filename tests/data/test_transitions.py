@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from vla_trqam.data.transitions import TransitionBatch, chunk_return
@@ -43,3 +44,34 @@ def test_batch_moves_and_concatenates_field_by_field() -> None:
         first = getattr(batch, name)
         assert torch.equal(tensor[:3], first), name
         assert torch.equal(tensor[3:], first), name
+
+
+def image_batch(**changes: object) -> TransitionBatch:
+    observation = {"observation.state": torch.randn(2, 3), "task": ["lift", "put"]} | changes
+    return TransitionBatch(
+        observation=observation,
+        action=torch.randn(2, 2, 1),
+        chunk_return=torch.randn(2),
+        next_observation=observation,
+        discount=torch.rand(2),
+        terminated=torch.tensor([True, False]),
+        truncated=torch.tensor([False, True]),
+        valid=torch.ones(2, 2, dtype=torch.bool),
+    )
+
+
+def test_dictionary_observations_move_and_concatenate_with_their_texts() -> None:
+    batch = image_batch()
+    assert len(batch) == 2
+    moved = batch.to("meta")
+    assert moved.next_observation["observation.state"].device.type == "meta"
+    assert moved.observation["task"] == ["lift", "put"]
+    both = TransitionBatch.concatenate(batch, batch)
+    state = batch.observation["observation.state"]
+    assert torch.equal(both.observation["observation.state"], torch.cat((state, state)))
+    assert both.observation["task"] == ["lift", "put", "lift", "put"]
+
+
+def test_dictionary_observations_of_other_keys_do_not_join() -> None:
+    with pytest.raises(ValueError, match=r"observation.state.*camera.*do not join"):
+        TransitionBatch.concatenate(image_batch(), image_batch(camera=torch.randn(2, 1)))

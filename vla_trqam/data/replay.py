@@ -27,6 +27,7 @@ from vla_trqam.data.sampling import (
     MixedSampler,
     RewardSpec,
     ShortChunks,
+    VectorObserver,
 )
 from vla_trqam.errors import UserError
 
@@ -232,7 +233,7 @@ class ReplayBuffer:
         """
         arrays = {"observations": observations, "actions": actions, "rewards": rewards}
         self._check_episode(arrays, ended=terminated or truncated)
-        self._claim()
+        self.claim()
         header, num_steps = self._header, len(actions)
         sources = header.sources if source in header.sources else (*header.sources, source)
         flags = (terminated, truncated, success, sources.index(source))
@@ -254,7 +255,7 @@ class ReplayBuffer:
                 f"The replay {self.path} holds {self.num_episodes} episodes; it cannot be cut "
                 f"back to {num_episodes}."
             )
-        self._claim()
+        self.claim()
         num_steps = int(self.episodes(slice(num_episodes)).num_steps.sum())
         self._replace_header(num_episodes, num_steps, self._header.sources)
         self.revision += 1
@@ -294,6 +295,7 @@ class ReplayBuffer:
         """
         return ChunkSampler(
             self,
+            VectorObserver(self),
             chunk_length=chunk_length,
             discount=discount,
             short_chunks=short_chunks,
@@ -327,7 +329,12 @@ class ReplayBuffer:
         header.write(self.path)
         self._header = header
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
+        """Take the lock on writing, until `close`.
+
+        Raises:
+            UserError: another process has it, or has written since this buffer was opened.
+        """
         if self._lock.held:
             return
         self._lock.acquire()

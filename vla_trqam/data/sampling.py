@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal
 
 import numpy as np
 import torch
 
-from vla_trqam.data.transitions import TransitionBatch, chunk_return
+from vla_trqam.data.transitions import Observation, TransitionBatch, chunk_return
 from vla_trqam.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,7 +79,35 @@ _START = np.dtype(
 )
 
 
-class ChunkSampler:
+class Observer(ABC, Generic[Observation]):  # noqa: UP046 (the default)
+    """What is seen at the rows of `ReplayBuffer.observations`."""
+
+    @abstractmethod
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) bool: whether anything was observed at these rows."""
+
+    @abstractmethod
+    def at(self, rows: np.ndarray) -> Observation:
+        """The observations at rows (B,); of a row that is not known any observation will do."""
+
+
+class VectorObserver(Observer[torch.Tensor]):
+    """The rows themselves, (B, O) float32, all of them known."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        """Observe the buffer's own rows."""
+        self._buffer = buffer
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """Every one."""
+        return np.ones(len(rows), dtype=bool)
+
+    def at(self, rows: np.ndarray) -> torch.Tensor:
+        """(B, O)."""
+        return torch.from_numpy(self._buffer.observations.take(rows, axis=0))
+
+
+class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
     """Draws chunks uniformly from all admissible starts of a replay buffer.
 
     Episodes added to the buffer later are seen by the next call of `sample`.
@@ -87,6 +116,7 @@ class ChunkSampler:
     def __init__(
         self,
         buffer: ReplayBuffer,
+        observer: Observer[Observation],
         *,
         chunk_length: int,
         discount: float,
@@ -102,6 +132,7 @@ class ChunkSampler:
         if short_chunks not in ("drop", "pad"):
             raise UserError(f"short_chunks is '{short_chunks}'; it must be 'drop' or 'pad'.")
         self.buffer = buffer
+        self.observer = observer
         self.chunk_length = chunk_length
         self.discount = discount
         self.short_chunks = short_chunks
@@ -121,7 +152,7 @@ class ChunkSampler:
         self._catch_up()
         return len(self._starts)
 
-    def sample(self, batch_size: int, generator: Generator) -> TransitionBatch:
+    def sample(self, batch_size: int, generator: Generator) -> TransitionBatch[Observation]:
         """Draw `batch_size` chunks with replacement, every admissible start equally likely.
 
         The only state is the generator's: the same generator state and the same episodes give the
@@ -137,21 +168,18 @@ class ChunkSampler:
             )
         return self.gather(draw_indices(len(self._starts), batch_size, generator))
 
-    def gather(self, index: np.ndarray) -> TransitionBatch:
+    def gather(self, index: np.ndarray) -> TransitionBatch[Observation]:
         """The chunks with these numbers, (B,), each in [0, num_starts)."""
         # take() is about twice as fast here as indexing with an array.
         starts = self._starts.take(index)
         num_steps = starts["num_steps"]
         observation_row = starts["observation_row"]
         step = starts["step"][:, None] + self._offset_of.take(num_steps, axis=0)
-        observations = self.buffer.observations
         return TransitionBatch(
-            observation=torch.from_numpy(observations.take(observation_row, axis=0)),
+            observation=self.observer.at(observation_row),
             action=torch.from_numpy(self.buffer.actions.take(step, axis=0)),
             chunk_return=_tensor(starts["chunk_return"]),
-            next_observation=torch.from_numpy(
-                observations.take(observation_row + num_steps, axis=0)
-            ),
+            next_observation=self.observer.at(observation_row + num_steps),
             discount=torch.from_numpy(self._discount_of.take(num_steps)),
             terminated=_tensor(starts["terminated"]),
             truncated=_tensor(starts["truncated"]),
@@ -194,7 +222,13 @@ class ChunkSampler:
         # Success on the last step that was allowed is a success.
         starts["terminated"] = at_end & episodes.terminated[row]
         starts["truncated"] = at_end & ~episodes.terminated[row]
-        return starts
+        return starts[self._observed(starts)]
+
+    def _observed(self, starts: np.ndarray) -> np.ndarray:
+        """(N,) bool: s_t was observed, and so was s_{t+n} unless nothing is bootstrapped there."""
+        first = starts["observation_row"]
+        after = starts["terminated"] | self.observer.known(first + starts["num_steps"])
+        return self.observer.known(first) & after
 
     def _chunk_returns(self, step: np.ndarray, num_steps: np.ndarray) -> np.ndarray:
         """(N,) float32, summed in float64."""
@@ -207,11 +241,15 @@ class ChunkSampler:
         return returns.numpy().astype(np.float32)
 
 
-class MixedSampler:
+class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
     """Draws from offline and online data together."""
 
     def __init__(
-        self, offline: ChunkSampler, online: ChunkSampler, *, online_fraction: float | None
+        self,
+        offline: ChunkSampler[Observation],
+        online: ChunkSampler[Observation],
+        *,
+        online_fraction: float | None,
     ) -> None:
         """Mix two samplers of the same chunk length.
 
@@ -241,7 +279,7 @@ class MixedSampler:
         """How many different chunks can be drawn now."""
         return self.offline.num_starts + self.online.num_starts
 
-    def sample(self, batch_size: int, generator: Generator) -> TransitionBatch:
+    def sample(self, batch_size: int, generator: Generator) -> TransitionBatch[Observation]:
         """Draw `batch_size` chunks; the offline rows come first.
 
         Raises:
@@ -259,7 +297,7 @@ class MixedSampler:
             self.online.sample(num_online, generator),
         )
 
-    def _sample_union(self, batch_size: int, generator: Generator) -> TransitionBatch:
+    def _sample_union(self, batch_size: int, generator: Generator) -> TransitionBatch[Observation]:
         num_offline = self.offline.num_starts
         num_starts = num_offline + self.online.num_starts
         if num_starts == 0:

@@ -2,69 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar  # of Python 3.13, for the default
+
+Field = Tensor | list[str]
+"""One entry of a dictionary observation: (B, ...), or B texts such as the tasks."""
+
+# A sampler of images gives dict[str, Field]; TransitionBatch alone means TransitionBatch[Tensor].
+Observation = TypeVar("Observation", bound=Tensor | dict[str, Field], default=Tensor)
 
 
 @dataclass(frozen=True)
-class TransitionBatch:
+class TransitionBatch(Generic[Observation]):
     """A batch of chunks (s_t, a_t..a_{t+n-1}, R, s_{t+n}), of which n <= H steps were really taken.
 
     The TD target of a chunk is `chunk_return + discount * Q(next_observation, ·) * ~terminated`.
     `terminated` and `truncated` are never both true for a row.
 
     Attributes:
-        observation: s_t, (B, O), in the environment's units (the policy normalises).
+        observation: s_t in the environment's units (the policy normalises): (B, O), or a dictionary
+            of (B, ...) tensors and lists of B texts, as LeRobot's collated items.
         action: executed actions, (B, H, A), in the policy's normalised space. Where `valid` is
             False the row repeats the last action of the episode.
         chunk_return: sum over i < n of γ^i r_{t+i}, (B,).
-        next_observation: s_{t+n}, (B, O).
+        next_observation: s_{t+n}, like `observation`. Where `terminated`, it may be any state.
         discount: γ^n, (B,).
         terminated: (B,) bool, the task ended at s_{t+n}: nothing to bootstrap from.
         truncated: (B,) bool, the episode was cut at s_{t+n}: bootstrap as if it had gone on.
         valid: (B, H) bool, False for the tail of a chunk that the episode's end cut short.
     """
 
-    observation: Tensor
+    observation: Observation
     action: Tensor
     chunk_return: Tensor
-    next_observation: Tensor
+    next_observation: Observation
     discount: Tensor
     terminated: Tensor
     truncated: Tensor
     valid: Tensor
 
     def __len__(self) -> int:
-        return self.observation.shape[0]
+        return self.action.shape[0]
 
     @property
     def chunk_length(self) -> int:
         """H, the number of actions in a chunk."""
         return self.action.shape[1]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TransitionBatch:
+    def to(
+        self, device: torch.device | str, *, non_blocking: bool = False
+    ) -> TransitionBatch[Observation]:
         """The same batch on `device`; copies nothing where it already lies there."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> TransitionBatch:
+    def pin_memory(self) -> TransitionBatch[Observation]:
         """The same batch in page-locked memory, from which a GPU copies asynchronously."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     @staticmethod
-    def concatenate(first: TransitionBatch, second: TransitionBatch) -> TransitionBatch:
-        """The rows of `first`, then those of `second`; both must share H, O and A."""
+    def concatenate(
+        first: TransitionBatch[Observation], second: TransitionBatch[Observation]
+    ) -> TransitionBatch[Observation]:
+        """The rows of `first`, then those of `second`; both must share every shape but B.
+
+        Raises:
+            ValueError: the observations have different keys.
+        """
         return TransitionBatch(
-            *(torch.cat((getattr(first, name), getattr(second, name))) for name in _FIELD_NAMES)
+            *(_joined(getattr(first, name), getattr(second, name)) for name in _FIELD_NAMES)
         )
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch:
-        return TransitionBatch(*(function(getattr(self, name)) for name in _FIELD_NAMES))
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch[Observation]:
+        return TransitionBatch(*(_mapped(getattr(self, name), function) for name in _FIELD_NAMES))
 
 
 _FIELD_NAMES = tuple(field.name for field in fields(TransitionBatch))
+
+
+def _mapped(value: Tensor | Mapping[str, Field], function: Callable[[Tensor], Tensor]) -> Any:
+    """`function` of the tensor, or of every tensor in the dictionary; texts stay as they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return {
+        key: function(entry) if isinstance(entry, Tensor) else entry for key, entry in value.items()
+    }
+
+
+def _joined(first: Field | Mapping[str, Field], second: Field | Mapping[str, Field]) -> Any:
+    """Rows of both: tensors, lists of texts, or dictionaries of those with the same keys."""
+    if isinstance(first, Tensor):
+        return torch.cat((first, cast(Tensor, second)))
+    if isinstance(first, list):
+        return [*first, *cast(list[str], second)]
+    other = cast(Mapping[str, Field], second)
+    if first.keys() != other.keys():
+        raise ValueError(f"observations of {sorted(first)} and of {sorted(other)} do not join")
+    return {key: _joined(first[key], other[key]) for key in first}
 
 
 def chunk_return(rewards: Tensor, discount: float, num_steps: Tensor) -> Tensor:
