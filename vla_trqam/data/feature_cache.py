@@ -1,0 +1,152 @@
+"""Features of each frame, computed once: a frozen model never sees a frame twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_trqam.data.frame_files import CacheHeader
+from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.data.replay_files import ArraySpec, Column
+from vla_trqam.data.sampling import Observer
+from vla_trqam.errors import UserError
+
+FeatureFunction = Callable[[FrameObservation], Mapping[str, Tensor]]
+"""B observations in LeRobot's raw format, float32 images -> named features, (B, ...) each."""
+
+_STORED_AS: dict[torch.dtype, type[np.generic]] = {
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.bfloat16: np.int16,  # numpy has none: the same bits
+    torch.int64: np.int64,
+    torch.uint8: np.uint8,
+    torch.bool: np.bool_,
+}
+_TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_AS}
+
+
+class FeatureCache(Observer[FrameObservation]):
+    """Features of all frames of a replay; a sampler's observations made of them.
+
+    A killed `update` costs at most the batch under way.
+    """
+
+    def __init__(self, replay: FrameReplay, compute: FeatureFunction, *, fingerprint: str) -> None:
+        """A cache in the replay's folder; call `update` before sampling.
+
+        Args:
+            replay: whose frames.
+            compute: see `FeatureFunction`.
+            fingerprint: of everything the features depend on, such as a hash of the frozen weights
+                and of the preprocessor. Rows made under another one are made again.
+        """
+        self._replay = replay
+        self._compute = compute
+        self._fingerprint = fingerprint
+        self._header: CacheHeader | None = None
+        self._columns: dict[str, Column] = {}
+        self._read()
+
+    @property
+    def num_frames(self) -> int:
+        """Frames whose features are there."""
+        if self._revision != self._replay.steps.revision:
+            self._read()
+        return 0 if self._header is None else self._header.num_frames
+
+    def update(self, *, batch_size: int = 32) -> int:
+        """Compute what is missing.
+
+        Args:
+            batch_size: frames that `compute` is given at a time.
+
+        Returns:
+            How many frames were computed.
+
+        Raises:
+            UserError: a feature has not one row a frame, a dtype that cannot be kept, or another
+                shape than before; or another process writes to the replay.
+        """
+        self._replay.steps.claim()
+        before, rows = self.num_frames, self._replay.frame_index.rows_of_frames()
+        for first in range(before, len(rows), batch_size):
+            self._compute_batch(first, rows[first : first + batch_size])
+        return len(rows) - before
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) bool: whether a frame was taken."""
+        return self._replay.frame_index.known(rows)
+
+    def at(self, rows: np.ndarray) -> FrameObservation:
+        """Name -> (B, ...) features of the frames at these rows, in the dtype computed.
+
+        Raises:
+            UserError: a frame's features are missing: `update` was not called.
+        """
+        frames = self._replay.frame_index.frames(rows)
+        if self.num_frames <= frames.max(initial=-1) or self._header is None:
+            raise UserError(
+                f"The replay {self._replay.path} has frames without cached features: update the "
+                "cache after adding episodes."
+            )
+        return {
+            name: torch.from_numpy(self._columns[name].rows.take(frames, axis=0)).view(
+                _TORCH_DTYPES[dtype]
+            )
+            for name, (dtype, _) in self._header.features.items()
+        }
+
+    def _read(self) -> None:
+        self._revision = self._replay.steps.revision
+        header = CacheHeader.read(self._replay.path)
+        self._header = header if header and header.fingerprint == self._fingerprint else None
+        self._columns = {} if self._header is None else self._mapped(self._header)
+
+    def _compute_batch(self, first: int, rows: np.ndarray) -> None:
+        features = self._compute(self._replay.observation_at(rows))
+        described = {name: _described(name, value, len(rows)) for name, value in features.items()}
+        if self._header is None:
+            self._start(CacheHeader(self._fingerprint, 0, described))
+        assert self._header is not None
+        if self._header.features != described:
+            raise UserError(
+                f"The features to cache are {described}; in {self._replay.path} they are "
+                f"{self._header.features}. Give the cache another fingerprint."
+            )
+        for name, value in features.items():
+            stored = value.detach().cpu().contiguous()
+            bits = stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored
+            self._columns[name].write(first, bits.numpy())
+        self._header = replace(self._header, num_frames=first + len(rows))
+        self._header.write(self._replay.path)
+
+    def _start(self, header: CacheHeader) -> None:
+        for name, spec in self._arrays(header).items():
+            Column.allocate(self._replay.path, f"cache.{name}", spec)
+        self._header, self._columns = header, self._mapped(header)
+
+    def _mapped(self, header: CacheHeader) -> dict[str, Column]:
+        return {
+            name: Column(self._replay.path, f"cache.{name}", spec)
+            for name, spec in self._arrays(header).items()
+        }
+
+    def _arrays(self, header: CacheHeader) -> dict[str, ArraySpec]:
+        return {
+            name: ((self._replay.frame_capacity, *shape), _STORED_AS[_TORCH_DTYPES[dtype]])
+            for name, (dtype, shape) in header.features.items()
+        }
+
+
+def _described(name: str, value: Tensor, num_rows: int) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a row, as `CacheHeader.features` has them."""
+    if value.ndim == 0 or len(value) != num_rows:
+        raise UserError(f"The feature {name} has shape {tuple(value.shape)} for {num_rows} frames.")
+    if value.dtype not in _STORED_AS:
+        known = ", ".join(_TORCH_DTYPES)
+        raise UserError(f"The feature {name} is {value.dtype}; a cache keeps {known}.")
+    return str(value.dtype).removeprefix("torch."), tuple(value.shape[1:])
