@@ -2,9 +2,9 @@
 
 One update needs four values at every step of a path: the tuned and the base field where the SDE is,
 the base field there at the adjoint's time, and the tuned field where the next action's ODE is. They
-are one batched matrix product a layer. The gradients are written out on the stored activations: the
-numbers of autograd (``tests/adapters`` holds them against it) without a second forward pass and
-without the overhead of many small operations.
+are one batched matrix product of two networks a layer. The gradients are written out on the stored
+activations: the numbers of autograd (``tests/adapters`` holds them against it) without a second
+forward pass and without the overhead of many small operations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope_
+from vla_trqam.gelu import tanh_gelu, tanh_gelu_, tanh_gelu_slope_
 from vla_trqam.policy import PathFields
 
 LAYER_NORM_EPS = 1e-6
@@ -169,7 +169,8 @@ class _StackedLayer:
         if index < len(networks[0].norms):
             norms = [network.norms[index] for network in networks]
             norm = _stack([n.weight for n in norms]), _stack([n.bias for n in norms])
-        weight = torch.stack([layer.weight.detach() for layer in layers]).transpose(1, 2)
+        # Stacked as the product wants them: it is faster than on transposed ones.
+        weight = torch.stack([layer.weight.detach().t() for layer in layers])
         return cls(weight, _stack([layer.bias for layer in layers]), norm)
 
 
@@ -184,7 +185,7 @@ def _same_weights(first: VelocityMLP, second: VelocityMLP) -> bool:
 
 
 class _Workspace:
-    """What a layer of the stacked networks needs for a moment, (slots, batch, width) each.
+    """What a layer of the stacked networks needs for a moment, (networks, rows, width) each.
 
     One set a width, used again by every layer and step: it stays in the processor's cache.
     """
@@ -192,9 +193,9 @@ class _Workspace:
     def __init__(self, layers: Sequence[_StackedLayer], rows: int) -> None:
         self._sets: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for layer in layers[:-1]:
-            slots, _, width = layer.weight.shape
+            networks, _, width = layer.weight.shape
             new = layer.weight.new_empty
-            shape = slots, rows, width
+            shape = networks, rows, width
             self._sets[width] = new(shape), new(shape), new(shape)
 
     def of(self, layer: _StackedLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,14 +204,13 @@ class _Workspace:
 
 
 class MLPPathFields(PathFields):
-    """All evaluations of a step in one pass over four stacked networks.
+    """All evaluations of a step in one pass over the two stacked networks.
 
-    The slots are the base at the adjoint's time, the tuned field, the base, and the tuned field of
-    the next action; only the first two keep what gradients need.
+    Each network has two blocks of rows: the base at the adjoint's time and at the path's, the tuned
+    field at the path's states and at the next action's. The first blocks keep what gradients need.
     """
 
-    _ADJOINT, _TUNED, _BASE, _NEXT = range(4)
-    _KEPT = slice(2)
+    _BASE, _TUNED = range(2)
 
     def __init__(
         self,
@@ -221,19 +221,19 @@ class MLPPathFields(PathFields):
         num_flow_steps: int,
     ) -> None:
         self._tuned_network, self._base_network = tuned, base
-        # Equal weights are one function: two slots of one batched product may still round apart (by
+        # Equal weights are one function, but two places of one batched product may round apart (by
         # alignment, by where threads split it), and the KL of equal fields is exactly 0.
-        self._base_slot = self._TUNED if _same_weights(tuned, base) else self._BASE
-        slots = [base, tuned, base, tuned]
-        self._layers = [_StackedLayer.of(slots, i) for i in range(len(tuned.layers))]
+        self._base_is_tuned = _same_weights(tuned, base)
+        self._layers = [_StackedLayer.of([base, tuned], i) for i in range(len(tuned.layers))]
         batch, width = features.shape
-        self._inputs = features.new_empty(4, batch, tuned.layers[0].in_features)
-        self._inputs[:3, :, :width] = features
-        self._inputs[3, :, :width] = next_features
+        self._inputs = features.new_empty(2, 2, batch, tuned.layers[0].in_features)
+        self._inputs[..., :width] = features
+        self._inputs[self._TUNED, 1, :, :width] = next_features
         self._columns = slice(width, -1)
-        self._work = _Workspace(self._layers, batch)
+        self._work = _Workspace(self._layers, 2 * batch)
         self._tape = Tape.empty(tuned, (2, num_flow_steps, batch))
-        self._values: list[Tensor] = []
+        self._tuned_values: list[Tensor] = []
+        self._base_values: list[Tensor] = []
 
     @torch.no_grad()
     def evaluate(
@@ -241,44 +241,48 @@ class MLPPathFields(PathFields):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`PathFields.evaluate`."""
         inputs = self._inputs
-        inputs[:3, :, self._columns] = x.flatten(1)
-        inputs[3, :, self._columns] = next_x.flatten(1)
-        inputs[0, :, -1] = adjoint_tau
-        inputs[1:, :, -1] = tau
-        step = len(self._values)
-        values = self._forward(inputs, self._tape[:, step]).view(4, *x.shape)
-        self._values.append(values)
-        return values[self._TUNED], values[self._base_slot], values[self._NEXT]
+        inputs[..., self._columns] = x.flatten(1)
+        inputs[self._TUNED, 1, :, self._columns] = next_x.flatten(1)
+        inputs[..., -1] = tau
+        inputs[self._BASE, 0, :, -1] = adjoint_tau
+        step = len(self._tuned_values)
+        values = self._forward(inputs.flatten(1, 2), self._tape[:, step]).view(2, 2, *x.shape)
+        tuned, following = values[self._TUNED]
+        base = tuned if self._base_is_tuned else values[self._BASE, 1]
+        self._tuned_values.append(tuned)
+        self._base_values.append(base)
+        return tuned, base, following
 
     def _forward(self, inputs: Tensor, tape: Tape) -> Tensor:
-        """The stacked networks' values; the kept slots' activations go to the tape."""
-        kept, h = self._KEPT, inputs
+        """The stacked networks' values; the first blocks' activations go to the tape."""
+        rows, h = inputs.shape[1] // 2, inputs
         for index, layer in enumerate(self._layers[:-1]):
-            tape.inputs[index].copy_(h[kept])
+            tape.inputs[index].copy_(h[:, :rows])
             z, sigmoid, value = self._work.of(layer)
             torch.baddbmm(layer.bias, h, layer.weight, out=z)
-            h = tanh_gelu_and_slope_(z, sigmoid, value, tape.slopes[index])
+            h = tanh_gelu_(z, sigmoid, value)
+            tanh_gelu_slope_(z[:, :rows], sigmoid[:, :rows], h[:, :rows], tape.slopes[index])
             if layer.norm is not None:
-                h, *statistics = _layer_norm(h, layer.norm)
+                h, *statistics = _layer_norm(value, layer.norm)
                 for stored, found in zip(tape.normed[index], (value, *statistics), strict=True):
-                    stored.copy_(found[kept])
-        tape.inputs[-1].copy_(h[kept])
+                    stored.copy_(found[:, :rows])
+        tape.inputs[-1].copy_(h[:, :rows])
         return torch.baddbmm(self._layers[-1].bias, h, self._layers[-1].weight)
 
     def tuned(self) -> Tensor:
         """See :meth:`PathFields.tuned`; its backward pass is one over the stacked path."""
-        values = torch.stack([v[self._TUNED] for v in self._values])
         tape = self._tape[self._TUNED].flat()
         parameters = self._tuned_network.parameters()
+        values = torch.stack(self._tuned_values)
         return cast("Tensor", _ReplayedPath.apply(values, self._tuned_network, tape, *parameters))
 
     def base(self) -> Tensor:
         """See :meth:`PathFields.base`."""
-        return torch.stack([v[self._base_slot] for v in self._values])
+        return torch.stack(self._base_values)
 
     def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
         """See :meth:`PathFields.base_pullback`."""
-        tape = self._tape[self._ADJOINT, step]
+        tape = self._tape[self._BASE, step]
         gradient = self._base_network.input_pullback(tape, cotangent.flatten(1), self._columns)
         return gradient.view_as(cotangent)
 

@@ -38,26 +38,18 @@ def tanh_gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     return value, s.addcmul_(rest, _inner(z, 3.0 * _CUBIC))
 
 
-def tanh_gelu_and_slope_(z: Tensor, sigmoid: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """:func:`tanh_gelu_and_slope` without an allocation; overwrites ``z``.
-
-    Args:
-        z: (N, ...); its first M entries are lost.
-        sigmoid: room of z's shape.
-        value: where ``gelu(z)`` goes, of z's shape.
-        slope: where ``gelu'`` of the first M entries goes, (M, ...).
-
-    Returns:
-        ``value``.
-    """
+def tanh_gelu_(z: Tensor, sigmoid: Tensor, value: Tensor) -> Tensor:
+    """:func:`tanh_gelu` into ``value``; leaves its sigmoid in ``sigmoid``."""
     torch.addcmul(_linear(z.dtype, z.device), z, z, value=_CUBIC, out=sigmoid)
     sigmoid.mul_(z).sigmoid_()
-    torch.mul(z, sigmoid, out=value)
-    z, s, first = z[: len(slope)], sigmoid[: len(slope)], value[: len(slope)]
-    torch.addcmul(first, first, s, value=-1.0, out=slope)
+    return torch.mul(z, sigmoid, out=value)
+
+
+def tanh_gelu_slope_(z: Tensor, sigmoid: Tensor, value: Tensor, slope: Tensor) -> None:
+    """``gelu'(z)`` into ``slope``, from what :func:`tanh_gelu_` left; overwrites ``z``."""
+    torch.addcmul(value, value, sigmoid, value=-1.0, out=slope)
     torch.addcmul(_linear(z.dtype, z.device), z, z, value=3.0 * _CUBIC, out=z)
-    torch.addcmul(s, slope, z, out=slope)
-    return value
+    torch.addcmul(sigmoid, slope, z, out=slope)
 
 
 def _inner(z: Tensor, cubic: float) -> Tensor:
