@@ -1,0 +1,388 @@
+"""LeRobot's flow policies as two velocity fields: everything that their families share.
+
+LeRobot's pi0, pi05 and SmolVLA integrate ``u = noise - action`` from t = 1 to t = 0; here
+``tau = 1 - t`` and ``v(x, tau) = -u(x, 1 - tau)``. A family (:class:`FlowFamily`) makes that change
+once and knows which public parts of the host compute the prefix and one velocity.
+
+The flow lives in the host's normalised action space, padded to ``max_action_dim`` where the host
+pads. All of it is sampled, as the host samples it: the padded dimensions feed back into the real
+ones, so the SDE, the adjoint, the adjoint matching loss and the KL run in the full space. The
+critic and the robot see the real dimensions only (:meth:`~vla_trqam.policy.FlowPolicy.executed`),
+and so does the host's behaviour cloning loss.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import (
+    ACTION,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    OBS_STATE,
+)
+from peft import PeftModel
+from torch import Tensor, nn
+from vla_trqam.adapters.base_field import AdaptersOff, BaseField, FrozenCopy
+from vla_trqam.adapters.critic_features import CriticFeatures, layer_index, mean_over_valid
+from vla_trqam.adapters.processors import Limits, Processors
+
+from vla_trqam.errors import UserError
+from vla_trqam.losses import flow_matching_target
+from vla_trqam.policy import FlowPolicy
+
+Observation = Mapping[str, Any]
+"""A batch as the host's preprocessor returns it, with or without actions."""
+
+
+@dataclass(frozen=True)
+class PrefixPass:
+    """What one pass over an observation found.
+
+    Attributes:
+        condition: what the family's velocity wants to know of the observation.
+        states: the prefix's states at the asked layer, (B, L, W).
+        valid: which of its tokens are no padding, (B, L).
+    """
+
+    condition: Any
+    states: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """An encoded observation.
+
+    Attributes:
+        condition: of the fields.
+        features: of the critic, (B, F), float32.
+    """
+
+    condition: Any
+    features: Tensor
+
+
+class FlowFamily(ABC):
+    """How one kind of host policy is asked.
+
+    Attributes:
+        trained_parts: dotted names of the modules that fine-tuning may move: the action expert and
+            its projections. Nothing in the prefix is among them, so one prefix serves both fields.
+        lora_overrides: for LeRobot's ``wrap_with_peft``, beside its default targets.
+    """
+
+    trained_parts: Sequence[str]
+    lora_overrides: Mapping[str, Any] = {}
+
+    @abstractmethod
+    def refusals(self, config: Any) -> Iterator[str]:
+        """One sentence for each setting of the config that cannot be honoured."""
+
+    @abstractmethod
+    def chunk_shape(self, config: Any) -> tuple[int, int]:
+        """``(H, A)`` of the flow."""
+
+    @abstractmethod
+    def num_flow_steps(self, config: Any) -> int:
+        """K of the host's sampler."""
+
+    @abstractmethod
+    def masks_padded_steps(self, config: Any) -> bool:
+        """Whether the host's training loss leaves out the steps behind an episode's end."""
+
+    @abstractmethod
+    def prefix_layers(self, host: PreTrainedPolicy) -> Sequence[nn.Module]:
+        """The language model's layers."""
+
+    @abstractmethod
+    def prefix_width(self, host: PreTrainedPolicy) -> int:
+        """W of :attr:`PrefixPass.states`."""
+
+    @abstractmethod
+    def encode(self, host: PreTrainedPolicy, observation: Observation, layer: int) -> PrefixPass:
+        """The prefix, with the states at one of its layers (counted from the front)."""
+
+    @abstractmethod
+    def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
+        """``v(x, tau)`` from noise to action: (B, H, A), (B,) -> (B, H, A)."""
+
+
+class LeRobotFlowPolicy(FlowPolicy):
+    """A LeRobot policy; :func:`~vla_trqam.adapters.loading.load_policy` reads one.
+
+    The host always computes in evaluation mode: dropout, random crops and gradient checkpointing
+    (which would drop the prefix cache) stay off.
+
+    Args:
+        model: a host policy, whose :attr:`FlowFamily.trained_parts` are then trained in full
+            against a frozen copy of them; or a ``PeftModel`` over one, whose adapters are trained
+            and whose base is the same model with the adapters off.
+        family: how to ask it.
+        features: what the critic gets.
+        processors: the host's pre- and postprocessor; they are saved with the policy.
+        source: the folder or Hub repository from which the base weights can be loaded again; None
+            where there is none, and then an adapter alone cannot be saved.
+        limits: what the robot executes at most; by default the range of the statistics' actions,
+            or none if they do not hold one.
+
+    Raises:
+        UserError: the config asks for what cannot be honoured, or an adapter lies in the prefix.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedPolicy | PeftModel,
+        family: FlowFamily,
+        *,
+        features: CriticFeatures | None = None,
+        processors: Processors | None = None,
+        source: str | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.family, self.processors, self.source = family, processors, source
+        self.critic_features = features or CriticFeatures()
+        check_config(family, self.host.config)
+        layers = len(family.prefix_layers(self.host))
+        layer = self.critic_features.layer
+        self._layer = layers if layer is None else layer_index(layer, layers)
+        real = self.host.config.action_feature.shape[0]
+        self._action_mask: Tensor
+        mask = torch.arange(self.chunk_shape[1]) < real
+        self.register_buffer("_action_mask", mask, persistent=False)
+        self._limits: Tensor
+        unlimited = torch.tensor([-torch.inf, torch.inf]).unsqueeze(1).expand(2, real)
+        found = unlimited if processors is None else processors.normalized_limits(real, limits)
+        self.register_buffer("_limits", found.clone(), persistent=False)
+        self.base: BaseField = self._make_base()
+        self.eval()
+
+    def _make_base(self) -> BaseField:
+        if isinstance(self.model, PeftModel):
+            check_adapters(self.family, self.model)
+            return AdaptersOff(self.model)
+        self.host.requires_grad_(False)
+        for part in self.family.trained_parts:
+            self.host.get_submodule(part).requires_grad_(True)
+        return FrozenCopy(self.host, self.family.trained_parts)
+
+    @property
+    def host(self) -> PreTrainedPolicy:
+        """The host policy itself, whether or not adapters are in it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained rather than the expert itself."""
+        return isinstance(self.model, PeftModel)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    # The shape of the flow.
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        """``(H, A)``, padded dimensions included."""
+        return self.family.chunk_shape(self.host.config)
+
+    @property
+    def num_flow_steps(self) -> int:
+        """K, from the host's config."""
+        return self.family.num_flow_steps(self.host.config)
+
+    @property
+    def action_mask(self) -> Tensor:
+        """(A,) bool: True for the dimensions of the config's action feature."""
+        return self._action_mask
+
+    @property
+    def action_limits(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest executed number of every real dimension, normalised: (a,) each."""
+        return self._limits[0], self._limits[1]
+
+    @property
+    def feature_dim(self) -> int:
+        """The width of what :class:`CriticFeatures` selects."""
+        wanted, state = self.critic_features, self.host.config.robot_state_feature
+        width = 0 if wanted.layer is None else self.family.prefix_width(self.host)
+        return width + (state.shape[0] if wanted.state and state is not None else 0)
+
+    # The fields.
+
+    @torch.no_grad()
+    def encode(self, observation: Observation) -> Encoding:
+        """One pass of the frozen prefix.
+
+        Args:
+            observation: what the preprocessor made of raw observations, on the policy's device;
+                or raw ones with their ``task`` (no tokens yet), which are preprocessed here.
+
+        Raises:
+            UserError: an input of the policy is missing. (The host would put black pictures in the
+                place of missing cameras.)
+        """
+        if self.processors is not None and OBS_LANGUAGE_TOKENS not in observation:
+            observation = self.processors.observe(observation)
+        check_observation(observation, self.host.config)
+        found = self.family.encode(self.host, observation, self._layer)
+        parts = []
+        if self.critic_features.layer is not None:
+            parts.append(mean_over_valid(found.states, found.valid))
+        if self.critic_features.state and self.host.config.robot_state_feature is not None:
+            parts.append(_last_state(observation).float().to(found.states.device))
+        return Encoding(found.condition, torch.cat(parts, dim=1))
+
+    def features(self, context: Encoding) -> Tensor:
+        """Of the critic, (B, feature_dim), float32, without gradient."""
+        return context.features
+
+    def velocity(self, x: Tensor, tau: Tensor, context: Encoding) -> Tensor:
+        """``v_theta``: x (B, H, A), tau (B,) -> (B, H, A), float32 whatever the network's dtype."""
+        return self.family.velocity(self.host, x, tau, context.condition).float()
+
+    def base_velocity(self, x: Tensor, tau: Tensor, context: Encoding) -> Tensor:
+        """``v_base``: x (B, H, A), tau (B,) -> (B, H, A), float32; no gradient to weights."""
+        with self.base.host() as host:
+            return self.family.velocity(host, x, tau, context.condition).float()
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The adapters', or the action expert's."""
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    # Behaviour cloning.
+
+    def pad_action(self, action: Tensor) -> Tensor:
+        """Real dimensions (B, H, a) -> the flow's (B, H, A); zeros behind them, as in the host."""
+        return F.pad(action, (0, self.chunk_shape[1] - action.shape[-1]))
+
+    def behaviour_loss(
+        self,
+        context: Encoding,
+        action: Tensor,
+        noise: Tensor,
+        tau: Tensor,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """The host's own training loss at this noise and these times, on the shared prefix.
+
+        Args:
+            context: of the observations.
+            action: normalised actions, (B, H, a) or padded (B, H, A).
+            noise: standard normal, (B, H, A).
+            tau: (B,).
+            valid: (B, H) bool, the complement of LeRobot's ``action_is_pad``. SmolVLA leaves the
+                other steps out, multi_task_dit if ``do_mask_loss_for_padding`` says so; pi0 and
+                pi05 train on them.
+
+        Returns:
+            The mean squared error of the velocity over the real dimensions, a scalar.
+        """
+        x_tau, target = flow_matching_target(self.pad_action(action), noise, tau)
+        error = self.real_actions(self.velocity(x_tau, tau, context) - target).square()
+        if valid is None or not self.family.masks_padded_steps(self.host.config):
+            return error.mean()
+        weight = valid.unsqueeze(-1).to(error.dtype)
+        return (error * weight).sum() / (weight.sum() * error.shape[-1]).clamp_min(1.0)
+
+    # Checkpoints.
+
+    def save_pretrained(self, directory: Path, *, merged: bool = False) -> None:
+        """Writes what stock LeRobot loads: config, weights, processors.
+
+        Args:
+            directory: where to.
+            merged: with adapters, write whole weights with the adapters in them; otherwise the
+                adapters alone, for the base at :attr:`source`.
+
+        Raises:
+            UserError: the adapters alone are asked for, and their base is in no file.
+        """
+        from vla_trqam.adapters.saving import save_adapters, save_whole
+
+        directory = Path(directory)
+        if isinstance(self.model, PeftModel) and not merged:
+            save_adapters(self.model, directory, self.source)
+        else:
+            save_whole(self.model, directory)
+        if self.processors is not None:
+            self.processors.save_pretrained(directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> Self:
+        """:func:`~vla_trqam.adapters.loading.load_policy` with its defaults."""
+        from vla_trqam.adapters.loading import load_policy
+
+        policy = load_policy(directory)
+        assert isinstance(policy, cls)
+        return policy
+
+
+def check_config(family: FlowFamily, config: Any) -> None:
+    """Raises a UserError with a sentence for each setting that cannot be honoured."""
+    refusals = list(family.refusals(config))
+    if config.n_obs_steps != 1:
+        refusals.append(
+            f"n_obs_steps is {config.n_obs_steps}; only policies that see one observation (1) "
+            "can be fine-tuned"
+        )
+    if getattr(config, "rtc_config", None) is not None:
+        refusals.append(
+            "rtc_config is set; real-time chunking changes the sampler, so the velocity would not "
+            "be the policy: set it to null"
+        )
+    for name in ("compile_model", "gradient_checkpointing"):
+        if getattr(config, name, False):
+            refusals.append(
+                f"{name} is true; it does not reach the single velocity evaluations that the "
+                "update makes: set it to false"
+            )
+    if config.action_feature is None:
+        refusals.append(f"output_features has no {ACTION!r}")
+    if refusals:
+        raise UserError(f"config of a {config.type} policy: " + "; ".join(refusals))
+
+
+def check_adapters(family: FlowFamily, model: PeftModel) -> None:
+    """Raises a UserError if an adapter lies where it would change the prefix, or none is there."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    inside = tuple(f"base_model.model.{part}." for part in family.trained_parts)
+    outside = [name for name in names if not name.startswith(inside)]
+    if outside:
+        raise UserError(
+            f"an adapter would train {outside[0].removeprefix('base_model.model.')}, which is not "
+            "in the action expert: base and tuned policy would need a prefix each; allowed are "
+            + ", ".join(family.trained_parts)
+        )
+    if not names:
+        raise UserError("the adapter has no trainable weights")
+
+
+def check_observation(observation: Observation, config: Any) -> None:
+    """Raises a UserError that names the first missing input of the policy."""
+    wanted = [OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK]
+    wanted += [key for key in config.image_features if "empty_camera" not in key]
+    if config.robot_state_feature is not None:
+        wanted.append(OBS_STATE)
+    missing = [key for key in wanted if key not in observation]
+    if missing:
+        raise UserError(
+            f"the observation has no {missing[0]!r}; it holds {sorted(observation)} (give what the "
+            "policy's preprocessor returns)"
+        )
+
+
+def _last_state(observation: Observation) -> Tensor:
+    """(B, S), also of (B, 1, S)."""
+    state: Tensor = observation[OBS_STATE]
+    return state[:, -1] if state.ndim == 3 else state

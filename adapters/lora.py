@@ -1,0 +1,73 @@
+"""LoRA through LeRobot's own peft integration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lerobot.policies.pretrained import PreTrainedPolicy
+from peft import PeftModel, PeftType
+from vla_trqam.adapters.lerobot_policy import FlowFamily
+
+from vla_trqam.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """As in ``lerobot-train --peft.*``; dropout is left out, for the policy stays in eval mode.
+
+    Attributes:
+        r: rank.
+        lora_alpha: the update is scaled by ``lora_alpha / r``; None takes ``r``.
+        target_modules: names or a regular expression; None takes LeRobot's targets for the policy.
+        full_training_modules: modules that are trained in full, in a copy beside the original.
+    """
+
+    r: int = 16
+    lora_alpha: int | None = None
+    target_modules: str | tuple[str, ...] | None = None
+    full_training_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"peft.r is {self.r}; it must be at least 1")
+
+
+def with_lora(
+    host: PreTrainedPolicy, family: FlowFamily, settings: LoRASettings, base: Path
+) -> PeftModel:
+    """Puts fresh adapters into a policy; until they are trained it acts as before, to the bit.
+
+    Args:
+        host: the policy; its weights are frozen.
+        family: knows which targets lie in the prefix.
+        settings: rank and targets.
+        base: where the policy came from.
+
+    Raises:
+        UserError: no module of the policy matches the targets.
+    """
+    overrides: dict[str, Any] = {"r": settings.r, "lora_alpha": settings.lora_alpha or settings.r}
+    if settings.target_modules is None:
+        overrides |= family.lora_overrides
+    else:
+        given = settings.target_modules
+        overrides["target_modules"] = given if isinstance(given, str) else list(given)
+    if settings.full_training_modules:
+        overrides["full_training_modules"] = list(settings.full_training_modules)
+    host.config.pretrained_path = base
+    try:
+        model = host.wrap_with_peft(peft_cli_overrides=overrides)
+    except ValueError as error:
+        raise UserError(f"peft.target_modules: {error}") from None
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def check_kind(model: PeftModel) -> None:
+    """Raises a UserError for adapters that are more than ``W + scale B A``."""
+    config = model.active_peft_config
+    if config.peft_type != PeftType.LORA or config.use_dora:
+        kind = "DoRA" if config.peft_type == PeftType.LORA else config.peft_type.value
+        raise UserError(f"the adapter is of kind {kind}; only plain LoRA can be fine-tuned further")
