@@ -115,10 +115,15 @@ def methods_page(groups: Groups) -> Page:
         f"(below its base: {sum(row.tuned < row.base for row in group)} of {len(group)})"
         for label, group in rows.items()
     )
+    worst = ", ".join(
+        f"{label} {percent(float(np.median([row.worst_evaluation for row in group])))}"
+        for label, group in rows.items()
+    )
     unit = runs[0].kl_unit
     return Page(
         title=f"Methods compared: {', '.join(groups)}",
-        headline=f"**Median success on {len(runs[0].evaluation)} initial states: {medians}.**",
+        headline=f"**Median success on {len(runs[0].evaluation)} initial states at the end: "
+        f"{medians}.** Median of the worst evaluation during training: {worst}.",
         tables={
             "Success": comparison_table(
                 {label: [run.evaluation for run in group] for label, group in groups.items()}
