@@ -22,16 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from finished_run import FinishedRun, read_runs, shareable_command
-from result_page import (
-    Page,
-    duration,
-    number,
-    percent,
-    points,
-    points_interval,
-    table,
-    write_page,
-)
+from result_page import Page, duration, number, write_page
 from result_rows import (
     BudgetRow,
     Groups,
@@ -46,6 +37,7 @@ from result_rows import (
 from vla_trqam.errors import UserError
 from vla_trqam.training.comparison_plots import plot_budget_sweep, plot_comparison
 from vla_trqam.training.evaluation import combine_seeds
+from vla_trqam.training.formats import percent, points, points_interval, table
 from vla_trqam.training.metrics import summarise_trust_region
 from vla_trqam.training.plots import plot_episodes, plot_success
 from vla_trqam.training.provenance import command_line

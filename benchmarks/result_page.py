@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from finished_run import FinishedRun, differing_settings
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
-from vla_trqam.training.evaluation import Interval
-from vla_trqam.training.metrics import json_number
+from vla_trqam.training.formats import jsonable
 
 SUMMARY = "summary.json"
 
@@ -68,29 +67,8 @@ def write_page(page: Page, output: Path, command: str) -> Path:
 
 def write_compact_json(path: Path, value: Mapping[str, Any]) -> None:
     """JSON with a line for every top-level key; NaN and infinities become strings."""
-    lines = [f"{json.dumps(key)}: {json.dumps(_plain(item))}" for key, item in value.items()]
+    lines = [f"{json.dumps(key)}: {json.dumps(jsonable(item))}" for key, item in value.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def percent(rate: float) -> str:
-    """0.5 -> 50.0%."""
-    return f"{100 * rate:.1f}%"
-
-
-def points(difference: float) -> str:
-    """0.05 -> +5.0."""
-    return f"{100 * difference:+.1f}"
-
-
-def points_interval(interval: Interval) -> str:
-    """Both ends in percentage points."""
-    return f"{points(interval.low)} to {points(interval.high)}"
 
 
 def number(value: float) -> str:
@@ -102,14 +80,6 @@ def duration(seconds: float) -> str:
     """Minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return json_number(value) if isinstance(value, float) else value
 
 
 def _check_output(output: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from result_page import percent, points, points_interval, table
 from uphill_probe import ARMS, CONTRASTS, Decision, Outcome, PairedDifference
 
 from vla_trqam.training.figures import BUDGET, GAINED, LOST, TUNED, new_figure, save
+from vla_trqam.training.formats import percent, points, points_interval, table
 from vla_trqam.training.plots import rank_correlation
 
 COLORS = {"up": GAINED, "down": LOST, "random": BUDGET}

@@ -157,39 +157,22 @@ class OffPolicy:
         self.method.trust_region.load_state_dict(dict(values))
 
 
-class CriticWarmup:
+class CriticWarmup(OffPolicy):
     """The critic of an :class:`OffPolicy` learner by itself, before its policy moves."""
 
     def __init__(self, learner: OffPolicy) -> None:
-        self._learner = learner
-        self._result: CriticUpdateResult | None = None
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The method's."""
-        return self._learner.optimizer
+        super().__init__(learner.method)
+        self._critic_result: CriticUpdateResult | None = None
 
     def update(self, batch: TransitionBatch, generator: torch.Generator) -> None:
         """One update of the critic."""
         noise = UpdateNoise.draw(batch.action, 0, generator)
-        self._result = self._learner.method.update_critic(batch, noise)
+        self._critic_result = self.method.update_critic(batch, noise)
 
     def metrics(self) -> dict[str, float]:
         """The update's own."""
-        assert self._result is not None, "metrics() before the first update()"
-        return self._result.metrics()
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Policy and critic."""
-        return self._learner.modules()
-
-    def scalars(self) -> dict[str, float]:
-        """The trust region's state."""
-        return self._learner.scalars()
-
-    def load_scalars(self, values: Mapping[str, float]) -> None:
-        """Restores :meth:`scalars`."""
-        self._learner.load_scalars(values)
+        assert self._critic_result is not None, "metrics() before the first update()"
+        return self._critic_result.metrics()
 
 
 def module_tensors(learner: Learner) -> dict[str, Tensor]:

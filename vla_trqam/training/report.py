@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 from vla_trqam.files import written_whole
 from vla_trqam.training.evaluation import Interval, PairedEvaluation, combine_seeds
+from vla_trqam.training.formats import jsonable, percent, points, points_interval, table
 from vla_trqam.training.metrics import (
     Metrics,
     TrustRegionSummary,
-    json_number,
     read_metrics,
     summarise_trust_region,
 )
@@ -106,20 +106,21 @@ def comparison_table(methods: Mapping[str, Sequence[PairedEvaluation]]) -> str:
             [
                 label,
                 str(len(evaluations)),
-                _percent(float(combined.base_rates.mean())),
-                _percent(combined.median_tuned_rate),
-                f"{_percent(combined.tuned_rates[worst])} ({_points(combined.worst_difference)})",
-                _points(combined.difference),
-                _points_interval(combined.difference_interval),
+                percent(float(combined.base_rates.mean())),
+                percent(combined.median_tuned_rate),
+                f"{percent(combined.tuned_rates[worst])} "
+                f"({points(combined.worst_difference)} points)",
+                f"{points(combined.difference)} points",
+                f"{points_interval(combined.difference_interval)} points",
             ]
         )
     header = ["", "seeds", "base", "median", "worst against its base", "mean gain", "95% interval"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Path:
     """Write valid JSON at once or not at all; NaN and infinities become strings."""
-    return _write(path, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
+    return _write(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def _verdict(evaluation: PairedEvaluation) -> str:
@@ -131,24 +132,24 @@ def _verdict(evaluation: PairedEvaluation) -> str:
     else:
         claim = "The interval of the difference excludes zero: the tuned policy is **worse**."
     return (
-        f"**Success: base {_percent(evaluation.base_rate)} → tuned"
-        f" {_percent(evaluation.tuned_rate)}** on {len(evaluation)} fixed initial states. {claim}"
+        f"**Success: base {percent(evaluation.base_rate)} → tuned"
+        f" {percent(evaluation.tuned_rate)}** on {len(evaluation)} fixed initial states. {claim}"
     )
 
 
 def _success_section(evaluation: PairedEvaluation) -> str:
     count = len(evaluation)
-    difference = _points_interval(evaluation.difference_interval())
+    difference = f"{points_interval(evaluation.difference_interval())} points"
     rows = [
         _rate_row("base", int(evaluation.base_success.sum()), count, evaluation.base_interval()),
         _rate_row("tuned", int(evaluation.tuned_success.sum()), count, evaluation.tuned_interval()),
-        ["difference", _points(evaluation.difference), difference, ""],
+        ["difference", f"{points(evaluation.difference)} points", difference, ""],
     ]
     return "\n".join(
         [
             "## Success",
             "",
-            _table(["", "success", "95% interval", "episodes"], rows),
+            table(["", "success", "95% interval", "episodes"], rows),
             "",
             "Intervals: Wilson for the rates; Newcombe's method 10 for the paired difference."
             f" McNemar's exact test: p = {evaluation.mcnemar_p():.2g}.",
@@ -161,8 +162,8 @@ def _success_section(evaluation: PairedEvaluation) -> str:
 
 
 def _rate_row(label: str, successes: int, count: int, interval: Interval) -> list[str]:
-    limits = f"{_percent(interval.low)} to {_percent(interval.high)}"
-    return [label, _percent(successes / count), limits, f"{successes} of {count}"]
+    limits = f"{percent(interval.low)} to {percent(interval.high)}"
+    return [label, percent(successes / count), limits, f"{successes} of {count}"]
 
 
 def _trust_region_section(summary: TrustRegionSummary | None, kl_unit: str) -> str:
@@ -180,14 +181,14 @@ def _trust_region_section(summary: TrustRegionSummary | None, kl_unit: str) -> s
     ]
     followed = "followed" if summary.held else "did **not** always follow"
     verdict = f"The KL {followed} its budget (within {summary.tolerance:.0%}, or λ on a bound)."
-    table = _table(["over the last half of training", ""], rows)
-    return f"## Trust region\n\n{verdict}\n\n{table}"
+    figures = table(["over the last half of training", ""], rows)
+    return f"## Trust region\n\n{verdict}\n\n{figures}"
 
 
 def _time_section(wall_clock: Mapping[str, float]) -> str:
     rows = [[phase, _duration(seconds)] for phase, seconds in wall_clock.items()]
     rows.append(["**total**", _duration(sum(wall_clock.values()))])
-    return "## Time\n\n" + _table(["phase", "wall clock"], rows)
+    return "## Time\n\n" + table(["phase", "wall clock"], rows)
 
 
 def _media_section(output_dir: Path, plots: Sequence[Path], videos: Sequence[Path]) -> str:
@@ -224,7 +225,7 @@ def _provenance_section(provenance: Mapping[str, Any], evaluation: PairedEvaluat
 
 
 def _config_section(config: Mapping[str, Any]) -> str:
-    text = json.dumps(_jsonable(config), indent=2, allow_nan=False)
+    text = json.dumps(jsonable(config), indent=2, allow_nan=False)
     summary = "<summary>Every setting</summary>"
     return f"<details>{summary}\n\n```json\n{text}\n```\n\n</details>"
 
@@ -234,17 +235,6 @@ def _last_values(metrics: Metrics) -> dict[str, dict[str, float]]:
         phase: {name: float(series.value[-1]) for name, series in by_name.items()}
         for phase, by_name in metrics.items()
     }
-
-
-def _jsonable(value: Any) -> Any:
-    """`value` with paths as text and non-finite numbers as JSON can hold them."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, Path):
-        return value.as_posix()
-    return json_number(value) if isinstance(value, float) else value
 
 
 def _check_exist(files: Iterable[Path]) -> None:
@@ -259,11 +249,6 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _caption(plot: Path) -> str:
     return CAPTIONS.get(plot.stem, plot.stem.replace("_", " "))
 
@@ -275,18 +260,6 @@ def _link(file: Path, folder: Path) -> str:
 def _seed_list(seeds: Iterable[int]) -> str:
     listed = ", ".join(map(str, seeds))
     return f" (seeds {listed})" if listed else ""
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f}%"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f} points"
-
-
-def _points_interval(interval: Interval) -> str:
-    return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f} points"
 
 
 def _duration(seconds: float) -> str:
