@@ -1,0 +1,130 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vla_trqam.data.lerobot_labels import Outcome, plan_labels, read_success_labels
+from vla_trqam.errors import UserError
+
+FALSE, TRUE = False, True
+
+
+def read(rows: dict[str, Any], **asked: Any) -> Outcome:
+    length = len(next(iter(rows.values()))) if rows else 4
+    columns = {name: np.array(values) for name, values in rows.items()}
+    columns["frame_index"] = np.arange(length)
+    values = columns.get("next.reward")
+    plan = plan_labels("The dataset d", columns, reward_values=values, **asked)
+    return plan.outcome(columns, 0)
+
+
+def test_terminated_column_decides_whatever_done_says() -> None:
+    rows = {"next.reward": [0, 0, 5.0], "next.done": [FALSE, FALSE, TRUE]}
+    cut = read(rows | {"next.terminated": [FALSE, FALSE, FALSE]})
+    assert (cut.num_steps, cut.terminated) == (3, False)
+    ended = read(rows | {"next.terminated": [FALSE, FALSE, TRUE]})
+    assert ended.terminated
+
+
+def test_truncated_column_tells_done_apart() -> None:
+    rows = {"next.reward": [0, 0, 0.5], "next.done": [FALSE, FALSE, TRUE]}
+    assert not read(rows | {"next.truncated": [FALSE, FALSE, TRUE]}).terminated
+    assert read(rows | {"next.truncated": [FALSE, FALSE, FALSE]}).terminated
+
+
+def test_done_alone_is_no_termination_unless_the_episode_succeeded() -> None:
+    rows = {"next.reward": [0, 0, 0.0], "next.done": [FALSE, FALSE, TRUE]}
+    failed = read(rows | {"next.success": [FALSE, FALSE, FALSE]})
+    assert (failed.terminated, failed.success) == (False, False)
+    solved = read(rows | {"next.success": [FALSE, FALSE, TRUE]})
+    assert (solved.terminated, solved.success) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "terminated"),
+    [
+        ([0, 0, 1], True),
+        ([0, 0, 0], False),
+        ([-1, -1, 0], True),
+        ([-1, -1, -1], False),
+        ([0.3, 0.1, 1], False),
+    ],
+)
+def test_rewards_tell_of_success_only_where_they_are_success_rewards(
+    rewards: list[float], terminated: bool
+) -> None:
+    outcome = read({"next.reward": np.array(rewards, np.float32)})
+    assert (outcome.terminated, outcome.success) == (terminated, terminated)
+    assert outcome.rewards.tolist() == np.array(rewards, np.float32).tolist()
+
+
+def test_steps_after_the_end_are_left_out() -> None:
+    outcome = read({"next.success": [FALSE, TRUE, TRUE, TRUE]})
+    assert (outcome.num_steps, outcome.rewards.tolist()) == (2, [0, 1])
+    done = read({"next.reward": [0, 2.0, 3, 4], "next.done": [FALSE, FALSE, TRUE, FALSE]})
+    assert done.rewards.tolist() == [0, 2, 3]
+
+
+def test_row_of_the_final_observation_is_no_step() -> None:
+    rows = {
+        "next.reward": [0, 0.0, 0.0],
+        "next.terminated": [FALSE, FALSE, FALSE],
+        "is_final_observation": [FALSE, FALSE, TRUE],
+    }
+    outcome = read(rows)
+    assert (outcome.num_steps, outcome.terminated) == (2, False)
+
+
+def test_terminal_success_rewards_the_last_step() -> None:
+    outcome = read({"frame_index": [0, 1, 2]}, reward="terminal_success")
+    assert outcome.rewards.tolist() == [0, 0, 1]
+    assert outcome.terminated
+
+
+@pytest.mark.parametrize("label", [False, True])
+def test_given_labels_win_over_columns(label: bool) -> None:
+    rows = {"next.reward": [7.0, 7], "next.success": [FALSE, not label]}
+    outcome = read(rows, successes=[label])
+    assert outcome.rewards.tolist() == [0, float(label)]
+    assert (outcome.success, outcome.terminated) == (label, label)
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "message"),
+    [
+        ([], {}, "no reward: .*--dataset.reward=terminal_success.*--dataset.success_labels"),
+        (["next.success"], {"reward": "column"}, "no column next.reward"),
+        (["next.reward"], {"reward": "success"}, "no column next.success.*success_labels"),
+        ([], {"reward": "dense"}, "'dense'; choose one of column, success, terminal_success"),
+    ],
+)
+def test_missing_reward_source_is_refused(
+    columns: list[str], asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_labels("The dataset d", columns, **asked)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (["next.reward", "next.terminated", "next.truncated"], "where next.terminated says so"),
+        (["next.reward", "next.truncated"], "truncated where next.truncated says so"),
+        (["next.success", "next.done"], "terminated where it succeeds"),
+        (["next.reward", "next.done"], "all are taken as truncated"),
+    ],
+)
+def test_assumptions_are_said(columns: list[str], words: str) -> None:
+    assert words in " ".join(plan_labels("d", columns).notes())
+
+
+def test_label_file_must_be_a_list_of_booleans(tmp_path: Path) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text("[true, false]")
+    assert read_success_labels(path) == [True, False]
+    path.write_text("[1, 0]")
+    with pytest.raises(UserError, match="JSON list of true and false"):
+        read_success_labels(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_success_labels(tmp_path / "absent.json")
