@@ -108,9 +108,9 @@ class FlowPolicy(nn.Module, ABC):
         return x if bool(mask.all()) else x[..., mask.to(x.device)]
 
     @property
-    def action_limits(self) -> tuple[Tensor | float, Tensor | float]:
-        """Lowest and highest executed number in the flow's space, or one of a real dimension."""
-        return -1.0, 1.0
+    def action_limits(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest executed number in the flow's space: (), or (a,) by dimension."""
+        return torch.tensor(-1.0), torch.tensor(1.0)
 
     def executed(self, action: Tensor, *, clip: bool = True) -> Tensor:
         """What the robot gets of a chunk: (B, H, A) -> (B, H, a), differentiable.
@@ -123,7 +123,8 @@ class FlowPolicy(nn.Module, ABC):
             clip: keep to :attr:`action_limits`; beyond them the gradient is zero.
         """
         real = self.real_actions(action)
-        return torch.clamp(real, *self.action_limits) if clip else real
+        low, high = self.action_limits
+        return torch.clamp(real, low.to(real), high.to(real)) if clip else real
 
     @property
     @abstractmethod
