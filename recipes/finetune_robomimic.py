@@ -215,6 +215,7 @@ def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffP
     critic = Critic(
         ensemble,
         pessimism=knobs.pessimism,
+        adjoint_pessimism=knobs.adjoint_pessimism,
         target_rate=knobs.target_rate,
         clip_actions=knobs.clip_actions,
     ).to(next(policy.parameters()).device)

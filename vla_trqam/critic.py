@@ -211,12 +211,14 @@ class Critic(nn.Module):
     Args:
         ensemble: the online network.
         pessimism: rho of ``mean_e Q - rho std_e Q`` in the TD target.
+        adjoint_pessimism: the same rho in the value whose action gradient starts the adjoint; 0, the
+            plain mean, in the authors' code. Above 0 it steers away from where the members differ.
         target_rate: the target's EMA rate.
         clip_actions: take the action gradient at the clipped action, as the authors' code does:
             beyond the limits it is zero.
 
     Raises:
-        UserError: pessimism or target_rate is out of its range.
+        UserError: a pessimism or target_rate is out of its range.
     """
 
     def __init__(
@@ -224,17 +226,19 @@ class Critic(nn.Module):
         ensemble: CriticEnsemble,
         *,
         pessimism: float = 0.5,
+        adjoint_pessimism: float = 0.0,
         target_rate: float = 0.005,
         clip_actions: bool = True,
     ) -> None:
         super().__init__()
-        if not 0.0 <= pessimism < math.inf:
-            raise UserError(f"pessimism is {pessimism}; it must be finite and not negative")
+        for name, rho in (("pessimism", pessimism), ("adjoint_pessimism", adjoint_pessimism)):
+            if not 0.0 <= rho < math.inf:
+                raise UserError(f"{name} is {rho}; it must be finite and not negative")
         if not 0.0 <= target_rate <= 1.0:
             raise UserError(f"target_rate is {target_rate}; it must be in [0, 1]")
         self.online = ensemble
         self.target = copy.deepcopy(ensemble).requires_grad_(False)
-        self.pessimism = pessimism
+        self.pessimism, self.adjoint_pessimism = pessimism, adjoint_pessimism
         self.target_rate = target_rate
         self.clip_actions = clip_actions
 
@@ -246,7 +250,7 @@ class Critic(nn.Module):
     def action_gradient(
         self, features: Tensor, action: Tensor, executed: Executed = in_box
     ) -> tuple[Tensor, Tensor]:
-        """``grad_a mean_e Q_e`` of the target ensemble at every sample, and that mean.
+        """The target value's gradient at every sample, and that value (by default the mean's).
 
         Args:
             features: (B, F).
@@ -254,11 +258,12 @@ class Critic(nn.Module):
             executed: what the critic sees of them, as :meth:`FlowPolicy.executed`.
 
         Returns:
-            The gradient to ``action`` (B, H, A) and the mean value (B,), both detached.
+            The gradient to ``action`` (B, H, A) and the value (B,), both detached.
         """
         with torch.enable_grad():
             point = action.detach().requires_grad_(True)
-            value = self.target(features, executed(point, clip=self.clip_actions)).mean(dim=0)
+            q = self.target(features, executed(point, clip=self.clip_actions))
+            value = pessimistic_value(q, self.adjoint_pessimism)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return gradient, value.detach()
 

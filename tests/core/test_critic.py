@@ -174,10 +174,29 @@ def test_the_ema_at_rate_one_copies_and_at_zero_stays() -> None:
     assert torch.equal(average, current)
 
 
-@pytest.mark.parametrize("pessimism", [-0.1, float("nan"), float("inf")])
-def test_a_pessimism_out_of_range_is_refused(pessimism: float) -> None:
-    with pytest.raises(UserError, match=f"pessimism is {pessimism}; it must be"):
-        Critic(ensemble_of(), pessimism=pessimism)
+def test_a_pessimistic_adjoint_starts_from_the_pessimistic_values_finite_difference() -> None:
+    critic = Critic(ensemble_of(4).double(), adjoint_pessimism=1.5)
+    features, action = inputs_of(torch.float64, scale=0.3)
+    gradient, value = critic.action_gradient(features, action)
+
+    def pessimistic(point: Tensor) -> Tensor:
+        q = critic.target(features, point).detach()
+        return q.mean(0) - 1.5 * ((q - q.mean(0)) ** 2).mean(0).sqrt()
+
+    torch.testing.assert_close(value, pessimistic(action))
+    step = 1e-6
+    for index in ((0, 0), (CHUNK[0] - 1, CHUNK[1] - 1)):
+        moved = torch.zeros_like(action)
+        moved[:, *index] = step
+        slope = (pessimistic(action + moved) - pessimistic(action - moved)) / (2 * step)
+        torch.testing.assert_close(gradient[:, *index], slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["pessimism", "adjoint_pessimism"])
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_a_pessimism_out_of_range_is_refused(name: str, rho: float) -> None:
+    with pytest.raises(UserError, match=f"^{name} is {rho}; it must be"):
+        Critic(ensemble_of(), **{name: rho})
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])

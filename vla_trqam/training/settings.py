@@ -87,6 +87,7 @@ class CriticConfig:
         ensemble_size: E.
         layer_norm: normalise after every activation.
         pessimism: rho of mean - rho std in the TD target.
+        adjoint_pessimism: the same in the value whose action gradient starts the adjoint.
         target_rate: EMA rate of the target network.
         clip_actions: evaluate at actions clipped to [-1, 1].
     """
@@ -95,6 +96,7 @@ class CriticConfig:
     ensemble_size: int = 10
     layer_norm: bool = True
     pessimism: float = 0.5
+    adjoint_pessimism: float = 0.0
     target_rate: float = 0.005
     clip_actions: bool = True
 
@@ -304,8 +306,10 @@ class FinetuneRobomimicConfig:
             raise UserError(f"--online.fraction={self.online.fraction} must lie between 0 and 1")
         if not 0.0 < self.critic.target_rate <= 1.0:
             raise UserError(f"--critic.target_rate={self.critic.target_rate} must lie in (0, 1]")
-        if not 0.0 <= self.critic.pessimism < float("inf"):
-            raise UserError(f"--critic.pessimism={self.critic.pessimism} must not be negative")
+        for name in ("pessimism", "adjoint_pessimism"):
+            rho = getattr(self.critic, name)
+            if not 0.0 <= rho < float("inf"):
+                raise UserError(f"--critic.{name}={rho} must be finite and not negative")
 
     def _check_seeds(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
