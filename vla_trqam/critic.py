@@ -211,7 +211,7 @@ class Critic(nn.Module):
     Args:
         ensemble: the online network.
         pessimism: rho of ``mean_e Q - rho std_e Q`` in the TD target.
-        adjoint_pessimism: the same rho in the value whose action gradient starts the adjoint; 0, the
+        adjoint_pessimism: the rho of the value whose action gradient starts the adjoint; 0, the
             plain mean, in the authors' code. Above 0 it steers away from where the members differ.
         target_rate: the target's EMA rate.
         clip_actions: take the action gradient at the clipped action, as the authors' code does:
