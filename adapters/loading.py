@@ -185,7 +185,7 @@ def load_processors(
     """The processors and the statistics in them.
 
     Raises:
-        UserError: they are missing or cannot be built.
+        UserError: they are missing or cannot be built, or statistics are missing in them.
     """
     on_device = {"device_processor": {"device": str(config.device)}}
     try:
@@ -199,7 +199,11 @@ def load_processors(
             f"{checkpoint.source}: its processors (policy_preprocessor.json, "
             f"policy_postprocessor.json) cannot be loaded: {_one_line(error)}"
         ) from None
-    return Processors(before, after)
+    processors = Processors(before, after)
+    problems = list(processors.statistics_problems())
+    if problems:
+        raise UserError(f"{checkpoint.source}: statistics: " + "; ".join(problems))
+    return processors
 
 
 def _adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None]:

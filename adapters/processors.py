@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.lerobot_types import TransitionKey
 from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.processor.converters import create_transition
@@ -21,6 +22,14 @@ Statistics = dict[str, dict[str, Tensor]]
 
 Limits = tuple[Tensor | Sequence[float] | float, Tensor | Sequence[float] | float]
 """Lowest and highest action, in the robot's units: one number, or one of a dimension."""
+
+NEEDED = {
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+"""The statistics that each normalisation takes."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,12 @@ class Processors:
             raise UserError(f"the observation has no 'task' (an instruction); it has {[*batch]}")
         return self.before(dict(batch))
 
-    def normalize_action(self, action: Tensor) -> Tensor:
-        """The robot's actions to the policy's, (..., a) both."""
-        step, transition = self.normalizer, create_transition(action=action)
-        return step(transition)[TransitionKey.ACTION]
+    def normalize(self, key: str, value: Tensor) -> Tensor:
+        """One feature, the robot's units to the policy's, (..., d) both."""
+        if key == ACTION:
+            return self.normalizer(create_transition(action=value))[TransitionKey.ACTION]
+        done = self.normalizer(create_transition(observation={key: value}))
+        return done[TransitionKey.OBSERVATION][key]
 
     def normalized_limits(self, real: int, limits: Limits | None) -> Tensor:
         """Lowest and highest action in the policy's space, (2, a).
@@ -65,7 +76,7 @@ class Processors:
             both = [torch.as_tensor(v, dtype=torch.float32).expand(real) for v in limits]
         except RuntimeError:
             raise UserError(f"the action limits {limits} do not have {real} dimensions") from None
-        low, high = self.normalize_action(torch.stack(both)).cpu()
+        low, high = self.normalize(ACTION, torch.stack(both)).cpu()
         if not bool((low < high).all()):
             raise UserError(f"action limits: {both[0].tolist()} is not below {both[1].tolist()}")
         return torch.stack([low, high])
@@ -89,10 +100,39 @@ class Processors:
         """What observations and actions are normalised by."""
         return _statistics(self.normalizer)
 
+    def statistics_problems(self) -> Iterator[str]:
+        """A sentence for each statistic that is needed and missing, or not finite.
+
+        LeRobot leaves a feature without statistics as it is, and says nothing.
+        """
+        step = self.normalizer
+        for key, feature in step.features.items():
+            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+            if mode is NormalizationMode.IDENTITY:
+                continue
+            yield from _entry_problems("preprocessor", key, mode, self.statistics.get(key, {}))
+            if feature.type is FeatureType.ACTION:
+                after = self.action_statistics.get(key, {})
+                yield from _entry_problems("postprocessor", key, mode, after)
+
     @property
     def action_statistics(self) -> Statistics:
         """What actions are put back by."""
         return _statistics(_only_step(self.after, UnnormalizerProcessorStep))
+
+
+def _entry_problems(
+    where: str, key: str, mode: NormalizationMode, entry: Mapping[str, Tensor]
+) -> Iterator[str]:
+    missing = [name for name in NEEDED[mode] if name not in entry]
+    if missing:
+        yield (
+            f"the {where} has no {' and no '.join(missing)} of {key}, which its normalisation "
+            f"{mode.value} needs"
+        )
+    for name in NEEDED[mode]:
+        if name in entry and not bool(torch.isfinite(entry[name]).all()):
+            yield f"the {where} has a {name} of {key} that is not finite"
 
 
 def _only_step(pipeline: Any, kind: type) -> Any:
