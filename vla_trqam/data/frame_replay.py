@@ -37,6 +37,11 @@ ImageDtype = Literal["float32", "uint8"]
 STATE_KEY, IMAGE_PREFIX, TASK_KEY = "observation.state", "observation.images.", "task"
 
 
+def image_key(camera: str) -> str:
+    """LeRobot's feature of a camera; a name that is one already, as `observation.image`, stays."""
+    return camera if camera.startswith("observation.") else IMAGE_PREFIX + camera
+
+
 @dataclass(frozen=True)
 class FrameEpisode:
     """One whole episode of T steps.
@@ -222,7 +227,7 @@ class FrameReplay:
             image = torch.from_numpy(self.images(camera).take(frames, axis=0)).permute(0, 3, 1, 2)
             if image_dtype == "float32":
                 image = image.float() / 255
-            observation[IMAGE_PREFIX + camera] = image.contiguous()
+            observation[image_key(camera)] = image.contiguous()
         observation[TASK_KEY] = [self._header.tasks[i] for i in tasks]
         return observation
 

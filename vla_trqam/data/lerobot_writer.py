@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_trqam.data.frame_replay import IMAGE_PREFIX, STATE_KEY, FrameReplay
+from vla_trqam.data.frame_replay import STATE_KEY, FrameReplay, image_key
 from vla_trqam.data.lerobot_labels import (
     DONE,
     FINAL_OBSERVATION,
@@ -80,7 +80,7 @@ def write_lerobot_dataset(
 
 def _features(replay: FrameReplay, image_dtype: str) -> dict[str, dict[str, Any]]:
     images = {
-        IMAGE_PREFIX + name: {
+        image_key(name): {
             "dtype": image_dtype,
             "shape": shape,
             "names": ["height", "width", "channels"],
@@ -131,8 +131,5 @@ def _frames(replay: FrameReplay, episode: int) -> Iterator[dict[str, Any]]:
                 "task": task,
             }
             | {name: np.array([bool(flag)]) for name, flag in flags.items()}
-            | {
-                IMAGE_PREFIX + name: np.array(replay.images(name)[frames[t]])
-                for name in replay.cameras
-            }
+            | {image_key(name): np.array(replay.images(name)[frames[t]]) for name in replay.cameras}
         )

@@ -1,0 +1,201 @@
+"""Robomimic tasks with cameras, rendered only where the policy decides.
+
+A frame costs 50-90 ms on a CPU whatever its size: several times a control step. A policy that
+executes n actions of a chunk looks at every n-th state only.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+
+from vla_trqam.envs.robomimic import RobomimicEnv
+from vla_trqam.errors import UserError
+
+STATE_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+"""What the robot feels of itself, 9 numbers: the gripper's position in the world (x, y, z in m),
+its orientation (quaternion x, y, z, w), and the two finger joints (m). Objects are seen."""
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+
+ImageObservation = dict[str, Any]
+"""{"agent_pos": (S,) float32, "pixels": {camera: (height, width, 3) uint8}}, as LeRobot's
+environments have it; LeRobot calls them `observation.state` and `observation.images.<camera>`."""
+
+
+class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.ndarray]):
+    """A `RobomimicEnv` with images; everything but the observation is as there.
+
+    Images are new on the first observation, after every `render_every`-th step, and where the
+    step limit cuts the episode; in between they are the last ones taken. `info["frame_is_new"]`
+    tells. The numbers do not depend on `render_every`.
+    """
+
+    def __init__(
+        self,
+        env_meta: Mapping[str, Any],
+        *,
+        max_episode_steps: int,
+        cameras: Sequence[str] = CAMERAS,
+        image_size: int = 64,
+        render_every: int = 1,
+        state_keys: Sequence[str] = STATE_KEYS,
+        fast_step: bool = True,
+        video_size: int | None = None,
+    ) -> None:
+        """Build the simulator and open a GL context (`MUJOCO_GL` egl or osmesa).
+
+        Args:
+            env_meta: a file's `env_args`, see `env_meta_for`.
+            max_episode_steps: control steps after which an episode is truncated.
+            cameras: of the robosuite model.
+            image_size: height and width in pixels.
+            render_every: steps from frame to frame: the number of actions executed of a chunk.
+            state_keys: robomimic's observation keys that make `agent_pos`, in order.
+            fast_step: see `RobomimicEnv`.
+            video_size: pixels of `render`'s own frames; None shows what the first camera saw last,
+                which costs nothing.
+
+        Raises:
+            UserError: a number below 1, an unknown or missing camera, or as `RobomimicEnv`.
+        """
+        for name, number in (("image_size", image_size), ("render_every", render_every)):
+            if number < 1:
+                raise UserError(f"{name} is {number}; it must be at least 1.")
+        if not cameras:
+            raise UserError("cameras is empty; name one at least, or use RobomimicEnv.")
+        env = RobomimicEnv(
+            env_meta,
+            max_episode_steps=max_episode_steps,
+            obs_keys=state_keys,
+            fast_step=fast_step,
+            render_offscreen=True,
+        )
+        super().__init__(cast(gymnasium.Env[Any, np.ndarray], env))  # which has other observations
+        self._robomimic = env
+        known = env.robosuite.sim.model.camera_names
+        unknown = [camera for camera in cameras if camera not in known]
+        if unknown:
+            raise UserError(f"{env.task} has no camera {unknown}; it has {sorted(known)}.")
+        self.cameras, self.image_size = tuple(cameras), image_size
+        self._render_every, self._video_size = render_every, video_size
+        self._steps = 0
+        self._images: dict[str, np.ndarray] = {}
+        pixels = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                "agent_pos": env.observation_space,
+                "pixels": gymnasium.spaces.Dict(dict.fromkeys(self.cameras, pixels)),
+            }
+        )
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[ImageObservation, dict[str, Any]]:
+        """Start an episode; arguments and errors as `RobomimicEnv.reset`."""
+        state, info = self.env.reset(seed=seed, options=options)
+        self._steps = 0
+        self._look()
+        return self._observation(state), info | {"frame_is_new": True}
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[ImageObservation, float, bool, bool, dict[str, Any]]:
+        """Execute one control step; errors as `RobomimicEnv.step`."""
+        state, reward, terminated, truncated, info = self.env.step(action)
+        self._steps += 1
+        # After success nobody looks; where the limit cuts, RL still asks what this state is worth.
+        new = not terminated and (truncated or self._steps % self._render_every == 0)
+        if new:
+            self._look()
+        observation = self._observation(state)
+        return observation, float(reward), terminated, truncated, info | {"frame_is_new": new}
+
+    def render(self) -> np.ndarray:
+        """(height, width, 3) uint8: the first camera, see `video_size`."""
+        if self._video_size is None:
+            return self._images[self.cameras[0]]
+        return self._frame(self.cameras[0], self._video_size)
+
+    def _look(self) -> None:
+        self._images = {camera: self._frame(camera, self.image_size) for camera in self.cameras}
+
+    def _frame(self, camera: str, size: int) -> np.ndarray:
+        frame = self._robomimic.robomimic.render(
+            mode="rgb_array", height=size, width=size, camera_name=camera
+        )
+        return np.ascontiguousarray(frame, dtype=np.uint8)
+
+    def _observation(self, state: Any) -> ImageObservation:
+        return {"agent_pos": state, "pixels": dict(self._images)}
+
+
+class HoldAfterEnd(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Once the episode has ended, repeats its last step until a reset with a seed.
+
+    In a lock-step vector environment the others go on; gymnasium would reset this one and run it
+    through steps that nobody looks at.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        """Wrap `env`."""
+        super().__init__(env)
+        self._last: tuple[Any, float, bool, bool, dict[str, Any]] | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset with a seed; without one repeat the end, if there was one."""
+        if seed is None and self._last is not None:
+            return self._last[0], self._last[4]
+        self._last = None
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step, or repeat the end with reward 0."""
+        if self._last is not None:
+            return self._last
+        result = self.env.step(action)
+        if result[2] or result[3]:
+            self._last = (result[0], 0.0, *result[2:])
+        return result
+
+
+def make_image_vector_env(
+    env_meta: Mapping[str, Any],
+    *,
+    num_envs: int,
+    max_episode_steps: int,
+    cameras: Sequence[str] = CAMERAS,
+    image_size: int = 64,
+    render_every: int = 1,
+) -> gymnasium.vector.SyncVectorEnv | gymnasium.vector.AsyncVectorEnv:
+    """`num_envs` of them in lock step, each in a process of its own if there is more than one.
+
+    The processes are spawned: call this under `if __name__ == "__main__":`.
+
+    Args:
+        env_meta: see `RobomimicImageEnv`, as the others.
+        num_envs: environments; as many as cores are best.
+        max_episode_steps: control steps after which an episode is truncated.
+        cameras: of the robosuite model.
+        image_size: height and width in pixels.
+        render_every: steps from frame to frame.
+    """
+    make = partial(
+        _make_held,
+        dict(env_meta),
+        max_episode_steps=max_episode_steps,
+        cameras=tuple(cameras),
+        image_size=image_size,
+        render_every=render_every,
+    )
+    if num_envs == 1:
+        return gymnasium.vector.SyncVectorEnv([make])
+    return gymnasium.vector.AsyncVectorEnv([make] * num_envs, context="spawn")
+
+
+def _make_held(env_meta: dict[str, Any], **settings: Any) -> gymnasium.Env[Any, Any]:
+    return HoldAfterEnd(RobomimicImageEnv(env_meta, **settings))
