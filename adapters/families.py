@@ -10,7 +10,7 @@ from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTa
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from vla_trqam.adapters.lerobot_policy import FlowFamily
+from vla_trqam.adapters.flow_family import FlowFamily
 from vla_trqam.adapters.multi_task_dit import MultiTaskDiTFamily
 from vla_trqam.adapters.pi0 import PI0Family, PI05Family
 from vla_trqam.adapters.smolvla import SmolVLAFamily

@@ -13,8 +13,7 @@ and so does the host's behaviour cloning loss.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,29 +31,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from vla_trqam.adapters.base_field import AdaptersOff, BaseField, FrozenCopy
 from vla_trqam.adapters.critic_features import CriticFeatures, layer_index, mean_over_valid
+from vla_trqam.adapters.flow_family import FlowFamily, Observation
 from vla_trqam.adapters.processors import Limits, Processors
 
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_target
 from vla_trqam.policy import FlowPolicy
 
-Observation = Mapping[str, Any]
-"""A batch as the host's preprocessor returns it, with or without actions."""
-
-
-@dataclass(frozen=True)
-class PrefixPass:
-    """What one pass over an observation found.
-
-    Attributes:
-        condition: what the family's velocity wants to know of the observation.
-        states: the prefix's states at the asked layer, (B, L, W).
-        valid: which of its tokens are no padding, (B, L).
-    """
-
-    condition: Any
-    states: Tensor
-    valid: Tensor
+PACKED = "prefix."
+"""Begins the keys of :meth:`LeRobotFlowPolicy.packed`."""
 
 
 @dataclass(frozen=True)
@@ -68,51 +53,6 @@ class Encoding:
 
     condition: Any
     features: Tensor
-
-
-class FlowFamily(ABC):
-    """How one kind of host policy is asked.
-
-    Attributes:
-        trained_parts: dotted names of the modules that fine-tuning may move: the action expert and
-            its projections. Nothing in the prefix is among them, so one prefix serves both fields.
-        lora_overrides: for LeRobot's ``wrap_with_peft``, beside its default targets.
-    """
-
-    trained_parts: Sequence[str]
-    lora_overrides: Mapping[str, Any] = {}
-
-    @abstractmethod
-    def refusals(self, config: Any) -> Iterator[str]:
-        """One sentence for each setting of the config that cannot be honoured."""
-
-    @abstractmethod
-    def chunk_shape(self, config: Any) -> tuple[int, int]:
-        """``(H, A)`` of the flow."""
-
-    @abstractmethod
-    def num_flow_steps(self, config: Any) -> int:
-        """K of the host's sampler."""
-
-    @abstractmethod
-    def masks_padded_steps(self, config: Any) -> bool:
-        """Whether the host's training loss leaves out the steps behind an episode's end."""
-
-    @abstractmethod
-    def prefix_layers(self, host: PreTrainedPolicy) -> Sequence[nn.Module]:
-        """The language model's layers."""
-
-    @abstractmethod
-    def prefix_width(self, host: PreTrainedPolicy) -> int:
-        """W of :attr:`PrefixPass.states`."""
-
-    @abstractmethod
-    def encode(self, host: PreTrainedPolicy, observation: Observation, layer: int) -> PrefixPass:
-        """The prefix, with the states at one of its layers (counted from the front)."""
-
-    @abstractmethod
-    def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
-        """``v(x, tau)`` from noise to action: (B, H, A), (B,) -> (B, H, A)."""
 
 
 class LeRobotFlowPolicy(FlowPolicy):
@@ -226,12 +166,15 @@ class LeRobotFlowPolicy(FlowPolicy):
 
         Args:
             observation: what the preprocessor made of raw observations, on the policy's device;
-                or raw ones with their ``task`` (no tokens yet), which are preprocessed here.
+                or raw ones with their ``task`` (no tokens yet), which are preprocessed here; or
+                what :meth:`packed` made of either.
 
         Raises:
             UserError: an input of the policy is missing. (The host would put black pictures in the
                 place of missing cameras.)
         """
+        if PACKED + "features" in observation:
+            return self._unpacked(observation)
         if self.processors is not None and OBS_LANGUAGE_TOKENS not in observation:
             observation = self.processors.observe(observation)
         check_observation(observation, self.host.config)
@@ -242,6 +185,20 @@ class LeRobotFlowPolicy(FlowPolicy):
         if self.critic_features.state and self.host.config.robot_state_feature is not None:
             parts.append(_last_state(observation).float().to(found.states.device))
         return Encoding(found.condition, torch.cat(parts, dim=1))
+
+    def packed(self, observation: Observation) -> dict[str, Tensor]:
+        """:meth:`encode` as tensors (B, ...), to be kept: with a frozen prefix it never changes.
+
+        For batches of equal length only: a preprocessor that pads instructions to the longest of
+        its batch (SmolVLA's) must be told ``padding="max_length"``.
+        """
+        encoding = self.encode(observation)
+        tensors = {"features": encoding.features, **self.family.pack(encoding.condition)}
+        return {PACKED + key: value for key, value in tensors.items()}
+
+    def _unpacked(self, packed: Observation) -> Encoding:
+        tensors = {key.removeprefix(PACKED): value for key, value in packed.items()}
+        return Encoding(self.family.unpack(tensors), tensors["features"])
 
     def features(self, context: Encoding) -> Tensor:
         """Of the critic, (B, feature_dim), float32, without gradient."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import PeftModel, PeftType
-from vla_trqam.adapters.lerobot_policy import FlowFamily
+from vla_trqam.adapters.flow_family import FlowFamily
 
 from vla_trqam.errors import UserError
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from torch import Tensor, nn
-from vla_trqam.adapters.lerobot_policy import FlowFamily, Observation, PrefixPass
+from vla_trqam.adapters.flow_family import FlowFamily, Observation, PrefixPass
 
 
 class MultiTaskDiTFamily(FlowFamily):
@@ -81,3 +81,11 @@ class MultiTaskDiTFamily(FlowFamily):
     def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
         """The host's transformer."""
         return host.noise_predictor(x, tau, conditioning_vec=condition)
+
+    def pack(self, condition: Any) -> dict[str, Tensor]:
+        """The vector."""
+        return {"vector": condition}
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The same back."""
+        return tensors["vector"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,13 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 from vla_trqam.adapters.critic_features import recorded_layer_input
-from vla_trqam.adapters.lerobot_policy import FlowFamily, Observation, PrefixPass
+from vla_trqam.adapters.flow_family import (
+    FlowFamily,
+    Observation,
+    PrefixPass,
+    pack_cache,
+    unpack_cache,
+)
 
 _EXPERT = "model.paligemma_with_expert.gemma_expert.model"
 
@@ -101,6 +107,15 @@ class PI0Family(FlowFamily):
             **condition.suffix,
         )
         return -u
+
+    def pack(self, condition: Any) -> dict[str, Tensor]:
+        """Cache, mask, and the state that pi0's suffix takes."""
+        return pack_cache(condition.cache) | {"mask": condition.pad_masks} | condition.suffix
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The same back."""
+        suffix = {key: tensors[key] for key in ("state",) if key in tensors}
+        return _Condition(tensors["mask"], unpack_cache(tensors), suffix)
 
     def _suffix(self, host: PreTrainedPolicy, observation: Observation) -> dict[str, Tensor]:
         return {"state": host.prepare_state(observation)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,13 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 from vla_trqam.adapters.critic_features import recorded_layer_input
-from vla_trqam.adapters.lerobot_policy import FlowFamily, Observation, PrefixPass
+from vla_trqam.adapters.flow_family import (
+    FlowFamily,
+    Observation,
+    PrefixPass,
+    pack_cache,
+    unpack_cache,
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,14 @@ class SmolVLAFamily(FlowFamily):
             timestep=1.0 - tau,
         )
         return -u
+
+    def pack(self, condition: Any) -> dict[str, Tensor]:
+        """Cache and mask."""
+        return pack_cache(condition.cache) | {"mask": condition.pad_masks}
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The same back."""
+        return _Condition(tensors["mask"], unpack_cache(tensors))
 
     @staticmethod
     def _language_model(host: PreTrainedPolicy) -> Any:

@@ -1,5 +1,6 @@
 """What LoRA, the frozen copy and the shared prefix promise beyond the contract."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ pytest.importorskip("diffusers", reason="multi_task_dit needs lerobot[multi_task
 pytest.importorskip("num2words", reason="smolvla needs lerobot[smolvla]")
 
 from contract import BATCH
+from lerobot.policies.factory import get_policy_class
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot_contract import (
     ACTION,
     FAMILIES,
@@ -22,10 +26,12 @@ from lerobot_contract import (
 )
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from vla_trqam.adapters.families import family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import fetch as fetch_checkpoint
 from vla_trqam.adapters.loading import load_host, load_policy, read_config
-from vla_trqam.adapters.lora import LoRASettings
+from vla_trqam.adapters.lora import LoRASettings, with_lora
+from vla_trqam.adapters.tiny import checkpoints as tiny
 
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
@@ -85,6 +91,31 @@ def test_in_full_only_the_expert_exists_twice(kind: str) -> None:
     stock = host_size(kind)
     assert size(everything(policy))[0] == stock[0] + copied[0] + buffers[0] + masks[0]
     assert not any(p.requires_grad for p in policy.base.parameters())
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_the_full_size_models_are_seen_alike(kind: str) -> None:
+    """4 billion parameters without memory for one of them: only names and shapes."""
+    for lora in (True, False):
+        features = tiny.flow_features(STATE, ACTION, ("top",), 224)
+        make = {"pi0": PI0Config, "pi05": PI05Config}[kind]
+        config = make(device="cpu", dtype="bfloat16", **features)
+        config.device = "meta"
+        with torch.device("meta"):
+            model = get_policy_class(kind)(config)
+        family = family_of(config)
+        stock = sum(p.numel() for p in model.parameters())
+        if lora:
+            model = with_lora(model, family, LoRASettings(r=16), Path("somewhere"))
+        policy = LeRobotFlowPolicy(model, family)
+        trained = sum(p.numel() for p in policy.trainable_parameters())
+        total = sum(p.numel() for p in policy.parameters())
+        assert stock > 4.0e9
+        assert total == stock + trained
+        assert (trained < 1.5e6) if lora else (3.0e8 < trained < 4.5e8)
+        assert policy.feature_dim == 2048 + STATE
+        assert policy.chunk_shape == (50, 32)
+        assert policy.num_flow_steps == 10
 
 
 # LoRA.
@@ -198,6 +229,21 @@ def test_raw_observations_are_preprocessed() -> None:
     policy = make_policy("tiny_pi0", lora=True)
     raw = policy.encode(raw_observation(BATCH, 0))
     assert torch.equal(raw.features, policy.encode(observation("tiny_pi0")).features)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_encoding_can_be_kept_as_tensors_row_by_row(kind: str) -> None:
+    policy = make_policy(kind, lora=True)
+    seen, x = observation(kind), point(policy)[0]
+    packed = policy.packed(seen)
+    assert all(len(value) == BATCH for value in packed.values())
+    order = torch.tensor([2, 0, 1])
+    rows = policy.encode({key: value[order] for key, value in packed.items()})
+    whole, tau = policy.encode(seen), torch.full((BATCH,), 0.4)
+    assert torch.equal(policy.features(rows), policy.features(whole)[order])
+    for field in (policy.velocity, policy.base_velocity):
+        expected = field(x[order.argsort()], tau, whole)[order]
+        torch.testing.assert_close(field(x, tau, rows), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -1,0 +1,98 @@
+"""What a family of host policies must answer to be seen as a velocity field."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+Observation = Mapping[str, Any]
+"""A batch as the host's preprocessor returns it, with or without actions."""
+
+
+@dataclass(frozen=True)
+class PrefixPass:
+    """What one pass over an observation found.
+
+    Attributes:
+        condition: what the family's velocity wants to know of the observation.
+        states: the prefix's states at the asked layer, (B, L, W).
+        valid: which of its tokens are no padding, (B, L).
+    """
+
+    condition: Any
+    states: Tensor
+    valid: Tensor
+
+
+class FlowFamily(ABC):
+    """How one kind of host policy is asked.
+
+    Attributes:
+        trained_parts: dotted names of the modules that fine-tuning may move: the action expert and
+            its projections. Nothing in the prefix is among them, so one prefix serves both fields.
+        lora_overrides: for LeRobot's ``wrap_with_peft``, beside its default targets.
+    """
+
+    trained_parts: Sequence[str]
+    lora_overrides: Mapping[str, Any] = {}
+
+    @abstractmethod
+    def refusals(self, config: Any) -> Iterator[str]:
+        """One sentence for each setting of the config that cannot be honoured."""
+
+    @abstractmethod
+    def chunk_shape(self, config: Any) -> tuple[int, int]:
+        """``(H, A)`` of the flow."""
+
+    @abstractmethod
+    def num_flow_steps(self, config: Any) -> int:
+        """K of the host's sampler."""
+
+    @abstractmethod
+    def masks_padded_steps(self, config: Any) -> bool:
+        """Whether the host's training loss leaves out the steps behind an episode's end."""
+
+    @abstractmethod
+    def prefix_layers(self, host: PreTrainedPolicy) -> Sequence[nn.Module]:
+        """The language model's layers."""
+
+    @abstractmethod
+    def prefix_width(self, host: PreTrainedPolicy) -> int:
+        """W of :attr:`PrefixPass.states`."""
+
+    @abstractmethod
+    def encode(self, host: PreTrainedPolicy, observation: Observation, layer: int) -> PrefixPass:
+        """The prefix, with the states at one of its layers (counted from the front)."""
+
+    @abstractmethod
+    def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
+        """``v(x, tau)`` from noise to action: (B, H, A), (B,) -> (B, H, A)."""
+
+    @abstractmethod
+    def pack(self, condition: Any) -> dict[str, Tensor]:
+        """The condition as tensors (B, ...)."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The condition that :meth:`pack` was given."""
+
+
+def pack_cache(cache: Any) -> dict[str, Tensor]:
+    """Keys and values of all layers, (B, layers, heads, L, width) each."""
+    return {
+        "keys": torch.stack([layer.keys for layer in cache.layers], dim=1),
+        "values": torch.stack([layer.values for layer in cache.layers], dim=1),
+    }
+
+
+def unpack_cache(tensors: Mapping[str, Tensor]) -> DynamicCache:
+    """The cache that :func:`pack_cache` was given."""
+    layers = zip(tensors["keys"].unbind(1), tensors["values"].unbind(1), strict=True)
+    return DynamicCache(tuple(layers))
