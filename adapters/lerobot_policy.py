@@ -92,6 +92,11 @@ class LeRobotFlowPolicy(FlowPolicy):
         self.family, self.processors, self.source = family, processors, source
         self.critic_features = features or CriticFeatures()
         check_config(family, self.host.config)
+        if limits is not None and getattr(self.host.config, "use_relative_actions", False):
+            raise UserError(
+                "use_relative_actions is true: the flow's actions are relative to the state, and "
+                "limits of absolute actions do not bound them; give none"
+            )
         layers = len(family.prefix_layers(self.host))
         layer = self.critic_features.layer
         self._layer = layers if layer is None else layer_index(layer, layers)

@@ -315,6 +315,10 @@ def test_limits_are_the_range_of_the_statistics_or_what_is_given() -> None:
     assert policy.processors is not None
     robot = policy.processors.to_robot(torch.stack(given.action_limits))
     torch.testing.assert_close(robot, torch.tensor([[-1.0, -1, -1], [1, 2, 3]]))
+    with pytest.raises(UserError, match="use_relative_actions"):
+        load_policy(
+            checkpoint("tiny_pi0"), limits=(-1.0, 1.0), overrides=["--use_relative_actions=true"]
+        )
     for limits in ((1.0, -1.0), (-1.0, [1.0, 2.0])):
         with pytest.raises(UserError, match="limits"):
             load_policy(checkpoint("tiny_pi0"), limits=limits)
