@@ -1,8 +1,4 @@
 import pytest
-
-pytest.importorskip("diffusers", reason="multi_task_dit needs lerobot[multi_task_dit]")
-pytest.importorskip("num2words", reason="smolvla needs lerobot[smolvla]")
-
 from lerobot_contract import LeRobotContract
 
 pytestmark = pytest.mark.slow

@@ -5,10 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers", reason="multi_task_dit needs lerobot[multi_task_dit]")
-pytest.importorskip("num2words", reason="smolvla needs lerobot[smolvla]")
-
 from contract import BATCH
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0.configuration_pi0 import PI0Config

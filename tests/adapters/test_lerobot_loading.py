@@ -10,10 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers", reason="multi_task_dit needs lerobot[multi_task_dit]")
-pytest.importorskip("num2words", reason="smolvla needs lerobot[smolvla]")
-
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors

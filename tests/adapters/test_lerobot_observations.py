@@ -4,10 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers", reason="multi_task_dit needs lerobot[multi_task_dit]")
-pytest.importorskip("num2words", reason="smolvla needs lerobot[smolvla]")
-
 from lerobot_contract import ACTION, CAMERAS, FAMILIES, STATE, checkpoint, make_policy, observation
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.dataset_check import check_against_dataset, dataset_problems

@@ -18,7 +18,6 @@ from vla_trqam.errors import UserError
 from .raw_frames import ACTION_DIM, CAMERAS, STATE_DIM, frame_episode
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("datasets", reason="needs the extra lerobot[dataset]")
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,6 @@ def read(root: Path, path: Path) -> FrameReplay:
 class TestDataset:
     @pytest.fixture(autouse=True)
     def offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("datasets", reason="needs the extra lerobot[dataset]")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(self, root: Path, seeds: list[int], **changes: Any) -> int:

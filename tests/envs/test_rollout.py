@@ -222,7 +222,7 @@ def test_ctrl_c_ends_workers_without_a_word_and_they_need_no_gl():
     assert trainer.stdout.readline() == "running\n"
     assert is_running(worker_pid)
     os.killpg(trainer.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
-    _, errors = trainer.communicate(timeout=30)
+    _, errors = trainer.communicate(timeout=120)
     assert not is_running(worker_pid)
     assert (trainer.returncode, errors) == (130, "")
 
@@ -236,5 +236,5 @@ def test_a_worker_ends_when_its_trainer_is_gone():
             stderr=subprocess.PIPE,
         )
     ours.close()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, b"")
