@@ -179,10 +179,14 @@ def test_recorded_episodes_are_the_same_and_have_frames(episodes, in_thread):
 
 
 TRAINER = """
+import signal
 import sys
 import numpy as np
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.envs.robomimic import env_meta_for
+
+# A shell that starts us in the background has us ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def policy(observations, seeds, indices):
     if seeds[0] == 1 and indices[0] == 0:
@@ -218,11 +222,14 @@ def test_ctrl_c_ends_workers_without_a_word_and_they_need_no_gl():
         text=True,
         start_new_session=True,
     )
-    worker_pid = int(trainer.stdout.readline())
-    assert trainer.stdout.readline() == "running\n"
-    assert is_running(worker_pid)
-    os.killpg(trainer.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
-    _, errors = trainer.communicate(timeout=120)
+    try:
+        worker_pid = int(trainer.stdout.readline())
+        assert trainer.stdout.readline() == "running\n"
+        assert is_running(worker_pid)
+        os.killpg(trainer.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
+        _, errors = trainer.communicate(timeout=120)
+    finally:
+        trainer.kill()
     assert not is_running(worker_pid)
     assert (trainer.returncode, errors) == (130, "")
 
