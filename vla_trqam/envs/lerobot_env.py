@@ -1,7 +1,21 @@
 """Robomimic for LeRobot: `lerobot-eval --env.type=robomimic`, which knows nothing of this package.
 
 The package `lerobot_env_robomimic` imports this module where LeRobot looks for plugins. The import
-registers the config and the gymnasium ids `lerobot_env_robomimic/<task>`.
+registers the config and the gymnasium ids `lerobot_env_robomimic/<task>`; simulator and renderer
+are imported when an environment is made.
+
+What stock `lerobot-eval` does with it (LeRobot 0.6.1):
+
+- Episode i starts from seed `--seed` + i (1000 + i by default), whatever the batch size. The seed
+  alone decides the initial state, the same as everywhere in this package.
+- The policy executes `n_action_steps` actions of a chunk and looks again. The episodes of a batch
+  begin together, so all look after the same steps, and `render_every=n_action_steps` leaves out
+  only frames that nobody sees. LeRobot asks for a video frame at every step; it gets the last one.
+- The flow's noise comes from torch's global generator, seeded once. So the noise of an episode is
+  not that of a rollout here (a function of the episode's seed and the chunk's number), and another
+  batch size gives other noise: rates of success agree within their intervals, not episode by
+  episode.
+- Success at any step is success, and so is it here: it ends the episode.
 """
 
 from __future__ import annotations
@@ -18,11 +32,16 @@ from lerobot.envs.utils import NEW_ROLLOUT_OPTION, freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from vla_trqam.envs.env_meta import TASK_DESCRIPTIONS, Task, env_meta_for
-from vla_trqam.envs.robomimic_images import CAMERAS, STATE_KEYS, RobomimicImageEnv
 from vla_trqam.errors import UserError
 
 PLUGIN = "lerobot_env_robomimic"
 ACTION_DIM, STATE_DIM = 7, 9
+
+
+def _default_cameras() -> list[str]:
+    from vla_trqam.envs.robomimic_images import CAMERAS
+
+    return list(CAMERAS)
 
 
 @EnvConfig.register_subclass("robomimic")
@@ -48,7 +67,7 @@ class RobomimicEnvConfig(EnvConfig):
     task: str | None = "Lift"
     fps: int = 20
     episode_length: int = 200
-    cameras: list[str] = field(default_factory=lambda: list(CAMERAS))
+    cameras: list[str] = field(default_factory=_default_cameras)
     image_size: int = 64
     render_every: int = 1
     video_size: int | None = None
@@ -104,6 +123,8 @@ class LeRobotRobomimicEnv(gymnasium.Wrapper[Any, np.ndarray, Any, np.ndarray]):
 
     def __init__(self, task: Task, *, episode_length: int, **settings: Any) -> None:
         """Build it; `settings` are those of `RobomimicImageEnv`."""
+        from vla_trqam.envs.robomimic_images import STATE_KEYS, RobomimicImageEnv
+
         super().__init__(
             RobomimicImageEnv(
                 env_meta_for(task),

@@ -1,0 +1,36 @@
+"""LeRobot's commands find our environment and policy types because the plugins are installed."""
+
+import importlib.metadata
+import importlib.util
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLUGINS = ("lerobot_env_robomimic", "lerobot_policy_vla_trqam_tiny")
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_the_plugin_is_installed_under_the_name_that_lerobot_looks_for(name: str) -> None:
+    """LeRobot compares the name as it is written: a dash would hide it."""
+    names = {found.metadata["Name"] for found in importlib.metadata.distributions()}
+    assert name in names
+    assert importlib.util.find_spec(name) is not None
+
+
+def test_uv_sync_installs_every_plugin() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.name for path in ROOT.glob("lerobot_*/pyproject.toml")}
+    assert folders == set(PLUGINS)
+    assert set(settings["dependency-groups"]["plugins"]) == folders
+    assert "plugins" in settings["tool"]["uv"]["default-groups"]
+    assert set(settings["tool"]["uv"]["workspace"]["members"]) == folders
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_plugin_brings_no_dependency_of_its_own(name: str) -> None:
+    """Whoever installs it with pip has vla-trqam already, which is on no index."""
+    project = tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]
+    assert project["name"] == name
+    assert project["dependencies"] == []
