@@ -31,13 +31,15 @@ class AdaptersOff(nn.Module):
     def host(self) -> Iterator[PreTrainedPolicy]:
         """The host policy, its adapters off inside the context."""
         (layers,) = self._layers
+        # The flag alone: enable_adapters also visits every weight to set requires_grad, which
+        # costs as much as a small layer, and a layer that is off does not use its weights.
         try:
             for layer in layers:
-                layer.enable_adapters(False)
+                layer._disable_adapters = True
             yield self._host[0]
         finally:
             for layer in layers:
-                layer.enable_adapters(True)
+                layer._disable_adapters = False
 
 
 class FrozenCopy(nn.Module):

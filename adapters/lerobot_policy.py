@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from vla_trqam.adapters.base_field import AdaptersOff, BaseField, FrozenCopy
 from vla_trqam.adapters.critic_features import CriticFeatures, layer_index, mean_over_valid
 from vla_trqam.adapters.flow_family import FlowFamily, Observation
+from vla_trqam.adapters.path_fields import LeRobotPathFields
 from vla_trqam.adapters.processors import Limits, Processors
 
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_target
-from vla_trqam.policy import FlowPolicy
+from vla_trqam.policy import FlowPolicy, PathFields
 
 PACKED = "prefix."
 """Begins the keys of :meth:`LeRobotFlowPolicy.packed`."""
@@ -217,6 +218,11 @@ class LeRobotFlowPolicy(FlowPolicy):
         """``v_base``: x (B, H, A), tau (B,) -> (B, H, A), float32; no gradient to weights."""
         with self.base.host() as host:
             return self.family.velocity(host, x, tau, context.condition).float()
+
+    def path_fields(self, context: Encoding, next_context: Encoding) -> PathFields:
+        """Both fields along a path in few, large calls."""
+        condition, next_condition = context.condition, next_context.condition
+        return LeRobotPathFields(self.host, self.base, self.family, condition, next_condition)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The adapters', or the action expert's."""

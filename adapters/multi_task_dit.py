@@ -9,7 +9,7 @@ import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from torch import Tensor, nn
-from vla_trqam.adapters.flow_family import FlowFamily, Observation, PrefixPass
+from vla_trqam.adapters.flow_family import FlowFamily, Observation, PrefixPass, rows_of_points
 
 
 class MultiTaskDiTFamily(FlowFamily):
@@ -81,6 +81,18 @@ class MultiTaskDiTFamily(FlowFamily):
     def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
         """The host's transformer."""
         return host.noise_predictor(x, tau, conditioning_vec=condition)
+
+    def join(self, first: Any, second: Any) -> Any:
+        """Two vectors' rows."""
+        return torch.cat([first, second])
+
+    def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
+        """The vector, once a point."""
+        return condition.repeat_interleave(points, dim=0)
+
+    def velocities(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, shared: Any) -> Tensor:
+        """The host's transformer on all points at once."""
+        return host.noise_predictor(*rows_of_points(x, tau), conditioning_vec=shared).view(x.shape)
 
     def pack(self, condition: Any) -> dict[str, Tensor]:
         """The vector."""

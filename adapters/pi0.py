@@ -16,9 +16,13 @@ from vla_trqam.adapters.flow_family import (
     FlowFamily,
     Observation,
     PrefixPass,
+    join_caches,
+    join_rows,
     pack_cache,
+    rows_of_points,
     unpack_cache,
 )
+from vla_trqam.adapters.gemma_expert import SharedPrefix, expert_states, share_prefix
 
 _EXPERT = "model.paligemma_with_expert.gemma_expert.model"
 
@@ -35,6 +39,14 @@ class _Condition:
 
     pad_masks: Tensor
     cache: Any
+    suffix: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The prefix as the expert's layers read it, and the suffix's other inputs row by row."""
+
+    prefix: SharedPrefix
     suffix: dict[str, Tensor]
 
 
@@ -107,6 +119,40 @@ class PI0Family(FlowFamily):
             **condition.suffix,
         )
         return -u
+
+    def join(self, first: Any, second: Any) -> Any:
+        """The rows of two prefixes; a masked token has no weight."""
+        return _Condition(
+            join_rows(first.pad_masks, second.pad_masks, 1),
+            join_caches(first.cache, second.cache),
+            {key: torch.cat([first.suffix[key], second.suffix[key]]) for key in first.suffix},
+        )
+
+    def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
+        """Masks, rotations and the state's rows; nothing here depends on trained weights."""
+        # As in the host's embed_suffix: the actions see each other, pi0's state does not see them.
+        blocks = (*(1 for _ in condition.suffix), host.config.chunk_size)
+        prefix = share_prefix(
+            host.model.paligemma_with_expert.gemma_expert.model,
+            condition.cache,
+            condition.pad_masks,
+            blocks,
+            points,
+        )
+        rows = {k: v.repeat_interleave(points, dim=0) for k, v in condition.suffix.items()}
+        return _Shared(prefix, rows)
+
+    def velocities(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, shared: Any) -> Tensor:
+        """The host's ``denoise_step``, with the prefix shared."""
+        model = host.model
+        points, times = rows_of_points(x, tau)
+        suffix, _, _, time_condition = model.embed_suffix(
+            noisy_actions=points, timestep=1.0 - times, **shared.suffix
+        )
+        expert = model.paligemma_with_expert.gemma_expert.model
+        out = expert_states(expert, suffix, time_condition, shared.prefix)
+        u = model.action_out_proj(out[:, -host.config.chunk_size :].to(torch.float32))
+        return -u.view(x.shape)
 
     def pack(self, condition: Any) -> dict[str, Tensor]:
         """Cache, mask, and the state that pi0's suffix takes."""

@@ -17,9 +17,13 @@ from vla_trqam.adapters.flow_family import (
     FlowFamily,
     Observation,
     PrefixPass,
+    join_caches,
+    join_rows,
     pack_cache,
+    rows_of_points,
     unpack_cache,
 )
+from vla_trqam.adapters.smolvla_expert import expert_states, share_prefix
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,30 @@ class SmolVLAFamily(FlowFamily):
             timestep=1.0 - tau,
         )
         return -u
+
+    def join(self, first: Any, second: Any) -> Any:
+        """The rows of two prefixes; a masked token has no weight."""
+        return _Condition(
+            join_rows(first.pad_masks, second.pad_masks, 1), join_caches(first.cache, second.cache)
+        )
+
+    def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
+        """Masks, rotations, and the prefix's keys and values as the expert projects them."""
+        return share_prefix(
+            host.model.vlm_with_expert,
+            condition.cache,
+            condition.pad_masks,
+            host.config.chunk_size,
+            points,
+        )
+
+    def velocities(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, shared: Any) -> Tensor:
+        """The host's ``denoise_step``, with the prefix shared."""
+        points, times = rows_of_points(x, tau)
+        suffix, _, _ = host.model.embed_suffix(points, 1.0 - times)
+        out = expert_states(host.model.vlm_with_expert, suffix, shared)
+        u = host.model.action_out_proj(out[:, -host.config.chunk_size :].to(torch.float32))
+        return -u.view(x.shape)
 
     def pack(self, condition: Any) -> dict[str, Tensor]:
         """Cache and mask."""

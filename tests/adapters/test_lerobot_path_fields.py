@@ -1,0 +1,136 @@
+"""A path's fields in few, large calls: what the shared contract does not ask."""
+
+from typing import Any
+
+import pytest
+import torch
+from contract import BATCH
+from lerobot_contract import FAMILIES, checkpoint, make_policy, observation, raw_observation
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from vla_trqam.adapters.lerobot_policy import Encoding, LeRobotFlowPolicy
+from vla_trqam.adapters.loading import load_policy
+from vla_trqam.adapters.lora import LoRASettings
+
+from vla_trqam.policy import PathFields
+
+pytestmark = pytest.mark.slow
+
+
+def moved(kind: str, *, lora: bool = True) -> LeRobotFlowPolicy:
+    policy = make_policy(kind, lora=lora)
+    _move(policy)
+    return policy
+
+
+def _move(policy: LeRobotFlowPolicy) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            step = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(0.1 * step)
+
+
+def points(policy: LeRobotFlowPolicy, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, BATCH, *policy.chunk_shape, generator=generator)
+
+
+def evaluated(fields: PathFields, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return fields.evaluate(states[0], states[1], 0.3, 0.4)
+
+
+def with_task(policy: LeRobotFlowPolicy, task: str, seed: int) -> Encoding:
+    return policy.encode(raw_observation(BATCH, seed) | {"task": [task] * BATCH})
+
+
+def test_the_next_observations_instructions_may_be_longer_or_shorter() -> None:
+    """SmolVLA's preprocessor pads instructions to the longest of their batch only."""
+    policy = moved("smolvla")
+    states = points(policy, 2)
+    contexts = [with_task(policy, "go", 0), with_task(policy, "lift the red cube", 1)]
+    lengths = [c.condition.pad_masks.shape[1] for c in contexts]
+    assert lengths[0] < lengths[1]
+    for first, second in (contexts, contexts[::-1]):
+        found = evaluated(policy.path_fields(first, second), states)
+        expected = evaluated(PathFields(policy, first, second), states)
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tiny_pi0", "tiny_pi05"])
+def test_the_hosts_attention_is_its_own_again_afterwards(kind: str) -> None:
+    policy = moved(kind)
+    config = policy.host.model.paligemma_with_expert.gemma_expert.model.config
+    context, states = policy.encode(observation(kind)), points(policy, 2)
+    tau = torch.full((BATCH,), 0.3)
+    before = policy.velocity(states[0], tau, context)
+    fields = policy.path_fields(context, context)
+    evaluated(fields, states)
+    assert config._attn_implementation == "eager"
+    wrong = states[0][..., :-1]
+    with pytest.raises(RuntimeError):
+        fields.evaluate(wrong, wrong, 0.3, 0.4)
+    assert config._attn_implementation == "eager"
+    assert torch.equal(policy.velocity(states[0], tau, context), before)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts every operation that reaches the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_both_fields_along_a_path_are_one_call_each(kind: str) -> None:
+    policy = moved(kind)
+    context, states = policy.encode(observation(kind)), points(policy, 8)
+    counts = []
+    for steps in (2, 8):
+        fields = policy.path_fields(context, context)
+        for i in range(steps):
+            fields.evaluate(states[i], states[i], i / 8, (i + 1) / 8)
+        with _Operations() as operations:
+            assert fields.tuned().shape == (steps, *states.shape[1:])
+            fields.base()
+        counts.append(operations.count)
+    assert counts[1] == counts[0]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("lora", [True, False])
+def test_equal_fields_are_equal_to_the_bit_along_a_path(kind: str, lora: bool) -> None:
+    policy = make_policy(kind, lora=lora)
+    context, states = policy.encode(observation(kind)), points(policy, 4)
+    fields = policy.path_fields(context, context)
+    for i in range(4):
+        fields.evaluate(states[i], states[i], i / 4, (i + 1) / 4)
+    assert torch.equal(fields.tuned(), fields.base())
+    assert fields.tuned().requires_grad
+    assert not fields.base().requires_grad
+
+
+def test_the_pullback_in_bfloat16_is_the_float32_models() -> None:
+    """The state and the adjoint stay float32; the network's rounding is all that differs."""
+    pulled, values = [], []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(5)  # of the fresh adapters
+        policy = load_policy(
+            checkpoint("tiny_pi0"), lora=LoRASettings(r=4), overrides=[f"--dtype={dtype}"]
+        )
+        _move(policy)
+        context, states = policy.encode(observation("tiny_pi0")), points(policy, 3)
+        fields = policy.path_fields(context, context)
+        found = evaluated(fields, states)
+        gradient = fields.base_pullback(0, states[2])
+        assert {t.dtype for t in (*found, gradient, fields.tuned())} == {torch.float32}
+        pulled.append(gradient)
+        values.append(torch.stack(found))
+    for single, half in (pulled, values):
+        assert 0.0 < float((half - single).norm() / single.norm()) < 0.03
