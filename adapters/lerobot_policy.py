@@ -228,6 +228,17 @@ class LeRobotFlowPolicy(FlowPolicy):
         """The adapters', or the action expert's."""
         return (p for p in self.model.parameters() if p.requires_grad)
 
+    def to_robot(self, action: Tensor) -> Tensor:
+        """The flow's chunks (B, H, A), as the postprocessor puts them: (B, H, a)."""
+        real = self.real_actions(action)
+        return real if self.processors is None else self.processors.to_robot(real)
+
+    def from_robot(self, action: Tensor) -> Tensor:
+        """The robot's chunks (B, H, a), normalised and padded: (B, H, A)."""
+        if self.processors is not None:
+            action = self.processors.normalize(ACTION, action)
+        return self.pad_action(action)
+
     # Behaviour cloning.
 
     def pad_action(self, action: Tensor) -> Tensor:

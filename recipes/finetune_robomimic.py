@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.rollout import RolloutPool
@@ -31,6 +30,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.checkpoints import Generators, check_output_dir
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
+from vla_trqam.training.episode_store import StateStore
 from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
 from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
@@ -91,7 +91,7 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
     policy = _make_policy(config, file).to(device)
     reward = RewardSpec(config.dataset.reward)
     with ExitStack() as stack:
-        run, phases = _set_up(config, file, policy, reward, device, stack)
+        run, phases, everything = _set_up(config, file, policy, reward, device, stack)
         print(reward.describe())
         print(f"initial states of the final evaluation: {config.eval.episodes}")
         with InterruptGuard() as guard:
@@ -102,10 +102,9 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
             run,
             base,
             learner.method.critic,
+            everything,
             evaluation_seeds=config.evaluation_seeds(),
             num_videos=config.eval.videos,
-            discount=config.discount,
-            reward=reward,
             config=settings_of(config),
             title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
             seeds={"training": config.seed},
@@ -121,15 +120,25 @@ def _set_up(
     reward: RewardSpec,
     device: torch.device,
     stack: ExitStack,
-) -> tuple[Run, list[Phase]]:
-    """Folder, replay and phases, and last the simulators: they start when all else is checked."""
+) -> tuple[Run, list[Phase], ChunkSampler]:
+    """Folder, replay, phases, a sampler of all data, and last the simulators.
+
+    They start when all else is checked.
+    """
     output_dir = config.output_dir
     assert output_dir is not None
     try:
         replay, metrics = open_folder(config, file, policy, output_dir)
         stack.callback(replay.close)
         stack.enter_context(metrics)
-        phases = _phases(config, policy, replay, reward)
+        draw = partial(
+            replay.sampler,
+            chunk_length=policy.chunk_shape[0],
+            discount=config.discount,
+            short_chunks=config.dataset.short_chunks,
+            reward=reward,
+        )
+        phases = _phases(config, policy, draw)
         pool = RolloutPool(
             file.env_args,
             chunk_length=policy.chunk_shape[0],
@@ -144,7 +153,7 @@ def _set_up(
     run = Run(
         output_dir=output_dir,
         policy=policy,
-        replay=replay,
+        store=StateStore(replay),
         pool=stack.enter_context(pool),
         generators=Generators.seeded(config.seed, device),
         metrics=metrics,
@@ -153,7 +162,7 @@ def _set_up(
         save_freq=config.save_freq,
         device=device,
     )
-    return run, phases
+    return run, phases, draw()
 
 
 def _prepare_torch(config: FinetuneRobomimicConfig) -> torch.device:
@@ -225,17 +234,9 @@ def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffP
 def _phases(
     config: FinetuneRobomimicConfig,
     policy: MLPFlowPolicy,
-    replay: ReplayBuffer,
-    reward: RewardSpec,
+    draw: Callable[..., ChunkSampler],
 ) -> list[Phase]:
     """Pretraining, offline and online updates, as far as the settings want them."""
-    draw = partial(
-        replay.sampler,
-        chunk_length=policy.chunk_shape[0],
-        discount=config.discount,
-        short_chunks=config.dataset.short_chunks,
-        reward=reward,
-    )
     # The critic's, the offline and the online updates are the same learner's.
     method = cache(lambda: _make_method(config, policy))
     off_policy = partial(

@@ -112,6 +112,14 @@ class FlowPolicy(nn.Module, ABC):
         """Lowest and highest executed number in the flow's space: (), or (a,) by dimension."""
         return torch.tensor(-1.0), torch.tensor(1.0)
 
+    def to_robot(self, action: Tensor) -> Tensor:
+        """The flow's chunks (B, H, A) as the robot takes them, in its units: (B, H, a)."""
+        return self.real_actions(action)
+
+    def from_robot(self, action: Tensor) -> Tensor:
+        """Executed chunks in the robot's units (B, H, a), in the flow's space: (B, H, A)."""
+        return action
+
     def executed(self, action: Tensor, *, clip: bool = True) -> Tensor:
         """What the robot gets of a chunk: (B, H, A) -> (B, H, a), differentiable.
 

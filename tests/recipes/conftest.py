@@ -31,7 +31,9 @@ def no_conclusion(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Leaves out final evaluation and report, which cost most of a tiny run; keeps what it got."""
     calls: list[dict] = []
 
-    def conclude(run: object, base: object, critic: object, **settings: object) -> None:
+    def conclude(
+        run: object, base: object, critic: object, sampler: object, **settings: object
+    ) -> None:
         calls.append({"run": run, "base": base, "critic": critic, **settings})
 
     monkeypatch.setattr(finetune_robomimic, "conclude", conclude)

@@ -17,6 +17,7 @@ from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
 from vla_trqam.training.checkpoints import Generators
 from vla_trqam.training.critic_check import check_critic
+from vla_trqam.training.episode_store import StateStore
 from vla_trqam.training.finetuning import METRICS_NAME, Phase, Run
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.metrics import MetricsLog
@@ -56,7 +57,7 @@ def run(tmp_path, replay, learner):
         yield Run(
             output_dir=tmp_path,
             policy=learner.method.policy,
-            replay=replay,
+            store=StateStore(replay),
             pool=ToyPool({}, max_episode_steps=10),
             generators=Generators.seeded(0, torch.device("cpu")),
             metrics=metrics,
@@ -68,26 +69,27 @@ def run(tmp_path, replay, learner):
 
 
 def phase(run, learner, name="offline", steps=4, **settings):
-    sampler = run.replay.sampler(
-        chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec()
-    )
-    return Phase(name, steps, lambda: learner, sampler, 8, **settings)
+    return Phase(name, steps, lambda: learner, chunks(run.store.replay), 8, **settings)
+
+
+def chunks(replay):
+    return replay.sampler(chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec())
 
 
 def test_rollouts_join_the_replay_before_the_update_that_asks_for_them(run, learner):
     held = []
     update = learner.update
-    learner.update = lambda *a: (held.append(run.replay.num_episodes), update(*a))
+    learner.update = lambda *a: (held.append(run.store.num_episodes), update(*a))
     seeds = {0: [5, 6], 3: [7]}
     run.train(
         [phase(run, learner, "online", episodes_before=lambda n: seeds.get(n, []))],
         InterruptGuard(),
     )
     assert held == [7, 7, 7, 8]
-    assert set(run.replay.episodes().source[5:]) == {"online"}
-    stored = run.replay.episodes()
+    assert set(run.store.replay.episodes().source[5:]) == {"online"}
+    stored = run.store.replay.episodes()
     row = stored.first_observation[5]
-    assert np.array_equal(run.replay.observations[row][:2], roll_out_start(5))
+    assert np.array_equal(run.store.replay.observations[row][:2], roll_out_start(5))
 
 
 def roll_out_start(seed):
@@ -149,7 +151,7 @@ def test_the_critic_check_is_q_beside_the_return_of_whole_chunks(replay):
     torch.manual_seed(0)
     policy = make_off_policy().method.policy
     critic = Critic(CriticEnsemble(3, 4, (8,), 2))
-    check = check_critic(policy, critic, replay, discount=0.9, reward=RewardSpec())
+    check = check_critic(policy, critic, chunks(replay))
     table = replay.episodes()
     assert len(check.q) == (table.num_steps - 1).clip(0).sum()
     expected = []
@@ -175,6 +177,6 @@ def test_without_a_whole_chunk_the_critic_check_is_empty(tmp_path):
         success=True,
     )
     policy, critic = make_off_policy().method.policy, Critic(CriticEnsemble(3, 4, (8,), 2))
-    check = check_critic(policy, critic, short, discount=0.9, reward=RewardSpec())
+    check = check_critic(policy, critic, chunks(short))
     assert len(check.q) == 0
     assert not check.known.any()

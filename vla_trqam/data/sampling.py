@@ -186,6 +186,19 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
             valid=torch.from_numpy(self._valid_of.take(num_steps, axis=0)),
         )
 
+    def outcomes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What came of the chunks with these numbers.
+
+        Returns:
+            The discounted return-to-go, (B,), NaN where the episode was cut; and whether the
+            episode succeeded, (B,) bool.
+        """
+        steps = self._starts["step"].take(index)
+        episodes = self.buffer.episodes()
+        episode = np.searchsorted(episodes.first_step, steps, side="right") - 1
+        returns = self.buffer.returns_to_go(self.discount, self.reward)
+        return returns[steps], episodes.success[episode]
+
     def _rebuild(self) -> None:
         self._revision = self.buffer.revision
         self._num_episodes = self.buffer.num_episodes

@@ -5,6 +5,7 @@ executes n actions of a chunk looks at every n-th state only.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +24,60 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 ImageObservation = dict[str, Any]
 """{"agent_pos": (S,) float32, "pixels": {camera: (height, width, 3) uint8}}, as LeRobot's
 environments have it; LeRobot calls them `observation.state` and `observation.images.<camera>`."""
+
+
+@dataclass(frozen=True)
+class CameraSettings:
+    """What cameras show.
+
+    Attributes:
+        names: cameras of the robosuite model.
+        image_size: height and width in pixels.
+        shadows: and reflections. Without them a frame takes half the time on a CPU; most pixels
+            change by less than 2 of 255.
+    """
+
+    names: tuple[str, ...] = CAMERAS
+    image_size: int = 64
+    shadows: bool = True
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}; it must be at least 1.")
+        if not self.names:
+            raise UserError("cameras is empty; name one at least, or use RobomimicEnv.")
+
+
+class Cameras:
+    """Renders what a simulator's cameras see now."""
+
+    def __init__(self, env: RobomimicEnv, settings: CameraSettings) -> None:
+        """Cameras of an environment that was made with `render_offscreen`.
+
+        Raises:
+            UserError: the task has no camera of such a name.
+        """
+        known = env.robosuite.sim.model.camera_names
+        unknown = [camera for camera in settings.names if camera not in known]
+        if unknown:
+            raise UserError(f"{env.task} has no camera {unknown}; it has {sorted(known)}.")
+        self._env, self.settings = env, settings
+
+    def look(self) -> dict[str, np.ndarray]:
+        """Name -> (height, width, 3) uint8."""
+        return {name: self.frame(name, self.settings.image_size) for name in self.settings.names}
+
+    def frame(self, name: str, size: int) -> np.ndarray:
+        """(size, size, 3) uint8."""
+        import mujoco  # here, for a trainer needs the settings alone
+
+        flags = self._env.robosuite.sim._render_context_offscreen.scn.flags
+        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            flags[effect] = self.settings.shadows
+        image = self._env.robomimic.render(
+            mode="rgb_array", height=size, width=size, camera_name=name
+        )
+        return np.ascontiguousarray(image, dtype=np.uint8)
 
 
 class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.ndarray]):
@@ -44,6 +99,7 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
         state_keys: Sequence[str] = STATE_KEYS,
         fast_step: bool = True,
         video_size: int | None = None,
+        shadows: bool = True,
     ) -> None:
         """Build the simulator and open a GL context (`MUJOCO_GL` egl or osmesa).
 
@@ -57,15 +113,14 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
             fast_step: see `RobomimicEnv`.
             video_size: pixels of `render`'s own frames; None shows what the first camera saw last,
                 which costs nothing.
+            shadows: see `CameraSettings`.
 
         Raises:
             UserError: a number below 1, an unknown or missing camera, or as `RobomimicEnv`.
         """
-        for name, number in (("image_size", image_size), ("render_every", render_every)):
-            if number < 1:
-                raise UserError(f"{name} is {number}; it must be at least 1.")
-        if not cameras:
-            raise UserError("cameras is empty; name one at least, or use RobomimicEnv.")
+        if render_every < 1:
+            raise UserError(f"render_every is {render_every}; it must be at least 1.")
+        settings = CameraSettings(tuple(cameras), image_size, shadows)
         env = RobomimicEnv(
             env_meta,
             max_episode_steps=max_episode_steps,
@@ -74,12 +129,8 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
             render_offscreen=True,
         )
         super().__init__(cast(gymnasium.Env[Any, np.ndarray], env))  # which has other observations
-        self._robomimic = env
-        known = env.robosuite.sim.model.camera_names
-        unknown = [camera for camera in cameras if camera not in known]
-        if unknown:
-            raise UserError(f"{env.task} has no camera {unknown}; it has {sorted(known)}.")
-        self.cameras, self.image_size = tuple(cameras), image_size
+        self._view = Cameras(env, settings)
+        self.cameras, self.image_size = settings.names, image_size
         self._render_every, self._video_size = render_every, video_size
         self._steps = 0
         self._images: dict[str, np.ndarray] = {}
@@ -117,16 +168,10 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
         """(height, width, 3) uint8: the first camera, see `video_size`."""
         if self._video_size is None:
             return self._images[self.cameras[0]]
-        return self._frame(self.cameras[0], self._video_size)
+        return self._view.frame(self.cameras[0], self._video_size)
 
     def _look(self) -> None:
-        self._images = {camera: self._frame(camera, self.image_size) for camera in self.cameras}
-
-    def _frame(self, camera: str, size: int) -> np.ndarray:
-        frame = self._robomimic.robomimic.render(
-            mode="rgb_array", height=size, width=size, camera_name=camera
-        )
-        return np.ascontiguousarray(frame, dtype=np.uint8)
+        self._images = self._view.look()
 
     def _observation(self, state: Any) -> ImageObservation:
         return {"agent_pos": state, "pixels": dict(self._images)}
@@ -171,6 +216,7 @@ def make_image_vector_env(
     cameras: Sequence[str] = CAMERAS,
     image_size: int = 64,
     render_every: int = 1,
+    shadows: bool = True,
 ) -> gymnasium.vector.SyncVectorEnv | gymnasium.vector.AsyncVectorEnv:
     """`num_envs` of them in lock step, each in a process of its own if there is more than one.
 
@@ -183,6 +229,7 @@ def make_image_vector_env(
         cameras: of the robosuite model.
         image_size: height and width in pixels.
         render_every: steps from frame to frame.
+        shadows: see `CameraSettings`.
     """
     make = partial(
         _make_held,
@@ -191,6 +238,7 @@ def make_image_vector_env(
         cameras=tuple(cameras),
         image_size=image_size,
         render_every=render_every,
+        shadows=shadows,
     )
     if num_envs == 1:
         return gymnasium.vector.SyncVectorEnv([make])

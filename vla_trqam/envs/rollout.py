@@ -18,12 +18,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from vla_trqam.envs.env_meta import LOW_DIM_KEYS, check_env_meta
+from vla_trqam.envs.env_meta import LOW_DIM_KEYS, TASK_DESCRIPTIONS, check_env_meta
+from vla_trqam.envs.robomimic_images import CameraSettings
 from vla_trqam.envs.worker import EnvSettings, FrameSettings
 from vla_trqam.errors import UserError
 
-ChunkPolicy = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""(observations (N, O) float32, episode seeds (N,) int64, chunk indices (N,) int64) -> (N, H, A).
+ChunkPolicy = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+"""(observations, episode seeds (N,) int64, chunk indices (N,) int64) -> (N, H, A).
+
+Observations are (N, O) float32; with cameras `{"agent_pos": (N, O) float32, "pixels": {name:
+(N, height, width, 3) uint8}, "task": N texts}`, as LeRobot's environments have it.
 
 The seed and the index let a policy draw the same noise for the same chunk of the same episode."""
 
@@ -48,6 +52,8 @@ class Episode:
         success: whether the task was solved.
         seed: of the initial state.
         frames: (F, height, width, 3) uint8 when recorded: first, every n-th, and last step.
+        images: with cameras, what they saw where the policy decided, and where the limit cut:
+            name -> (D, height, width, 3) uint8.
     """
 
     observations: np.ndarray
@@ -58,6 +64,12 @@ class Episode:
     success: bool
     seed: int
     frames: np.ndarray | None = None
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.actions)
 
 
 @dataclass
@@ -67,6 +79,7 @@ class _Unfinished:
     position: int
     seed: int
     chunks: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     def finish(self, observation: np.ndarray, terminated: bool, truncated: bool) -> Episode:
         """The whole episode, given what its last chunk led to."""
@@ -84,6 +97,7 @@ class _Unfinished:
             success=last["is_success"],
             seed=self.seed,
             frames=np.stack(last["frames"]) if last["frames"] else None,
+            images={n: np.stack([seen[n] for seen in self.images]) for n in self.images[0]},
         )
 
 
@@ -140,10 +154,11 @@ class _Schedule:
         policy: ChunkPolicy,
         seeds: Sequence[int],
         chunk_shape: tuple[int, int],
+        task: str,
         frames: FrameSettings | None,
         on_episode: Callable[[Episode], None] | None,
     ) -> None:
-        self._policy = policy
+        self._policy, self._task = policy, task
         self._chunk_shape = chunk_shape
         self._frames = frames
         self._on_episode = on_episode
@@ -166,29 +181,42 @@ class _Schedule:
             worker.connection.send(("reset", worker.episode.seed, self._frames))
 
     def _handle(self, worker: _Worker) -> None:
-        kind, observation, *rest = worker.receive()
+        kind, observation, images, *rest = worker.receive()
         episode = worker.episode
         assert episode is not None
+        if images or kind == "observation":
+            episode.images.append(images)
         ended = False
         if kind == "chunk":
             terminated, truncated, info = rest
             episode.chunks.append(info)
             ended = terminated or truncated
         if not ended:
-            worker.connection.send(("chunk", self._chunk(observation, episode)))
+            worker.connection.send(("chunk", self._chunk(observation, images, episode)))
             return
         self._assign(worker)  # before the bookkeeping, so that the worker does not wait for it
         self._deliver(episode.position, episode.finish(observation, terminated, truncated))
 
-    def _chunk(self, observation: np.ndarray, episode: _Unfinished) -> np.ndarray:
+    def _chunk(
+        self, observation: np.ndarray, images: dict[str, np.ndarray], episode: _Unfinished
+    ) -> np.ndarray:
         seed, index = np.array([episode.seed]), np.array([len(episode.chunks)])
-        chunk = np.asarray(self._policy(observation[None], seed, index), dtype=np.float32)
+        state = observation[None]
+        seen = state if not images else self._seen(state, images)
+        chunk = np.asarray(self._policy(seen, seed, index), dtype=np.float32)
         if chunk.shape != (1, *self._chunk_shape) or not np.isfinite(chunk).all():
             raise ValueError(
                 f"the policy returned {chunk.shape} for episode seed {episode.seed}; it must be "
                 f"{(1, *self._chunk_shape)} finite numbers"
             )
         return chunk[0]
+
+    def _seen(self, state: np.ndarray, images: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {
+            "agent_pos": state,
+            "pixels": {name: image[None] for name, image in images.items()},
+            "task": [self._task],
+        }
 
     def _deliver(self, position: int, episode: Episode) -> None:
         self._finished[position] = episode
@@ -215,6 +243,7 @@ class RolloutPool:
         max_episode_steps: int,
         obs_keys: Sequence[str] = LOW_DIM_KEYS,
         fast_step: bool = True,
+        cameras: CameraSettings | None = None,
     ) -> None:
         """Start the workers.
 
@@ -225,6 +254,7 @@ class RolloutPool:
             max_episode_steps: control steps after which an episode is truncated.
             obs_keys: observation keys, in the order of concatenation.
             fast_step: see `RobomimicEnv`.
+            cameras: what the policy sees beside `obs_keys`, rendered where it decides.
 
         Raises:
             UserError: a number below 1, or `env_meta` cannot be honoured.
@@ -246,7 +276,10 @@ class RolloutPool:
             obs_keys=tuple(obs_keys),
             fast_step=fast_step,
             render_offscreen=False,
+            cameras=cameras,
         )
+        name = str(env_meta["env_name"])
+        self.task_description = TASK_DESCRIPTIONS.get(name, name)
         self._workers = self._start(num_workers)
         self._recorders: list[_Worker] = []
 
@@ -351,4 +384,5 @@ class RolloutPool:
             raise RuntimeError("this RolloutPool is closed")
         action_sizes = [worker.await_start()[1] for worker in workers]
         chunk_shape = (self._settings.chunk_length, action_sizes[0])
-        return _Schedule(policy, seeds, chunk_shape, frames, on_episode).run(workers)
+        schedule = _Schedule(policy, seeds, chunk_shape, self.task_description, frames, on_episode)
+        return schedule.run(workers)

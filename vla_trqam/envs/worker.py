@@ -6,9 +6,10 @@ that Ctrl-C reaches the trainer alone. It ends when its connection closes, howev
 
 Requests are tuples, answered in order:
     ("make", settings)                  -> ("spaces", O, A)
-    ("reset", seed, frames or None)     -> ("observation", (O,))
-    ("chunk", (H, A))                   -> ("chunk", observation, terminated, truncated, info)
-An episode's last info also holds its `frames`. Anything that fails is answered by
+    ("reset", seed, frames or None)     -> ("observation", (O,), images)
+    ("chunk", (H, A))                   -> ("chunk", (O,), images, terminated, truncated, info)
+`images` is what the settings' cameras see then, {} without cameras and after a termination, when
+nobody looks. An episode's last info also holds its `frames`. Anything that fails is answered by
 ("user_error", message) or ("error", traceback).
 """
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from vla_trqam.envs.chunked import ChunkEnv
 from vla_trqam.envs.robomimic import RobomimicEnv
+from vla_trqam.envs.robomimic_images import Cameras, CameraSettings
 from vla_trqam.errors import UserError
 
 
@@ -36,6 +38,7 @@ class EnvSettings:
     obs_keys: tuple[str, ...]
     fast_step: bool
     render_offscreen: bool
+    cameras: CameraSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class EnvServer:
             max_episode_steps=settings.max_episode_steps,
             obs_keys=settings.obs_keys,
             fast_step=settings.fast_step,
-            render_offscreen=settings.render_offscreen,
+            render_offscreen=settings.render_offscreen or settings.cameras is not None,
         )
+        self._cameras = Cameras(env, settings.cameras) if settings.cameras else None
         self._recorder = FrameRecorder(env)
         self._env = ChunkEnv(self._recorder, settings.chunk_length)
         assert env.observation_space.shape is not None
@@ -117,13 +121,18 @@ class EnvServer:
 
     def _reset(self, seed: int, frames: FrameSettings | None) -> tuple[Any, ...]:
         self._recorder.configure(frames)
-        return "observation", self._env.reset(seed=seed)[0]
+        observation, _ = self._env.reset(seed=seed)
+        return "observation", observation, self._images()
 
     def _chunk(self, chunk: np.ndarray) -> tuple[Any, ...]:
         observation, _, terminated, truncated, info = self._env.step(chunk)
         if terminated or truncated:
             info["frames"] = self._recorder.frames
-        return "chunk", observation, terminated, truncated, info
+        images = {} if terminated else self._images()
+        return "chunk", observation, images, terminated, truncated, info
+
+    def _images(self) -> dict[str, np.ndarray]:
+        return self._cameras.look() if self._cameras else {}
 
 
 def serve(connection: Connection) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from vla_trqam.critic import Critic
-from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.policy import FlowPolicy
 
 
@@ -37,10 +37,8 @@ class CriticCheck:
 def check_critic(
     policy: FlowPolicy,
     critic: Critic,
-    replay: ReplayBuffer,
+    sampler: ChunkSampler[Any],
     *,
-    discount: float,
-    reward: RewardSpec,
     num_chunks: int = 2000,
     seed: int = 0,
 ) -> CriticCheck:
@@ -48,19 +46,20 @@ def check_critic(
 
     The returns are those of the policies that filled the replay, the critic's target is the tuned
     policy: where that one is better, Q above the return is right, not wrong.
+
+    Args:
+        policy: what the critic's features come from.
+        critic: to be checked.
+        sampler: of the chunks; its discount and reward make the returns.
+        num_chunks: at most so many of them.
+        seed: of their choice.
     """
-    chunk_length = policy.chunk_shape[0]
-    table = replay.episodes()
-    last_start = table.num_steps - chunk_length
-    episodes = np.repeat(np.arange(len(last_start)), np.maximum(last_start + 1, 0))
-    first = np.concatenate([np.arange(n + 1) for n in np.maximum(last_start, -1)])
-    chosen = np.random.default_rng(seed).permutation(len(episodes))[:num_chunks]
-    episode, offset = episodes[chosen], first[chosen]
-    steps = table.first_step[episode] + offset
-    actions = replay.actions[steps[:, None] + np.arange(chunk_length)]
-    observations = replay.observations[table.first_observation[episode] + offset]
-    device = next(policy.trainable_parameters()).device
-    features = policy.features(policy.encode(torch.from_numpy(observations).to(device)))
-    q = critic.online(features, torch.from_numpy(actions).to(device)).mean(dim=0)
-    returns = replay.returns_to_go(discount, reward)[steps]
-    return CriticCheck(q.cpu().numpy(), returns, table.success[episode])
+    chosen = np.random.default_rng(seed).permutation(sampler.num_starts)[:num_chunks]
+    batch = sampler.gather(chosen)
+    whole = batch.valid[:, -1]
+    batch = batch.to(next(policy.trainable_parameters()).device)
+    features = policy.features(policy.encode(batch.observation))
+    actions = policy.executed(policy.from_robot(batch.action), clip=False)
+    q = critic.online(features, actions).mean(dim=0).cpu()
+    returns, success = sampler.outcomes(chosen)
+    return CriticCheck(q[whole].numpy(), returns[whole.numpy()], success[whole.numpy()])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
 from vla_trqam.envs.rollout import Episode, RolloutPool
 from vla_trqam.errors import UserError
@@ -25,6 +25,7 @@ from vla_trqam.training.checkpoints import (
     read_position,
     save_checkpoint,
 )
+from vla_trqam.training.episode_store import EpisodeStore
 from vla_trqam.training.interruption import Interrupted, InterruptGuard
 from vla_trqam.training.learners import Learner
 from vla_trqam.training.metrics import MetricsLog
@@ -55,7 +56,7 @@ class Phase:
     name: str
     num_steps: int
     make_learner: Callable[[], Learner]
-    sampler: ChunkSampler | MixedSampler
+    sampler: ChunkSampler[Any] | MixedSampler[Any]
     batch_size: int
     episodes_before: Callable[[int], Sequence[int]] = lambda _: ()
     evaluate_every: int = 0
@@ -70,7 +71,7 @@ class Run:
     Attributes:
         output_dir: the run's folder.
         policy: the policy in training.
-        replay: where episodes go.
+        store: where episodes go.
         pool: the simulators.
         generators: the run's randomness.
         metrics: the log.
@@ -82,7 +83,7 @@ class Run:
 
     output_dir: Path
     policy: FlowPolicy
-    replay: ReplayBuffer
+    store: EpisodeStore
     pool: RolloutPool
     generators: Generators
     metrics: MetricsLog
@@ -135,7 +136,9 @@ class Run:
                 self._collect(phase, done, progress)
                 with self.timed(phase.name):
                     batch = phase.sampler.sample(phase.batch_size, self.generators.replay)
-                    learner.update(batch.to(self.device), self.generators.noise)
+                    batch = batch.to(self.device)
+                    batch = replace(batch, action=self.policy.from_robot(batch.action))
+                    learner.update(batch, self.generators.noise)
                 self.step += phase.moves_policy
                 self._log(phase, learner, done + 1, progress)
                 self._evaluate(phase, done + 1, progress)
@@ -155,16 +158,8 @@ class Run:
         with self.timed("rollouts"):
             episodes = self.pool.run(chunk_policy(self.policy, ROLLOUT_NOISE), seeds)
         for episode in episodes:
-            self.replay.add_episode(
-                episode.observations,
-                episode.actions,
-                episode.rewards,
-                terminated=episode.terminated,
-                truncated=episode.truncated,
-                source=phase.name,
-                success=episode.success,
-            )
-            values = {"success": float(episode.success), "episode_steps": len(episode.actions)}
+            self.store.add(episode, source=phase.name)
+            values = {"success": float(episode.success), "episode_steps": episode.num_steps}
             self.metrics.log(self.step, phase.name, values)
         progress.update(done, {"success_rate": success_rate(episodes)})
 
@@ -195,7 +190,7 @@ class Run:
             phase=phase.name,
             phase_step=done,
             step=self.step,
-            replay_episodes=self.replay.num_episodes,
+            replay_episodes=self.store.num_episodes,
             metrics_lines=self.metrics.num_lines,
             wall_clock=self.wall_clock,
         )

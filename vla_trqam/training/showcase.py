@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vla_trqam.critic import Critic
-from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.envs.rollout import Episode
 from vla_trqam.envs.video import write_side_by_side
 from vla_trqam.errors import UserError
@@ -43,15 +43,14 @@ def write_plots(
     run: Run,
     critic: Critic,
     evaluation: PairedEvaluation,
+    sampler: ChunkSampler[Any],
     *,
-    discount: float,
-    reward: RewardSpec,
     kl_unit: str,
 ) -> list[Path]:
     """The figures of a run."""
     folder = run.output_dir / "plots"
     paths = plot_run(run.output_dir / METRICS_NAME, folder, evaluation=evaluation, kl_unit=kl_unit)
-    check = check_critic(run.policy, critic, run.replay, discount=discount, reward=reward)
+    check = check_critic(run.policy, critic, sampler)
     if not check.known.any():
         print("no plot of Q against returns: no whole chunk of the replay has both, finite")
         return paths
@@ -93,11 +92,10 @@ def conclude(
     run: Run,
     base: FlowPolicy,
     critic: Critic,
+    sampler: ChunkSampler[Any],
     *,
     evaluation_seeds: Sequence[int],
     num_videos: int | None,
-    discount: float,
-    reward: RewardSpec,
     config: Mapping[str, Any],
     title: str,
     seeds: Mapping[str, int],
@@ -111,9 +109,7 @@ def conclude(
         )
     write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     with run.timed("plots"):
-        plots = write_plots(
-            run, critic, evaluation, discount=discount, reward=reward, kl_unit=kl_unit
-        )
+        plots = write_plots(run, critic, evaluation, sampler, kl_unit=kl_unit)
 
     def report(videos: Sequence[Path]) -> Path:
         return write_report(
