@@ -1,0 +1,261 @@
+"""Whether a policy can learn from a replay: shapes, cameras, statistics, rewards, chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_trqam.data.frame_replay import STATE_KEY, FrameReplay, image_key
+from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.training.preflight_report import Finding
+
+if TYPE_CHECKING:
+    from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+
+ACTION_KEY = "action"
+MAX_ROWS = 200_000
+"""So many rows, evenly spread, are compared with the statistics."""
+
+# By LeRobot's normalisation: |normalised| that is far out, and the share of rows that may be there.
+# Of the data that the statistics were made of, at most 1/25 lies beyond 5 standard deviations
+# (Chebyshev), 1/50 outside the quantiles q01 and q99, 1/5 outside q10 and q90, none outside the
+# range.
+FAR_OUT = {
+    "MEAN_STD": (5.0, 0.05),
+    "QUANTILES": (2.0, 0.05),
+    "QUANTILE10": (2.0, 0.25),
+    "MIN_MAX": (2.0, 0.05),
+}
+STILL = 0.02
+"""Numbers whose normalised standard deviation is below this in every dimension do not move."""
+FLAT = 1e-6
+"""A dimension whose statistics span less does not move in the policy's training data."""
+
+
+def check_shapes(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
+    """State and action dimensions of policy and data."""
+    config = policy.host.config
+    state, real = config.robot_state_feature, int(policy.action_mask.sum())
+    wanted = {ACTION_KEY: real} | ({} if state is None else {STATE_KEY: state.shape[0]})
+    there = {ACTION_KEY: replay.steps.action_dim, STATE_KEY: replay.steps.observation_dim}
+    wrong = [key for key in wanted if wanted[key] != there[key]]
+    if wrong:
+        found = ", ".join(f"{key} has {there[key]} dimensions in the data" for key in wrong)
+        right = ", ".join(f"{key} of {wanted[key]}" for key in wrong)
+        return Finding.failure("dimensions", found, f"{right}, as the policy was trained")
+    length, width = policy.chunk_shape
+    found = f"action {real} of the flow's {width} ({width - real} are padding)"
+    return Finding("dimensions", f"{found}, chunks of {length}; state {there[STATE_KEY]}")
+
+
+def check_cameras(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
+    """Every camera that the policy looks through, with as many channels."""
+    there = {image_key(name): shape for name, shape in replay.cameras.items()}
+    features = policy.host.config.image_features
+    wanted = {key: tuple(f.shape) for key, f in features.items() if "empty_camera" not in key}
+    missing = [key for key in wanted if key not in there]
+    if missing:
+        return Finding.failure(
+            "cameras",
+            f"the policy looks through {', '.join(missing)}; the data has {_names(there)}",
+            "data with these cameras, or a --rename_map from its names to the policy's",
+        )
+    wrong = [key for key in wanted if there[key][2] != wanted[key][0]]
+    if wrong:
+        return Finding.failure(
+            "cameras",
+            ", ".join(f"{key} has {there[key][2]} channels in the data" for key in wrong),
+            ", ".join(f"{key} with {wanted[key][0]}" for key in wrong),
+        )
+    unused = [key for key in there if key not in wanted]
+    found = "; ".join(_camera(key, there[key], wanted[key]) for key in wanted) or "none"
+    return Finding("cameras", found + (f"; not looked at: {_names(unused)}" if unused else ""))
+
+
+def _camera(key: str, there: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    height, width = wanted[1:]
+    resized = "" if there[:2] == (height, width) else f", trained on {height}x{width}: resized"
+    return f"{key} {there[0]}x{there[1]} uint8{resized}"
+
+
+def _names(keys: Mapping[str, Any] | list[str]) -> str:
+    return ", ".join(keys) or "none"
+
+
+def check_statistics(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
+    """The data, normalised by the policy's statistics, lies where the policy was trained."""
+    if policy.processors is None:
+        return Finding.failure(
+            "statistics", "the policy has no processors", "a checkpoint with its processors"
+        )
+    problems = list(policy.processors.statistics_problems())
+    if problems:
+        return Finding.failure(
+            "statistics", "; ".join(problems), "the processors that were saved with the policy"
+        )
+    problems, notes = [], []
+    for key, raw in _numbers(policy, replay).items():
+        mode = _mode(policy, key)
+        if mode not in FAR_OUT:
+            notes.append(f"{key} is not normalised")
+            continue
+        normalized = policy.processors.normalize(key, raw).cpu()
+        problems += _misfits(key, raw, normalized, mode)
+        notes.append(_fit(key, normalized, mode) + _flat(policy, key))
+    if problems:
+        return Finding.failure(
+            "statistics",
+            "; ".join(problems),
+            "data in the units and of the robot that the policy was trained with, or a policy "
+            "whose statistics were made of such data",
+        )
+    return Finding("statistics", "; ".join(notes))
+
+
+def _numbers(policy: LeRobotFlowPolicy, replay: FrameReplay) -> dict[str, Tensor]:
+    """(N, d) rows of what the policy normalises, in the data's units."""
+    config, found = policy.host.config, {}
+    if config.robot_state_feature is not None:
+        found[STATE_KEY] = _spread_rows(replay.steps.observations)
+    if not getattr(config, "use_relative_actions", False):
+        found[ACTION_KEY] = _spread_rows(replay.steps.actions)
+    return found
+
+
+def _spread_rows(rows: np.ndarray) -> Tensor:
+    every = -(-len(rows) // MAX_ROWS) or 1
+    return torch.from_numpy(np.array(rows[::every], dtype=np.float32))
+
+
+def _mode(policy: LeRobotFlowPolicy, key: str) -> str:
+    assert policy.processors is not None
+    step = policy.processors.normalizer
+    return str(step.norm_map[step.features[key].type].value)
+
+
+def _misfits(key: str, raw: Tensor, normalized: Tensor, mode: str) -> Iterator[str]:
+    limit, allowed = FAR_OUT[mode]
+    share = (normalized.abs() > limit).float().mean(dim=0)
+    for dim in (share > allowed).nonzero().flatten().tolist():
+        yield (
+            f"{key}[{dim}] lies from {raw[:, dim].min():.4g} to {raw[:, dim].max():.4g}, which is "
+            f"for {share[dim]:.0%} of the data more than {limit:g} from the middle of the policy's "
+            f"normalised range ({mode})"
+        )
+    spread = normalized.std(dim=0, correction=0)
+    if float(spread.max()) < STILL:
+        yield (
+            f"{key} hardly moves: its normalised standard deviation is at most {spread.max():.2g} "
+            "in any dimension"
+        )
+
+
+def _fit(key: str, normalized: Tensor, mode: str) -> str:
+    limit, _ = FAR_OUT[mode]
+    share = (normalized.abs() > limit).float().mean(dim=0)
+    dim = int(share.argmax())
+    return f"{key} {mode}, at most {share[dim]:.1%} beyond {limit:g} ({key}[{dim}])"
+
+
+def _flat(policy: LeRobotFlowPolicy, key: str) -> str:
+    """Which dimensions the policy's training data never moved."""
+    assert policy.processors is not None
+    entry = policy.processors.statistics[key]
+    low, high = {
+        "MEAN_STD": ("", "std"),
+        "QUANTILES": ("q01", "q99"),
+        "QUANTILE10": ("q10", "q90"),
+        "MIN_MAX": ("min", "max"),
+    }[_mode(policy, key)]
+    span = entry[high] - entry[low] if low else entry[high]
+    flat = (span.flatten().abs() < FLAT).nonzero().flatten().tolist()
+    return f", no spread in {', '.join(f'{key}[{dim}]' for dim in flat)}" if flat else ""
+
+
+def check_reward(replay: FrameReplay, sampler: ChunkSampler[Any]) -> Finding:
+    """Something tells a good episode from a bad one."""
+    episodes, rewards = replay.steps.episodes(), sampler.reward.apply(replay.steps.rewards)
+    if len(rewards) == 0:
+        return Finding.failure("reward", "the replay is empty", "at least one episode")
+    low, high = float(rewards.min()), float(rewards.max())
+    ends = int(episodes.terminated.sum())
+    found = (
+        f"{sampler.reward.kind}: {low:g} to {high:g}; {int(episodes.success.sum())} of "
+        f"{len(episodes)} episodes succeed, {ends} terminate"
+    )
+    # A constant cost of every step tells something only where episodes end at different times.
+    if low == high and (low == 0.0 or ends == 0):
+        return Finding.failure(
+            "reward",
+            f"every step has the reward {low:g} ({found})",
+            "a replay in which some episodes succeed, or a reward that tells better from worse",
+        )
+    return Finding("reward", found)
+
+
+def check_chunks(
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    sampler: ChunkSampler[Any],
+    execution_horizon: int,
+) -> Finding:
+    """Chunks are as long as what is executed, and frames lie where they begin and end."""
+    problems = list(_horizon_problems(policy, sampler, execution_horizon))
+    spacing, starts = _frame_spacing(replay), sampler.num_starts
+    if spacing and execution_horizon % spacing:
+        problems.append(
+            (
+                f"frames lie {spacing} steps apart, {execution_horizon} actions are executed",
+                f"an execution horizon that is a multiple of {spacing}, or frames every "
+                f"{execution_horizon} steps",
+            )
+        )
+    elif not starts:
+        problems.append(
+            (
+                f"no chunk of {sampler.chunk_length} steps can be drawn from "
+                f"{replay.num_episodes} episodes",
+                "longer episodes or a shorter execution horizon",
+            )
+        )
+    if problems:
+        found, remedies = zip(*problems, strict=True)
+        return Finding.failure("chunks", "; ".join(found), "; ".join(remedies))
+    frames = f"frames every {spacing} steps" if spacing else "one frame an episode"
+    return Finding(
+        "chunks",
+        f"{execution_horizon} of {policy.chunk_shape[0]} actions are executed; {frames}; "
+        f"{starts} chunks to draw",
+    )
+
+
+def _horizon_problems(
+    policy: LeRobotFlowPolicy, sampler: ChunkSampler[Any], executed: int
+) -> Iterator[tuple[str, str]]:
+    """What is wrong, and what would be right."""
+    length, config = policy.chunk_shape[0], policy.host.config
+    if not 1 <= executed <= length:
+        yield f"{executed} actions are executed of chunks of {length}", f"1 to {length}"
+    if config.n_action_steps != executed:
+        yield (
+            f"n_action_steps is {config.n_action_steps} in the policy's config, {executed} actions "
+            "are executed in training: lerobot-eval would run another policy",
+            f"--policy.n_action_steps={executed}",
+        )
+    if sampler.chunk_length != executed:
+        yield (
+            f"chunks of {sampler.chunk_length} steps are drawn, {executed} are executed",
+            f"chunks of {executed} steps",
+        )
+
+
+def _frame_spacing(replay: FrameReplay) -> int:
+    """The usual number of steps from frame to frame; 0 where no episode has two frames."""
+    rows = replay.frame_index.rows_of_frames()
+    episode = np.searchsorted(replay.steps.episodes().first_observation, rows, side="right")
+    gaps = np.diff(rows)[np.diff(episode) == 0]
+    return int(np.bincount(gaps).argmax()) if len(gaps) else 0

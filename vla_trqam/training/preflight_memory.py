@@ -1,0 +1,297 @@
+"""What training will take of memory and disk, and what there is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.data.frame_files import CACHE_NAME
+from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.training.preflight_model import first_observations, path_fields
+from vla_trqam.training.preflight_report import Finding
+
+if TYPE_CHECKING:
+    from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+
+ADAM_STATES = 2
+CONTEXTS = 2
+"""Prefixes held in one update: of s_t and of s_{t+n}."""
+
+
+def check_parameters(policy: LeRobotFlowPolicy) -> Finding:
+    """Something is trained, and with adapters nothing exists twice."""
+    trained, everything = list(policy.trainable_parameters()), list(policy.model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in everything}
+    copied = [p for p in policy.base.parameters() if p.untyped_storage().data_ptr() not in own]
+    found = (
+        f"{'adapters' if policy.has_adapters else 'expert in full'}: "
+        f"{count(trained):,} trained ({in_words(tensor_bytes(trained))}), "
+        f"{count(everything) - count(trained):,} frozen "
+        f"({in_words(tensor_bytes(everything) - tensor_bytes(trained))}), "
+        f"{count(copied):,} copied for the base ({in_words(tensor_bytes(copied))})"
+    )
+    if not trained:
+        return Finding.failure("parameters", found, "adapters or an expert that are trained")
+    if policy.has_adapters and copied:
+        return Finding.failure(
+            "parameters", found, "no copy: the base is the adapters switched off"
+        )
+    return Finding("parameters", found)
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """Numbers in these tensors; what is tied counts once."""
+    return sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values())
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each once."""
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def module_bytes(*modules: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each once."""
+    return tensor_bytes(chain(*((*m.parameters(), *m.buffers()) for m in modules)))
+
+
+def in_words(number: float) -> str:
+    """Bytes, for a reader."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part.
+
+    Attributes:
+        weights: the policy's, a base's copy among them, and the critic's; they lie there already.
+        gradients: of what is trained.
+        optimizer: Adam's two moments.
+        activations: what one update's path keeps for the backward pass, for one sample.
+        prefix: one encoded observation.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    prefix: int
+
+    @property
+    def fixed(self) -> int:
+        """What comes on top of the weights, whatever the batch."""
+        return self.gradients + self.optimizer
+
+    @property
+    def per_sample(self) -> int:
+        """What each sample of a batch adds."""
+        return self.activations + CONTEXTS * self.prefix
+
+
+@dataclass(frozen=True)
+class DryPass:
+    """One forward and backward pass of both fields along a path, with one sample.
+
+    Attributes:
+        prefix: bytes of the encoded observation.
+        activations: bytes that the path keeps for the backward pass.
+        reached: trained tensors that get a gradient.
+        finite: whether all of them are.
+    """
+
+    prefix: int
+    activations: int
+    reached: int
+    finite: bool
+
+
+def dry_pass(policy: LeRobotFlowPolicy, replay: FrameReplay) -> DryPass:
+    """Takes it; no gradient stays on the parameters."""
+    observation = first_observations(policy, replay, 1)
+    context = policy.encode(observation)
+    not_counted = {t.untyped_storage().data_ptr() for t in policy.parameters()}
+    with saved_bytes(not_counted) as saved:
+        loss = path_fields(policy, context, 1).tuned().square().sum()
+    trained = list(policy.trainable_parameters())
+    found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
+    gradients = [gradient for gradient in found if gradient is not None]
+    return DryPass(
+        prefix=tensor_bytes(policy.packed(observation).values()),
+        activations=sum(saved.values()),
+        reached=len(gradients),
+        finite=all(bool(torch.isfinite(gradient).all()) for gradient in gradients),
+    )
+
+
+def check_gradient(dry: DryPass, policy: LeRobotFlowPolicy) -> Finding:
+    """The loss moves what is trained."""
+    wanted = len(list(policy.trainable_parameters()))
+    found = f"the tuned field's gradient reaches {dry.reached} of {wanted} trained tensors"
+    if dry.reached and dry.finite:
+        return Finding("gradient", found)
+    found += "" if dry.finite else ", where it is not finite"
+    return Finding.failure("gradient", found, "finite gradients for adapters or expert")
+
+
+def measure_memory(policy: LeRobotFlowPolicy, critic: nn.Module | None, dry: DryPass) -> Memory:
+    """By part; the critic's activations and what a pass frees on its way are not counted."""
+    trained = [policy, *([] if critic is None else [critic])]
+    gradients = tensor_bytes(p for m in trained for p in m.parameters() if p.requires_grad)
+    return Memory(
+        weights=module_bytes(*trained),
+        gradients=gradients,
+        optimizer=ADAM_STATES * gradients,
+        activations=dry.activations,
+        prefix=dry.prefix,
+    )
+
+
+@contextmanager
+def saved_bytes(not_counted: set[int]) -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps from inside the block: address -> bytes."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def check_memory(memory: Memory, available: int | None, batch_size: int, device: str) -> Finding:
+    """An update's needs against what is free; None where that is not known."""
+    needed = memory.fixed + batch_size * memory.per_sample
+    parts = {
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        f"activations of {batch_size}": batch_size * memory.activations,
+        "prefixes": batch_size * CONTEXTS * memory.prefix,
+    }
+    found = (
+        f"weights {in_words(memory.weights)} are there; to come: "
+        + ", ".join(f"{name} {in_words(part)}" for name, part in parts.items())
+        + f": {in_words(needed)} in all; "
+    )
+    if available is None:
+        return Finding("memory", f"{found}what is free on {device} is not known")
+    found += f"{in_words(available)} free on {device}"
+    if needed <= available:
+        return Finding("memory", found)
+    fits = (available - memory.fixed) // max(memory.per_sample, 1)
+    remedy = (
+        f"--batch_size={fits} or less, with gradient accumulation"
+        if fits >= 1
+        else "adapters instead of full training, or a larger device"
+    )
+    return Finding.failure("memory", found, remedy)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on the device; None where nothing tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + idle)
+    if device.type != "cpu":
+        return None
+    limits = [_meminfo(Path("/proc/meminfo")), _cgroup_room(Path("/sys/fs/cgroup"))]
+    known = [limit for limit in limits if limit is not None]
+    return min(known, default=None)
+
+
+def _meminfo(path: Path) -> int | None:
+    """`MemAvailable` in bytes."""
+    if not path.is_file():
+        return None
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_room(folder: Path) -> int | None:
+    """What a container's limit leaves; files that the system can drop count as free."""
+    limit, used, stat = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and used.is_file() and stat.is_file()):
+        return None
+    if limit.read_text().strip() == "max":
+        return None
+    droppable = dict(line.split() for line in stat.read_text().splitlines())
+    cached = int(droppable.get("inactive_file", 0)) + int(droppable.get("active_file", 0))
+    return int(limit.read_text()) - int(used.read_text()) + cached
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes still to be written.
+
+    Attributes:
+        checkpoints: all that a run keeps, and one whole policy exported at the end.
+        replay: up to the replay's capacity, cached prefixes among it.
+    """
+
+    checkpoints: int
+    replay: int
+
+
+def measure_disk(
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    critic: nn.Module | None,
+    memory: Memory,
+    *,
+    num_checkpoints: int,
+    caches: bool,
+) -> Disk:
+    """A checkpoint holds what is trained, Adam's moments and the critic, but not adapters' base."""
+    whole = module_bytes(policy.model)
+    trained = tensor_bytes(policy.trainable_parameters()) if policy.has_adapters else whole
+    critics = 0 if critic is None else module_bytes(critic)
+    one = trained + critics + memory.optimizer
+    files = [path.stat() for path in replay.path.iterdir() if path.is_file()]
+    # Sparse files: what was never written has no blocks yet.
+    room = sum(max(0, f.st_size - f.st_blocks * 512) for f in files)
+    if caches and not (replay.path / CACHE_NAME).exists():
+        room += memory.prefix * replay.frame_capacity
+    return Disk(num_checkpoints * one + whole, room)
+
+
+def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:
+    """Free space where checkpoints and replay go."""
+    output = _existing(output_dir)
+    shared = output.stat().st_dev == replay.stat().st_dev
+    needs = {output: disk.checkpoints + (disk.replay if shared else 0)}
+    needs |= {} if shared else {replay: disk.replay}
+    free = {folder: shutil.disk_usage(folder).free for folder in needs}
+    free_words = ", ".join(f"{in_words(free[folder])} at {folder}" for folder in needs)
+    written = f"checkpoints {in_words(disk.checkpoints)}, replay up to {in_words(disk.replay)} more"
+    found = f"{written}; free {free_words}"
+    short = [folder for folder in needs if needs[folder] > free[folder]]
+    if short:
+        lacking = ", ".join(f"{in_words(needs[f])} free at {f}" for f in short)
+        return Finding.failure(
+            "disk", found, f"{lacking}, fewer checkpoints or a smaller replay capacity"
+        )
+    return Finding("disk", found)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the first one above it that exists."""
+    folder = folder.resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())
