@@ -71,7 +71,9 @@ def test_lerobots_environment_is_ours_and_waits_at_its_end() -> None:
     from vla_trqam.envs.lerobot_env import RobomimicEnvConfig
     from vla_trqam.envs.robomimic_images import RobomimicImageEnv
 
-    config = RobomimicEnvConfig(cameras=["agentview"], image_size=32, episode_length=4)
+    config = RobomimicEnvConfig(
+        cameras=["agentview"], image_size=32, episode_length=4, shadows=False
+    )
     shapes = {key: feature.shape for key, feature in env_to_policy_features(config).items()}
     assert shapes == {
         "action": (7,),
@@ -80,7 +82,11 @@ def test_lerobots_environment_is_ours_and_waits_at_its_end() -> None:
     }
     vector = make_env(config, n_envs=1)["robomimic"][0]
     ours = RobomimicImageEnv(
-        env_meta_for("Lift"), max_episode_steps=4, cameras=["agentview"], image_size=32
+        env_meta_for("Lift"),
+        max_episode_steps=4,
+        cameras=["agentview"],
+        image_size=32,
+        shadows=False,
     )
     seen, _ = vector.reset(seed=[5], options={NEW_ROLLOUT_OPTION: True})
     expected, _ = ours.reset(seed=5)

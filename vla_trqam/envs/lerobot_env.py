@@ -1,8 +1,8 @@
 """Robomimic for LeRobot: `lerobot-eval --env.type=robomimic`, which knows nothing of this package.
 
 The package `lerobot_env_robomimic` imports this module where LeRobot looks for plugins. The import
-registers the config and the gymnasium ids `lerobot_env_robomimic/<task>`; simulator and renderer
-are imported when an environment is made.
+registers the config and the gymnasium ids `lerobot_env_robomimic/<task>`; the simulator is imported
+when an environment is made.
 
 What stock `lerobot-eval` does with it (LeRobot 0.6.1):
 
@@ -32,16 +32,11 @@ from lerobot.envs.utils import NEW_ROLLOUT_OPTION, freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from vla_trqam.envs.env_meta import TASK_DESCRIPTIONS, Task, env_meta_for
+from vla_trqam.envs.robomimic_images import CAMERAS, STATE_KEYS, RobomimicImageEnv
 from vla_trqam.errors import UserError
 
 PLUGIN = "lerobot_env_robomimic"
 ACTION_DIM, STATE_DIM = 7, 9
-
-
-def _default_cameras() -> list[str]:
-    from vla_trqam.envs.robomimic_images import CAMERAS
-
-    return list(CAMERAS)
 
 
 @EnvConfig.register_subclass("robomimic")
@@ -61,15 +56,17 @@ class RobomimicEnvConfig(EnvConfig):
         image_size: height and width in pixels.
         render_every: steps from frame to frame. Set it to the policy's `n_action_steps`: it looks
             at no other, and rendering is most of the time. 1 is right for every policy.
+        shadows: and reflections, as in the images that the policy was trained on.
         video_size: pixels of the videos; None shows what the first camera saw, at no cost.
     """
 
     task: str | None = "Lift"
     fps: int = 20
     episode_length: int = 200
-    cameras: list[str] = field(default_factory=_default_cameras)
+    cameras: list[str] = field(default_factory=lambda: list(CAMERAS))
     image_size: int = 64
     render_every: int = 1
+    shadows: bool = True
     video_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +95,7 @@ class RobomimicEnvConfig(EnvConfig):
             "cameras": tuple(self.cameras),
             "image_size": self.image_size,
             "render_every": self.render_every,
+            "shadows": self.shadows,
             "video_size": self.video_size,
         }
 
@@ -123,8 +121,6 @@ class LeRobotRobomimicEnv(gymnasium.Wrapper[Any, np.ndarray, Any, np.ndarray]):
 
     def __init__(self, task: Task, *, episode_length: int, **settings: Any) -> None:
         """Build it; `settings` are those of `RobomimicImageEnv`."""
-        from vla_trqam.envs.robomimic_images import STATE_KEYS, RobomimicImageEnv
-
         super().__init__(
             RobomimicImageEnv(
                 env_meta_for(task),
