@@ -134,3 +134,25 @@ def test_the_pullback_in_bfloat16_is_the_float32_models() -> None:
         values.append(torch.stack(found))
     for single, half in (pulled, values):
         assert 0.0 < float((half - single).norm() / single.norm()) < 0.03
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(kind: str) -> None:
+    """As in a run with mixed precision."""
+    for policy, moves in ((make_policy(kind, lora=True), False), (moved(kind), True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            context, states = policy.encode(observation(kind)), points(policy, 3)
+            fields, plain = (
+                policy.path_fields(context, context),
+                PathFields(policy, context, context),
+            )
+            for ours, theirs in zip(
+                evaluated(fields, states), evaluated(plain, states), strict=True
+            ):
+                assert float((ours - theirs).norm() / theirs.norm()) < 0.03
+            pulled, expected = (f.base_pullback(0, states[2]) for f in (fields, plain))
+            tuned, base = fields.tuned(), fields.base()
+        assert float((pulled - expected).norm() / expected.norm()) < 0.03
+        assert torch.equal(tuned, base) != moves
+        tuned.sum().backward()
+        assert all(p.grad is not None for p in policy.trainable_parameters())
