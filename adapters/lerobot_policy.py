@@ -203,8 +203,14 @@ class LeRobotFlowPolicy(FlowPolicy):
         return {PACKED + key: value for key, value in tensors.items()}
 
     def _unpacked(self, packed: Observation) -> Encoding:
-        tensors = {key.removeprefix(PACKED): value for key, value in packed.items()}
-        return Encoding(self.family.unpack(tensors), tensors["features"])
+        tensors = {
+            key.removeprefix(PACKED): value
+            for key, value in packed.items()
+            if key.startswith(PACKED)
+        }
+        features = tensors.pop("features")
+        # The critic alone needs no condition.
+        return Encoding(self.family.unpack(tensors) if tensors else None, features)
 
     def features(self, context: Encoding) -> Tensor:
         """Of the critic, (B, feature_dim), float32, without gradient."""

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.rollout import RolloutPool
@@ -36,7 +37,13 @@ from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_
 from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.offline_data import pretraining_demos, read_dataset
-from vla_trqam.training.run_folder import BASE_NAME, CONFIG_NAME, given_policy, open_folder
+from vla_trqam.training.run_folder import (
+    BASE_NAME,
+    CONFIG_NAME,
+    begin_robomimic,
+    given_policy,
+    open_folder,
+)
 from vla_trqam.training.settings import FinetuneRobomimicConfig, refuse_idle_flags
 from vla_trqam.training.showcase import conclude
 
@@ -128,7 +135,12 @@ def _set_up(
     output_dir = config.output_dir
     assert output_dir is not None
     try:
-        replay, metrics = open_folder(config, file, policy, output_dir)
+        replay, metrics = open_folder(
+            config,
+            output_dir,
+            reopen=ReplayBuffer.open,
+            begin=partial(begin_robomimic, config, file, policy),
+        )
         stack.callback(replay.close)
         stack.enter_context(metrics)
         draw = partial(
@@ -161,6 +173,7 @@ def _set_up(
         log_freq=config.log_freq,
         save_freq=config.save_freq,
         device=device,
+        save_policy=policy.save_pretrained,
     )
     return run, phases, draw()
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from vla_trqam.errors import UserError
 from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
 from vla_trqam.losses import pessimistic_value
+from vla_trqam.precision import own_precision
 
 LAYER_NORM_EPS = 1e-6
 _NOTHING = torch.empty(0)
@@ -84,11 +85,15 @@ class CriticEnsemble(nn.Module):
         self.norms = cast("Sequence[EnsembleLayerNorm]", nn.ModuleList(norms))
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
-        """Features (B, F), action (B, H, A) -> (E, B); differentiable once."""
-        inputs = torch.cat([features, action.flatten(1)], dim=1)
-        if torch.is_grad_enabled():
-            return cast("Tensor", _EnsembleValue.apply(inputs, self, *self.parameters()))
-        return self.evaluate(inputs)
+        """Features (B, F), action (B, H, A) -> (E, B) in the weights' dtype; differentiable once.
+
+        Under autocast too: values in bfloat16 would not tell neighbouring actions apart.
+        """
+        inputs = torch.cat([features, action.flatten(1)], dim=1).to(self.layers[0].weight.dtype)
+        with own_precision(inputs):
+            if torch.is_grad_enabled():
+                return cast("Tensor", _EnsembleValue.apply(inputs, self, *self.parameters()))
+            return self.evaluate(inputs)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, tape: list[_HiddenLayer] | None = None) -> Tensor:
@@ -187,9 +192,10 @@ class _EnsembleValue(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         to_inputs, _, *to_parameters = ctx.needs_input_grad
         wanted = any(to_parameters)
-        to_input, parameters = ctx.ensemble.pullback(
-            ctx.tape, gradients[0], to_parameters=wanted, to_inputs=to_inputs
-        )
+        with own_precision(gradients[0]):
+            to_input, parameters = ctx.ensemble.pullback(
+                ctx.tape, gradients[0], to_parameters=wanted, to_inputs=to_inputs
+            )
         return to_input, None, *(parameters if wanted else [None] * len(to_parameters))
 
 

@@ -26,6 +26,8 @@ Context = Any
 class PathFields:
     """The fields along one path of the memoryless SDE, every evaluation made once.
 
+    The values are of the path's dtype, float32, whatever the network's is.
+
     Args:
         policy: whose fields.
         context: of the path's observations.
@@ -57,10 +59,10 @@ class PathFields:
         with torch.enable_grad():
             # A copy: the sampler writes the next state into the same storage, and the graph may
             # need this one.
-            tuned = policy.velocity(x.clone(), time, self._context)
+            tuned = policy.velocity(x.clone(), time, self._context).to(x.dtype)
         with torch.no_grad():
-            base = policy.base_velocity(x, time, self._context)
-            following = policy.velocity(next_x, time, self._next_context)
+            base = policy.base_velocity(x, time, self._context).to(x.dtype)
+            following = policy.velocity(next_x, time, self._next_context).to(x.dtype)
         self._points.append((x, adjoint_tau))
         self._tuned.append(tuned)
         self._base.append(base)
@@ -80,6 +82,7 @@ class PathFields:
         with torch.enable_grad():
             point = x.detach().requires_grad_(True)
             value = self._policy.base_velocity(point, full_tau(tau, point), self._context)
+            value = value.to(x.dtype)
         (gradient,) = torch.autograd.grad(value, point, cotangent)
         return gradient
 

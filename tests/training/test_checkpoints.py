@@ -25,7 +25,7 @@ def save(folder, name="000003", learner=None, position=POSITION):
     learner = learner or trained()
     generators = Generators.seeded(0, torch.device("cpu"))
     policy = learner.method.policy
-    return save_checkpoint(folder, name, learner, policy, generators, position)
+    return save_checkpoint(folder, name, learner, policy.save_pretrained, generators, position)
 
 
 def trained(seed=0):
@@ -46,7 +46,7 @@ def test_everything_comes_back(tmp_path):
     learner, generators = trained(), Generators.seeded(3, torch.device("cpu"))
     generators.replay.random(11)
     torch.randn(5, generator=generators.noise)
-    path = save_checkpoint(tmp_path, "000003", learner, learner.method.policy, generators, POSITION)
+    path = save_checkpoint(tmp_path, "000003", learner, learner.method.policy.save_pretrained, generators, POSITION)
     fresh, others = make_off_policy(seed=9), Generators.seeded(8, torch.device("cpu"))
     load_checkpoint(path, fresh, others)
     assert read_position(path) == POSITION

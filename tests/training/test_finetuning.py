@@ -65,6 +65,7 @@ def run(tmp_path, replay, learner):
             log_freq=2,
             save_freq=100,
             device=torch.device("cpu"),
+            save_policy=learner.method.policy.save_pretrained,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -81,8 +81,12 @@ class FeatureCache(Observer[FrameObservation]):
         """(N,) bool: whether a frame was taken."""
         return self._replay.frame_index.known(rows)
 
-    def at(self, rows: np.ndarray) -> FrameObservation:
+    def at(self, rows: np.ndarray, names: Collection[str] | None = None) -> FrameObservation:
         """Name -> (B, ...) features of the frames at these rows, in the dtype computed.
+
+        Args:
+            rows: of `ReplayBuffer.observations`, (B,).
+            names: of the features wanted; None for all.
 
         Raises:
             UserError: a frame's features are missing: `update` was not called.
@@ -98,6 +102,7 @@ class FeatureCache(Observer[FrameObservation]):
                 _TORCH_DTYPES[dtype]
             )
             for name, (dtype, _) in self._header.features.items()
+            if names is None or name in names
         }
 
     def _read(self) -> None:

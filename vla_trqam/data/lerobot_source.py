@@ -188,7 +188,12 @@ class LeRobotReader:
         config = self.config
         episodes = None if config.episodes is None else list(config.episodes)
         try:
-            return LeRobotDataset(config.repo_id, root=config.root, episodes=episodes)
+            return LeRobotDataset(
+                config.repo_id,
+                root=config.root,
+                episodes=episodes,
+                video_backend="pyav",  # LeRobot prints pages where torchcodec finds no FFmpeg
+            )
         except CompatibilityError as error:
             raise UserError(_old_version(self._where, "older", config.repo_id)) from error
         except Exception as error:  # datasets, pyarrow and the Hub raise many unrelated kinds

@@ -327,7 +327,8 @@ def draw_indices(high: int, size: int, generator: Generator) -> np.ndarray:
     """`size` independent integers, uniform over [0, high), int64."""
     if isinstance(generator, np.random.Generator):
         return generator.integers(0, high, size)
-    return torch.randint(high, (size,), generator=generator).numpy()
+    drawn = torch.randint(high, (size,), generator=generator, device=generator.device)
+    return drawn.cpu().numpy()
 
 
 def _tensor(column: np.ndarray) -> torch.Tensor:

@@ -7,14 +7,16 @@ step, measures the KL and moves lambda.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vla_trqam.adjoint import lean_adjoint
-from vla_trqam.critic import Critic, Executed
+from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import (
@@ -24,10 +26,32 @@ from vla_trqam.losses import (
     td_loss,
     td_target,
 )
+from vla_trqam.methods.parallel import Ranks, clipped, whole
+from vla_trqam.methods.results import (
+    CriticLossOutput,
+    CriticUpdateResult,
+    LossOutput,
+    UpdateResult,
+)
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.sde import FinalStep, Trajectory, sample_ode, sample_path_and_next_action
+from vla_trqam.sde import FinalStep, sample_ode, sample_path_and_next_action
 from vla_trqam.time_grid import AdjointTime, TimeGrid
 from vla_trqam.trust_region import TrustRegion, TrustRegionConfig, path_kl_per_step
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = [
+    "TRQAM",
+    "CriticLoss",
+    "CriticLossOutput",
+    "CriticUpdateResult",
+    "LossOutput",
+    "TRQAMConfig",
+    "TRQAMLoss",
+    "UpdateNoise",
+    "UpdateResult",
+]
 
 
 @dataclass(frozen=True)
@@ -106,50 +130,6 @@ class UpdateNoise:
         return cls(normal[0], normal[1], normal[3:], normal[2], tau)
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """What one forward pass of the loss found; everything but ``loss`` is detached.
-
-    Attributes:
-        loss: TD + adjoint matching (+ flow matching of a training base), a scalar.
-        td_loss, adjoint_loss, bc_loss: its parts.
-        kl_per_step: each flow step's share of the path KL, nats per chunk, (K,).
-        q: online Q values of the batch, (E, B).
-        target: TD targets, (B,).
-        trajectory: the SDE path.
-        adjoint: the lean adjoint, (K, B, H, A).
-        terminal_adjoint: ``a_K``, (B, H, A).
-        next_action: what is executed of the ODE sample at the next observation, (B, H, real A).
-    """
-
-    loss: Tensor
-    td_loss: Tensor
-    adjoint_loss: Tensor
-    bc_loss: Tensor | None
-    kl_per_step: Tensor
-    q: Tensor
-    target: Tensor
-    trajectory: Trajectory
-    adjoint: Tensor
-    terminal_adjoint: Tensor
-    next_action: Tensor
-
-
-@dataclass(frozen=True)
-class CriticLossOutput:
-    """What one forward pass of the critic's loss found.
-
-    Attributes:
-        loss: the TD loss, a scalar.
-        q: online Q values of the batch, (E, B), detached.
-        target: TD targets, (B,).
-    """
-
-    loss: Tensor
-    q: Tensor
-    target: Tensor
-
-
 class TRQAMLoss(nn.Module):
     """The update's scalar loss as a module over policy and critic."""
 
@@ -200,16 +180,27 @@ class TRQAMLoss(nn.Module):
             next_action=next_action,
         )
 
-    def critic_loss(self, batch: TransitionBatch, noise: UpdateNoise) -> CriticLossOutput:
-        """The TD part alone, with the next action as in :meth:`forward`."""
+    def critic_loss(
+        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
+    ) -> CriticLossOutput:
+        """The TD part alone, with the next action as in :meth:`forward`.
+
+        Args:
+            batch: of chunks.
+            noise: of the update.
+            next_action: as executed, (B, H, a), where it has been drawn before.
+        """
         policy = self.policy
         context = policy.encode(batch.observation)
         next_context = policy.encode(batch.next_observation)
-        with torch.no_grad():
-            next_action = sample_ode(
-                lambda x, tau: policy.velocity(x, tau, next_context), noise.next_action, self.grid
-            )
-        next_action = policy.executed(next_action)
+        if next_action is None:
+            with torch.no_grad():
+                x_1 = sample_ode(
+                    lambda x, tau: policy.velocity(x, tau, next_context),
+                    noise.next_action,
+                    self.grid,
+                )
+            next_action = policy.executed(x_1)
         q, target, td = self._temporal_difference(
             batch, policy.features(context), next_context, next_action
         )
@@ -239,6 +230,24 @@ def _td_weight(batch: TransitionBatch) -> Tensor:
     return (batch.valid[:, -1] | batch.terminated).to(batch.chunk_return.dtype)
 
 
+class CriticLoss(nn.Module):
+    """:meth:`TRQAMLoss.critic_loss` as a module of the critic alone.
+
+    Distributed wrappers wait for the gradient of everything that a module holds.
+    """
+
+    def __init__(self, loss: TRQAMLoss) -> None:
+        super().__init__()
+        self.online = loss.critic.online
+        self._loss = (loss,)  # in a tuple: the policy's weights are not this module's
+
+    def forward(
+        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None
+    ) -> CriticLossOutput:
+        """See :meth:`TRQAMLoss.critic_loss`."""
+        return self._loss[0].critic_loss(batch, noise, next_action)
+
+
 class TRQAM:
     """Off-policy fine-tuning of a flow policy under a KL budget.
 
@@ -246,13 +255,30 @@ class TRQAM:
         policy: the policy; its tuned field is trained, its base field is the reference.
         critic: the critic ensemble.
         config: every knob.
+        accelerator: of ``accelerate``, with several processes or bfloat16; policy and critic lie on
+            its device, and take the weights of rank 0. Every rank then makes the same calls, each
+            with its own share of the batch.
+        shard: every rank keeps a part of the trained weights only; see :meth:`whole_weights`.
+
+    Raises:
+        UserError: what the accelerator or the config asks for is not possible.
     """
 
-    def __init__(self, policy: FlowPolicy, critic: Critic, config: TRQAMConfig) -> None:
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        critic: Critic,
+        config: TRQAMConfig,
+        accelerator: Accelerator | None = None,
+        *,
+        shard: bool = False,
+    ) -> None:
         self.policy, self.critic, self.config = policy, critic, config
+        self.ranks = Ranks(accelerator, shard=shard)
         if config.train_base:
             policy.start_base_training()
         self.loss = TRQAMLoss(policy, critic, config)
+        self._wrap()
         self.trust_region = TrustRegion(config, policy.chunk_shape[0])
         actor = [*policy.trainable_parameters(), *policy.behaviour_parameters()]
         critics = list(critic.online.parameters())
@@ -262,96 +288,92 @@ class TRQAM:
             fused=True,
         )
 
-    def update_critic(self, batch: TransitionBatch, noise: UpdateNoise) -> CriticUpdateResult:
-        """One update of the critic and its target alone; policy and lambda stand still."""
-        output = self.loss.critic_loss(batch, noise)
+    def _wrap(self) -> None:
+        """Makes the backward passes of both losses average over ranks."""
+        if not self.ranks.shard:
+            self._loss = self.ranks.replicated(self.loss)
+            self._critic_loss = self.ranks.replicated(CriticLoss(self.loss))
+            return
+        if self.config.train_base:
+            raise UserError("train_base: a base in training cannot be sharded; set one to false")
+        frozen = {p for p in self.loss.parameters() if not p.requires_grad}
+        # The critic's target follows the online network shard by shard.
+        frozen.difference_update(self.critic.target.parameters())
+        forwards = {"forward": LossOutput, "critic_loss": CriticLossOutput}
+        self.ranks.sharded(self.loss, frozen, forwards)
+        self._loss, self._critic_loss = self.loss, CriticLoss(self.loss)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Sharded weights are there inside, to act, to evaluate or to save; all ranks enter."""
+        return whole(self.loss)
+
+    def update_critic(
+        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
+    ) -> CriticUpdateResult:
+        """One update of the critic and its target alone; policy and lambda stand still.
+
+        Args:
+            batch: of chunks; this rank's.
+            noise: of the update.
+            next_action: see :meth:`TRQAMLoss.critic_loss`.
+        """
+        (share,) = self.ranks.shares([len(batch)])
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.critic.online.parameters(), self.config.max_grad_norm)
+        with self.ranks.autocast():
+            output = self._critic_loss(batch, noise, next_action)
+        _weighed(output.loss, share).backward()
+        norm = clipped(list(self.critic.online.parameters()), self.config.max_grad_norm)
         self.critic.update_target()
         # Adam leaves alone what has no gradient.
         self.optimizer.step()
-        return CriticUpdateResult(output, norm)
+        return CriticUpdateResult(output, share, norm, self.ranks)
 
     def update(self, batch: TransitionBatch, noise: UpdateNoise) -> UpdateResult:
-        """One update of critic, tuned field, lambda and target networks."""
-        output = self.loss(batch, noise, self.trust_region.lam)
+        """One update of critic, tuned field, lambda and target networks.
+
+        Args:
+            batch: of chunks; this rank's.
+            noise: of the update.
+        """
+        return self.update_in_parts([(batch, noise)])
+
+    def update_in_parts(self, parts: Sequence[tuple[TransitionBatch, UpdateNoise]]) -> UpdateResult:
+        """:meth:`update` on the joint batch of these micro-batches, one after the other.
+
+        One step of the optimizer, of lambda and of the targets, as if the batch had been one: only
+        the memory is that of a micro-batch.
+
+        Raises:
+            ValueError: the ranks do not have equally many micro-batches.
+        """
+        lam = self.trust_region.lam
+        shares = self.ranks.shares([len(batch) for batch, _ in parts])
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norms = [
-            nn.utils.clip_grad_norm_(group, self.config.max_grad_norm)
-            for group in self._clip_groups
+        outputs = [
+            self._backward(batch, noise, lam, share, last=number == len(parts))
+            for number, ((batch, noise), share) in enumerate(zip(parts, shares, strict=True), 1)
         ]
+        norms = [clipped(group, self.config.max_grad_norm) for group in self._clip_groups]
         # The targets follow the weights as they were before this step, as in the authors' code.
         self.critic.update_target()
         self.policy.update_base(self.config.base_ema_rate)
         self.optimizer.step()
-        lam = self.trust_region.lam
-        kl = self.trust_region.in_budget_units(float(output.kl_per_step.sum()))
+        local = sum(w * float(o.kl_per_step.sum()) for w, o in zip(shares, outputs, strict=True))
+        # Averaged before lambda moves: it is the same on every rank, to the bit.
+        kl = self.trust_region.in_budget_units(self.ranks.mean([local])[0])
         self.trust_region.update(kl)
-        return UpdateResult(output, lam, kl, norms, self.policy.executed)
+        return UpdateResult(outputs, shares, lam, kl, norms, self.policy.executed, self.ranks)
+
+    def _backward(
+        self, batch: TransitionBatch, noise: UpdateNoise, lam: float, share: float, *, last: bool
+    ) -> LossOutput:
+        """Adds a micro-batch's gradient."""
+        with self.ranks.accumulating(self._loss, last=last):
+            with self.ranks.autocast():
+                output: LossOutput = self._loss(batch, noise, lam)
+            _weighed(output.loss, share).backward()
+        return output
 
 
-@dataclass(frozen=True)
-class CriticUpdateResult:
-    """Outcome of :meth:`TRQAM.update_critic`: the loss, and the gradient's norm before clipping."""
-
-    output: CriticLossOutput
-    grad_norm: Tensor
-
-    def metrics(self) -> dict[str, float]:
-        """The logged quantities; each is explained in ``docs/metrics.md``."""
-        out = self.output
-        return _critic_metrics(out.loss.detach(), out.q, out.target) | {
-            "critic_grad_norm": float(self.grad_norm)
-        }
-
-
-def _critic_metrics(td: Tensor, q: Tensor, target: Tensor) -> dict[str, float]:
-    return {
-        "td_loss": float(td),
-        "q_mean": float(q.mean()),
-        "q_std": float(q.std(dim=0, correction=0).mean()),
-        "target_mean": float(target.mean()),
-    }
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """One update's outcome.
-
-    Attributes:
-        output: the loss and its parts.
-        lam: the lambda that the loss used.
-        kl_estimate: the path KL of the batch before the step, in the budget's unit.
-        grad_norms: norms before clipping: actor, critic - or one of both together.
-        executed: see :meth:`FlowPolicy.executed`.
-    """
-
-    output: LossOutput
-    lam: float
-    kl_estimate: float
-    grad_norms: list[Tensor]
-    executed: Executed
-
-    def metrics(self) -> dict[str, float]:
-        """The logged quantities; each is explained in ``docs/metrics.md``."""
-        out = self.output
-        x_1 = out.trajectory.x_1
-        terminal = out.terminal_adjoint.flatten(1).norm(dim=1).mean()
-        values = {
-            "kl_estimate": self.kl_estimate,
-            "lam": self.lam,
-            "adjoint_loss": float(out.adjoint_loss),
-            "adjoint_norm_terminal": float(terminal),
-            "adjoint_norm_initial": float(out.adjoint[0].flatten(1).norm(dim=1).mean()),
-            **_critic_metrics(out.td_loss, out.q, out.target),
-            "clipped_action_fraction": float(
-                (self.executed(x_1) != self.executed(x_1, clip=False)).float().mean()
-            ),
-            "actor_grad_norm": float(self.grad_norms[0]),
-            "critic_grad_norm": float(self.grad_norms[-1]),
-        }
-        if out.bc_loss is not None:
-            values["bc_loss"] = float(out.bc_loss)
-        return values
+def _weighed(loss: Tensor, share: float) -> Tensor:
+    return loss if share == 1.0 else share * loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,16 +14,20 @@ from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
 
 
-def chunk_policy(policy: FlowPolicy, noise_seed: int) -> ChunkPolicy:
+def chunk_policy(
+    policy: FlowPolicy, noise_seed: int, *, field: Literal["tuned", "base"] = "tuned"
+) -> ChunkPolicy:
     """What a rollout asks for a chunk, see :data:`~vla_trqam.envs.rollout.ChunkPolicy`.
 
     The noise of a chunk is a function of ``noise_seed``, the episode's seed and the chunk's number
     alone: two policies evaluated with the same ``noise_seed`` start from the same noise.
 
     Args:
-        policy: whose tuned field acts.
+        policy: whose field acts.
         noise_seed: separates the noise of different purposes.
+        field: which of the two acts.
     """
+    velocity = policy.velocity if field == "tuned" else policy.base_velocity
     grid = TimeGrid(policy.num_flow_steps)
     device = next(policy.trainable_parameters()).device
 
@@ -34,7 +38,7 @@ def chunk_policy(policy: FlowPolicy, noise_seed: int) -> ChunkPolicy:
         )
         context = policy.encode(_tensors(observations, device))
         x_0 = torch.from_numpy(noise).to(device)
-        x_1 = sample_ode(lambda x, tau: policy.velocity(x, tau, context), x_0, grid)
+        x_1 = sample_ode(lambda x, tau: velocity(x, tau, context), x_0, grid)
         return policy.to_robot(x_1).cpu().numpy()
 
     return act

@@ -7,7 +7,7 @@ whole, so that a kill leaves the one before.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
-from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.learners import (
     Learner,
     load_module_tensors,
@@ -86,7 +85,7 @@ def save_checkpoint(
     output_dir: Path,
     name: str,
     learner: Learner,
-    policy: FlowPolicy,
+    save_policy: Callable[[Path], None],
     generators: Generators,
     position: Position,
 ) -> Path:
@@ -95,7 +94,7 @@ def save_checkpoint(
     with written_whole(final) as part:
         for folder in (PRETRAINED, TRAINING, ALGORITHM):
             (part / folder).mkdir(parents=True)
-        policy.save_pretrained(part / PRETRAINED)
+        save_policy(part / PRETRAINED)
         save_file(module_tensors(learner), part / ALGORITHM / "networks.safetensors")
         _write_json(part / ALGORITHM / "scalars.json", learner.scalars())
         training = part / TRAINING

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
-from vla_trqam.envs.rollout import Episode, RolloutPool
+from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.acting import chunk_policy
@@ -72,25 +72,27 @@ class Run:
         output_dir: the run's folder.
         policy: the policy in training.
         store: where episodes go.
-        pool: the simulators.
+        pool: the simulators; None for a run without rollouts and evaluations.
         generators: the run's randomness.
         metrics: the log.
         evaluation_seeds: initial states of the evaluations during training.
         log_freq: updates between lines of the log.
         save_freq: updates between checkpoints.
         device: where batches go.
+        save_policy: writes the policy's part of a checkpoint into a folder.
     """
 
     output_dir: Path
     policy: FlowPolicy
     store: EpisodeStore
-    pool: RolloutPool
+    pool: RolloutPool | None
     generators: Generators
     metrics: MetricsLog
     evaluation_seeds: Sequence[int]
     log_freq: int
     save_freq: int
     device: torch.device
+    save_policy: Callable[[Path], None]
     step: int = 0
     wall_clock: dict[str, float] = field(default_factory=dict)
 
@@ -156,7 +158,7 @@ class Run:
         if not seeds:
             return
         with self.timed("rollouts"):
-            episodes = self.pool.run(chunk_policy(self.policy, ROLLOUT_NOISE), seeds)
+            episodes = self.simulator.run(chunk_policy(self.policy, ROLLOUT_NOISE), seeds)
         for episode in episodes:
             self.store.add(episode, source=phase.name)
             values = {"success": float(episode.success), "episode_steps": episode.num_steps}
@@ -181,9 +183,20 @@ class Run:
         self.metrics.log(self.step, "eval", values)
         progress.update(done, values)
 
-    def evaluate(self, seeds: Sequence[int], policy: FlowPolicy | None = None) -> list[Episode]:
-        """One episode an initial state; every policy meets the same states and noise."""
-        return self.pool.run(chunk_policy(policy or self.policy, EVALUATION_NOISE), seeds)
+    def evaluate(self, seeds: Sequence[int], actor: ChunkPolicy | None = None) -> list[Episode]:
+        """One episode an initial state; every policy meets the same states and noise.
+
+        Args:
+            seeds: of the initial states.
+            actor: with the evaluations' noise; None for the policy in training.
+        """
+        return self.simulator.run(actor or chunk_policy(self.policy, EVALUATION_NOISE), seeds)
+
+    @property
+    def simulator(self) -> RolloutPool:
+        """The simulators, of a run that has them."""
+        assert self.pool is not None, "a run without a simulator has no rollouts and evaluations"
+        return self.pool
 
     def _save(self, phase: Phase, learner: Learner, done: int) -> None:
         position = Position(
@@ -195,7 +208,7 @@ class Run:
             wall_clock=self.wall_clock,
         )
         name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
-        save_checkpoint(self.output_dir, name, learner, self.policy, self.generators, position)
+        save_checkpoint(self.output_dir, name, learner, self.save_policy, self.generators, position)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

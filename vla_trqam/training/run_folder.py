@@ -1,10 +1,12 @@
-"""The folder of a Robomimic run: begun anew, or gone on with from its last checkpoint."""
+"""The folder of a run: begun anew, or gone on with from its last checkpoint."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
@@ -12,7 +14,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.checkpoints import last_checkpoint, read_position
-from vla_trqam.training.config import dump_config
+from vla_trqam.training.config import Resumable, dump_config
 from vla_trqam.training.finetuning import METRICS_NAME
 from vla_trqam.training.metrics import MetricsLog
 from vla_trqam.training.offline_data import fill_replay
@@ -21,10 +23,27 @@ from vla_trqam.training.settings import FinetuneRobomimicConfig
 CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
 
 
-def open_folder(
-    config: FinetuneRobomimicConfig, file: RobomimicFile, policy: FlowPolicy, output_dir: Path
-) -> tuple[ReplayBuffer, MetricsLog]:
+class Replay(Protocol):
+    """What a folder's replay must be able to do."""
+
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes."""
+
+
+def open_folder[R: Replay](
+    config: Resumable,
+    output_dir: Path,
+    *,
+    reopen: Callable[[Path], R],
+    begin: Callable[[Path], R],
+) -> tuple[R, MetricsLog]:
     """Replay and log of a new run, or those of the run to go on with, back at its checkpoint.
+
+    Args:
+        config: a dataclass of every setting; saved when a run begins.
+        output_dir: the run's folder.
+        reopen: opens the replay at a path.
+        begin: makes and fills one there, after whatever else a new run needs.
 
     Raises:
         UserError: the folder cannot be made, or what is in it is damaged.
@@ -33,7 +52,7 @@ def open_folder(
     if checkpoint is not None:
         print(f"going on from {checkpoint}")
         position = read_position(checkpoint)
-        replay = ReplayBuffer.open(output_dir / REPLAY_NAME)
+        replay = reopen(output_dir / REPLAY_NAME)
         replay.truncate_to(position.replay_episodes)
         metrics_path = output_dir / METRICS_NAME
         return replay, MetricsLog.resume_after_line(metrics_path, position.metrics_lines)
@@ -44,15 +63,28 @@ def open_folder(
     # Nothing to go on with: what a run leaves before its first checkpoint is begun anew.
     (output_dir / METRICS_NAME).unlink(missing_ok=True)
     shutil.rmtree(output_dir / REPLAY_NAME, ignore_errors=True)
+    replay = begin(output_dir / REPLAY_NAME)
+    return replay, MetricsLog(output_dir / METRICS_NAME)
+
+
+def save_settings(config: Resumable, output_dir: Path) -> None:
+    """Writes ``config.yaml``, with which the run can be resumed from then on."""
+    dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)  # type: ignore[type-var]
+
+
+def begin_robomimic(
+    config: FinetuneRobomimicConfig, file: RobomimicFile, policy: FlowPolicy, replay: Path
+) -> ReplayBuffer:
+    """What a new run of the Robomimic recipe begins with; returns its filled replay."""
+    output_dir = replay.parent
     if config.policy.path is None:
         shutil.rmtree(output_dir / BASE_NAME, ignore_errors=True)
     elif not config.resume:
         # Before the settings: a run that can be resumed has its copy.
         with written_whole(output_dir / BASE_NAME) as part:
             policy.save_pretrained(part)
-    dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)
-    replay = fill_replay(config, file, output_dir / REPLAY_NAME)
-    return replay, MetricsLog(output_dir / METRICS_NAME)
+    save_settings(config, output_dir)
+    return fill_replay(config, file, replay)
 
 
 def given_policy(config: FinetuneRobomimicConfig) -> Path | None:

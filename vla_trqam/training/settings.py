@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -168,8 +170,103 @@ class EvalConfig:
     videos: int | None = None
 
 
+class RunSettings(ABC):
+    """What the settings of every run have: a method, and initial states for each purpose."""
+
+    seed: int
+    discount: float
+    critic: CriticConfig
+    method: MethodConfig
+    trqam: TRQAMConfig
+    online: OnlineConfig
+    eval: EvalConfig
+
+    @property
+    @abstractmethod
+    def num_base_episodes(self) -> int:
+        """Episodes of the base policy that join the replay before it moves."""
+
+    def method_config(self) -> TRQAMConfig:
+        """The knobs of the chosen method.
+
+        Raises:
+            UserError: QAM's beta is not positive, or TRQAM is given one.
+        """
+        beta = self.method.inverse_temperature
+        if self.method.name == "qam":
+            return qam_config(self.trqam, beta)
+        if beta != 1.0:
+            raise UserError(
+                f"--method.inverse_temperature={beta} is QAM's; TRQAM finds its own temperature: "
+                "add --method.name=qam or leave it out"
+            )
+        return self.trqam
+
+    def evaluation_seeds(self) -> list[int]:
+        """Initial states of the final evaluation."""
+        return _seeds(self.eval.first_seed, self.eval.episodes)
+
+    def validation_seeds(self) -> list[int]:
+        """Initial states of the evaluations during training."""
+        return _seeds(VALIDATION_SEED, self.eval.episodes_during_training)
+
+    def base_seeds(self) -> list[int]:
+        """Initial states of the base's episodes before the offline updates."""
+        return _seeds(self._first_training_seed, self.num_base_episodes)
+
+    def round_seeds(self, done: int) -> list[int]:
+        """Initial states of the rollouts before the online update after ``done`` of them."""
+        number, rest = divmod(done, self.online.updates_per_round)
+        count = self.online.episodes_per_round
+        start = self._first_training_seed + self.num_base_episodes + number * count
+        return [] if rest else _seeds(start, count)
+
+    @property
+    def num_training_episodes(self) -> int:
+        """Episodes that all rollouts of the training add to the replay."""
+        rounds = -(-self.online.steps // self.online.updates_per_round)
+        return self.num_base_episodes + rounds * self.online.episodes_per_round
+
+    @property
+    def _first_training_seed(self) -> int:
+        return TRAINING_SEED + self.seed * TRAINING_SEED_STRIDE
+
+    def _check_rates(self) -> None:
+        if not 0.0 < self.discount < 1.0:
+            raise UserError(f"--discount={self.discount} must lie between 0 and 1")
+        if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:
+            raise UserError(f"--online.fraction={self.online.fraction} must lie between 0 and 1")
+        if not 0.0 < self.critic.target_rate <= 1.0:
+            raise UserError(f"--critic.target_rate={self.critic.target_rate} must lie in (0, 1]")
+        for name in ("pessimism", "adjoint_pessimism"):
+            rho = getattr(self.critic, name)
+            if not 0.0 <= rho < float("inf"):
+                raise UserError(f"--critic.{name}={rho} must be finite and not negative")
+
+    def _check_seeds(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"--seed={self.seed} must lie between 0 and {LARGEST_SEED}")
+        last = self.eval.first_seed + self.eval.episodes
+        if self.eval.first_seed < 0 or last > VALIDATION_SEED:
+            raise UserError(
+                f"--eval.first_seed={self.eval.first_seed} must be at least 0 and leave its "
+                f"{self.eval.episodes} initial states below {VALIDATION_SEED}"
+            )
+        most = TRAINING_SEED - VALIDATION_SEED
+        if self.eval.episodes_during_training > most:
+            raise UserError(
+                f"--eval.episodes_during_training={self.eval.episodes_during_training} "
+                f"must be at most {most}"
+            )
+        if self.num_training_episodes > TRAINING_SEED_STRIDE:
+            raise UserError(
+                f"the settings roll out {self.num_training_episodes} episodes for training; "
+                f"there are initial states for {TRAINING_SEED_STRIDE}"
+            )
+
+
 @dataclass
-class FinetuneRobomimicConfig:
+class FinetuneRobomimicConfig(RunSettings):
     """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml.
 
     Attributes:
@@ -218,50 +315,10 @@ class FinetuneRobomimicConfig:
         self._check_seeds()
         self._check_choices()
 
-    def method_config(self) -> TRQAMConfig:
-        """The knobs of the chosen method.
-
-        Raises:
-            UserError: QAM's beta is not positive, or TRQAM is given one.
-        """
-        beta = self.method.inverse_temperature
-        if self.method.name == "qam":
-            return qam_config(self.trqam, beta)
-        if beta != 1.0:
-            raise UserError(
-                f"--method.inverse_temperature={beta} is QAM's; TRQAM finds its own temperature: "
-                "add --method.name=qam or leave it out"
-            )
-        return self.trqam
-
-    def evaluation_seeds(self) -> list[int]:
-        """Initial states of the final evaluation."""
-        return _seeds(self.eval.first_seed, self.eval.episodes)
-
-    def validation_seeds(self) -> list[int]:
-        """Initial states of the evaluations during training."""
-        return _seeds(VALIDATION_SEED, self.eval.episodes_during_training)
-
-    def base_seeds(self) -> list[int]:
-        """Initial states of the base's episodes before the offline updates."""
-        return _seeds(self._first_training_seed, self.offline.base_episodes)
-
-    def round_seeds(self, done: int) -> list[int]:
-        """Initial states of the rollouts before the online update after ``done`` of them."""
-        number, rest = divmod(done, self.online.updates_per_round)
-        count = self.online.episodes_per_round
-        start = self._first_training_seed + self.offline.base_episodes + number * count
-        return [] if rest else _seeds(start, count)
-
     @property
-    def num_training_episodes(self) -> int:
-        """Episodes that all rollouts of the training add to the replay."""
-        rounds = -(-self.online.steps // self.online.updates_per_round)
-        return self.offline.base_episodes + rounds * self.online.episodes_per_round
-
-    @property
-    def _first_training_seed(self) -> int:
-        return TRAINING_SEED + self.seed * TRAINING_SEED_STRIDE
+    def num_base_episodes(self) -> int:
+        """Episodes of the base policy that join the replay before it moves."""
+        return self.offline.base_episodes
 
     def _check_numbers(self) -> None:
         at_least_one = {
@@ -284,9 +341,6 @@ class FinetuneRobomimicConfig:
             "eval.num_workers": self.eval.num_workers,
             "eval.episodes_during_training": self.eval.episodes_during_training,
         }
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise UserError(f"--{name}={value} must be at least 1")
         not_negative = {
             "offline.steps": self.offline.steps,
             "offline.critic_steps": self.offline.critic_steps,
@@ -295,42 +349,8 @@ class FinetuneRobomimicConfig:
             "evaluate_every": self.evaluate_every,
             "eval.videos": self.eval.videos,
         }
-        for name, value in not_negative.items():
-            if value is not None and value < 0:
-                raise UserError(f"--{name}={value} must not be negative")
-
-    def _check_rates(self) -> None:
-        if not 0.0 < self.discount < 1.0:
-            raise UserError(f"--discount={self.discount} must lie between 0 and 1")
-        if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:
-            raise UserError(f"--online.fraction={self.online.fraction} must lie between 0 and 1")
-        if not 0.0 < self.critic.target_rate <= 1.0:
-            raise UserError(f"--critic.target_rate={self.critic.target_rate} must lie in (0, 1]")
-        for name in ("pessimism", "adjoint_pessimism"):
-            rho = getattr(self.critic, name)
-            if not 0.0 <= rho < float("inf"):
-                raise UserError(f"--critic.{name}={rho} must be finite and not negative")
-
-    def _check_seeds(self) -> None:
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise UserError(f"--seed={self.seed} must lie between 0 and {LARGEST_SEED}")
-        last = self.eval.first_seed + self.eval.episodes
-        if self.eval.first_seed < 0 or last > VALIDATION_SEED:
-            raise UserError(
-                f"--eval.first_seed={self.eval.first_seed} must be at least 0 and leave its "
-                f"{self.eval.episodes} initial states below {VALIDATION_SEED}"
-            )
-        most = TRAINING_SEED - VALIDATION_SEED
-        if self.eval.episodes_during_training > most:
-            raise UserError(
-                f"--eval.episodes_during_training={self.eval.episodes_during_training} "
-                f"must be at most {most}"
-            )
-        if self.num_training_episodes > TRAINING_SEED_STRIDE:
-            raise UserError(
-                f"the settings roll out {self.num_training_episodes} episodes for training; "
-                f"there are initial states for {TRAINING_SEED_STRIDE}"
-            )
+        refuse_below(at_least_one, 1)
+        refuse_below(not_negative, 0)
 
     def _check_choices(self) -> None:
         if self.offline.steps + self.online.steps < 1:
@@ -365,6 +385,14 @@ def refuse_idle_flags(config: FinetuneRobomimicConfig, flags: set[str]) -> None:
             f"--policy.path={config.policy.path} is a policy that is trained already and has its "
             f"own shape; leave out {', '.join(idle)}"
         )
+
+
+def refuse_below(values: Mapping[str, int | None], least: int) -> None:
+    """Raises a UserError for the first of these flags that is below the least allowed."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            must = f"be at least {least}" if least else "not be negative"
+            raise UserError(f"--{name}={value} must {must}")
 
 
 def _seeds(first: int, count: int) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vla_trqam.critic import Critic
 from vla_trqam.data.sampling import ChunkSampler
-from vla_trqam.envs.rollout import Episode
+from vla_trqam.envs.rollout import ChunkPolicy, Episode
 from vla_trqam.envs.video import write_side_by_side
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
@@ -59,7 +59,7 @@ def write_plots(
     return [*paths, path]
 
 
-def film(run: Run, base: FlowPolicy, evaluation: PairedEvaluation, count: int) -> list[Path]:
+def film(run: Run, base: ChunkPolicy, evaluation: PairedEvaluation, count: int) -> list[Path]:
     """Films base and tuned policy side by side: gained episodes first, then lost, then others.
 
     Raises:
@@ -69,8 +69,8 @@ def film(run: Run, base: FlowPolicy, evaluation: PairedEvaluation, count: int) -
     if not seeds:
         return []
     pair = [
-        run.pool.record(chunk_policy(policy, EVALUATION_NOISE), seeds, every=FRAME_EVERY)
-        for policy in (base, run.policy)
+        run.simulator.record(actor, seeds, every=FRAME_EVERY)
+        for actor in (base, chunk_policy(run.policy, EVALUATION_NOISE))
     ]
     paths = []
     for before, after in zip(*pair, strict=True):
@@ -90,7 +90,7 @@ def film(run: Run, base: FlowPolicy, evaluation: PairedEvaluation, count: int) -
 
 def conclude(
     run: Run,
-    base: FlowPolicy,
+    base: FlowPolicy | None,
     critic: Critic,
     sampler: ChunkSampler[Any],
     *,
@@ -102,10 +102,18 @@ def conclude(
     command: str,
     kl_unit: str,
 ) -> PairedEvaluation:
-    """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result."""
+    """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result.
+
+    The base is a policy of its own, or None for the base field of the policy in training.
+    """
+    base_actor = (
+        chunk_policy(run.policy, EVALUATION_NOISE, field="base")
+        if base is None
+        else chunk_policy(base, EVALUATION_NOISE)
+    )
     with run.timed("final evaluation"):
         evaluation = paired_evaluation(
-            run.evaluate(evaluation_seeds, base), run.evaluate(evaluation_seeds)
+            run.evaluate(evaluation_seeds, base_actor), run.evaluate(evaluation_seeds)
         )
     write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     with run.timed("plots"):
@@ -130,7 +138,7 @@ def conclude(
     try:
         with run.timed("videos"):
             videos = film(
-                run, base, evaluation, DEFAULT_VIDEOS if num_videos is None else num_videos
+                run, base_actor, evaluation, DEFAULT_VIDEOS if num_videos is None else num_videos
             )
     except UserError as error:
         # Without a wish of the user's, a machine that cannot render gets a sentence.

@@ -1,0 +1,18 @@
+"""Makes a π0 or π0.5 policy better with TRQAM; without arguments a tiny one, in Robomimic Lift.
+
+accelerate launch recipes/finetune_pi0.py
+accelerate launch recipes/finetune_pi0.py --policy.path=lerobot/pi0_base --dataset.repo_id=USER/DATA
+accelerate launch recipes/finetune_pi0.py --resume=true --output_dir=outputs/...
+"""
+
+import sys
+from pathlib import Path
+
+from vla_trqam.recipes.finetune_vla import main
+
+import vla_trqam.data
+
+PACKED = Path(vla_trqam.data.__file__).with_name("lift_pi0")
+
+if __name__ == "__main__":
+    sys.exit(main(Path(__file__), PACKED))

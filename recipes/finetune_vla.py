@@ -1,0 +1,383 @@
+"""What the recipes for LeRobot's flow policies share: from settings to a tuned policy and report.
+
+The vision-language prefix is frozen, so each frame goes through it once and its features are kept
+beside the replay; an update of the policy evaluates the action expert alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from vla_trqam.adapters.critic_features import CriticFeatures
+from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
+from vla_trqam.adapters.loading import load_policy
+from vla_trqam.adapters.lora import LoRASettings
+
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
+from vla_trqam.envs.env_meta import env_meta_for
+from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
+from vla_trqam.envs.rollout import RolloutPool
+from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
+from vla_trqam.training.checkpoints import Generators, check_output_dir
+from vla_trqam.training.config import parse_config, resumed_config, settings_of
+from vla_trqam.training.episode_store import FrameStore
+from vla_trqam.training.finetuning import Phase, Run
+from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
+from vla_trqam.training.memory import keep_freed_memory
+from vla_trqam.training.next_actions import NextActions, NumberedFeatures
+from vla_trqam.training.preflight import preflight
+from vla_trqam.training.run_folder import CONFIG_NAME, open_folder, save_settings
+from vla_trqam.training.showcase import conclude
+from vla_trqam.training.vla_settings import FinetuneVLAConfig
+
+CRITIC_FEATURES = (PACKED + "features",)
+
+
+def main(recipe: Path, packed: Path, arguments: Sequence[str] | None = None) -> int:
+    """Command line of a recipe; returns the exit status.
+
+    Args:
+        recipe: its file, beside which the presets lie.
+        packed: folder of the ``policy`` and the ``dataset`` that a run without arguments takes.
+        arguments: of the command line.
+    """
+    config = None
+    try:
+        config = read_config(recipe, sys.argv[1:] if arguments is None else arguments)
+        finetune(config, packed)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}; a smaller step size or budget may hold it", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as stop:
+        folder = None if config is None else config.output_dir
+        begun = folder is not None and (folder / CONFIG_NAME).is_file()
+        print(how_to_go_on(folder if begun else None, str(stop)), file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_config(recipe: Path, arguments: Sequence[str]) -> FinetuneVLAConfig:
+    """The settings of a new run, or those of the run that is resumed."""
+    config = parse_config(FinetuneVLAConfig, recipe.with_suffix(".yaml"), arguments)
+    if config.resume:
+        return resumed_config(config, CONFIG_NAME, arguments)
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    config.output_dir = config.output_dir or Path("outputs") / recipe.stem / stamp
+    return config
+
+
+def finetune(config: FinetuneVLAConfig, packed: Path) -> None:
+    """The whole run.
+
+    Raises:
+        UserError: the settings, policy, data or folder do not work; no folder is made then.
+        Interrupted: it was asked to stop; a checkpoint is saved.
+    """
+    device = _prepare_torch(config)
+    assert config.output_dir is not None
+    check_output_dir(config.output_dir, resume=config.resume)
+    reader = LeRobotReader(_dataset(config, packed))
+    policy = _load_policy(config, packed, device)
+    with ExitStack() as stack:
+        parts = _set_up(config, reader, policy, device, stack)
+        run, phases, everything = parts
+        with InterruptGuard() as guard:
+            learner = run.train(phases, guard)
+        assert isinstance(learner, CachedOffPolicy)
+        conclude(
+            run,
+            None,
+            learner.method.critic,
+            everything,
+            evaluation_seeds=config.evaluation_seeds(),
+            num_videos=config.eval.videos,
+            config=settings_of(config),
+            title=_title(config, policy),
+            seeds={"training": config.seed},
+            command=shlex.join(["accelerate", "launch", *sys.argv]),
+            kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
+        )
+
+
+def _prepare_torch(config: FinetuneVLAConfig) -> torch.device:
+    accelerator = Accelerator()
+    # accelerate launch sets OMP_NUM_THREADS to 1 on its own; this is the owner of the number.
+    torch.set_num_threads(config.num_threads or _cores())
+    keep_freed_memory()
+    torch.manual_seed(config.seed)
+    return accelerator.device
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _dataset(config: FinetuneVLAConfig, packed: Path) -> LeRobotConfig:
+    data = config.dataset
+    return LeRobotConfig(
+        repo_id=data.repo_id or f"local/{packed.name}",
+        root=data.root if data.repo_id else packed / "dataset",
+        episodes=data.episodes,
+        reward=data.reward,
+        success_labels=data.success_labels,
+    )
+
+
+def _load_policy(
+    config: FinetuneVLAConfig, packed: Path, device: torch.device
+) -> LeRobotFlowPolicy:
+    knobs, peft = config.policy, config.peft
+    lora = LoRASettings(peft.r, peft.lora_alpha, peft.target_modules)
+    return load_policy(
+        knobs.path or packed / "policy",
+        lora=lora if peft.method == "lora" else None,
+        adapter=knobs.adapter,
+        features=CriticFeatures(layer=knobs.critic_layer),
+        limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
+        device=knobs.device or str(device),
+        revision=knobs.revision,
+    )
+
+
+def _set_up(
+    config: FinetuneVLAConfig,
+    reader: LeRobotReader,
+    policy: LeRobotFlowPolicy,
+    device: torch.device,
+    stack: ExitStack,
+) -> tuple[Run, list[Phase], ChunkSampler[Any]]:
+    """Folder, replay, phases, a sampler of all data, and last the simulators.
+
+    They start when all else is checked.
+    """
+    output_dir = config.output_dir
+    assert output_dir is not None
+    try:
+        replay, metrics = open_folder(
+            config, output_dir, reopen=FrameReplay.open, begin=partial(_begin, config, reader)
+        )
+        stack.callback(replay.close)
+        stack.enter_context(metrics)
+        features = FeatureCache(
+            replay, lambda seen: _pack(policy, seen), fingerprint=prefix_fingerprint(policy)
+        )
+        features.update()
+        everything = _sampler(config, policy, replay, features, None)
+        phases = _phases(config, policy, replay, features)
+        report = preflight(
+            policy,
+            replay,
+            everything,
+            batch_size=config.batch_size,
+            output_dir=output_dir,
+            execution_horizon=policy.host.config.n_action_steps,
+            num_checkpoints=-(-(config.steps + config.online.steps) // config.save_freq) + 1,
+            resumed=config.resume,
+        )
+        print("\n".join(report.lines()))
+        report.raise_on_failure()
+        pool = _start_simulators(config, policy)
+    except UserError:
+        if not config.resume:
+            shutil.rmtree(output_dir, ignore_errors=True)
+        raise
+    run = Run(
+        output_dir=output_dir,
+        policy=policy,
+        store=FrameStore(
+            replay,
+            features,
+            chunk_length=policy.chunk_shape[0],
+            task="" if pool is None else pool.task_description,
+        ),
+        pool=None if pool is None else stack.enter_context(pool),
+        generators=Generators.seeded(config.seed, device),
+        metrics=metrics,
+        evaluation_seeds=config.validation_seeds(),
+        log_freq=config.log_freq,
+        save_freq=config.save_freq,
+        device=device,
+        save_policy=partial(policy.save_pretrained, merged=config.policy.merged),
+    )
+    return run, phases, everything
+
+
+def _begin(config: FinetuneVLAConfig, reader: LeRobotReader, path: Path) -> FrameReplay:
+    """The settings' file and the filled replay of a new run."""
+    save_settings(config, path.parent)
+    more = config.num_training_episodes * config.eval.max_episode_steps
+    replay = reader.create_replay(path, more_steps=more)
+    reader.load_into(replay, source="dataset")
+    return replay
+
+
+def _pack(policy: LeRobotFlowPolicy, seen: Any) -> dict[str, torch.Tensor]:
+    device = next(policy.trainable_parameters()).device
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in seen.items()}
+    return policy.packed(moved)
+
+
+def prefix_fingerprint(policy: LeRobotFlowPolicy) -> str:
+    """A hash of everything that the cached features depend on: frozen weights and statistics."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((policy.critic_features, policy.host.config)).encode())
+    trained = {id(p) for p in policy.trainable_parameters()}
+    tensors = [*policy.host.named_parameters()]
+    if policy.processors is not None:
+        for feature, entry in sorted(policy.processors.statistics.items()):
+            tensors += [(f"{feature}.{name}", value) for name, value in sorted(entry.items())]
+    for name, tensor in tensors:
+        if id(tensor) not in trained:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _start_simulators(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> RolloutPool | None:
+    if config.env.type is None:
+        return None
+    return RolloutPool(
+        env_meta_for(config.env.task),
+        chunk_length=policy.chunk_shape[0],
+        num_workers=config.eval.num_workers or _cores(),
+        max_episode_steps=config.eval.max_episode_steps,
+        obs_keys=STATE_KEYS,
+        cameras=CameraSettings(config.env.cameras, config.env.image_size, config.env.shadows),
+    )
+
+
+def _sampler(
+    config: FinetuneVLAConfig,
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    features: FeatureCache,
+    names: tuple[str, ...] | None,
+    sources: Sequence[str] | None = None,
+) -> ChunkSampler[Any]:
+    """Chunks whose observations are cached features; ``names`` are those wanted."""
+    return replay.sampler(
+        chunk_length=policy.chunk_shape[0],
+        discount=config.discount,
+        short_chunks=config.dataset.short_chunks,
+        reward=RewardSpec(config.dataset.kind),
+        sources=sources,
+        observer=NumberedFeatures(features, replay, names),
+    )
+
+
+def _make_learner(
+    config: FinetuneVLAConfig,
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    features: FeatureCache,
+) -> CachedOffPolicy:
+    knobs = config.critic
+    torch.manual_seed(config.seed)
+    executed = policy.chunk_shape[0] * int(policy.action_mask.sum())
+    ensemble = CriticEnsemble(
+        policy.feature_dim,
+        executed,
+        knobs.hidden_dims,
+        knobs.ensemble_size,
+        layer_norm=knobs.layer_norm,
+    )
+    critic = Critic(
+        ensemble,
+        pessimism=knobs.pessimism,
+        adjoint_pessimism=knobs.adjoint_pessimism,
+        target_rate=knobs.target_rate,
+        clip_actions=knobs.clip_actions,
+    ).to(next(policy.trainable_parameters()).device)
+    return CachedOffPolicy(
+        TRQAM(policy, critic, config.method_config()),
+        NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
+        _sampler(config, policy, replay, features, CRITIC_FEATURES),
+        critic_updates=knobs.updates_per_step,
+        batch_size=knobs.batch_size,
+    )
+
+
+def _phases(
+    config: FinetuneVLAConfig,
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    features: FeatureCache,
+) -> list[Phase]:
+    """The critic's warm-up, offline and online updates, as far as the settings want them."""
+    draw = partial(_sampler, config, policy, replay, features)
+    learner = cache(lambda: _make_learner(config, policy, replay, features))
+    phases = []
+    if config.critic.warmup_steps:
+        phases.append(
+            Phase(
+                name="critic",
+                num_steps=config.critic.warmup_steps,
+                make_learner=lambda: CachedCriticWarmup(learner()),
+                sampler=draw(CRITIC_FEATURES),
+                batch_size=config.critic.batch_size,
+                episodes_before=lambda done: () if done else config.base_seeds(),
+                moves_policy=False,
+            )
+        )
+    moving = partial(
+        Phase,
+        make_learner=learner,
+        batch_size=config.batch_size,
+        evaluate_every=config.evaluate_every if config.env.type else 0,
+    )
+    if config.steps:
+        collected = config.critic.warmup_steps > 0
+        phases.append(
+            moving(
+                name="offline",
+                num_steps=config.steps,
+                sampler=draw(None),
+                episodes_before=lambda done: () if done or collected else config.base_seeds(),
+            )
+        )
+    if config.online.steps:
+        phases.append(
+            moving(
+                name="online",
+                num_steps=config.online.steps,
+                sampler=_online_sampler(config, draw),
+                episodes_before=config.round_seeds,
+            )
+        )
+    return phases
+
+
+def _online_sampler(
+    config: FinetuneVLAConfig, draw: Callable[..., ChunkSampler[Any]]
+) -> ChunkSampler[Any] | MixedSampler[Any]:
+    fraction = config.online.fraction
+    if fraction is None:
+        return draw(None)
+    offline = draw(None, ["dataset", "critic", "offline"])
+    return MixedSampler(offline, draw(None, ["online"]), online_fraction=fraction)
+
+
+def _title(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> str:
+    where = f" on {config.env.task}" if config.env.type else ""
+    return f"{config.method.name.upper()} of {policy.host.config.type}{where}"

@@ -1,0 +1,119 @@
+"""Next actions drawn before: what makes an update of the critic cheap.
+
+The TD target of a chunk needs an action of the policy at the next observation: K evaluations of its
+field, a hundred times the cost of the critic itself where the policy is a transformer. Drawn once a
+frame and used again, they are as old as the policy was then: a lag, as the target network has one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.data.sampling import Observer
+from vla_trqam.errors import UserError
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.sde import sample_ode
+from vla_trqam.time_grid import TimeGrid
+
+FRAME = "frame"
+"""The number of the frame in an observation of :class:`NumberedFeatures`."""
+
+
+class NumberedFeatures(Observer[FrameObservation]):
+    """Cached features of a replay's frames, and the frames' numbers (B,).
+
+    Args:
+        cache: of the features.
+        replay: whose frames.
+        names: of the features wanted; None for all.
+    """
+
+    def __init__(
+        self, cache: FeatureCache, replay: FrameReplay, names: tuple[str, ...] | None = None
+    ) -> None:
+        self._cache, self._replay, self._names = cache, replay, names
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) bool: whether a frame was taken."""
+        return self._cache.known(rows)
+
+    def at(self, rows: np.ndarray) -> FrameObservation:
+        """The features of the frames at these rows, and their numbers."""
+        frames = self._replay.frame_index.frames(rows)
+        return self._cache.at(rows, self._names) | {FRAME: torch.from_numpy(frames)}
+
+
+class NextActions(nn.Module):
+    """A few chunks of the policy at every frame of a replay, as the robot executes them.
+
+    Args:
+        policy: whose chunks.
+        replay: whose frames.
+        cache: of their features.
+        chunks_per_frame: M, kept at every frame; a target takes a random one.
+    """
+
+    def __init__(
+        self, policy: FlowPolicy, replay: FrameReplay, cache: FeatureCache, *, chunks_per_frame: int
+    ) -> None:
+        super().__init__()
+        if chunks_per_frame < 1:
+            raise UserError(f"critic.next_actions is {chunks_per_frame}; it must be at least 1")
+        self._policy = (policy,)  # in a tuple: its weights are not this module's
+        self._replay = replay
+        self._observer = NumberedFeatures(cache, replay)
+        horizon, real = policy.chunk_shape[0], int(policy.action_mask.sum())
+        device = next(policy.trainable_parameters()).device
+        shape = (replay.frame_capacity, chunks_per_frame, horizon, real)
+        self.chunks: Tensor
+        self.known: Tensor
+        self.register_buffer("chunks", torch.zeros(shape, device=device))
+        self.register_buffer(
+            "known", torch.zeros(shape[0], dtype=torch.bool, device=device), persistent=True
+        )
+
+    @torch.no_grad()
+    def fill(self, generator: torch.Generator, *, batch_size: int = 256) -> int:
+        """Draws the chunks of frames that have none yet; returns how many frames these were."""
+        rows = self._replay.frame_index.rows_of_frames()
+        missing = torch.nonzero(~self.known[: len(rows)]).flatten()
+        # An empty tensor splits into one empty part.
+        for part in missing.split(batch_size) if len(missing) else ():
+            self.chunks[part] = self._draw(rows[part.cpu().numpy()], generator)
+            self.known[part] = True
+        return len(missing)
+
+    def pick(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """One chunk of each of these frames (B,), chosen at random: (B, H, a)."""
+        return self.chunks[frames, self._slots(frames, generator)]
+
+    def put(self, frames: Tensor, chunks: Tensor, generator: torch.Generator) -> None:
+        """Newer chunks (B, H, a) take the place of random older ones at these frames (B,)."""
+        self.chunks[frames, self._slots(frames, generator)] = chunks
+
+    def _slots(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randint(
+            self.chunks.shape[1], frames.shape, generator=generator, device=generator.device
+        )
+
+    def _draw(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        """(N, M, H, a)."""
+        (policy,) = self._policy
+        device = self.chunks.device
+        observed = self._observer.at(rows)
+        context = policy.encode({k: v.to(device) for k, v in observed.items()})  # type: ignore[union-attr]
+        drawn = []
+        for _ in range(self.chunks.shape[1]):
+            x_0 = torch.empty((len(rows), *policy.chunk_shape), device=device)
+            x_0.normal_(generator=generator)
+            x_1 = sample_ode(
+                lambda x, tau: policy.velocity(x, tau, context),
+                x_0,
+                TimeGrid(policy.num_flow_steps),
+            )
+            drawn.append(policy.executed(x_1))
+        return torch.stack(drawn, dim=1)
