@@ -1,0 +1,132 @@
+"""What is trained, what that takes of memory and disk, and what there is."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from preflight_problems import make_policy, make_replay
+from torch import nn
+
+from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.training import preflight_memory as memory
+
+
+@pytest.fixture
+def policy() -> Any:
+    return make_policy()
+
+
+@pytest.mark.slow
+def test_trained_frozen_and_copied_parameters_are_counted() -> None:
+    adapters, full = make_policy(lora=True), make_policy(lora=False)
+    trained = sum(p.numel() for p in adapters.trainable_parameters())
+    found = memory.check_parameters(adapters).found
+    assert f"adapters: {trained:,} trained" in found
+    assert ", 0 copied for the base (0 B)" in found
+    expert = sum(p.numel() for p in full.trainable_parameters())
+    assert f"{expert:,} trained" in memory.check_parameters(full).found
+    assert f"{expert:,} copied for the base" in memory.check_parameters(full).found
+
+
+@pytest.mark.slow
+def test_adapters_with_a_second_copy_and_nothing_trained_are_refused() -> None:
+    policy = make_policy()
+    policy.base = copy.deepcopy(make_policy(lora=False).base)
+    assert "the base is the adapters switched off" in memory.check_parameters(policy).remedy
+    policy = make_policy().requires_grad_(False)
+    assert not memory.check_parameters(policy).ok
+    assert "0 trained" in memory.check_parameters(policy).found
+
+
+def test_a_gradient_that_does_not_arrive_is_refused() -> None:
+    policy: Any = SimpleNamespace(trainable_parameters=lambda: [torch.zeros(1)] * 3)
+    good = memory.DryPass(prefix=0, activations=0, reached=2, finite=True)
+    assert memory.check_gradient(good, policy).found.endswith("reaches 2 of 3 trained tensors")
+    for reached, finite in ((0, True), (3, False)):
+        dry = memory.DryPass(prefix=0, activations=0, reached=reached, finite=finite)
+        assert not memory.check_gradient(dry, policy).ok
+
+
+def test_saved_bytes_are_what_autograd_keeps() -> None:
+    layer, x = nn.Linear(8, 16), torch.randn(4, 8)
+    with memory.saved_bytes({p.untyped_storage().data_ptr() for p in layer.parameters()}) as saved:
+        y = torch.sin(layer(x)).sum()  # the layer keeps x, the sine its argument
+    y.backward()
+    assert sum(saved.values()) == (4 * 8 + 4 * 16) * 4
+    assert layer.weight.grad is not None
+
+
+def test_the_batch_that_is_said_to_fit_does() -> None:
+    needs = memory.Memory(weights=10**6, gradients=100, optimizer=200, activations=50, prefix=5)
+    failure = memory.check_memory(needs, 1000, 64, "cpu")
+    assert not failure.ok
+    assert "activations of 64 3.12 KiB" in failure.found
+    fits = int(re.findall(r"--batch_size=(\d+)", failure.remedy)[0])
+    assert fits == (1000 - 300) // 60
+    assert memory.check_memory(needs, 1000, fits, "cpu").ok
+    assert not memory.check_memory(needs, 1000, fits + 1, "cpu").ok
+    assert "this is close" in memory.check_memory(needs, 1000, fits, "cpu").found
+    assert "this is close" not in memory.check_memory(needs, 2000, fits, "cpu").found
+    assert "adapters instead" in memory.check_memory(needs, 310, 1, "cpu").remedy
+    assert "is not known" in memory.check_memory(needs, None, 1, "mps").found
+
+
+@pytest.mark.slow
+def test_memory_counts_adam_and_the_critic(policy: Any, tmp_path: Path) -> None:
+    replay, critic = make_replay(tmp_path / "replay"), nn.Linear(10, 10)
+    dry = memory.dry_pass(policy, replay)
+    alone, both = (memory.measure_memory(policy, c, dry) for c in (None, critic))
+    trained = sum(p.numel() for p in policy.trainable_parameters())
+    assert alone.gradients == 4 * trained
+    assert both.gradients == 4 * (trained + 110)
+    assert both.optimizer == 2 * both.gradients
+    assert both.weights == alone.weights + 440
+    packed = policy.packed(policy.processors.observe(replay.observation_at(np.array([0]))))
+    assert dry.prefix == sum(value.nbytes for value in packed.values())
+    assert dry.activations > 0
+
+
+def test_free_memory_is_what_the_system_and_a_containers_limit_leave(tmp_path: Path) -> None:
+    available = memory.available_memory(torch.device("cpu"))
+    assert available is None or 0 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    )
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nactive_file 50\ninactive_file 200\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._cgroup_room(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory._cgroup_room(tmp_path) == 1000 - 700 + 250
+    assert memory._cgroup_room(tmp_path / "none") is None
+
+
+@pytest.mark.slow
+def test_disk_counts_checkpoints_the_replays_rest_and_a_cache_to_come(
+    policy: Any, tmp_path: Path
+) -> None:
+    replay = make_replay(tmp_path / "replay")
+    dry = memory.dry_pass(policy, replay)
+    needs = memory.measure_memory(policy, None, dry)
+
+    def disk(count: int, caches: bool) -> memory.Disk:
+        return memory.measure_disk(
+            policy, replay, None, needs, num_checkpoints=count, caches=caches
+        )
+
+    trained = sum(p.numel() for p in policy.trainable_parameters()) * 4
+    assert disk(3, False).checkpoints - disk(2, False).checkpoints == trained * 3
+    whole = memory.module_bytes(policy.model)
+    assert disk(0, False).checkpoints == whole
+    assert disk(0, True).replay - disk(0, False).replay == dry.prefix * replay.frame_capacity
+    frame = 32 * 32 * 3
+    assert disk(0, False).replay > (replay.frame_capacity - replay.num_frames - 2) * frame
+    FeatureCache(replay, policy.packed, fingerprint="one").update()
+    assert disk(0, True).replay > disk(0, False).replay * 0.99
