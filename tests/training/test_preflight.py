@@ -219,6 +219,8 @@ def test_the_horizon_is_that_of_the_policys_config(policy: Any, tmp_path: Path) 
     failure = only_failure(look(policy, replay, execution_horizon=2, chunk_length=2))
     assert "lerobot-eval would run another policy" in failure.found
     assert failure.remedy == "--policy.n_action_steps=2"
+    failure = only_failure(look(policy, replay, chunk_length=2))
+    assert failure.remedy == "--policy.n_action_steps=2, or chunks of 4 steps"
     failure = only_failure(look(policy, replay, execution_horizon=9, chunk_length=4))
     assert "9 actions are executed of chunks of 4" in failure.found
 
