@@ -182,13 +182,14 @@ def _set_up(
         features = FeatureCache(
             replay, lambda seen: _pack(policy, seen), fingerprint=prefix_fingerprint(policy)
         )
-        features.update()
-        everything = _sampler(config, policy, replay, features, None)
-        phases = _phases(config, policy, replay, features)
+        draw = partial(_sampler, config, policy, replay, features)
+        everything = draw(None)
+        learner = cache(lambda: _make_learner(config, policy, replay, features))
         report = preflight(
             policy,
             replay,
             everything,
+            critic=make_critic(config, policy),
             batch_size=config.batch_size,
             output_dir=output_dir,
             execution_horizon=policy.host.config.n_action_steps,
@@ -197,6 +198,8 @@ def _set_up(
         )
         print("\n".join(report.lines()))
         report.raise_on_failure()
+        features.update()
+        phases = _phases(config, draw, learner)
         pool = _start_simulators(config, policy)
     except UserError:
         if not config.resume:
@@ -286,12 +289,8 @@ def _sampler(
     )
 
 
-def _make_learner(
-    config: FinetuneVLAConfig,
-    policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
-    features: FeatureCache,
-) -> CachedOffPolicy:
+def make_critic(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> Critic:
+    """A fresh critic for a policy, on its device."""
     knobs = config.critic
     torch.manual_seed(config.seed)
     executed = policy.chunk_shape[0] * int(policy.action_mask.sum())
@@ -302,15 +301,24 @@ def _make_learner(
         knobs.ensemble_size,
         layer_norm=knobs.layer_norm,
     )
-    critic = Critic(
+    return Critic(
         ensemble,
         pessimism=knobs.pessimism,
         adjoint_pessimism=knobs.adjoint_pessimism,
         target_rate=knobs.target_rate,
         clip_actions=knobs.clip_actions,
     ).to(next(policy.trainable_parameters()).device)
+
+
+def _make_learner(
+    config: FinetuneVLAConfig,
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    features: FeatureCache,
+) -> CachedOffPolicy:
+    knobs = config.critic
     return CachedOffPolicy(
-        TRQAM(policy, critic, config.method_config()),
+        TRQAM(policy, make_critic(config, policy), config.method_config()),
         NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,
@@ -320,13 +328,10 @@ def _make_learner(
 
 def _phases(
     config: FinetuneVLAConfig,
-    policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
-    features: FeatureCache,
+    draw: Callable[..., ChunkSampler[Any]],
+    learner: Callable[[], CachedOffPolicy],
 ) -> list[Phase]:
     """The critic's warm-up, offline and online updates, as far as the settings want them."""
-    draw = partial(_sampler, config, policy, replay, features)
-    learner = cache(lambda: _make_learner(config, policy, replay, features))
     phases = []
     if config.critic.warmup_steps:
         phases.append(

@@ -46,7 +46,9 @@ def test_everything_comes_back(tmp_path):
     learner, generators = trained(), Generators.seeded(3, torch.device("cpu"))
     generators.replay.random(11)
     torch.randn(5, generator=generators.noise)
-    path = save_checkpoint(tmp_path, "000003", learner, learner.method.policy.save_pretrained, generators, POSITION)
+    path = save_checkpoint(
+        tmp_path, "000003", learner, learner.method.policy.save_pretrained, generators, POSITION
+    )
     fresh, others = make_off_policy(seed=9), Generators.seeded(8, torch.device("cpu"))
     load_checkpoint(path, fresh, others)
     assert read_position(path) == POSITION

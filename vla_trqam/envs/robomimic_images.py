@@ -129,6 +129,7 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
             render_offscreen=True,
         )
         super().__init__(cast(gymnasium.Env[Any, np.ndarray], env))  # which has other observations
+        self._robomimic = env
         self._view = Cameras(env, settings)
         self.cameras, self.image_size = settings.names, image_size
         self._render_every, self._video_size = render_every, video_size
@@ -170,10 +171,20 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
             return self._images[self.cameras[0]]
         return self._view.frame(self.cameras[0], self._video_size)
 
+    def look_again(self) -> ImageObservation:
+        """What is seen now, with images that are new."""
+        self._look()
+        return self._observation(self._state)
+
+    def object_poses(self) -> np.ndarray:
+        """The poses of the objects now (`object` of robosuite), (O,)."""
+        return np.asarray(self._robomimic.robosuite._get_observations()["object-state"])
+
     def _look(self) -> None:
         self._images = self._view.look()
 
     def _observation(self, state: Any) -> ImageObservation:
+        self._state = state
         return {"agent_pos": state, "pixels": dict(self._images)}
 
 

@@ -32,11 +32,14 @@ CAPTIONS = {
 }
 
 
+NOT_EVALUATED = "**Not evaluated**: the run had no simulator. Nothing is known of its success yet."
+
+
 def write_report(
     output_dir: Path,
     *,
     config: Mapping[str, Any],
-    evaluation: PairedEvaluation,
+    evaluation: PairedEvaluation | None,
     metrics_path: Path,
     wall_clock: Mapping[str, float],
     plots: Sequence[Path] = (),
@@ -51,7 +54,8 @@ def write_report(
     Args:
         output_dir: The run's folder; links in the report are relative to it.
         config: Every setting of the run.
-        evaluation: Base and tuned policy on the same initial states.
+        evaluation: Base and tuned policy on the same initial states; None for a run without a
+            simulator, of which the report says so.
         metrics_path: The run's `metrics.jsonl`.
         wall_clock: Seconds by phase.
         plots: Figures to show; a missing file is a ValueError.
@@ -67,7 +71,7 @@ def write_report(
     provenance = _provenance(command, seeds)
     raw = {
         "title": title,
-        "evaluation": evaluation.to_json(),
+        "evaluation": None if evaluation is None else evaluation.to_json(),
         "trust_region": None if trust_region is None else asdict(trust_region),
         "final_metrics": _last_values(metrics),
         "wall_clock_seconds": dict(wall_clock),
@@ -76,8 +80,8 @@ def write_report(
     }
     sections = [
         f"# {title}",
-        _verdict(evaluation),
-        _success_section(evaluation),
+        NOT_EVALUATED if evaluation is None else _verdict(evaluation),
+        "" if evaluation is None else _success_section(evaluation),
         _trust_region_section(trust_region, kl_unit),
         _time_section(wall_clock),
         _media_section(output_dir, plots, videos),
@@ -212,10 +216,11 @@ def _provenance(command: str | None, seeds: Mapping[str, int] | None) -> dict[st
     }
 
 
-def _provenance_section(provenance: Mapping[str, Any], evaluation: PairedEvaluation) -> str:
-    first, last = int(evaluation.seeds.min()), int(evaluation.seeds.max())
+def _provenance_section(provenance: Mapping[str, Any], evaluation: PairedEvaluation | None) -> str:
     lines = [f"- {purpose} seed: {seed}" for purpose, seed in provenance["seeds"].items()]
-    lines.append(f"- initial states: {len(evaluation)} seeds, {first} to {last}")
+    if evaluation is not None:
+        first, last = int(evaluation.seeds.min()), int(evaluation.seeds.max())
+        lines.append(f"- initial states: {len(evaluation)} seeds, {first} to {last}")
     lines.append(f"- commit: {provenance['commit'] or 'not run from a git checkout'}")
     versions = provenance["versions"].items()
     lines.append("- versions: " + ", ".join(f"{name} {version}" for name, version in versions))

@@ -42,7 +42,7 @@ def paired_evaluation(base: Sequence[Episode], tuned: Sequence[Episode]) -> Pair
 def write_plots(
     run: Run,
     critic: Critic,
-    evaluation: PairedEvaluation,
+    evaluation: PairedEvaluation | None,
     sampler: ChunkSampler[Any],
     *,
     kl_unit: str,
@@ -101,8 +101,10 @@ def conclude(
     seeds: Mapping[str, int],
     command: str,
     kl_unit: str,
-) -> PairedEvaluation:
+) -> PairedEvaluation | None:
     """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result.
+
+    Without a simulator it draws and reports only, and returns None.
 
     The base is a policy of its own, or None for the base field of the policy in training.
     """
@@ -111,11 +113,13 @@ def conclude(
         if base is None
         else chunk_policy(base, EVALUATION_NOISE)
     )
-    with run.timed("final evaluation"):
-        evaluation = paired_evaluation(
-            run.evaluate(evaluation_seeds, base_actor), run.evaluate(evaluation_seeds)
-        )
-    write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
+    evaluation: PairedEvaluation | None = None
+    if run.pool is not None:
+        with run.timed("final evaluation"):
+            evaluation = paired_evaluation(
+                run.evaluate(evaluation_seeds, base_actor), run.evaluate(evaluation_seeds)
+            )
+        write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     with run.timed("plots"):
         plots = write_plots(run, critic, evaluation, sampler, kl_unit=kl_unit)
 
@@ -135,6 +139,9 @@ def conclude(
         )
 
     path = report(())
+    if evaluation is None:
+        print(f"\nnot evaluated: the run had no simulator\nreport {path}")
+        return None
     try:
         with run.timed("videos"):
             videos = film(

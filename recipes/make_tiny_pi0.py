@@ -1,0 +1,250 @@
+"""How the packed tiny π0 and its dataset came to be; makes both anew (about an hour on two cores).
+
+python recipes/make_tiny_pi0.py --output=lift_pi0
+
+A policy with π0's stock forward code and small widths, in three steps: its vision-language model
+learns where things are (images of the demonstrations and of random scenes, to the object's pose);
+its action expert clones a few demonstrations on the frozen model; the demonstrations are written as
+a LeRobotDataset, with images where a policy could have decided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from vla_trqam.adapters.loading import load_policy
+from vla_trqam.adapters.tiny.checkpoints import flow_features, tiny_pi0_config, write_checkpoint
+from vla_trqam.adapters.tiny.pretraining import (
+    Progress,
+    Scenes,
+    cached_prefixes,
+    clone_demonstrations,
+    learn_poses,
+    pose_targets,
+    statistics,
+)
+
+import vla_trqam.data
+from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.lerobot_writer import write_lerobot_dataset
+from vla_trqam.data.robomimic_hdf5 import read_robomimic
+from vla_trqam.envs.env_meta import env_meta_for
+from vla_trqam.envs.render_demos import RenderedDemo, initial_scenes, render_demos
+from vla_trqam.envs.robomimic_images import CameraSettings, RobomimicImageEnv
+from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
+
+DEMOS = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
+CAMERAS = CameraSettings(("agentview",), image_size=96, shadows=False)
+CHUNK, STRIDE, CONTROL_FREQUENCY = 8, 4, 20
+WIDTH, PATCH = 64, 12
+FIRST_SCENE_SEED = 7_000_000
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to make: policy/ and dataset/")
+    add("--demos", type=Path, default=DEMOS, help="Robomimic HDF5 file of Lift")
+    add("--filter_key", default="worse_successful", help="demonstrations that the expert clones")
+    add("--scenes", type=int, default=1500, help="random scenes beside the demonstrations")
+    add("--pose_steps", type=int, default=3000)
+    add("--clone_steps", type=int, default=2000)
+    add("--episodes", type=int, default=120, help="demonstrations in the dataset")
+    add("--seed", type=int, default=0)
+    add("--num_workers", type=int, default=2, help="simulator processes")
+    return parser.parse_args(arguments)
+
+
+def make(options: argparse.Namespace) -> None:
+    """Renders, pretrains and writes.
+
+    Raises:
+        UserError: the output exists, or the demonstrations cannot be repeated.
+    """
+    if options.output.exists():
+        raise UserError(f"{options.output} exists already; name another --output")
+    rendered = render_demos(options.demos, CAMERAS, every=1, num_workers=options.num_workers)
+    total = len(read_robomimic(options.demos).demos)
+    demos = list(tqdm(rendered, total=total, desc="demonstrations", unit="episode"))
+    with written_whole(options.output) as part:
+        part.mkdir(parents=True)
+        write_policy(options, demos, part / "policy")
+        write_dataset(demos[: options.episodes], part / "dataset")
+
+
+def write_policy(options: argparse.Namespace, demos: Sequence[RenderedDemo], folder: Path) -> None:
+    """Pretrains on the demonstrations and writes the policy."""
+    seen = demonstrated(demos)
+    actions = np.concatenate([demo.episode.actions for demo in demos])
+    config = tiny_pi0_config(
+        flow_features(seen.states.shape[1], actions.shape[1], CAMERAS.names, CAMERAS.image_size),
+        image_resolution=(CAMERAS.image_size, CAMERAS.image_size),
+        chunk_size=CHUNK,
+        n_action_steps=CHUNK,
+        max_state_dim=16,
+        vision_width=WIDTH,
+        vision_mlp_dim=2 * WIDTH,
+        vision_depth=2,
+        patch_size=PATCH,
+    )
+    write_checkpoint(config, statistics(seen.states, actions, CAMERAS.names), folder)
+    policy = load_policy(folder, lora=None)
+    with bar("poses", options.pose_steps) as progress:
+        learn_poses(
+            policy,
+            joined(seen, random_scenes(options, seen.task)),
+            steps=options.pose_steps,
+            batch_size=64,
+            lr=1e-3,
+            seed=options.seed,
+            progress=progress,
+        )
+    cloned = cloned_demos(options, demos)
+    with bar("actions", options.clone_steps) as progress:
+        clone_demonstrations(
+            policy,
+            cached_prefixes(policy, demonstrated(cloned)),
+            np.concatenate([action_chunks(demo.episode.actions) for demo in cloned]),
+            steps=options.clone_steps,
+            batch_size=128,
+            lr=1e-3,
+            seed=options.seed,
+            progress=progress,
+        )
+    policy.save_pretrained(folder)
+
+
+def cloned_demos(options: argparse.Namespace, demos: Sequence[RenderedDemo]) -> list[RenderedDemo]:
+    """The demonstrations of the filter key."""
+    file = read_robomimic(options.demos, filter_key=options.filter_key)
+    names = {demo.name for demo in file.demos}
+    return [demo for demo in demos if demo.name in names]
+
+
+def demonstrated(demos: Sequence[RenderedDemo]) -> Scenes:
+    """What was seen before every action."""
+    episodes = [demo.episode for demo in demos]
+    return Scenes(
+        images={
+            camera: np.concatenate([e.images[camera][: len(e.actions)] for e in episodes])
+            for camera in CAMERAS.names
+        },
+        states=np.concatenate([e.states[:-1] for e in episodes]),
+        poses=pose_targets(np.concatenate([demo.objects[:-1] for demo in demos])),
+        task=episodes[0].task,
+    )
+
+
+def random_scenes(options: argparse.Namespace, task: str) -> Scenes:
+    """Objects where no demonstration has them."""
+    env = RobomimicImageEnv(
+        env_meta_for("Lift"),
+        max_episode_steps=1000,
+        cameras=CAMERAS.names,
+        image_size=CAMERAS.image_size,
+        shadows=CAMERAS.shadows,
+        render_every=1000,
+    )
+    seeds = range(FIRST_SCENE_SEED, FIRST_SCENE_SEED + options.scenes)
+    scenes = initial_scenes(env, seeds, 14, np.random.default_rng(options.seed))
+    looks = list(tqdm(scenes, total=options.scenes, desc="random scenes", unit="scene"))
+    env.close()
+    return Scenes(
+        images={c: np.stack([seen["pixels"][c] for seen, _ in looks]) for c in CAMERAS.names},
+        states=np.stack([seen["agent_pos"] for seen, _ in looks]),
+        poses=pose_targets(np.stack([objects for _, objects in looks])),
+        task=task,
+    )
+
+
+def joined(first: Scenes, second: Scenes) -> Scenes:
+    """Both, the second repeated until it is about as many: its scenes are the more various."""
+    times = max(1, len(first) // max(1, len(second)))
+    return Scenes(
+        images={
+            c: np.concatenate([first.images[c], *[second.images[c]] * times]) for c in first.images
+        },
+        states=np.concatenate([first.states, *[second.states] * times]),
+        poses=np.concatenate([first.poses, *[second.poses] * times]),
+        task=first.task,
+    )
+
+
+def action_chunks(actions: np.ndarray) -> np.ndarray:
+    """The H actions from every step on, the last one repeated: (T, A) -> (T, H, A)."""
+    steps = np.arange(len(actions))[:, None] + np.arange(CHUNK)
+    return actions[np.minimum(steps, len(actions) - 1)]
+
+
+def write_dataset(demos: Sequence[RenderedDemo], folder: Path) -> None:
+    """Writes the demonstrations as a LeRobotDataset whose frames are new every few steps."""
+    episodes = [thinned(demo.episode) for demo in demos]
+    size = CAMERAS.image_size
+    with tempfile.TemporaryDirectory() as scratch:
+        replay = FrameReplay.create(
+            Path(scratch) / "replay",
+            state_dim=episodes[0].states.shape[1],
+            action_dim=episodes[0].actions.shape[1],
+            cameras=dict.fromkeys(CAMERAS.names, (size, size, 3)),
+            capacity=sum(len(e.actions) for e in episodes),
+        )
+        for episode in episodes:
+            replay.add_episode(episode, source="demonstrations")
+        write_lerobot_dataset(
+            replay,
+            folder,
+            repo_id="local/lift_pi0",
+            fps=CONTROL_FREQUENCY,
+            robot_type="panda",
+            use_videos=True,
+        )
+        replay.close()
+
+
+def thinned(episode: FrameEpisode) -> FrameEpisode:
+    """The episode with every fourth frame, and the one at which it was cut."""
+    observed = np.arange(len(episode.actions) + 1) % STRIDE == 0
+    observed[-1] = not episode.terminated
+    kept = observed[episode.observed]
+    images = {camera: frames[kept] for camera, frames in episode.images.items()}
+    fields = vars(episode) | {"images": images, "observed": observed}
+    return FrameEpisode(**fields)
+
+
+@contextmanager
+def bar(name: str, steps: int) -> Iterator[Progress]:
+    """A progress bar with the loss."""
+    with tqdm(total=steps, desc=name, unit="step") as shown:
+
+        def progress(done: int, values: dict[str, float]) -> None:
+            shown.update(done)
+            shown.set_postfix(values, refresh=False)
+
+        yield progress
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the recipe; returns the exit code."""
+    torch.set_num_threads(2)
+    try:
+        make(parse(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
