@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vla_trqam.gelu import tanh_gelu, tanh_gelu_, tanh_gelu_slope_
 from vla_trqam.policy import PathFields
+from vla_trqam.precision import own_precision
 
 LAYER_NORM_EPS = 1e-6
 
@@ -89,7 +90,10 @@ class Tape:
 
 
 class VelocityMLP(nn.Module):
-    """The field's network over flattened chunks."""
+    """The field's network over flattened chunks; autocast leaves it alone, as it does the critic.
+
+    It is too small to gain by bfloat16, and its gradients are written by hand.
+    """
 
     def __init__(self, config: MLPFlowConfig) -> None:
         super().__init__()
@@ -107,11 +111,12 @@ class VelocityMLP(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """``concat(s, x, tau)`` (N, in) -> (N, H * A)."""
         h = inputs
-        for index, layer in enumerate(self.layers[:-1]):
-            h = tanh_gelu(layer(h))
-            if self.norms:
-                h = self.norms[index](h)
-        return self.layers[-1](h)
+        with own_precision(inputs):
+            for index, layer in enumerate(self.layers[:-1]):
+                h = tanh_gelu(layer(h))
+                if self.norms:
+                    h = self.norms[index](h)
+            return self.layers[-1](h)
 
     @torch.no_grad()
     def input_pullback(self, tape: Tape, cotangent: Tensor, columns: slice) -> Tensor:
@@ -246,7 +251,8 @@ class MLPPathFields(PathFields):
         inputs[..., -1] = tau
         inputs[self._BASE, 0, :, -1] = adjoint_tau
         step = len(self._tuned_values)
-        values = self._forward(inputs.flatten(1, 2), self._tape[:, step]).view(2, 2, *x.shape)
+        with own_precision(x):
+            values = self._forward(inputs.flatten(1, 2), self._tape[:, step]).view(2, 2, *x.shape)
         tuned, following = values[self._TUNED]
         base = tuned if self._base_is_tuned else values[self._BASE, 1]
         self._tuned_values.append(tuned)
@@ -283,7 +289,8 @@ class MLPPathFields(PathFields):
     def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
         """See :meth:`PathFields.base_pullback`."""
         tape = self._tape[self._BASE, step]
-        gradient = self._base_network.input_pullback(tape, cotangent.flatten(1), self._columns)
+        with own_precision(cotangent):
+            gradient = self._base_network.input_pullback(tape, cotangent.flatten(1), self._columns)
         return gradient.view_as(cotangent)
 
 
@@ -307,4 +314,5 @@ class _ReplayedPath(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = gradients
         flat = cotangent.reshape(-1, cotangent.shape[-2] * cotangent.shape[-1])
-        return None, None, None, *ctx.network.parameter_gradients(ctx.tape, flat)
+        with own_precision(flat):
+            return None, None, None, *ctx.network.parameter_gradients(ctx.tape, flat)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MATH_RANKS = {
     "errors": -1,
     "gelu": 0,
+    "precision": 0,
     "time_grid": 0,
     "losses": 1,
     "policy": 1,

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRQAM",
-    "CriticLoss",
     "CriticLossOutput",
     "CriticUpdateResult",
     "LossOutput",
@@ -230,24 +229,6 @@ def _td_weight(batch: TransitionBatch) -> Tensor:
     return (batch.valid[:, -1] | batch.terminated).to(batch.chunk_return.dtype)
 
 
-class CriticLoss(nn.Module):
-    """:meth:`TRQAMLoss.critic_loss` as a module of the critic alone.
-
-    Distributed wrappers wait for the gradient of everything that a module holds.
-    """
-
-    def __init__(self, loss: TRQAMLoss) -> None:
-        super().__init__()
-        self.online = loss.critic.online
-        self._loss = (loss,)  # in a tuple: the policy's weights are not this module's
-
-    def forward(
-        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None
-    ) -> CriticLossOutput:
-        """See :meth:`TRQAMLoss.critic_loss`."""
-        return self._loss[0].critic_loss(batch, noise, next_action)
-
-
 class TRQAM:
     """Off-policy fine-tuning of a flow policy under a KL budget.
 
@@ -278,7 +259,7 @@ class TRQAM:
         if config.train_base:
             policy.start_base_training()
         self.loss = TRQAMLoss(policy, critic, config)
-        self._wrap()
+        self._distribute()
         self.trust_region = TrustRegion(config, policy.chunk_shape[0])
         actor = [*policy.trainable_parameters(), *policy.behaviour_parameters()]
         critics = list(critic.online.parameters())
@@ -288,11 +269,10 @@ class TRQAM:
             fused=True,
         )
 
-    def _wrap(self) -> None:
-        """Makes the backward passes of both losses average over ranks."""
+    def _distribute(self) -> None:
+        """The same weights on every rank, or a part of them."""
         if not self.ranks.shard:
-            self._loss = self.ranks.replicated(self.loss)
-            self._critic_loss = self.ranks.replicated(CriticLoss(self.loss))
+            self.ranks.synchronize(self.loss)
             return
         if self.config.train_base:
             raise UserError("train_base: a base in training cannot be sharded; set one to false")
@@ -301,11 +281,14 @@ class TRQAM:
         frozen.difference_update(self.critic.target.parameters())
         forwards = {"forward": LossOutput, "critic_loss": CriticLossOutput}
         self.ranks.sharded(self.loss, frozen, forwards)
-        self._loss, self._critic_loss = self.loss, CriticLoss(self.loss)
 
-    def whole_weights(self) -> AbstractContextManager[None]:
-        """Sharded weights are there inside, to act, to evaluate or to save; all ranks enter."""
-        return whole(self.loss)
+    def whole_weights(self, *, keep_changes: bool = False) -> AbstractContextManager[None]:
+        """Sharded weights are there inside, to act, evaluate, save or load; all ranks enter.
+
+        Args:
+            keep_changes: what is loaded inside, the same on every rank, stays.
+        """
+        return whole(self.loss, keep_changes=keep_changes)
 
     def update_critic(
         self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
@@ -320,9 +303,12 @@ class TRQAM:
         (share,) = self.ranks.shares([len(batch)])
         self.optimizer.zero_grad(set_to_none=True)
         with self.ranks.autocast():
-            output = self._critic_loss(batch, noise, next_action)
+            output = self.loss.critic_loss(batch, noise, next_action)
+        self.ranks.reduce_after(self.loss, last=True)
         _weighed(output.loss, share).backward()
-        norm = clipped(list(self.critic.online.parameters()), self.config.max_grad_norm)
+        parameters = list(self.critic.online.parameters())
+        self.ranks.average_gradients(parameters)
+        norm = clipped(parameters, self.config.max_grad_norm)
         self.critic.update_target()
         # Adam leaves alone what has no gradient.
         self.optimizer.step()
@@ -344,7 +330,7 @@ class TRQAM:
         the memory is that of a micro-batch.
 
         Raises:
-            ValueError: the ranks do not have equally many micro-batches.
+            ValueError: see :meth:`Ranks.shares`.
         """
         lam = self.trust_region.lam
         shares = self.ranks.shares([len(batch) for batch, _ in parts])
@@ -353,6 +339,7 @@ class TRQAM:
             self._backward(batch, noise, lam, share, last=number == len(parts))
             for number, ((batch, noise), share) in enumerate(zip(parts, shares, strict=True), 1)
         ]
+        self.ranks.average_gradients(p for group in self._clip_groups for p in group)
         norms = [clipped(group, self.config.max_grad_norm) for group in self._clip_groups]
         # The targets follow the weights as they were before this step, as in the authors' code.
         self.critic.update_target()
@@ -368,10 +355,10 @@ class TRQAM:
         self, batch: TransitionBatch, noise: UpdateNoise, lam: float, share: float, *, last: bool
     ) -> LossOutput:
         """Adds a micro-batch's gradient."""
-        with self.ranks.accumulating(self._loss, last=last):
-            with self.ranks.autocast():
-                output: LossOutput = self._loss(batch, noise, lam)
-            _weighed(output.loss, share).backward()
+        with self.ranks.autocast():
+            output: LossOutput = self.loss(batch, noise, lam)
+        self.ranks.reduce_after(self.loss, last=last)
+        _weighed(output.loss, share).backward()
         return output
 
 

@@ -1,0 +1,21 @@
+"""Arithmetic that keeps its dtype where autocast lowers that of the networks around it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def own_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off for what is computed where this tensor lies.
+
+    Autocast rounds the factors of matrix products to bfloat16 and leaves sums as they are. A
+    gradient written by hand would then mix dtypes, and a critic's values are differences that
+    bfloat16's eight bits do not hold.
+    """
+    kind = tensor.device.type
+    # Asked first: without autocast this costs nothing. The device "meta" has none.
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
