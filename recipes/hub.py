@@ -1,0 +1,162 @@
+"""Pushes a run's checkpoint to the Hugging Face Hub, or pulls a pushed one.
+
+The token is HF_TOKEN, or the one that `hf auth login` left. Examples::
+
+    python recipes/hub.py push --run=outputs/finetune_pi0/DATE --repo_id=USER/NAME --dry_run
+    python recipes/hub.py push --run=outputs/finetune_pi0/DATE --repo_id=USER/NAME --private=true
+    python recipes/hub.py pull --repo_id=USER/NAME --folder=pulled
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
+
+from vla_trqam.errors import UserError
+from vla_trqam.training.card_facts import find_checkpoint
+from vla_trqam.training.checkpoints import PRETRAINED
+from vla_trqam.training.hub import prepare_push, push_checkpoint
+from vla_trqam.training.hub_access import check_push
+from vla_trqam.training.hub_pull import pull_checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        options = parse(arguments)
+        (push if options.command == "push" else pull)(options)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the flags; an unknown one is a UserError."""
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="push|pull")
+    _add_push(commands.add_parser("push", help="a run's checkpoint to the Hub", allow_abbrev=False))
+    _add_pull(commands.add_parser("pull", help="a pushed checkpoint", allow_abbrev=False))
+    return parser.parse_args(arguments)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="folder of a finished or interrupted run")
+    add("--repo_id", required=True, help="USER/NAME; made if it does not exist")
+    add("--checkpoint", default="last", help="number of the checkpoint, or last")
+    add(
+        "--private",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        help="whether a new repository is private; the account's default if not given",
+    )
+    add("--license", help="the Hub's identifier, like apache-2.0; the base policy's if not given")
+    add(
+        "--merged",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="push the whole policy with its LoRA adapters merged in",
+    )
+    add(
+        "--dry_run",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="print files, sizes and the model card; ask nothing of the Hub and send nothing",
+    )
+
+
+def _add_pull(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--repo_id", required=True, help="USER/NAME")
+    add("--folder", type=Path, required=True, help="where to; must not exist")
+    add("--revision", help="branch, tag or commit")
+
+
+def push(options: argparse.Namespace) -> None:
+    """Pushes, or prints what would be pushed.
+
+    Raises:
+        UserError: it cannot be pushed.
+    """
+    if not options.dry_run:
+        # Before the adapters are merged, which takes a while.
+        check_push(options.repo_id, private=options.private)
+    with _policy(options) as policy:
+        if options.dry_run:
+            prepared = prepare_push(
+                options.run,
+                options.repo_id,
+                checkpoint=options.checkpoint,
+                private=options.private,
+                license_name=options.license,
+                policy=policy,
+            )
+            print("\n".join(prepared.lines()), prepared.card, sep="\n\n", end="")
+            return
+        pushed = push_checkpoint(
+            options.run,
+            options.repo_id,
+            checkpoint=options.checkpoint,
+            private=options.private,
+            license_name=options.license,
+            policy=policy,
+        )
+    print(f"pushed to {pushed.url} (commit {pushed.commit})")
+
+
+def pull(options: argparse.Namespace) -> None:
+    """Pulls a checkpoint and says where it is.
+
+    Raises:
+        UserError: it cannot be pulled.
+    """
+    folder = pull_checkpoint(options.repo_id, options.folder, revision=options.revision)
+    print(f"the policy is {folder / PRETRAINED}, the critic and trust region are beside it")
+
+
+@contextmanager
+def _policy(options: argparse.Namespace) -> Iterator[Path | None]:
+    """An export of the checkpoint's policy while it is needed; None where it goes as it is."""
+    if not options.merged:
+        yield None
+        return
+    saved = find_checkpoint(options.run, options.checkpoint) / PRETRAINED
+    if not (saved / "adapter_config.json").is_file():
+        raise UserError(f"--merged=true, but {saved} has no adapters: it is a whole policy already")
+    from vla_trqam.adapters.loading import load_policy
+
+    with TemporaryDirectory() as folder:
+        load_policy(saved, adapter="continue").save_pretrained(Path(folder), merged=True)
+        yield Path(folder)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists every flag")
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text == "true"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Pushed checkpoints from the Hugging Face Hub, whole or as what a new run goes on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
+from vla_trqam.training.checkpoints import ALGORITHM, PRETRAINED
+from vla_trqam.training.hub import CARD, RUN
+from vla_trqam.training.hub_access import check_repo_id, connect, one_sentence
+from vla_trqam.training.learners import OffPolicy
+from vla_trqam.training.model_card import PLOTS
+
+# Of a pushed run, or of another policy's repository, not needed to go on.
+NOT_FETCHED = [f"{PLOTS}/*", f"{RUN}/*", "training_state/*", "*.mp4"]
+CRITIC = "critic."
+
+
+def pull_checkpoint(
+    repo_id: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Fetches a pushed checkpoint as the folder it was: ``pretrained_model/`` and ``algorithm/``.
+
+    The files come through the Hub's cache, so an interrupted pull goes on where it stopped.
+
+    Args:
+        repo_id: ``USER/NAME``.
+        folder: made; it must not exist.
+        revision: branch, tag or commit.
+        endpoint: of the Hub; None takes ``HF_ENDPOINT``, or huggingface.co.
+        token: None takes ``HF_TOKEN``, or the one of ``hf auth login``, or none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder exists, the Hub does not give the repository, or it is no checkpoint.
+    """
+    if folder.exists():
+        raise UserError(f"--folder={folder} exists; choose another, or remove it")
+    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=None)
+    _algorithm_of(snapshot, repo_id)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder) as part:
+            _lay_out(snapshot, part)
+    except OSError as error:
+        raise UserError(f"--folder={folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def pull_algorithm(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """The ``algorithm/`` folder alone, in the Hub's cache; arguments as :func:`pull_checkpoint`.
+
+    Raises:
+        UserError: the Hub does not give the repository, or it has no such folder.
+    """
+    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=[f"{ALGORITHM}/*"])
+    return _algorithm_of(snapshot, repo_id)
+
+
+def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = True) -> None:
+    """Gives a learner the critic, and the state of the trust region, of a checkpoint.
+
+    Args:
+        algorithm: the checkpoint's ``algorithm/`` folder.
+        learner: of the new run.
+        trust_region: whether λ and the KL's moving average go on. They belong to the base that they
+            were measured against: false where the pulled policy itself becomes the base.
+
+    Raises:
+        UserError: a file is missing or damaged, or the critic has other weights.
+    """
+    try:
+        tensors = load_file(algorithm / "networks.safetensors")
+        critic = {k.removeprefix(CRITIC): v for k, v in tensors.items() if k.startswith(CRITIC)}
+        learner.method.critic.load_state_dict(critic)
+        if trust_region:
+            learner.load_scalars(json.loads((algorithm / "scalars.json").read_text()))
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{algorithm} does not fit this run's critic: {reason}") from None
+
+
+def _lay_out(snapshot: Path, folder: Path) -> None:
+    """Copies, not the cache's links: a checkpoint may be moved."""
+    (folder / PRETRAINED).mkdir(parents=True)
+    for path in snapshot.iterdir():
+        if path.is_file() and path.name not in (CARD, ".gitattributes"):
+            shutil.copyfile(path, folder / PRETRAINED / path.name)
+    shutil.copytree(snapshot / ALGORITHM, folder / ALGORITHM)
+
+
+def _snapshot(
+    repo_id: str,
+    revision: str | None,
+    endpoint: str | None,
+    token: str | None,
+    *,
+    allow: list[str] | None,
+) -> Path:
+    check_repo_id(repo_id)
+    api = connect(endpoint, token)
+    with one_sentence(api):
+        # Asked first: huggingface_hub would give an older copy where the Hub does not answer.
+        commit = api.model_info(repo_id, revision=revision).sha
+        found = api.snapshot_download(
+            repo_id,
+            revision=commit,
+            allow_patterns=allow,
+            ignore_patterns=NOT_FETCHED,
+        )
+    return Path(found)
+
+
+def _algorithm_of(snapshot: Path, repo_id: str) -> Path:
+    if not (snapshot / ALGORITHM).is_dir():
+        raise UserError(
+            f"{repo_id} has no {ALGORITHM}/ folder: it is a policy, but no checkpoint that this "
+            "package pushed"
+        )
+    return snapshot / ALGORITHM
