@@ -119,6 +119,13 @@ def test_a_user_who_wants_to_be_offline_is_told_so(
     assert hub.requests == []
 
 
+def test_a_hub_without_xet_is_one_sentence_that_says_how_to_do_without(
+    hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    assert "HF_HUB_DISABLE_XET=1 does without Xet" in refused(lambda: push(hub, run))
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_no_folder(
     hub: HubServer, run: Path, tmp_path: Path
 ):
@@ -174,6 +181,10 @@ def damage_report(run: Path) -> None:
     (run / "report.json").write_text("{")
 
 
+def damage_processor(run: Path) -> None:
+    (run / "checkpoints/last/pretrained_model/policy_preprocessor.json").write_text("{")
+
+
 def need_a_tokenizer_of_this_machine(run: Path) -> None:
     path = run / "checkpoints/last/pretrained_model/policy_preprocessor.json"
     path.write_text(json.dumps({"steps": [{"config": {"tokenizer_name": str(run)}}]}))
@@ -185,6 +196,7 @@ def need_a_tokenizer_of_this_machine(run: Path) -> None:
         (drop_weights, "has neither model.safetensors nor adapter_model.safetensors"),
         (drop_checkpoints, "has no checkpoint yet"),
         (drop_metrics, "metrics.jsonl does not exist"),
+        (damage_processor, "policy_preprocessor.json is not JSON"),
         (damage_report, "report.json cannot be read"),
         (lambda run: (run / "config.yaml").unlink(), "is not the folder of a run"),
         (lambda run: make_adapter(run, str(run)), "push the whole policy by --merged=true"),

@@ -222,7 +222,7 @@ def _files(run: Path, facts: RunFacts) -> dict[str, Path]:
 def _check_paths(facts: RunFacts) -> None:
     """Refuses a policy that only this machine can load."""
     for file in sorted(facts.policy.glob("*.json")):
-        for name, value in _texts(json.loads(file.read_text(encoding="utf-8"))):
+        for name, value in _texts(_read_json(file)):
             if name not in HARMLESS_PATHS and Path(value).is_absolute():
                 hint = (
                     "push the whole policy by --merged=true"
@@ -233,6 +233,13 @@ def _check_paths(facts: RunFacts) -> None:
                     f"{file} needs {name}={value}, a path of this machine, so nobody else could "
                     f"load the policy: {hint}"
                 )
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -143,7 +143,8 @@ def _sentence(api: HfApi, error: BaseException) -> str:
         return f"a file could not be read or written: {_reason(error)}"
     if isinstance(error, httpx.TransportError):
         return f"{hub} does not answer ({type(error).__name__}: {_reason(error)})"
-    return f"{hub} could not be worked with: {type(error).__name__}: {_reason(error)}"
+    hint = " (HF_HUB_DISABLE_XET=1 does without Xet)" if "xet" in str(error).lower() else ""
+    return f"{hub} could not be worked with: {type(error).__name__}: {_reason(error)}{hint}"
 
 
 def _of_status(hub: str, error: HfHubHTTPError) -> str:

@@ -95,7 +95,7 @@ def _introduction(facts: RunFacts, license_name: str | None) -> str:
     unless = "" if facts.base else " that is not on the Hub"
     data = f"[{facts.dataset}](https://huggingface.co/datasets/{facts.dataset})"
     lines = [
-        f"{kind} `{facts.policy_type}` policy, made better than its base ({base}{unless}) by"
+        f"{kind} `{facts.policy_type}` policy, tuned from its base ({base}{unless}) by"
         f" {facts.method}: off-policy reinforcement learning on the policy's weights, with the"
         " gradient of a critic, trained with `vla_trqam`.",
         "",
@@ -177,7 +177,7 @@ def _use(facts: RunFacts, repo_id: str) -> str:
             'policy = MLPFlowPolicy.from_pretrained(folder / "pretrained_model")\n```'
         )
     plugins = list(_plugins(facts))
-    needs = f" (with the packages {' and '.join(plugins)} of `vla_trqam`)" if plugins else ""
+    needs = f" (with {' and '.join(plugins)} of `vla_trqam` installed)" if plugins else ""
     return (
         f"## Use\n\nStock LeRobot loads it{needs}:\n\n```bash\n{_lerobot_eval(facts, repo_id)}\n```"
     )
