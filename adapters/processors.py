@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.lerobot_types import TransitionKey
-from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+from lerobot.processor import (
+    NormalizerProcessorStep,
+    TokenizerProcessorStep,
+    UnnormalizerProcessorStep,
+)
 from lerobot.processor.converters import create_transition
 from lerobot.utils.constants import ACTION
 from torch import Tensor
@@ -84,6 +88,15 @@ class Processors:
     def to_robot(self, action: Tensor) -> Tensor:
         """Normalised actions of the real dimensions, (..., a), to the robot's."""
         return self.after(action)
+
+    def pad_instructions(self) -> None:
+        """Pads every instruction to its full length, so that observations can be kept row by row.
+
+        SmolVLA's preprocessor pads to the longest of a batch; what the policy does is the same.
+        """
+        for step in self.before.steps:
+            if isinstance(step, TokenizerProcessorStep):
+                step.padding = "max_length"
 
     def save_pretrained(self, directory: Path) -> None:
         """In LeRobot's format, beside the policy."""

@@ -40,6 +40,8 @@ from vla_trqam.training.checkpoints import Generators, check_output_dir
 from vla_trqam.training.config import parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import FrameStore
 from vla_trqam.training.finetuning import Phase, Run
+from vla_trqam.training.hub import push_checkpoint
+from vla_trqam.training.hub_access import check_push
 from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.next_actions import NextActions, NumberedFeatures
@@ -51,12 +53,13 @@ from vla_trqam.training.vla_settings import FinetuneVLAConfig
 CRITIC_FEATURES = (PACKED + "features",)
 
 
-def main(recipe: Path, packed: Path, arguments: Sequence[str] | None = None) -> int:
+def main(recipe: Path, packed: Path | None, arguments: Sequence[str] | None = None) -> int:
     """Command line of a recipe; returns the exit status.
 
     Args:
         recipe: its file, beside which the presets lie.
-        packed: folder of the ``policy`` and the ``dataset`` that a run without arguments takes.
+        packed: folder of the ``policy`` and the ``dataset`` that a run without arguments takes;
+            None where there is none.
         arguments: of the command line.
     """
     config = None
@@ -87,7 +90,7 @@ def read_config(recipe: Path, arguments: Sequence[str]) -> FinetuneVLAConfig:
     return config
 
 
-def finetune(config: FinetuneVLAConfig, packed: Path) -> None:
+def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
     """The whole run.
 
     Raises:
@@ -97,6 +100,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path) -> None:
     device = _prepare_torch(config)
     assert config.output_dir is not None
     check_output_dir(config.output_dir, resume=config.resume)
+    _check_push(config)
     reader = LeRobotReader(_dataset(config, packed))
     policy = _load_policy(config, packed, device)
     with ExitStack() as stack:
@@ -118,6 +122,27 @@ def finetune(config: FinetuneVLAConfig, packed: Path) -> None:
             command=shlex.join(["accelerate", "launch", *sys.argv]),
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
+    if config.policy.push_to_hub:
+        assert config.policy.repo_id is not None, "the settings were checked"
+        pushed = push_checkpoint(
+            config.output_dir, config.policy.repo_id, private=config.policy.private
+        )
+        print(f"pushed {pushed.url}")
+
+
+def _check_push(config: FinetuneVLAConfig) -> None:
+    """What would make the push at the end fail, told before anything is trained."""
+    knobs = config.policy
+    if not knobs.push_to_hub:
+        return
+    assert knobs.repo_id is not None, "the settings were checked"
+    local = knobs.path is None or Path(knobs.path).expanduser().is_dir()
+    if local and config.peft.method == "lora" and not knobs.merged:
+        raise UserError(
+            "--policy.push_to_hub=true would push adapters whose base is a folder of this machine; "
+            "add --policy.merged=true"
+        )
+    check_push(knobs.repo_id, private=knobs.private)
 
 
 def _prepare_torch(config: FinetuneVLAConfig) -> torch.device:
@@ -133,11 +158,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _dataset(config: FinetuneVLAConfig, packed: Path) -> LeRobotConfig:
+def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
     data = config.dataset
+    if data.repo_id is None and packed is None:
+        raise UserError("give --policy.path and --dataset.repo_id: this recipe has no packed ones")
     return LeRobotConfig(
-        repo_id=data.repo_id or f"local/{packed.name}",
-        root=data.root if data.repo_id else packed / "dataset",
+        repo_id=data.repo_id or "local/packed",
+        root=data.root if data.repo_id or packed is None else packed / "dataset",
         episodes=data.episodes,
         reward=data.reward,
         success_labels=data.success_labels,
@@ -145,12 +172,16 @@ def _dataset(config: FinetuneVLAConfig, packed: Path) -> LeRobotConfig:
 
 
 def _load_policy(
-    config: FinetuneVLAConfig, packed: Path, device: torch.device
+    config: FinetuneVLAConfig, packed: Path | None, device: torch.device
 ) -> LeRobotFlowPolicy:
     knobs, peft = config.policy, config.peft
     lora = LoRASettings(peft.r, peft.lora_alpha, peft.target_modules)
-    return load_policy(
-        knobs.path or packed / "policy",
+    path = knobs.path
+    if path is None:
+        assert packed is not None, "a run has a dataset of its own and a policy, or neither"
+        path = str(packed / "policy")
+    policy = load_policy(
+        path,
         lora=lora if peft.method == "lora" else None,
         adapter=knobs.adapter,
         features=CriticFeatures(layer=knobs.critic_layer),
@@ -158,6 +189,9 @@ def _load_policy(
         device=knobs.device or str(device),
         revision=knobs.revision,
     )
+    assert policy.processors is not None, "load_policy brings processors"
+    policy.processors.pad_instructions()
+    return policy
 
 
 def _set_up(

@@ -1,0 +1,13 @@
+"""Makes a SmolVLA policy better with TRQAM.
+
+accelerate launch recipes/finetune_smolvla.py --policy.path=USER/SMOLVLA --dataset.repo_id=USER/DATA
+accelerate launch recipes/finetune_smolvla.py --resume=true --output_dir=outputs/...
+"""
+
+import sys
+from pathlib import Path
+
+from vla_trqam.recipes.finetune_vla import main
+
+if __name__ == "__main__":
+    sys.exit(main(Path(__file__), None))
