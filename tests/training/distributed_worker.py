@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +46,17 @@ class Place:
         made = method_of(config)
         shard = shard and self.team.size > 1
         return TRQAM(made.policy, made.critic, config, self.accelerator, shard=shard)
+
+
+def bfloat16_accelerator() -> Any:
+    """What an update asks of an accelerator; a real one is a state of the whole process."""
+    return SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        device=torch.device("cpu"),
+        mixed_precision="bf16",
+        distributed_type=SimpleNamespace(value="NO"),
+    )
 
 
 def batch_with_short_chunks(step: int) -> TransitionBatch:

@@ -3,12 +3,31 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed_worker import SCENARIOS, Place
+from distributed_worker import CONFIG, SCENARIOS, Place, bfloat16_accelerator
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from update_problems import (
+    ACTION,
+    BATCH,
+    HORIZON,
+    OBSERVATION,
+    STEPS,
+    batch_of,
+    method_of,
+    noise_of,
+)
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.errors import UserError
+from vla_trqam.methods.parallel import Ranks, whole
+from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
+from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.training.distributed import Team, micro_batches
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -66,3 +85,123 @@ def test_the_team_shares_work_gathers_it_and_tells_of_failures(two: Path) -> Non
         assert torch.equal(found[name], alone[name]), name
     assert bool(found["distinct"])
     assert bool(found["failure"])
+
+
+def test_lambda_has_moved_and_the_ranks_shares_differ(two: Path) -> None:
+    """Otherwise the comparisons above would show nothing."""
+    assert abs(float(of_rank(two, "updates", 0)["lam"]) - CONFIG.lam_init) > 0.01
+    assert Place().rows == slice(0, BATCH)
+
+
+@pytest.mark.parametrize("count", [2, 5, BATCH])
+def test_micro_batches_make_the_update_of_the_joint_batch(count: int) -> None:
+    joint, split = (method_of(TRQAMConfig(train_base=True, kl_budget=0.02)) for _ in range(2))
+    for step in range(2):
+        batch, noise = batch_of(step), noise_of(step)
+        batch.valid[:3, -1] = False
+        expected = joint.update(batch, noise).metrics()
+        found = split.update_in_parts(micro_batches(batch, noise, count)).metrics()
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for mine, other in zip(split.loss.parameters(), joint.loss.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+    assert split.trust_region.lam == pytest.approx(joint.trust_region.lam, rel=1e-6)
+
+
+def test_micro_batches_split_dictionaries_and_texts_row_by_row() -> None:
+    texts = [str(i) for i in range(BATCH)]
+    observation = {"state": torch.arange(BATCH), "task": texts}
+    batch = batch_of(observation=observation, next_observation=observation)
+    parts = micro_batches(batch, noise_of(), 5)
+    assert [len(part) for part, _ in parts] == [2, 2, 3, 2, 3]
+    assert [text for part, _ in parts for text in part.observation["task"]] == texts
+    joined = torch.cat([noise.sde_steps for _, noise in parts], dim=1)
+    assert torch.equal(joined, noise_of().sde_steps)
+    with pytest.raises(UserError, match="12 rows cannot be split in 13"):
+        micro_batches(batch, noise_of(), BATCH + 1)
+
+
+def test_bfloat16_leaves_networks_written_by_hand_in_float32() -> None:
+    plain = method_of()
+    made = method_of()
+    mixed = TRQAM(made.policy, made.critic, TRQAMConfig(), bfloat16_accelerator())
+    for step in range(2):
+        expected = plain.update(batch_of(step), noise_of(step)).metrics()
+        assert mixed.update(batch_of(step), noise_of(step)).metrics() == expected
+        expected = plain.update_critic(batch_of(step), noise_of(step)).metrics()
+        assert mixed.update_critic(batch_of(step), noise_of(step)).metrics() == expected
+
+
+def test_a_critic_under_autocast_is_the_critic_to_the_bit() -> None:
+    critic = method_of().critic
+    features = torch.randn(4, OBSERVATION)
+    action = 0.1 * torch.randn(4, HORIZON, ACTION)
+
+    def all_of_it() -> list[Tensor]:
+        critic.zero_grad()
+        q = critic.online(features, action)
+        q.square().mean().backward()
+        gradients = [p.grad.clone() for p in critic.online.parameters() if p.grad is not None]
+        return [q.detach(), *critic.action_gradient(features, action), *gradients]
+
+    expected = all_of_it()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = all_of_it()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert critic.online(features.bfloat16(), action).dtype == torch.float32
+
+
+class LibraryPolicy(MLPFlowPolicy):
+    """A field of stock modules with the plain evaluations along a path: autocast rounds it."""
+
+    def __init__(self, config: MLPFlowConfig) -> None:
+        super().__init__(config)
+        width = OBSERVATION + HORIZON * ACTION + 1
+        self.tuned = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, HORIZON * ACTION))  # type: ignore[assignment]
+        self.base = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, HORIZON * ACTION))  # type: ignore[assignment]
+        self.base.requires_grad_(False)
+
+    def path_fields(self, context: Tensor, next_context: Tensor) -> PathFields:
+        return FlowPolicy.path_fields(self, context, next_context)
+
+
+def test_fields_that_autocast_rounds_give_float32_paths_and_gradients() -> None:
+    results = []
+    for accelerator in (None, bfloat16_accelerator()):
+        torch.manual_seed(0)
+        shape = MLPFlowConfig(OBSERVATION, ACTION, HORIZON, num_flow_steps=STEPS)
+        critic = Critic(CriticEnsemble(OBSERVATION, HORIZON * ACTION, (24,), 3))
+        method = TRQAM(LibraryPolicy(shape), critic, TRQAMConfig(), accelerator)
+        result = method.update(batch_of(), noise_of())
+        gradient = torch.cat([p.grad.flatten() for p in method.policy.tuned.parameters()])
+        results.append((result.kl_estimate, gradient))
+        assert result.output.adjoint.dtype == torch.float32
+        assert result.output.kl_per_step.dtype == torch.float32
+    (kl, gradient), (rounded_kl, rounded) = results
+    assert rounded_kl != kl
+    assert rounded_kl == pytest.approx(kl, rel=0.02)
+    assert float(torch.cosine_similarity(gradient, rounded, dim=0)) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16'"),
+        ({"distributed_type": SimpleNamespace(value="FSDP")}, "accelerate is set to FSDP"),
+    ],
+)
+def test_an_accelerator_that_asks_for_more_is_refused(
+    changes: dict[str, object], sentence: str
+) -> None:
+    accelerator = SimpleNamespace(**vars(bfloat16_accelerator()) | changes)
+    with pytest.raises(UserError, match=sentence):
+        Ranks(accelerator)
+
+
+def test_one_process_has_nothing_to_shard_and_a_batch_holds_a_row_for_each() -> None:
+    with pytest.raises(UserError, match="one process only"):
+        Ranks(shard=True)
+    two = SimpleNamespace(**vars(bfloat16_accelerator()) | {"num_processes": 2})
+    with pytest.raises(UserError, match="--batch_size=1 is the size of the whole batch"):
+        Team(two).batch_share(1)
+    with whole(method_of().loss):
+        pass

@@ -59,8 +59,8 @@ class Ranks:
         """The networks' precision: bfloat16 where the accelerator says so."""
         if self._precision == "no":
             return nullcontext()
-        # No cache: a weight that was rounded without gradient, for sampling, would be taken again
-        # by the pass with gradient, and get none.
+        # No cache: torch has handed a weight that was rounded without gradient, for sampling, to
+        # the pass with gradient, which then gave it none.
         return torch.autocast(self._device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def synchronize(self, module: nn.Module) -> None:
@@ -164,13 +164,8 @@ class Ranks:
 
 
 @contextmanager
-def whole(module: nn.Module, *, keep_changes: bool = False) -> Iterator[None]:
-    """The weights of a sharded module are all there inside; every rank must enter.
-
-    Args:
-        module: sharded or not.
-        keep_changes: what is done to the weights inside, the same on every rank, stays.
-    """
+def whole(module: nn.Module) -> Iterator[None]:
+    """The weights of a sharded module are all there inside, to be read; every rank must enter."""
     shards = [
         (owner, name, parameter)
         for owner in module.modules()
@@ -184,10 +179,19 @@ def whole(module: nn.Module, *, keep_changes: bool = False) -> Iterator[None]:
         yield
     finally:
         for owner, name, shard in shards:
-            full = owner.get_parameter(name)
             owner._parameters[name] = shard
-            if keep_changes:
-                shard.detach().copy_(shard_like(shard, full.detach()))
+
+
+@contextmanager
+def whole_moments(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The same for the optimizer's state."""
+    shards = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    for state in optimizer.state.values():
+        state.update({key: whole_tensor(value) for key, value in state.items()})
+    try:
+        yield
+    finally:
+        optimizer.state.update(shards)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ step, measures the KL and moves lambda.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -26,7 +26,7 @@ from vla_trqam.losses import (
     td_loss,
     td_target,
 )
-from vla_trqam.methods.parallel import Ranks, clipped, whole
+from vla_trqam.methods.parallel import Ranks, clipped, whole, whole_moments
 from vla_trqam.methods.results import (
     CriticLossOutput,
     CriticUpdateResult,
@@ -282,13 +282,15 @@ class TRQAM:
         forwards = {"forward": LossOutput, "critic_loss": CriticLossOutput}
         self.ranks.sharded(self.loss, frozen, forwards)
 
-    def whole_weights(self, *, keep_changes: bool = False) -> AbstractContextManager[None]:
-        """Sharded weights are there inside, to act, evaluate, save or load; all ranks enter.
+    @contextmanager
+    def whole_weights(self, *, moments: bool = False) -> Iterator[None]:
+        """Sharded weights are there inside, to act, evaluate or save; all ranks enter.
 
         Args:
-            keep_changes: what is loaded inside, the same on every rank, stays.
+            moments: the optimizer's state too, for a checkpoint.
         """
-        return whole(self.loss, keep_changes=keep_changes)
+        with whole(self.loss), whole_moments(self.optimizer) if moments else nullcontext():
+            yield
 
     def update_critic(
         self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None

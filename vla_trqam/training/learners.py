@@ -14,6 +14,7 @@ from vla_trqam.critic import ema_update
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
+from vla_trqam.methods.parallel import shard_like
 from vla_trqam.methods.trqam import TRQAM, CriticUpdateResult, UpdateNoise, UpdateResult
 from vla_trqam.policy import FlowPolicy
 
@@ -198,7 +199,9 @@ def load_module_tensors(learner: Learner, tensors: Mapping[str, Tensor]) -> None
     for name, module in modules.items():
         prefix = f"{name}."
         mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        module.load_state_dict(mine, strict=True)
+        own = module.state_dict()
+        parts = {k: shard_like(own[k], v) if k in own else v for k, v in mine.items()}
+        module.load_state_dict(parts, strict=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -227,7 +230,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
                 f"{name} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
             )
         # Adam keeps its step counts where its moments are when fused.
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        own = value.to(parameter.device)
+        optimizer.state[parameter][key] = shard_like(parameter, own) if value.dim() else own
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
