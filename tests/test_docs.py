@@ -14,7 +14,7 @@ PAGES = sorted(
 )
 SCRIPTS = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "recipes").glob("*.py")]
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*\w)")
-OTHERS = {"num_processes"}  # accelerate launch
+OTHERS = {"cpu", "multi_gpu", "nproc_per_node", "num_processes"}  # accelerate launch, torchrun
 
 
 def flags_in(text: str) -> set[str]:
