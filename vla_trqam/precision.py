@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_AS_IT_IS = nullcontext()
+
 
 def own_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off for what is computed where this tensor lies.

@@ -1,16 +1,18 @@
-"""What one process of a distributed test does; also a script for ``accelerate launch``.
+"""What one process of a distributed test does.
 
 Every scenario is a function of the process's place. Alone it works on the whole batch; among others
 on its rows of it. All return named tensors that must agree.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate  # noqa: F401 - before the fork, not after it in both processes
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -182,16 +184,25 @@ def write(folder: Path, name: str, rank: int, tensors: dict[str, Tensor]) -> Non
     save_file(whole, folder / f"{name}.{rank}.safetensors")
 
 
-def main() -> None:
+def fork_two(run: Callable[[Place], None]) -> None:
+    """Runs this in two processes, placed as a launcher places them; imports are made already."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_rank, (port, run), nprocs=2, start_method="fork")
+
+
+def _rank(index: int, port: int, run: Callable[[Place], None]) -> None:
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    place = Place(make_accelerator(cpu=True))
-    for name in sys.argv[2:] or SCENARIOS:
-        write(folder, name, place.team.rank, SCENARIOS[name](place))
+    run(Place(make_accelerator(cpu=True)))
     torch.distributed.barrier()
     # Everything is written. Tearing gloo down aborts now and then, on a thread that nobody joined.
     os._exit(0)
 
 
-if __name__ == "__main__":
-    main()
+def write_all(place: Place, folder: Path) -> None:
+    for name, scenario in SCENARIOS.items():
+        write(folder, name, place.team.rank, scenario(place))

@@ -1,13 +1,12 @@
 """Two processes reach what one reaches with the same rows and noise."""
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed_worker import CONFIG, SCENARIOS, Place, bfloat16_accelerator
+from distributed_worker import CONFIG, SCENARIOS, Place, bfloat16_accelerator, fork_two, write_all
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from update_problems import (
@@ -29,7 +28,7 @@ from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 from vla_trqam.policy import FlowPolicy, PathFields
 from vla_trqam.training.distributed import Team, micro_batches
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
 Found = dict[str, Tensor]
 
@@ -40,13 +39,10 @@ def of_rank(folder: Path, name: str, rank: int) -> Found:
 
 @pytest.fixture(scope="session")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes, started as a user starts them, left every scenario."""
+    """The folder in which two processes left every scenario."""
     folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    SCENARIOS["updates"](Place())  # what it imports, both need not
+    fork_two(partial(write_all, folder=folder))
     return folder
 
 

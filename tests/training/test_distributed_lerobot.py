@@ -1,9 +1,8 @@
 """LeRobot policies in two processes, sharded and in bfloat16."""
 
-import os
-import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 
-from distributed_worker import bfloat16_accelerator, trained, write
+from distributed_worker import Place, bfloat16_accelerator, fork_two, trained, write
 from lerobot_contract import ACTION, make_policy, raw_observation
 from vla_trqam.adapters.loading import load_policy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.methods.trqam import TRQAM, LossOutput, TRQAMConfig, UpdateNoise
-from vla_trqam.training.distributed import Team, make_accelerator, rows_of
+from vla_trqam.training.distributed import Team, rows_of
 from vla_trqam.training.learners import (
     OffPolicy,
     load_module_tensors,
@@ -28,6 +27,8 @@ from vla_trqam.training.learners import (
     module_tensors,
     optimizer_tensors,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
 ROWS, CUT, KIND = 3, 2, "tiny_pi0"
 CONFIG = TRQAMConfig(kl_budget=0.02, dual_step_size=1.0, actor_lr=1e-3)
@@ -104,29 +105,18 @@ def restore(learner: OffPolicy, other: OffPolicy) -> None:
 SCENARIOS: dict[str, Callable[..., dict[str, Tensor]]] = {"lora": lora, "sharded": sharded}
 
 
-def rank(index: int, port: int, folder: Path) -> None:
-    """One of two processes."""
-    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({k: str(v) for k, v in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    accelerator = make_accelerator(cpu=True)
+def write_all(place: Place, folder: Path) -> None:
     for name, scenario in SCENARIOS.items():
-        write(folder, name, index, scenario(folder, accelerator))
-    torch.distributed.barrier()
-    os._exit(0)
+        write(folder, name, place.team.rank, scenario(folder, place.accelerator))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes, forked so that LeRobot is imported once, left theirs."""
+    """The folder in which two processes left every scenario."""
     folder = tmp_path_factory.mktemp("two_processes")
     for with_lora in (True, False):
         make_policy(KIND, lora=with_lora)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(rank, args=(port, folder), nprocs=2, start_method="fork")
+    fork_two(partial(write_all, folder=folder))
     return folder
 
 
