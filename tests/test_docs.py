@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.training.config import parse_config
+from vla_trqam.training.settings import FinetuneRobomimicConfig
+from vla_trqam.training.vla_settings import FinetuneVLAConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path.relative_to(ROOT)
@@ -14,7 +18,8 @@ PAGES = sorted(
 )
 SCRIPTS = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "recipes").glob("*.py")]
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*\w)")
-OTHERS = {"cpu", "multi_gpu", "nproc_per_node", "num_processes"}  # accelerate launch, torchrun
+# Of accelerate launch and torchrun, and of our environment under lerobot-eval.
+OTHERS = {"cpu", "multi_gpu", "nproc_per_node", "num_processes", "env.render_every"}
 
 
 def flags_in(text: str) -> set[str]:
@@ -23,9 +28,14 @@ def flags_in(text: str) -> set[str]:
 
 @pytest.fixture
 def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """What the recipe's help lists, and what the other scripts declare."""
-    with pytest.raises(SystemExit):
-        finetune_robomimic.main(["--help"])
+    """What the recipes' help lists, and what the other scripts declare."""
+    presets = Path(finetune_robomimic.__file__)
+    for config, name in (
+        (FinetuneRobomimicConfig, "finetune_robomimic.yaml"),
+        (FinetuneVLAConfig, "finetune_pi0.yaml"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_config(config, presets.with_name(name), ["--help"])
     declared = re.findall(r'"--(\w+)"', "".join(path.read_text("utf-8") for path in SCRIPTS))
     return flags_in(capsys.readouterr().out) | set(declared) | OTHERS | {"help"}
 
