@@ -20,7 +20,7 @@ types:
 	$(RUN) mypy
 
 test-fast:
-	$(RUN) pytest -m "not slow and not network and not gpu"
+	$(RUN) pytest -m "not long and not slow and not network and not gpu"
 
 test:
 	$(RUN) pytest

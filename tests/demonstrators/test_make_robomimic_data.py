@@ -80,7 +80,7 @@ def contents(path: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_file_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     here, workers = tmp_path / "here.hdf5", tmp_path / "workers.hdf5"
     assert run(here) == 0

@@ -98,6 +98,7 @@ def two_demos(tmp_path):
     return path
 
 
+@pytest.mark.long
 def test_demonstrations_are_repeated_as_recorded_and_seen_where_asked(two_demos):
     rendered = {demo.name: demo for demo in render_demos(two_demos, CAMERAS, every=5)}
     with h5py.File(two_demos) as stored:
@@ -114,6 +115,7 @@ def test_demonstrations_are_repeated_as_recorded_and_seen_where_asked(two_demos)
     assert sorted(demo.episode.success for demo in rendered.values()) == [False, True]
 
 
+@pytest.mark.long
 def test_a_demonstration_of_another_simulator_is_refused(two_demos, tmp_path):
     other = tmp_path / "other.hdf5"
     shutil.copy(two_demos, other)

@@ -32,6 +32,7 @@ def tiny_adapter(folder: Path) -> Path:
     return folder / "adapter"
 
 
+@pytest.mark.long
 def test_stock_lerobot_eval_runs_an_adapter_of_a_tiny_policy_on_robomimic(tmp_path: Path) -> None:
     flags = {
         "policy.path": tiny_adapter(tmp_path),

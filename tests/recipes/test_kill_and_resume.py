@@ -19,7 +19,7 @@ sys.exit(main([*flags, "--pretrain.num_demos=3", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_minus_nine_and_resume_on_the_simulator(tmp_path):
     here = Path(__file__).parent
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import accelerate  # noqa: F401 - before the fork, not after it in both processes
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -197,6 +198,8 @@ def _rank(index: int, port: int, run: Callable[[Place], None]) -> None:
     os.environ.update({key: str(value) for key, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    # A test before may have used accelerate, alone; the fork remembers it.
+    AcceleratorState._reset_state(reset_partial_state=True)
     run(Place(make_accelerator(cpu=True)))
     torch.distributed.barrier()
     # Everything is written. Tearing gloo down aborts now and then, on a thread that nobody joined.
