@@ -7,7 +7,6 @@ accelerate launch recipes/finetune_robomimic.py --resume=true --output_dir=outpu
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -19,10 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
-from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
@@ -33,9 +30,9 @@ from vla_trqam.training.checkpoints import Generators, check_output_dir
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import StateStore
 from vla_trqam.training.finetuning import Phase, Run
-from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
+from vla_trqam.training.interruption import InterruptGuard
+from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
 from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
-from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.offline_data import pretraining_demos, read_dataset
 from vla_trqam.training.run_folder import (
     BASE_NAME,
@@ -54,22 +51,8 @@ SMALLEST_STD = 1e-2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    config = None
-    try:
-        config = read_config(sys.argv[1:] if arguments is None else arguments)
-        finetune(config)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}; a smaller step size or budget may hold it", file=sys.stderr)
-        return 1
-    except (Interrupted, KeyboardInterrupt) as stop:
-        folder = None if config is None else config.output_dir
-        begun = folder is not None and (folder / CONFIG_NAME).is_file()
-        print(how_to_go_on(folder if begun else None, str(stop)), file=sys.stderr)
-        return 130
-    return 0
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: read_config(given), finetune)
 
 
 def read_config(arguments: Sequence[str]) -> FinetuneRobomimicConfig:
@@ -90,7 +73,7 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
         UserError: the settings, the data or the folder do not work; no folder is made then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
-    device = _prepare_torch(config)
+    device = prepare_torch(config)
     assert config.output_dir is not None
     check_output_dir(config.output_dir, resume=config.resume)
     file = read_dataset(config.dataset)
@@ -154,7 +137,7 @@ def _set_up(
         pool = RolloutPool(
             file.env_args,
             chunk_length=policy.chunk_shape[0],
-            num_workers=config.eval.num_workers or _cores(),
+            num_workers=config.eval.num_workers or usable_cores(),
             max_episode_steps=config.eval.max_episode_steps,
             obs_keys=config.dataset.obs_keys,
         )
@@ -176,24 +159,6 @@ def _set_up(
         save_policy=policy.save_pretrained,
     )
     return run, phases, draw()
-
-
-def _prepare_torch(config: FinetuneRobomimicConfig) -> torch.device:
-    accelerator = Accelerator()
-    if accelerator.num_processes != 1:
-        raise UserError(
-            f"accelerate started {accelerator.num_processes} processes; this recipe trains a small "
-            "network in one: add --num_processes=1"
-        )
-    # accelerate launch sets OMP_NUM_THREADS to 1 on its own; this is the owner of the number.
-    torch.set_num_threads(config.num_threads or _cores())
-    keep_freed_memory()
-    torch.manual_seed(config.seed)
-    return accelerator.device
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlowPolicy:
@@ -224,23 +189,7 @@ def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlo
 
 
 def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffPolicy:
-    knobs = config.critic
-    torch.manual_seed(config.seed)
-    horizon, action_dim = policy.chunk_shape
-    ensemble = CriticEnsemble(
-        policy.feature_dim,
-        horizon * action_dim,
-        knobs.hidden_dims,
-        knobs.ensemble_size,
-        layer_norm=knobs.layer_norm,
-    )
-    critic = Critic(
-        ensemble,
-        pessimism=knobs.pessimism,
-        adjoint_pessimism=knobs.adjoint_pessimism,
-        target_rate=knobs.target_rate,
-        clip_actions=knobs.clip_actions,
-    ).to(next(policy.parameters()).device)
+    critic = make_critic(config.critic, policy, config.seed)
     return OffPolicy(TRQAM(policy, critic, config.method_config()))
 
 

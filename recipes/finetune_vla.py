@@ -7,7 +7,6 @@ beside the replay; an update of the policy evaluates the action expert alone.
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 import shutil
 import sys
@@ -19,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
 
-from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
@@ -42,8 +39,8 @@ from vla_trqam.training.episode_store import FrameStore
 from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.hub import push_checkpoint
 from vla_trqam.training.hub_access import check_push
-from vla_trqam.training.interruption import Interrupted, InterruptGuard, how_to_go_on
-from vla_trqam.training.memory import keep_freed_memory
+from vla_trqam.training.interruption import InterruptGuard
+from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
 from vla_trqam.training.next_actions import NextActions, NumberedFeatures
 from vla_trqam.training.preflight import preflight
 from vla_trqam.training.run_folder import CONFIG_NAME, open_folder, save_settings
@@ -62,22 +59,8 @@ def main(recipe: Path, packed: Path | None, arguments: Sequence[str] | None = No
             None where there is none.
         arguments: of the command line.
     """
-    config = None
-    try:
-        config = read_config(recipe, sys.argv[1:] if arguments is None else arguments)
-        finetune(config, packed)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}; a smaller step size or budget may hold it", file=sys.stderr)
-        return 1
-    except (Interrupted, KeyboardInterrupt) as stop:
-        folder = None if config is None else config.output_dir
-        begun = folder is not None and (folder / CONFIG_NAME).is_file()
-        print(how_to_go_on(folder if begun else None, str(stop)), file=sys.stderr)
-        return 130
-    return 0
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: read_config(recipe, given), lambda config: finetune(config, packed))
 
 
 def read_config(recipe: Path, arguments: Sequence[str]) -> FinetuneVLAConfig:
@@ -97,7 +80,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
         UserError: the settings, policy, data or folder do not work; no folder is made then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
-    device = _prepare_torch(config)
+    device = prepare_torch(config)
     assert config.output_dir is not None
     check_output_dir(config.output_dir, resume=config.resume)
     _check_push(config)
@@ -143,19 +126,6 @@ def _check_push(config: FinetuneVLAConfig) -> None:
             "add --policy.merged=true"
         )
     check_push(knobs.repo_id, private=knobs.private)
-
-
-def _prepare_torch(config: FinetuneVLAConfig) -> torch.device:
-    accelerator = Accelerator()
-    # accelerate launch sets OMP_NUM_THREADS to 1 on its own; this is the owner of the number.
-    torch.set_num_threads(config.num_threads or _cores())
-    keep_freed_memory()
-    torch.manual_seed(config.seed)
-    return accelerator.device
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
@@ -223,7 +193,7 @@ def _set_up(
             policy,
             replay,
             everything,
-            critic=make_critic(config, policy),
+            critic=make_critic(config.critic, policy, config.seed),
             batch_size=config.batch_size,
             output_dir=output_dir,
             execution_horizon=policy.host.config.n_action_steps,
@@ -297,7 +267,7 @@ def _start_simulators(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> R
     return RolloutPool(
         env_meta_for(config.env.task),
         chunk_length=policy.chunk_shape[0],
-        num_workers=config.eval.num_workers or _cores(),
+        num_workers=config.eval.num_workers or usable_cores(),
         max_episode_steps=config.eval.max_episode_steps,
         obs_keys=STATE_KEYS,
         cameras=CameraSettings(config.env.cameras, config.env.image_size, config.env.shadows),
@@ -323,27 +293,6 @@ def _sampler(
     )
 
 
-def make_critic(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> Critic:
-    """A fresh critic for a policy, on its device."""
-    knobs = config.critic
-    torch.manual_seed(config.seed)
-    executed = policy.chunk_shape[0] * int(policy.action_mask.sum())
-    ensemble = CriticEnsemble(
-        policy.feature_dim,
-        executed,
-        knobs.hidden_dims,
-        knobs.ensemble_size,
-        layer_norm=knobs.layer_norm,
-    )
-    return Critic(
-        ensemble,
-        pessimism=knobs.pessimism,
-        adjoint_pessimism=knobs.adjoint_pessimism,
-        target_rate=knobs.target_rate,
-        clip_actions=knobs.clip_actions,
-    ).to(next(policy.trainable_parameters()).device)
-
-
 def _make_learner(
     config: FinetuneVLAConfig,
     policy: LeRobotFlowPolicy,
@@ -352,7 +301,7 @@ def _make_learner(
 ) -> CachedOffPolicy:
     knobs = config.critic
     return CachedOffPolicy(
-        TRQAM(policy, make_critic(config, policy), config.method_config()),
+        TRQAM(policy, make_critic(config.critic, policy, config.seed), config.method_config()),
         NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,

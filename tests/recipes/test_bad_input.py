@@ -13,6 +13,7 @@ from toy_task import ToyPool
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.training import launch
 from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 STRAY_FILE = "a folder must not be made for input that is refused"
@@ -268,7 +269,7 @@ def test_a_run_without_its_last_link_goes_on_from_the_newest_checkpoint(
 
 def test_two_processes_are_refused(refused, monkeypatch):
     monkeypatch.setattr(
-        finetune_robomimic, "Accelerator", lambda: SimpleNamespace(num_processes=2, device="cpu")
+        launch, "Accelerator", lambda: SimpleNamespace(num_processes=2, device="cpu")
     )
     message = refused()
     assert "2 processes" in message
