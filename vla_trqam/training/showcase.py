@@ -113,13 +113,7 @@ def conclude(
         if base is None
         else chunk_policy(base, EVALUATION_NOISE)
     )
-    evaluation: PairedEvaluation | None = None
-    if run.pool is not None:
-        with run.timed("final evaluation"):
-            evaluation = paired_evaluation(
-                run.evaluate(evaluation_seeds, base_actor), run.evaluate(evaluation_seeds)
-            )
-        write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
+    evaluation = None if run.pool is None else _evaluate(run, base_actor, evaluation_seeds)
     with run.timed("plots"):
         plots = write_plots(run, critic, evaluation, sampler, kl_unit=kl_unit)
 
@@ -155,6 +149,14 @@ def conclude(
     else:
         path = report(videos)
     print(_verdict(evaluation, path))
+    return evaluation
+
+
+def _evaluate(run: Run, base: ChunkPolicy, seeds: Sequence[int]) -> PairedEvaluation:
+    """The final evaluation, written to ``evaluation.json``."""
+    with run.timed("final evaluation"):
+        evaluation = paired_evaluation(run.evaluate(seeds, base), run.evaluate(seeds))
+    write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     return evaluation
 
 
