@@ -7,7 +7,6 @@ accelerate launch recipes/finetune_robomimic.py --resume=true --output_dir=outpu
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -98,7 +97,6 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
             config=settings_of(config),
             title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
             seeds={"training": config.seed},
-            command=shlex.join(["accelerate", "launch", *sys.argv]),
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
 

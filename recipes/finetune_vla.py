@@ -7,7 +7,6 @@ beside the replay; an update of the policy evaluates the action expert alone.
 from __future__ import annotations
 
 import hashlib
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -33,12 +32,13 @@ from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
-from vla_trqam.training.checkpoints import Generators, check_output_dir
+from vla_trqam.training.checkpoints import Generators, check_output_dir, last_checkpoint
 from vla_trqam.training.config import parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import FrameStore
 from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.hub import push_checkpoint
 from vla_trqam.training.hub_access import check_push
+from vla_trqam.training.hub_pull import find_algorithm, load_algorithm
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
 from vla_trqam.training.next_actions import NextActions, NumberedFeatures
@@ -102,7 +102,6 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
             config=settings_of(config),
             title=_title(config, policy),
             seeds={"training": config.seed},
-            command=shlex.join(["accelerate", "launch", *sys.argv]),
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
     if config.policy.push_to_hub:
@@ -300,13 +299,18 @@ def _make_learner(
     features: FeatureCache,
 ) -> CachedOffPolicy:
     knobs = config.critic
-    return CachedOffPolicy(
+    learner = CachedOffPolicy(
         TRQAM(policy, make_critic(config.critic, policy, config.seed), config.method_config()),
         NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,
         batch_size=knobs.batch_size,
     )
+    assert config.output_dir is not None
+    if knobs.path is not None and last_checkpoint(config.output_dir) is None:
+        same_base = config.policy.adapter == "continue"
+        load_algorithm(find_algorithm(knobs.path), learner, trust_region=same_base)
+    return learner
 
 
 def _phases(

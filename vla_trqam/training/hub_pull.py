@@ -76,6 +76,20 @@ def pull_algorithm(
     return _algorithm_of(snapshot, repo_id)
 
 
+def find_algorithm(path: str) -> Path:
+    """The ``algorithm/`` folder of a checkpoint's folder, or of a repository on the Hub.
+
+    Raises:
+        UserError: there is no such folder; or as :func:`pull_algorithm`.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return pull_algorithm(path)
+    if not (folder / ALGORITHM).is_dir():
+        raise UserError(f"{folder} has no {ALGORITHM}/ folder: it is no checkpoint of this package")
+    return folder / ALGORITHM
+
+
 def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = True) -> None:
     """Gives a learner the critic, and the state of the trust region, of a checkpoint.
 

@@ -223,7 +223,7 @@ def _go_on(facts: RunFacts, repo_id: str) -> str:
     ]
     if not facts.for_lerobot or facts.recipe is None:
         return "\n\n".join([*lines, f"```bash\n{pull}\n```"])
-    flags = [f"--policy.path={repo_id}"]
+    flags = [f"--policy.path={repo_id}", f"--critic.path={repo_id}"]
     if facts.is_adapter:
         flags.append("--policy.adapter=continue")
     flags.append(f"--dataset.repo_id={facts.dataset or 'USER/DATA'}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from vla_trqam.training.offline_data import fill_replay
 from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
+COMMAND_NAME = "command.txt"
 
 
 class Replay(Protocol):
@@ -68,8 +71,22 @@ def open_folder[R: Replay](
 
 
 def save_settings(config: Resumable, output_dir: Path) -> None:
-    """Writes ``config.yaml``, with which the run can be resumed from then on."""
+    """Writes the command and ``config.yaml``, with which the run can be resumed from then on."""
+    command = shlex.join(["accelerate", "launch", *sys.argv])
+    (output_dir / COMMAND_NAME).write_text(command + "\n")
     dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)  # type: ignore[type-var]
+
+
+def command_of(output_dir: Path) -> str:
+    """The command that began the run, which a resumed run's own is not.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return (output_dir / COMMAND_NAME).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{output_dir / COMMAND_NAME} cannot be read: {error}") from None
 
 
 def begin_robomimic(

@@ -20,6 +20,7 @@ from vla_trqam.training.evaluation import PairedEvaluation
 from vla_trqam.training.finetuning import EVALUATION_NOISE, METRICS_NAME, Run
 from vla_trqam.training.plots import plot_q_against_returns, plot_run
 from vla_trqam.training.report import write_json, write_report
+from vla_trqam.training.run_folder import command_of
 
 EVALUATION_NAME = "evaluation.json"
 CONTROL_FREQUENCY = 20  # Hz
@@ -99,7 +100,6 @@ def conclude(
     config: Mapping[str, Any],
     title: str,
     seeds: Mapping[str, int],
-    command: str,
     kl_unit: str,
 ) -> PairedEvaluation | None:
     """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result.
@@ -114,6 +114,7 @@ def conclude(
         else chunk_policy(base, EVALUATION_NOISE)
     )
     evaluation = None if run.pool is None else _evaluate(run, base_actor, evaluation_seeds)
+    command = command_of(run.output_dir)
     with run.timed("plots"):
         plots = write_plots(run, critic, evaluation, sampler, kl_unit=kl_unit)
 

@@ -94,12 +94,15 @@ class VLACriticConfig(CriticConfig):
     """The critic ensemble and its updates beside the policy's.
 
     Attributes:
+        path: a checkpoint's folder, or the Hub repository that one was pushed to, whose critic the
+            run starts with; and with ``policy.adapter: continue`` its trust region too.
         warmup_steps: updates of the critic alone before the policy moves.
         updates_per_step: of the critic alone, after each update of the policy.
         batch_size: of these.
         next_actions: chunks of the policy kept at every frame for the TD targets.
     """
 
+    path: str | None = None
     warmup_steps: int = 10000
     updates_per_step: int = 20
     batch_size: int = 256
