@@ -151,7 +151,10 @@ class PI0Family(FlowFamily):
         )
         expert = model.paligemma_with_expert.gemma_expert.model
         out = expert_states(expert, suffix, time_condition, shared.prefix)
-        u = model.action_out_proj(out[:, -host.config.chunk_size :].to(torch.float32))
+        # Contiguous, for torch multiplies other tensors differently by weights that train and by
+        # the frozen copy's: equal fields would differ in the last bits.
+        states = out[:, -host.config.chunk_size :].to(torch.float32).contiguous()
+        u = model.action_out_proj(states)
         return -u.view(x.shape)
 
     def pack(self, condition: Any) -> dict[str, Tensor]:

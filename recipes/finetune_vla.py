@@ -33,7 +33,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
 from vla_trqam.training.checkpoints import Generators, check_output_dir, last_checkpoint
-from vla_trqam.training.config import parse_config, resumed_config, settings_of
+from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import FrameStore
 from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.hub import push_checkpoint
@@ -60,12 +60,19 @@ def main(recipe: Path, packed: Path | None, arguments: Sequence[str] | None = No
         arguments: of the command line.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    return exit_status(lambda: read_config(recipe, given), lambda config: finetune(config, packed))
+    return exit_status(
+        lambda: read_config(recipe, packed, given), lambda config: finetune(config, packed)
+    )
 
 
-def read_config(recipe: Path, arguments: Sequence[str]) -> FinetuneVLAConfig:
-    """The settings of a new run, or those of the run that is resumed."""
-    config = parse_config(FinetuneVLAConfig, recipe.with_suffix(".yaml"), arguments)
+def read_config(recipe: Path, packed: Path | None, arguments: Sequence[str]) -> FinetuneVLAConfig:
+    """The settings of a new run, or those of the run that is resumed.
+
+    The default preset fits the packed policy; one's own gets the preset made for it.
+    """
+    own = packed is not None and "--policy.path" in given_flags(arguments)
+    presets, preset = recipe.with_suffix(".yaml"), "own" if own else "default"
+    config = parse_config(FinetuneVLAConfig, presets, arguments, preset=preset)
     if config.resume:
         return resumed_config(config, CONFIG_NAME, arguments)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -197,10 +204,11 @@ def _set_up(
             output_dir=output_dir,
             execution_horizon=policy.host.config.n_action_steps,
             num_checkpoints=-(-(config.steps + config.online.steps) // config.save_freq) + 1,
-            resumed=config.resume,
+            resumed=config.resume or config.policy.adapter == "continue",
         )
         print("\n".join(report.lines()))
         report.raise_on_failure()
+        learner()  # what it cannot be made of is refused here
         features.update()
         phases = _phases(config, draw, learner)
         pool = _start_simulators(config, policy)

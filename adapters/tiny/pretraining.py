@@ -1,4 +1,4 @@
-"""Pretraining of a tiny π0: its vision-language model on poses, its action expert on actions."""
+"""Pretraining of a tiny flow VLA: its vision-language model on poses, its expert on actions."""
 
 from __future__ import annotations
 
@@ -203,9 +203,9 @@ def clone_demonstrations(
 
 
 def _prefix_parameters(policy: LeRobotFlowPolicy) -> list[nn.Parameter]:
+    """All but the action expert; what the features do not depend on gets no gradient."""
     trained = {id(parameter) for parameter in policy.trainable_parameters()}
-    paligemma = policy.host.model.paligemma_with_expert.paligemma.model
-    return [p for p in paligemma.parameters() if id(p) not in trained]
+    return [p for p in policy.host.parameters() if id(p) not in trained]
 
 
 @contextmanager

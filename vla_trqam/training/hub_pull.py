@@ -83,6 +83,8 @@ def find_algorithm(path: str) -> Path:
         UserError: there is no such folder; or as :func:`pull_algorithm`.
     """
     folder = Path(path).expanduser()
+    if folder.is_absolute() and not folder.is_dir():
+        raise UserError(f"--critic.path={path} is not a folder")
     if not folder.is_dir():
         return pull_algorithm(path)
     if not (folder / ALGORITHM).is_dir():

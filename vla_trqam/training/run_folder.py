@@ -71,9 +71,13 @@ def open_folder[R: Replay](
 
 
 def save_settings(config: Resumable, output_dir: Path) -> None:
-    """Writes the command and ``config.yaml``, with which the run can be resumed from then on."""
-    command = shlex.join(["accelerate", "launch", *sys.argv])
-    (output_dir / COMMAND_NAME).write_text(command + "\n")
+    """Writes the command and ``config.yaml``, with which the run can be resumed from then on.
+
+    The command stays where a run that had no checkpoint yet is resumed, and so begun anew.
+    """
+    if not config.resume:
+        command = shlex.join(["accelerate", "launch", *sys.argv])
+        (output_dir / COMMAND_NAME).write_text(command + "\n")
     dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)  # type: ignore[type-var]
 
 

@@ -174,7 +174,12 @@ class RunSettings(ABC):
     """What the settings of every run have: a method, and initial states for each purpose."""
 
     seed: int
+    batch_size: int
     discount: float
+    evaluate_every: int
+    log_freq: int
+    save_freq: int
+    num_threads: int | None
     critic: CriticConfig
     method: MethodConfig
     trqam: TRQAMConfig
@@ -185,6 +190,12 @@ class RunSettings(ABC):
     @abstractmethod
     def num_base_episodes(self) -> int:
         """Episodes of the base policy that join the replay before it moves."""
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_rates()
+        self._check_seeds()
+        self._check_choices()
 
     def method_config(self) -> TRQAMConfig:
         """The knobs of the chosen method.
@@ -230,6 +241,41 @@ class RunSettings(ABC):
     @property
     def _first_training_seed(self) -> int:
         return TRAINING_SEED + self.seed * TRAINING_SEED_STRIDE
+
+    def _at_least_one(self) -> dict[str, int | None]:
+        """The recipe's own numbers that must be positive, by flag; None is for no number."""
+        return {}
+
+    def _not_negative(self) -> dict[str, int | None]:
+        """The recipe's own numbers that may be 0, by flag."""
+        return {}
+
+    def _check_choices(self) -> None:
+        """Refuses settings that do not go together."""
+        self.method_config()
+
+    def _check_numbers(self) -> None:
+        at_least_one = {
+            "batch_size": self.batch_size,
+            "log_freq": self.log_freq,
+            "save_freq": self.save_freq,
+            "num_threads": self.num_threads,
+            "critic.hidden_dims": min(self.critic.hidden_dims, default=0),
+            "critic.ensemble_size": self.critic.ensemble_size,
+            "online.episodes_per_round": self.online.episodes_per_round,
+            "online.updates_per_round": self.online.updates_per_round,
+            "eval.episodes": self.eval.episodes,
+            "eval.max_episode_steps": self.eval.max_episode_steps,
+            "eval.num_workers": self.eval.num_workers,
+            "eval.episodes_during_training": self.eval.episodes_during_training,
+        }
+        not_negative = {
+            "online.steps": self.online.steps,
+            "evaluate_every": self.evaluate_every,
+            "eval.videos": self.eval.videos,
+        }
+        refuse_below(at_least_one | self._at_least_one(), 1)
+        refuse_below(not_negative | self._not_negative(), 0)
 
     def _check_rates(self) -> None:
         if not 0.0 < self.discount < 1.0:
@@ -309,48 +355,27 @@ class FinetuneRobomimicConfig(RunSettings):
     online: OnlineConfig = field(default_factory=OnlineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_rates()
-        self._check_seeds()
-        self._check_choices()
-
     @property
     def num_base_episodes(self) -> int:
         """Episodes of the base policy that join the replay before it moves."""
         return self.offline.base_episodes
 
-    def _check_numbers(self) -> None:
-        at_least_one = {
-            "batch_size": self.batch_size,
-            "log_freq": self.log_freq,
-            "save_freq": self.save_freq,
-            "num_threads": self.num_threads,
+    def _at_least_one(self) -> dict[str, int | None]:
+        return {
             "policy.chunk_length": self.policy.chunk_length,
             "policy.hidden_dims": min(self.policy.hidden_dims, default=0),
             "policy.num_flow_steps": self.policy.num_flow_steps,
-            "critic.hidden_dims": min(self.critic.hidden_dims, default=0),
-            "critic.ensemble_size": self.critic.ensemble_size,
             "pretrain.steps": self.pretrain.steps,
             "pretrain.batch_size": self.pretrain.batch_size,
             "pretrain.num_demos": self.pretrain.num_demos,
-            "online.episodes_per_round": self.online.episodes_per_round,
-            "online.updates_per_round": self.online.updates_per_round,
-            "eval.episodes": self.eval.episodes,
-            "eval.max_episode_steps": self.eval.max_episode_steps,
-            "eval.num_workers": self.eval.num_workers,
-            "eval.episodes_during_training": self.eval.episodes_during_training,
         }
-        not_negative = {
+
+    def _not_negative(self) -> dict[str, int | None]:
+        return {
             "offline.steps": self.offline.steps,
             "offline.critic_steps": self.offline.critic_steps,
             "offline.base_episodes": self.offline.base_episodes,
-            "online.steps": self.online.steps,
-            "evaluate_every": self.evaluate_every,
-            "eval.videos": self.eval.videos,
         }
-        refuse_below(at_least_one, 1)
-        refuse_below(not_negative, 0)
 
     def _check_choices(self) -> None:
         if self.offline.steps + self.online.steps < 1:
@@ -364,7 +389,7 @@ class FinetuneRobomimicConfig(RunSettings):
                 f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
                 f"its first chunk of {self.policy.chunk_length} steps"
             )
-        self.method_config()
+        super()._check_choices()
 
 
 def refuse_idle_flags(config: FinetuneRobomimicConfig, flags: set[str]) -> None:

@@ -17,7 +17,6 @@ from vla_trqam.training.settings import (
     MethodConfig,
     OnlineConfig,
     RunSettings,
-    refuse_below,
 )
 
 
@@ -176,47 +175,26 @@ class FinetuneVLAConfig(RunSettings):
     env: EnvConfig = field(default_factory=EnvConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_rates()
-        self._check_seeds()
-        self._check_choices()
-
     @property
     def num_base_episodes(self) -> int:
         """Episodes of the base policy that join the replay before it moves."""
         return self.base_episodes
 
-    def _check_numbers(self) -> None:
-        at_least_one = {
-            "batch_size": self.batch_size,
-            "log_freq": self.log_freq,
-            "save_freq": self.save_freq,
-            "num_threads": self.num_threads,
+    def _at_least_one(self) -> dict[str, int | None]:
+        return {
             "peft.r": self.peft.r,
-            "critic.hidden_dims": min(self.critic.hidden_dims, default=0),
-            "critic.ensemble_size": self.critic.ensemble_size,
             "critic.batch_size": self.critic.batch_size,
             "critic.next_actions": self.critic.next_actions,
-            "online.episodes_per_round": self.online.episodes_per_round,
-            "online.updates_per_round": self.online.updates_per_round,
             "env.image_size": self.env.image_size,
-            "eval.episodes": self.eval.episodes,
-            "eval.max_episode_steps": self.eval.max_episode_steps,
-            "eval.num_workers": self.eval.num_workers,
-            "eval.episodes_during_training": self.eval.episodes_during_training,
         }
-        not_negative = {
+
+    def _not_negative(self) -> dict[str, int | None]:
+        return {
             "steps": self.steps,
             "base_episodes": self.base_episodes,
-            "online.steps": self.online.steps,
             "critic.warmup_steps": self.critic.warmup_steps,
             "critic.updates_per_step": self.critic.updates_per_step,
-            "evaluate_every": self.evaluate_every,
-            "eval.videos": self.eval.videos,
         }
-        refuse_below(at_least_one, 1)
-        refuse_below(not_negative, 0)
 
     def _check_choices(self) -> None:
         if self.steps + self.online.steps < 1:
@@ -233,4 +211,4 @@ class FinetuneVLAConfig(RunSettings):
                 "--policy.path and --dataset.repo_id go together: without both, the packed policy "
                 "learns from the packed dataset"
             )
-        self.method_config()
+        super()._check_choices()

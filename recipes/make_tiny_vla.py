@@ -1,8 +1,9 @@
 """How the packed tiny π0 and its dataset came to be; makes both anew (about an hour on two cores).
 
-python recipes/make_tiny_pi0.py --output=lift_pi0
+python recipes/make_tiny_vla.py --output=lift_pi0
+python recipes/make_tiny_vla.py --policy=smolvla --output=lift_smolvla
 
-A policy with π0's stock forward code and small widths, in three steps: its vision-language model
+A policy with π0's or SmolVLA's stock forward code and small widths: its vision-language model
 learns where things are (images of the demonstrations and of random scenes, to the object's pose);
 its action expert clones a few demonstrations on the frozen model; the demonstrations are written as
 a LeRobotDataset, with images where a policy could have decided.
@@ -16,12 +17,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from lerobot.configs.policies import PreTrainedConfig
 from tqdm import tqdm
 from vla_trqam.adapters.loading import load_policy
-from vla_trqam.adapters.tiny.checkpoints import flow_features, tiny_pi0_config, write_checkpoint
+from vla_trqam.adapters.tiny.checkpoints import (
+    flow_features,
+    tiny_pi0_config,
+    tiny_smolvla_config,
+    write_checkpoint,
+)
 from vla_trqam.adapters.tiny.pretraining import (
     Progress,
     Scenes,
@@ -44,7 +52,7 @@ from vla_trqam.files import written_whole
 
 DEMOS = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
 CAMERAS = CameraSettings(("agentview",), image_size=96, shadows=False)
-CHUNK, STRIDE, CONTROL_FREQUENCY = 8, 4, 20
+CHUNK, STRIDE, CONTROL_FREQUENCY, FLOW_STEPS = 8, 4, 20, 5
 WIDTH, PATCH = 64, 12
 FIRST_SCENE_SEED = 7_000_000
 
@@ -56,14 +64,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to make: policy/ and dataset/")
+    add("--policy", choices=("pi0", "smolvla"), default="pi0")
     add("--demos", type=Path, default=DEMOS, help="Robomimic HDF5 file of Lift")
-    add("--filter_key", default="worse_successful", help="demonstrations that the expert clones")
+    add("--filter_key", help="demonstrations that the expert clones; all unless given")
     add("--scenes", type=int, default=1500, help="random scenes beside the demonstrations")
     add("--pose_steps", type=int, default=3000)
-    add("--clone_steps", type=int, default=2000)
+    add("--clone_steps", type=int, default=1200, help="few: the policy is to be mediocre")
     add("--episodes", type=int, default=120, help="demonstrations in the dataset")
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, default=2, help="simulator processes")
+    add("--num_threads", type=int, default=2, help="torch's threads")
     return parser.parse_args(arguments)
 
 
@@ -88,17 +98,7 @@ def write_policy(options: argparse.Namespace, demos: Sequence[RenderedDemo], fol
     """Pretrains on the demonstrations and writes the policy."""
     seen = demonstrated(demos)
     actions = np.concatenate([demo.episode.actions for demo in demos])
-    config = tiny_pi0_config(
-        flow_features(seen.states.shape[1], actions.shape[1], CAMERAS.names, CAMERAS.image_size),
-        image_resolution=(CAMERAS.image_size, CAMERAS.image_size),
-        chunk_size=CHUNK,
-        n_action_steps=CHUNK,
-        max_state_dim=16,
-        vision_width=WIDTH,
-        vision_mlp_dim=2 * WIDTH,
-        vision_depth=2,
-        patch_size=PATCH,
-    )
+    config = config_of(options, seen.states.shape[1], actions.shape[1])
     write_checkpoint(config, statistics(seen.states, actions, CAMERAS.names), folder)
     policy = load_policy(folder, lora=None)
     with bar("poses", options.pose_steps) as progress:
@@ -124,6 +124,27 @@ def write_policy(options: argparse.Namespace, demos: Sequence[RenderedDemo], fol
             progress=progress,
         )
     policy.save_pretrained(folder)
+
+
+def config_of(options: argparse.Namespace, state_dim: int, action_dim: int) -> PreTrainedConfig:
+    """The architecture; SmolVLA's names a folder with its vision-language model's, made beside."""
+    features = flow_features(state_dim, action_dim, CAMERAS.names, CAMERAS.image_size)
+    shared: dict[str, Any] = {"chunk_size": CHUNK, "n_action_steps": CHUNK, "max_state_dim": 16}
+    shared["license"] = "apache-2.0"
+    if options.policy == "smolvla":
+        vlm = options.output.absolute().with_name(f"{options.output.name}_vlm")
+        size = CAMERAS.image_size
+        return tiny_smolvla_config(features, vlm, image_size=size, num_steps=FLOW_STEPS, **shared)
+    return tiny_pi0_config(
+        features,
+        image_resolution=(CAMERAS.image_size, CAMERAS.image_size),
+        num_inference_steps=FLOW_STEPS,
+        vision_width=WIDTH,
+        vision_mlp_dim=2 * WIDTH,
+        vision_depth=2,
+        patch_size=PATCH,
+        **shared,
+    )
 
 
 def cloned_demos(options: argparse.Namespace, demos: Sequence[RenderedDemo]) -> list[RenderedDemo]:
@@ -205,7 +226,7 @@ def write_dataset(demos: Sequence[RenderedDemo], folder: Path) -> None:
         write_lerobot_dataset(
             replay,
             folder,
-            repo_id="local/lift_pi0",
+            repo_id="local/lift_images",
             fps=CONTROL_FREQUENCY,
             robot_type="panda",
             use_videos=True,
@@ -237,9 +258,10 @@ def bar(name: str, steps: int) -> Iterator[Progress]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the recipe; returns the exit code."""
-    torch.set_num_threads(2)
+    options = parse(arguments)
+    torch.set_num_threads(options.num_threads)
     try:
-        make(parse(arguments))
+        make(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
