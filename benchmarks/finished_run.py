@@ -46,7 +46,8 @@ class FinishedRun:
         wall_clock: seconds by phase.
         provenance: command, seeds, commit, versions, machine.
         date: UTC day on which its evaluation was written.
-        base_weights: SHA-256 of the base policy's weights; runs from one base share it.
+        base_weights: SHA-256 of the base policy's weights; runs from one base share it. None for a
+            run that keeps no copy of its base: its settings name it.
     """
 
     folder: Path
@@ -57,7 +58,7 @@ class FinishedRun:
     wall_clock: dict[str, float]
     provenance: dict[str, Any]
     date: str
-    base_weights: str
+    base_weights: str | None
 
     @property
     def name(self) -> str:
@@ -125,6 +126,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise UserError(f"{folder} is not a folder; give the --output_dir of a finished run")
     report = _read_object(folder, "report.json", "title", "wall_clock_seconds", "provenance")
     evaluation = _read_object(folder, "evaluation.json")
+    base = folder / "base_policy"
     written = datetime.fromtimestamp((folder / "evaluation.json").stat().st_mtime, UTC)
     return FinishedRun(
         folder=folder,
@@ -135,7 +137,7 @@ def read_run(folder: Path) -> FinishedRun:
         wall_clock={phase: float(s) for phase, s in report["wall_clock_seconds"].items()},
         provenance=_shareable_provenance(report["provenance"]),
         date=written.date().isoformat(),
-        base_weights=_digest(folder / "base_policy" / "model.safetensors"),
+        base_weights=_digest(base / "model.safetensors") if base.is_dir() else None,
     )
 
 

@@ -111,7 +111,7 @@ def check_initial_states(runs: Sequence[FinishedRun]) -> None:
 
 def same_bases(groups: Groups) -> str:
     """A sentence: do the runs of one training seed start from one base, to the bit?"""
-    bases: dict[int, list[str]] = {}
+    bases: dict[int, list[str | None]] = {}
     for run in (run for group in groups.values() for run in group):
         bases.setdefault(run.seed, []).append(run.base_weights)
     shared = {seed: digests for seed, digests in bases.items() if len(digests) > 1}
