@@ -46,8 +46,8 @@ def metrics_lines(output_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
-def final_state(output_dir: Path) -> dict[str, Any]:
-    """Everything that two equal runs must agree on to the bit."""
+def checkpoint_state(output_dir: Path) -> dict[str, Any]:
+    """The last checkpoint, the log and the evaluation: what equal runs of any recipe agree on."""
     last = output_dir / "checkpoints" / "last"
     saved = [path for path in sorted(last.rglob("*")) if path.is_file()]
     state: dict[str, Any] = {
@@ -57,14 +57,20 @@ def final_state(output_dir: Path) -> dict[str, Any]:
     }
     state["checkpoint"] = last.resolve().name
     state["metrics"] = metrics_lines(output_dir)
+    evaluation = output_dir / "evaluation.json"
+    if evaluation.exists():
+        state["evaluation"] = json.loads(evaluation.read_text())
+    return state
+
+
+def final_state(output_dir: Path) -> dict[str, Any]:
+    """Everything that two equal runs must agree on to the bit."""
+    state = checkpoint_state(output_dir)
     state["base"] = (output_dir / "base_policy" / "model.safetensors").read_bytes()
     header = json.loads((output_dir / "replay" / "replay.json").read_text())
     state["replay"] = header
     for name in ("observations", "actions", "rewards", "episodes"):
         state[name] = np.load(output_dir / "replay" / f"{name}.npy", allow_pickle=False).tobytes()
-    evaluation = output_dir / "evaluation.json"
-    if evaluation.exists():
-        state["evaluation"] = json.loads(evaluation.read_text())
     return state
 
 

@@ -1,0 +1,327 @@
+"""The recipes for LeRobot's policies as a whole on a toy task: what they leave, and refuse."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_files import metrics_lines
+from toy_images import (
+    CAMERA,
+    CHUNK,
+    MAX_STEPS,
+    SIZE,
+    ImageToyPool,
+    write_toy_policy,
+    write_toy_smolvla,
+)
+from toy_task import Killed
+from vla_runs import (
+    PI0,
+    SMOLVLA,
+    Whole,
+    files,
+    forgetful_pool,
+    full,
+    killed,
+    main,
+    no_conclusion,
+    tiny,
+    whole,
+    whole_run,
+    without_simulator,
+)
+from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+from vla_trqam.adapters.loading import load_policy
+from vla_trqam.recipes.finetune_vla import read_config
+
+from vla_trqam.envs.robomimic_images import CameraSettings
+from vla_trqam.envs.rollout import Episode
+from vla_trqam.training.acting import chunk_policy
+from vla_trqam.training.cached_learners import CachedOffPolicy
+from vla_trqam.training.finetuning import EVALUATION_NOISE
+
+__all__ = [  # fixtures
+    "files",
+    "forgetful_pool",
+    "full",
+    "no_conclusion",
+    "tiny",
+    "whole",
+    "without_simulator",
+]
+pytestmark = pytest.mark.slow
+
+OFFLINE = ("--env.type=null", "--online.steps=0", "--base_episodes=0")
+
+
+def reloaded(run: Whole) -> LeRobotFlowPolicy:
+    """The last checkpoint's policy; its adapters on their own base where it has such."""
+    folder = run.folder / "checkpoints/last/pretrained_model"
+    return load_policy(folder, lora=None, adapter="continue", limits=(-1.0, 1.0))
+
+
+def trained(policy: LeRobotFlowPolicy) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def episodes_of(policy: LeRobotFlowPolicy, seeds: list[int]) -> list[Episode]:
+    """Episodes of the evaluation from these initial states."""
+    pool = ImageToyPool(
+        {},
+        chunk_length=CHUNK,
+        num_workers=1,
+        max_episode_steps=MAX_STEPS,
+        obs_keys=(),
+        cameras=CameraSettings((CAMERA,), SIZE),
+    )
+    return pool.run(chunk_policy(policy, EVALUATION_NOISE), seeds)
+
+
+def same(one: list[Episode], other: list[Episode]) -> bool:
+    return all(np.array_equal(a.actions, b.actions) for a, b in zip(one, other, strict=True))
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# What a whole run leaves.
+
+
+def test_a_whole_run_leaves_report_plots_evaluation_and_a_checkpoint(whole):
+    names = {path.name for path in whole.folder.iterdir()}
+    assert names >= {"report.md", "report.json", "evaluation.json", "config.yaml", "plots"}
+    plots = {path.name for path in (whole.folder / "plots").glob("*.png")}
+    assert plots >= {"kl.png", "lambda.png", "success.png", "q_against_returns.png"}
+    last = (whole.folder / "checkpoints/last").resolve()
+    assert last.name == "000007"
+    assert {path.name for path in last.iterdir()} == {
+        "pretrained_model",
+        "training_state",
+        "algorithm",
+    }
+    policy = {path.name for path in (last / "pretrained_model").iterdir()}
+    assert policy >= {
+        "config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "policy_preprocessor.json",
+        "policy_postprocessor.json",
+    }
+
+
+def test_every_phase_evaluation_and_rollout_is_logged_in_order(whole):
+    assert [(line["phase"], line["step"]) for line in metrics_lines(whole.folder)] == [
+        *[("critic", 0)] * 2,  # the base's episodes
+        *[("critic", n) for n in (1, 2, 3)],
+        ("eval", 0),
+        ("offline", 1),
+        ("offline", 2),
+        ("eval", 2),
+        ("offline", 3),
+        *[("online", 3)] * 2,
+        ("online", 4),
+        ("online", 5),
+        ("eval", 5),
+        *[("online", 5)] * 2,
+        ("online", 6),
+        ("online", 7),
+        ("eval", 7),
+    ]
+
+
+def test_the_evaluation_is_what_policies_loaded_from_disk_achieve(whole, files):
+    evaluation = whole.state["evaluation"]
+    base, tuned = whole.rounds[-2:]
+    assert not same(base, tuned), "else there would be little to see"
+    given = load_policy(files.policy, lora=None, limits=(-1.0, 1.0))
+    for name, policy, played in (("base", given, base), ("tuned", reloaded(whole), tuned)):
+        episodes = episodes_of(policy, evaluation["seeds"])
+        assert same(episodes, played)
+        assert evaluation[f"{name}_success"] == [episode.success for episode in episodes]
+        assert evaluation[f"{name}_steps"] == [episode.num_steps for episode in episodes]
+
+
+@pytest.mark.parametrize("kind", ["whole", "full"])
+def test_the_saved_policy_is_the_trained_one(kind, request):
+    run = request.getfixturevalue(kind)
+    mine, theirs = trained(run.policy), trained(reloaded(run))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_merged_checkpoint_is_a_whole_policy_with_the_trained_weights(
+    tiny, no_conclusion, whole, files, tmp_path
+):
+    assert tiny(tmp_path / "run", "--policy.merged=true") == 0
+    folder = tmp_path / "run/checkpoints/last/pretrained_model"
+    assert not (folder / "adapter_config.json").exists()
+    merged, base = (load_file(path / "model.safetensors") for path in (folder, files.policy))
+    assert merged.keys() == base.keys()
+    tuned = dict(whole.policy.host.named_parameters())
+    layers = [name for name in base if not torch.equal(merged[name], base[name])]
+    assert layers
+    for name in layers:
+        layer = name.removesuffix(".weight")
+        down, up = (tuned[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+        torch.testing.assert_close(merged[name], (base[name] + up @ down).detach())
+
+
+def test_an_offline_run_needs_no_simulator(tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert tiny(folder, *OFFLINE) == 0
+    assert ImageToyPool.started == 0
+    assert (folder / "report.md").is_file()
+    assert not (folder / "evaluation.json").exists()
+    assert "not evaluated" in capsys.readouterr().out
+    assert {line["phase"] for line in metrics_lines(folder)} == {"critic", "offline"}
+
+
+def test_smolvlas_recipe_runs_whole(files, tmp_path):
+    policy = write_toy_smolvla(tmp_path / "smolvla")
+    run = whole_run(
+        tmp_path / "run", [*files.flags(), f"--policy.path={policy}", "--online.steps=2"], SMOLVLA
+    )
+    assert (run.folder / "report.md").is_file()
+    saved = reloaded(run)
+    assert same(episodes_of(saved, run.state["evaluation"]["seeds"]), run.rounds[-1])
+    mine, theirs = trained(run.policy), trained(saved)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert first_kls(run)[0] == 0.0
+
+
+# The base.
+
+
+def first_kls(run: Whole) -> list[float]:
+    return [line["kl_estimate"] for line in metrics_lines(run.folder) if "kl_estimate" in line]
+
+
+@pytest.mark.parametrize("kind", ["whole", "full"])
+def test_the_kl_is_zero_at_the_first_update_and_the_base_never_moves(kind, request, files):
+    run = request.getfixturevalue(kind)
+    first, *later = first_kls(run)
+    assert first == 0.0
+    assert all(kl > 0.0 for kl in later)
+    given = load_file(files.policy / "model.safetensors")
+    with run.policy.base.host() as host:
+        base = {k.replace(".base_layer.", "."): v for k, v in host.state_dict().items()}
+    assert given.keys() <= base.keys()
+    moved = [k for k, v in given.items() if v.numpy().tobytes() != base[k].numpy().tobytes()]
+    assert moved == []
+
+
+def test_a_run_leaves_the_policys_folder_as_it_was(files, tiny, no_conclusion, tmp_path):
+    before = folder_bytes(files.policy)
+    assert tiny(tmp_path / "run", *OFFLINE, "--critic.warmup_steps=0") == 0
+    assert folder_bytes(files.policy) == before
+
+
+# The critic of a former run.
+
+
+@contextmanager
+def first_update() -> Iterator[list[CachedOffPolicy]]:
+    """Ends the run at its first update; afterwards the list holds the learner as it began."""
+    seen: list[CachedOffPolicy] = []
+
+    def update(learner: CachedOffPolicy, *_: Any) -> None:
+        seen.append(learner)
+        raise Killed
+
+    with killed(lambda patch: patch.setattr(CachedOffPolicy, "update", update)):
+        yield seen
+
+
+@pytest.mark.parametrize("adapter", ["merge", "continue"])
+def test_a_run_starts_with_the_critic_of_a_checkpoint(adapter, tiny, whole, tmp_path):
+    former = whole.folder / "checkpoints/last"
+    with first_update() as seen:
+        tiny(
+            tmp_path / "run",
+            f"--policy.path={former / 'pretrained_model'}",
+            f"--policy.adapter={adapter}",
+            "--policy.merged=true",
+            f"--critic.path={former}",
+            "--critic.warmup_steps=0",
+        )
+    method = seen[0].method
+    saved = load_file(former / "algorithm/networks.safetensors")
+    critic = method.critic.state_dict()
+    assert all(torch.equal(saved[f"critic.{name}"], critic[name]) for name in critic)
+    scalars = json.loads((former / "algorithm/scalars.json").read_text())
+    goes_on = method.trust_region.state_dict() == scalars
+    assert goes_on == (adapter == "continue")
+    if not goes_on:
+        assert method.trust_region.lam == method.config.lam_init != scalars["lam"]
+        return
+    adapters = trained(method.policy)
+    assert all(torch.equal(adapters[name], p) for name, p in trained(whole.policy).items())
+
+
+# Bad input.
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a recipe that must refuse in one sentence and leave nothing."""
+
+    def run(*flags: str, recipe: Path = PI0) -> str:
+        capsys.readouterr()
+        assert main(*flags, f"--output_dir={tmp_path / 'run'}", recipe=recipe) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("error: ")
+        assert errors.count("\n") == 1, "one sentence, no traceback"
+        assert ImageToyPool.started == 0, "no simulator may start for this"
+        assert not (tmp_path / "run").exists(), "no folder for input that is refused"
+        return errors
+
+    return run
+
+
+def test_a_critic_from_a_folder_without_one_is_refused(refused, files, tmp_path):
+    said = refused(*files.flags(), f"--critic.path={files.policy}")
+    assert f"{files.policy} has no algorithm/ folder" in said
+    said = refused(*files.flags(), f"--critic.path={tmp_path / 'nowhere'}")
+    assert f"--critic.path={tmp_path / 'nowhere'} is not a folder" in said
+
+
+def test_a_critic_of_another_size_is_refused(refused, files, whole):
+    former = whole.folder / "checkpoints/last"
+    said = refused(*files.flags(), f"--critic.path={former}", "--critic.hidden_dims=[4]")
+    assert f"{former / 'algorithm'} does not fit this run's critic" in said
+
+
+def test_a_dataset_without_the_policys_camera_is_refused(refused, files, tmp_path):
+    policy = write_toy_policy(tmp_path / "policy", camera="wrist")
+    said = refused(*files.flags(), f"--policy.path={policy}")
+    assert "the policy looks through observation.images.wrist" in said
+    assert "the data has observation.images.agentview" in said
+
+
+def test_a_base_that_would_have_to_train_is_refused(refused, files):
+    assert "train_base" in refused(*files.flags(), "--trqam.train_base=true")
+
+
+@pytest.mark.parametrize("recipe", [SMOLVLA, PI0])
+def test_a_recipe_that_packs_no_policy_asks_for_one(recipe, refused):
+    said = refused(recipe=recipe)
+    assert "give --policy.path and --dataset.repo_id" in said
+
+
+def test_a_policy_of_ones_own_gets_the_preset_made_for_it(files):
+    packed = Path("packed")
+    own = [f"--policy.path={files.policy}", "--dataset.repo_id=local/toy"]
+    assert read_config(PI0, packed, own).env.type is None
+    assert read_config(PI0, packed, []).env.type == "robomimic"
+    assert read_config(PI0, packed, [*own, "--preset=default"]).env.type == "robomimic"
