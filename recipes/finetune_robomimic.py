@@ -72,7 +72,7 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
         UserError: the settings, the data or the folder do not work; no folder is made then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
-    device = prepare_torch(config)
+    device = prepare_torch(config).device
     assert config.output_dir is not None
     check_output_dir(config.output_dir, resume=config.resume)
     file = read_dataset(config.dataset)

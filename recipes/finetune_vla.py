@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
@@ -87,14 +88,15 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
         UserError: the settings, policy, data or folder do not work; no folder is made then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
-    device = prepare_torch(config)
+    accelerator = prepare_torch(config)
+    device = torch.device(config.policy.device or accelerator.device)
     assert config.output_dir is not None
     check_output_dir(config.output_dir, resume=config.resume)
     _check_push(config)
     reader = LeRobotReader(_dataset(config, packed))
     policy = _load_policy(config, packed, device)
     with ExitStack() as stack:
-        parts = _set_up(config, reader, policy, device, stack)
+        parts = _set_up(config, reader, policy, accelerator, stack)
         run, phases, everything = parts
         with InterruptGuard() as guard:
             learner = run.train(phases, guard)
@@ -162,7 +164,7 @@ def _load_policy(
         adapter=knobs.adapter,
         features=CriticFeatures(layer=knobs.critic_layer),
         limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
-        device=knobs.device or str(device),
+        device=str(device),
         revision=knobs.revision,
     )
     assert policy.processors is not None, "load_policy brings processors"
@@ -174,7 +176,7 @@ def _set_up(
     config: FinetuneVLAConfig,
     reader: LeRobotReader,
     policy: LeRobotFlowPolicy,
-    device: torch.device,
+    accelerator: Accelerator,
     stack: ExitStack,
 ) -> tuple[Run, list[Phase], ChunkSampler[Any]]:
     """Folder, replay, phases, a sampler of all data, and last the simulators.
@@ -183,6 +185,7 @@ def _set_up(
     """
     output_dir = config.output_dir
     assert output_dir is not None
+    device = next(policy.trainable_parameters()).device
     try:
         replay, metrics = open_folder(
             config, output_dir, reopen=FrameReplay.open, begin=partial(_begin, config, reader)
@@ -194,7 +197,7 @@ def _set_up(
         )
         draw = partial(_sampler, config, policy, replay, features)
         everything = draw(None)
-        learner = cache(lambda: _make_learner(config, policy, replay, features))
+        learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
         report = preflight(
             policy,
             replay,
@@ -305,14 +308,17 @@ def _make_learner(
     policy: LeRobotFlowPolicy,
     replay: FrameReplay,
     features: FeatureCache,
+    accelerator: Accelerator,
 ) -> CachedOffPolicy:
     knobs = config.critic
+    critic = make_critic(knobs, policy, config.seed)
     learner = CachedOffPolicy(
-        TRQAM(policy, make_critic(config.critic, policy, config.seed), config.method_config()),
+        TRQAM(policy, critic, config.method_config(), accelerator),
         NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,
         batch_size=knobs.batch_size,
+        num_micro_batches=config.micro_batches,
     )
     assert config.output_dir is not None
     if knobs.path is not None and last_checkpoint(config.output_dir) is None:

@@ -39,7 +39,7 @@ def sampler(replay, cache):
     )
 
 
-def make_learner(policy, replay, cache, critic_updates=3):
+def make_learner(policy, replay, cache, critic_updates=3, **settings):
     torch.manual_seed(1)
     critic = Critic(CriticEnsemble(4, HORIZON * 2, (8,), 2))
     return CachedOffPolicy(
@@ -48,6 +48,7 @@ def make_learner(policy, replay, cache, critic_updates=3):
         sampler(replay, cache),
         critic_updates=critic_updates,
         batch_size=CRITIC_BATCH,
+        **settings,
     )
 
 
@@ -136,6 +137,24 @@ def test_an_update_of_the_policy_brings_so_many_of_the_critic(setting, monkeypat
     kept = (learner.next_actions.chunks[frames] == drawn[:, None]).all(dim=(2, 3)).any(dim=1)
     # Of chunks with the same next frame only the last one put may be left.
     assert kept.sum() >= len(set(frames.tolist()))
+
+
+def test_micro_batches_change_the_memory_and_not_the_update(setting):
+    _, replay, cache = setting
+    whole, parts = (
+        make_learner(PackedPolicy(), replay, cache, critic_updates=1, num_micro_batches=count)
+        for count in (1, 3)
+    )
+    parts.method.policy.load_state_dict(whole.method.policy.state_dict())
+    for learner in (whole, parts):
+        batch = learner.sampler.sample(BATCH, np.random.default_rng(0))
+        for seed in range(3):
+            learner.update(batch, torch.Generator().manual_seed(seed))
+    assert len(parts._result.outputs) == 3
+    expected, found = module_tensors(whole), module_tensors(parts)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name].float(), value.float(), atol=1e-5), name
 
 
 def test_a_checkpoint_holds_what_is_trained_and_restores_it(setting):

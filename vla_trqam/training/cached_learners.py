@@ -18,6 +18,7 @@ from vla_trqam.data.sampling import ChunkSampler, MixedSampler
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.methods.trqam import TRQAM, UpdateNoise
 from vla_trqam.policy import FlowPolicy
+from vla_trqam.training.distributed import micro_batches
 from vla_trqam.training.learners import CriticWarmup, OffPolicy
 from vla_trqam.training.next_actions import FRAME, NextActions
 
@@ -44,6 +45,7 @@ class CachedOffPolicy(OffPolicy):
         sampler: of the critic's batches, whose observations are numbered features.
         critic_updates: of the critic alone, after each update of the policy.
         batch_size: of the critic's batches.
+        num_micro_batches: the policy's update takes its batch in so many parts, in less memory.
     """
 
     def __init__(
@@ -54,19 +56,23 @@ class CachedOffPolicy(OffPolicy):
         *,
         critic_updates: int,
         batch_size: int,
+        num_micro_batches: int = 1,
     ) -> None:
         super().__init__(method)
         self.next_actions, self.sampler = next_actions, sampler
         self.critic_updates, self.batch_size = critic_updates, batch_size
+        self.num_micro_batches = num_micro_batches
         self._trained = TrainedWeights(method.policy)
 
     def update(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """One update of the method, then the critic's."""
         self.next_actions.fill(generator)
-        super().update(batch, generator)
-        assert self._result is not None
+        noise = UpdateNoise.draw(batch.action, self.method.policy.num_flow_steps, generator)
+        parts = micro_batches(batch, noise, self.num_micro_batches)
+        self._result = self.method.update_in_parts(parts)
         frames = batch.next_observation[FRAME]
-        self.next_actions.put(frames, self._result.output.next_action, generator)
+        chunks = torch.cat([output.next_action for output in self._result.outputs])
+        self.next_actions.put(frames, chunks, generator)
         for _ in range(self.critic_updates):
             drawn = self.sampler.sample(self.batch_size, generator).to(frames.device)
             own = replace(drawn, action=self.method.policy.from_robot(drawn.action))

@@ -56,8 +56,8 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
     return 0
 
 
-def prepare_torch(config: Settings) -> torch.device:
-    """Threads, memory and the seed of weights yet to be made; returns the launcher's device.
+def prepare_torch(config: Settings) -> Accelerator:
+    """Threads, memory and the seed of weights yet to be made; returns the launcher's settings.
 
     Raises:
         UserError: the launcher started several processes.
@@ -72,7 +72,7 @@ def prepare_torch(config: Settings) -> torch.device:
     torch.set_num_threads(config.num_threads or usable_cores())
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    return accelerator.device
+    return accelerator
 
 
 def usable_cores() -> int:

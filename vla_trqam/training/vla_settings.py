@@ -138,6 +138,7 @@ class FinetuneVLAConfig(RunSettings):
         steps: updates of the policy from the dataset, before the online ones.
         base_episodes: episodes of the base policy that join the replay first.
         batch_size: chunks a batch of the policy's updates.
+        micro_batches: parts that such a batch is taken in, one after the other: less memory.
         discount: gamma, per control step.
         evaluate_every: updates between evaluations during training; 0 for none.
         log_freq: updates between lines of ``metrics.jsonl``.
@@ -160,6 +161,7 @@ class FinetuneVLAConfig(RunSettings):
     steps: int = 1000
     base_episodes: int = 0
     batch_size: int = 32
+    micro_batches: int = 1
     discount: float = 0.99
     evaluate_every: int = 0
     log_freq: int = 10
@@ -182,6 +184,7 @@ class FinetuneVLAConfig(RunSettings):
 
     def _at_least_one(self) -> dict[str, int | None]:
         return {
+            "micro_batches": self.micro_batches,
             "peft.r": self.peft.r,
             "critic.batch_size": self.critic.batch_size,
             "critic.next_actions": self.critic.next_actions,
@@ -203,6 +206,10 @@ class FinetuneVLAConfig(RunSettings):
             raise UserError(
                 f"--online.steps={self.online.steps} and --base_episodes={self.base_episodes} need "
                 "a simulator: give --env.type=robomimic, or set both to 0"
+            )
+        if self.micro_batches > self.batch_size:
+            raise UserError(
+                f"--micro_batches={self.micro_batches} is more than --batch_size={self.batch_size}"
             )
         if self.policy.push_to_hub and self.policy.repo_id is None:
             raise UserError("--policy.push_to_hub=true needs --policy.repo_id=USER/NAME")
