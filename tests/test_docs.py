@@ -18,8 +18,10 @@ PAGES = sorted(
 )
 SCRIPTS = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "recipes").glob("*.py")]
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*\w)")
-# Of accelerate launch and torchrun, and of our environment under lerobot-eval.
-OTHERS = {"cpu", "multi_gpu", "nproc_per_node", "num_processes", "env.render_every"}
+# Of accelerate launch and torchrun, and of lerobot-eval with our environment.
+OTHERS = {"cpu", "mixed_precision", "multi_gpu", "nproc_per_node", "num_processes"} | {
+    *("env.episode_length", "env.render_every", "eval.batch_size", "eval.n_episodes")
+}
 
 
 def flags_in(text: str) -> set[str]:
