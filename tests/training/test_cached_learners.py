@@ -171,7 +171,23 @@ def test_a_checkpoint_holds_what_is_trained_and_restores_it(setting):
     load_module_tensors(other, tensors)
     assert torch.equal(other.method.policy.tuned.weight, policy.tuned.weight)
     assert torch.equal(other.next_actions.chunks, learner.next_actions.chunks)
-    assert torch.equal(other.next_actions.known, learner.next_actions.known)
+    assert other.next_actions.num_known == learner.next_actions.num_known > 0
+
+
+def test_a_checkpoint_has_no_room_for_frames_yet_to_come(setting):
+    policy, replay, cache = setting
+    actions = NextActions(policy, replay, cache, chunks_per_frame=SLOTS)
+    actions.fill(torch.Generator().manual_seed(0))
+    saved = actions.state_dict()["chunks"]
+    assert len(saved) == replay.num_frames < len(actions.chunks)
+    assert torch.equal(saved, actions.chunks[: replay.num_frames])
+
+
+@pytest.mark.parametrize("strange", [{}, {"chunks": torch.zeros(2, SLOTS + 1, HORIZON, 2)}])
+def test_next_actions_of_another_shape_are_refused(strange, setting):
+    actions = NextActions(*setting, chunks_per_frame=SLOTS)
+    with pytest.raises(RuntimeError, match="chunks"):
+        actions.load_state_dict(strange)
 
 
 def test_trained_weights_are_the_policys_own():

@@ -7,6 +7,7 @@ whole, so that a kill leaves the one before.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,6 +105,13 @@ def save_checkpoint(
         _write_json(training / "position.json", asdict(position))
     _point(final.with_name(LAST), name)
     return final
+
+
+def forget_checkpoints(output_dir: Path, prefix: str, *, keep: str) -> None:
+    """Deletes the checkpoints whose names begin so, but for the one named ``keep``."""
+    for path in (output_dir / CHECKPOINTS).glob(f"{prefix}*"):
+        if path.name != keep:
+            shutil.rmtree(path)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:

@@ -20,6 +20,7 @@ from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.checkpoints import (
     Generators,
     Position,
+    forget_checkpoints,
     last_checkpoint,
     load_checkpoint,
     read_position,
@@ -209,6 +210,9 @@ class Run:
         )
         name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
         save_checkpoint(self.output_dir, name, learner, self.save_policy, self.generators, position)
+        if not phase.moves_policy:
+            # Nobody evaluates these: the newest is for going on.
+            forget_checkpoints(self.output_dir, f"{phase.name}_", keep=name)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -7,6 +7,9 @@ frame and used again, they are as old as the policy was then: a lag, as the targ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from vla_trqam.time_grid import TimeGrid
 
 FRAME = "frame"
 """The number of the frame in an observation of :class:`NumberedFeatures`."""
+CHUNKS = "chunks"
 
 
 class NumberedFeatures(Observer[FrameObservation]):
@@ -69,23 +73,20 @@ class NextActions(nn.Module):
         horizon, real = policy.chunk_shape[0], int(policy.action_mask.sum())
         device = next(policy.trainable_parameters()).device
         shape = (replay.frame_capacity, chunks_per_frame, horizon, real)
+        self.num_known = 0
         self.chunks: Tensor
-        self.known: Tensor
-        self.register_buffer("chunks", torch.zeros(shape, device=device))
-        self.register_buffer(
-            "known", torch.zeros(shape[0], dtype=torch.bool, device=device), persistent=True
-        )
+        self.register_buffer(CHUNKS, torch.zeros(shape, device=device))
 
     @torch.no_grad()
     def fill(self, generator: torch.Generator, *, batch_size: int = 256) -> int:
         """Draws the chunks of frames that have none yet; returns how many frames these were."""
         rows = self._replay.frame_index.rows_of_frames()
-        missing = torch.nonzero(~self.known[: len(rows)]).flatten()
-        # An empty tensor splits into one empty part.
-        for part in missing.split(batch_size) if len(missing) else ():
-            self.chunks[part] = self._draw(rows[part.cpu().numpy()], generator)
-            self.known[part] = True
-        return len(missing)
+        first = self.num_known
+        for start in range(first, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            self.chunks[start : start + len(part)] = self._draw(part, generator)
+        self.num_known = max(first, len(rows))
+        return self.num_known - first
 
     def pick(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """One chunk of each of these frames (B,), chosen at random: (B, H, a)."""
@@ -94,6 +95,34 @@ class NextActions(nn.Module):
     def put(self, frames: Tensor, chunks: Tensor, generator: torch.Generator) -> None:
         """Newer chunks (B, H, a) take the place of random older ones at these frames (B,)."""
         self.chunks[frames, self._slots(frames, generator)] = chunks
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """The chunks of the frames that have some; the buffer has room for all to come."""
+        known = self.chunks[: self.num_known]
+        destination[prefix + CHUNKS] = known if keep_vars else known.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + CHUNKS
+        if key not in state_dict:
+            missing_keys.append(key)
+            return
+        saved, room = state_dict[key], self.chunks.shape
+        if saved.shape[1:] != room[1:] or len(saved) > len(self.chunks):
+            error_msgs.append(f"{key} has shape {tuple(saved.shape)}, not {tuple(room)} or less")
+            return
+        self.num_known = len(saved)
+        self.chunks[: self.num_known] = saved
 
     def _slots(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randint(
