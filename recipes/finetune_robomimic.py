@@ -25,10 +25,11 @@ from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
-from vla_trqam.training.checkpoints import Generators, check_output_dir
+from vla_trqam.training.checkpoints import check_output_dir
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import StateStore
 from vla_trqam.training.finetuning import Phase, Run
+from vla_trqam.training.generators import Generators
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
 from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
@@ -123,6 +124,7 @@ def _set_up(
             begin=partial(begin_robomimic, config, file, policy),
         )
         stack.callback(replay.close)
+        assert metrics is not None, "this is the main process"
         stack.enter_context(metrics)
         draw = partial(
             replay.sampler,

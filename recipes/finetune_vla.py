@@ -33,8 +33,9 @@ from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
-from vla_trqam.training.checkpoints import Generators, check_output_dir, last_checkpoint
+from vla_trqam.training.checkpoints import check_output_dir, last_checkpoint
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
+from vla_trqam.training.distributed import Team
 from vla_trqam.training.episode_store import FrameStore
 from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.hub import push_checkpoint
@@ -88,17 +89,16 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
         UserError: the settings, policy, data or folder do not work; no folder is made then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
-    accelerator = prepare_torch(config)
-    device = torch.device(config.policy.device or accelerator.device)
-    assert config.output_dir is not None
-    check_output_dir(config.output_dir, resume=config.resume)
-    _check_push(config)
-    reader = LeRobotReader(_dataset(config, packed))
-    policy = _load_policy(config, packed, device)
+    accelerator = prepare_torch(config, several=True)
+    team = Team(accelerator)
+    # The folder's name is of the time, and so the main process's.
+    config.output_dir = Path(team.on_main(lambda: str(config.output_dir)))
+    device = _device(config, accelerator)
+    reader, policy = team.together(lambda: _begin_checked(config, packed, device, team))
     with ExitStack() as stack:
         parts = _set_up(config, reader, policy, accelerator, stack)
         run, phases, everything = parts
-        with InterruptGuard() as guard:
+        with InterruptGuard(quiet=not team.is_main) as guard:
             learner = run.train(phases, guard)
         assert isinstance(learner, CachedOffPolicy)
         conclude(
@@ -114,11 +114,58 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
     if config.policy.push_to_hub:
-        assert config.policy.repo_id is not None, "the settings were checked"
-        pushed = push_checkpoint(
-            config.output_dir, config.policy.repo_id, private=config.policy.private
+        team.on_main(lambda: _push(config))
+
+
+def _device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.device:
+    own = accelerator.device
+    # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
+    return torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
+
+
+def _begin_checked(
+    config: FinetuneVLAConfig, packed: Path | None, device: torch.device, team: Team
+) -> tuple[LeRobotReader, LeRobotFlowPolicy]:
+    """This process's part of the dataset and the policy, after all that needs neither is checked.
+
+    Raises:
+        UserError: see :func:`finetune`.
+    """
+    assert config.output_dir is not None
+    check_output_dir(config.output_dir, resume=config.resume)
+    _check_sizes(config, team)
+    if team.is_main:
+        _check_push(config)
+    reader = LeRobotReader(_dataset(config, packed)).part(team.rank, team.size)
+    return reader, _load_policy(config, packed, device)
+
+
+def _check_sizes(config: FinetuneVLAConfig, team: Team) -> None:
+    """Every process needs a part of every batch and of every round of episodes."""
+    parts = {
+        "batch_size": config.batch_size // config.micro_batches,
+        "critic.batch_size": config.critic.batch_size,
+    }
+    if config.online.steps:
+        parts["online.episodes_per_round"] = config.online.episodes_per_round
+    for flag, count in parts.items():
+        if count < team.size:
+            each = " for each of the micro-batches" if flag == "batch_size" else ""
+            raise UserError(f"--{flag} is too small for {team.size} processes{each}")
+    if team.size > 1 and config.policy.device is not None:
+        raise UserError(
+            f"--policy.device={config.policy.device} is for one process; the launcher gives each "
+            f"of the {team.size} its own"
         )
-        print(f"pushed {pushed.url}")
+
+
+def _push(config: FinetuneVLAConfig) -> None:
+    assert config.output_dir is not None
+    assert config.policy.repo_id is not None, "the settings were checked"
+    pushed = push_checkpoint(
+        config.output_dir, config.policy.repo_id, private=config.policy.private
+    )
+    print(f"pushed {pushed.url}")
 
 
 def _check_push(config: FinetuneVLAConfig) -> None:
@@ -185,38 +232,31 @@ def _set_up(
     """
     output_dir = config.output_dir
     assert output_dir is not None
-    device = next(policy.trainable_parameters()).device
+    device, team = next(policy.trainable_parameters()).device, Team(accelerator)
     try:
         replay, metrics = open_folder(
-            config, output_dir, reopen=FrameReplay.open, begin=partial(_begin, config, reader)
+            config,
+            output_dir,
+            reopen=FrameReplay.open,
+            begin=partial(_begin, config, reader, team),
+            team=team,
         )
         stack.callback(replay.close)
-        stack.enter_context(metrics)
+        if metrics is not None:
+            stack.enter_context(metrics)
         features = FeatureCache(
             replay, lambda seen: _pack(policy, seen), fingerprint=prefix_fingerprint(policy)
         )
         draw = partial(_sampler, config, policy, replay, features)
         everything = draw(None)
         learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
-        report = preflight(
-            policy,
-            replay,
-            everything,
-            critic=make_critic(config.critic, policy, config.seed),
-            batch_size=config.batch_size,
-            output_dir=output_dir,
-            execution_horizon=policy.host.config.n_action_steps,
-            num_checkpoints=-(-(config.steps + config.online.steps) // config.save_freq) + 1,
-            resumed=config.resume or config.policy.adapter == "continue",
-        )
-        print("\n".join(report.lines()))
-        report.raise_on_failure()
+        team.together(lambda: _preflight(config, policy, replay, everything, team))
         learner()  # what it cannot be made of is refused here
         features.update()
         phases = _phases(config, draw, learner)
-        pool = _start_simulators(config, policy)
+        pool = team.together(lambda: _start_simulators(config, policy))
     except UserError:
-        if not config.resume:
+        if team.is_main and not config.resume:
             shutil.rmtree(output_dir, ignore_errors=True)
         raise
     run = Run(
@@ -229,24 +269,55 @@ def _set_up(
             task="" if pool is None else pool.task_description,
         ),
         pool=None if pool is None else stack.enter_context(pool),
-        generators=Generators.seeded(config.seed, device),
+        generators=team.generators(config.seed, device),
         metrics=metrics,
         evaluation_seeds=config.validation_seeds(),
         log_freq=config.log_freq,
         save_freq=config.save_freq,
         device=device,
         save_policy=partial(policy.save_pretrained, merged=config.policy.merged),
+        team=team,
     )
     return run, phases, everything
 
 
-def _begin(config: FinetuneVLAConfig, reader: LeRobotReader, path: Path) -> FrameReplay:
+def _begin(config: FinetuneVLAConfig, reader: LeRobotReader, team: Team, path: Path) -> FrameReplay:
     """The settings' file and the filled replay of a new run."""
-    save_settings(config, path.parent)
+    if team.is_main:
+        save_settings(config, path.parent)
     more = config.num_training_episodes * config.eval.max_episode_steps
     replay = reader.create_replay(path, more_steps=more)
-    reader.load_into(replay, source="dataset")
+    reader.load_into(replay, source="dataset", say=print if team.is_main else lambda _: None)
     return replay
+
+
+def _preflight(
+    config: FinetuneVLAConfig,
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    everything: ChunkSampler[Any],
+    team: Team,
+) -> None:
+    """Prints what was found.
+
+    Raises:
+        UserError: something cannot work.
+    """
+    assert config.output_dir is not None
+    report = preflight(
+        policy,
+        replay,
+        everything,
+        critic=make_critic(config.critic, policy, config.seed),
+        batch_size=team.batch_share(config.batch_size),
+        output_dir=config.output_dir,
+        execution_horizon=policy.host.config.n_action_steps,
+        num_checkpoints=-(-(config.steps + config.online.steps) // config.save_freq) + 1,
+        resumed=config.resume or config.policy.adapter == "continue",
+    )
+    if team.is_main:
+        print("\n".join(report.lines()))
+    report.raise_on_failure()
 
 
 def _pack(policy: LeRobotFlowPolicy, seen: Any) -> dict[str, torch.Tensor]:
@@ -317,7 +388,7 @@ def _make_learner(
         NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,
-        batch_size=knobs.batch_size,
+        batch_size=Team(accelerator).batch_share(knobs.batch_size),
         num_micro_batches=config.micro_batches,
     )
     assert config.output_dir is not None

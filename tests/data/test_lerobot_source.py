@@ -142,6 +142,18 @@ def test_a_subset_of_episodes_and_cameras_is_read(replay: FrameReplay, tmp_path:
     assert some.cameras == {"wrist": CAMERAS["wrist"]}
 
 
+def test_the_parts_of_a_dataset_are_its_episodes(replay: FrameReplay, tmp_path: Path) -> None:
+    write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
+    whole = LeRobotReader(LeRobotConfig("local/rollouts", tmp_path / "set"))
+    lengths = [len(episode.actions) for episode in whole.episodes()]
+    parts = [whole.part(number, 3) for number in range(3)]
+    found = [[len(episode.actions) for episode in part.episodes()] for part in parts]
+    assert found == [lengths[0::3], lengths[1::3], lengths[2::3]]
+    assert sum(part.num_rows for part in parts) == whole.num_rows
+    with pytest.raises(UserError, match=f"{len(lengths)} episodes for 9 processes"):
+        whole.part(0, 9)
+
+
 def test_interrupted_writing_leaves_no_half_dataset(
     replay: FrameReplay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

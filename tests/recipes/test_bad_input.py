@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from toy_task import ToyPool
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training import launch
 from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 STRAY_FILE = "a folder must not be made for input that is refused"
@@ -268,9 +266,8 @@ def test_a_run_without_its_last_link_goes_on_from_the_newest_checkpoint(
 
 
 def test_two_processes_are_refused(refused, monkeypatch):
-    monkeypatch.setattr(
-        launch, "Accelerator", lambda: SimpleNamespace(num_processes=2, device="cpu")
-    )
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused()
     assert "2 processes" in message
     assert "--num_processes=1" in message

@@ -207,10 +207,10 @@ def _demo(seed: int) -> FrameEpisode:
     )
 
 
-def images_state(output_dir: Path) -> dict[str, Any]:
+def images_state(output_dir: Path, replay_name: str = "replay") -> dict[str, Any]:
     """Everything that two equal runs of a recipe with images must agree on to the bit."""
     state = checkpoint_state(output_dir)
-    replay = FrameReplay.open(output_dir / "replay")
+    replay = FrameReplay.open(output_dir / replay_name)
     steps = replay.steps
     state |= {
         name: getattr(steps, name).tobytes() for name in ("observations", "actions", "rewards")

@@ -150,6 +150,8 @@ def team_work(place: Place) -> dict[str, Tensor]:
         "told": torch.tensor(told["steps"]),
         "batch": torch.tensor(sum(team.gather(team.batch_share(9)))),
         "failure": torch.tensor(_failure(team)),
+        "together": torch.tensor(_together(team)),
+        "any": torch.tensor([team.any(team.rank == team.size - 1), team.any(False)]),
     }
 
 
@@ -164,6 +166,26 @@ def _failure(team: Team) -> bool:
     except UserError as error:
         return all(team.gather(str(error) == "the disk is full"))
     return False
+
+
+def _together(team: Team) -> bool:
+    """Whether an error on the last process is one on all, and the main one says where it was."""
+    last = team.size - 1
+
+    def fail() -> str:
+        if team.rank == last:
+            raise UserError("no camera")
+        return "done"
+
+    def said() -> str:
+        try:
+            return team.together(fail)
+        except UserError as error:
+            return str(error)
+
+    expected = f"process {last}: no camera" if last else "no camera"
+    fine = team.together(lambda: team.rank) == team.rank
+    return fine and all(team.gather(said() == expected))
 
 
 SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {

@@ -77,10 +77,12 @@ def test_the_team_shares_work_gathers_it_and_tells_of_failures(two: Path) -> Non
     assert equal(found, of_rank(two, "team_work", 1)) == []
     assert found["order"].tolist() == alone["order"].tolist()
     assert found["names"].tolist() == [0, 11]
-    for name in ("distinct", "first_is_as_alone", "told", "batch", "failure"):
+    for name in ("distinct", "first_is_as_alone", "told", "batch", "failure", "together", "any"):
         assert torch.equal(found[name], alone[name]), name
     assert bool(found["distinct"])
     assert bool(found["failure"])
+    assert bool(found["together"])
+    assert found["any"].tolist() == [True, False]
 
 
 def test_lambda_has_moved_and_the_ranks_shares_differ(two: Path) -> None:

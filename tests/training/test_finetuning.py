@@ -15,10 +15,10 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
-from vla_trqam.training.checkpoints import Generators
 from vla_trqam.training.critic_check import check_critic
 from vla_trqam.training.episode_store import StateStore
 from vla_trqam.training.finetuning import METRICS_NAME, Phase, Run
+from vla_trqam.training.generators import Generators
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.metrics import MetricsLog
 

@@ -5,11 +5,12 @@ LeRobot is imported inside functions: it costs 10-25 seconds.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -95,6 +96,21 @@ class LeRobotReader:
     def num_rows(self) -> int:
         """Frames to read."""
         return int(sum(stop - start for _, start, stop in self._bounds))
+
+    def part(self, number: int, count: int) -> Self:
+        """The same dataset, of whose episodes only every ``count``-th from ``number`` on is read.
+
+        Raises:
+            UserError: there are fewer episodes than parts.
+        """
+        if count > self.num_episodes:
+            raise UserError(
+                f"{self._where} has {self.num_episodes} episodes for {count} processes; each "
+                "needs one at least."
+            )
+        reader = copy.copy(self)
+        reader._bounds = self._bounds[number::count]
+        return reader
 
     def create_replay(self, path: Path, *, more_steps: int = 0) -> FrameReplay:
         """An empty replay with room for this dataset and `more_steps` collected later."""

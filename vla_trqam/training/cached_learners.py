@@ -48,6 +48,9 @@ class CachedOffPolicy(OffPolicy):
         num_micro_batches: the policy's update takes its batch in so many parts, in less memory.
     """
 
+    # They are of the frames of the process's own replay.
+    own_modules = frozenset({"next_actions"})
+
     def __init__(
         self,
         method: TRQAM,
@@ -89,6 +92,8 @@ class CachedOffPolicy(OffPolicy):
 
 class CachedCriticWarmup(CriticWarmup):
     """The critic of a :class:`CachedOffPolicy` by itself, before its policy moves."""
+
+    own_modules = CachedOffPolicy.own_modules
 
     def __init__(self, learner: CachedOffPolicy) -> None:
         super().__init__(learner)

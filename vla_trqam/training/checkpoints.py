@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
+from vla_trqam.training.distributed import Team
+from vla_trqam.training.generators import Generators
 from vla_trqam.training.learners import (
     Learner,
     load_module_tensors,
@@ -31,6 +32,7 @@ from vla_trqam.training.learners import (
 CHECKPOINTS = "checkpoints"
 LAST = "last"
 PRETRAINED, TRAINING, ALGORITHM = "pretrained_model", "training_state", "algorithm"
+NETWORKS = "networks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Position:
         phase: name of the phase under way.
         phase_step: updates done in it.
         step: off-policy updates done in all phases.
-        replay_episodes: episodes in the replay.
+        replay_episodes: episodes in the replay of each process.
         metrics_lines: lines in ``metrics.jsonl``.
         wall_clock: seconds spent so far, by phase.
     """
@@ -49,22 +51,9 @@ class Position:
     phase: str
     phase_step: int
     step: int
-    replay_episodes: int
+    replay_episodes: list[int]
     metrics_lines: int
     wall_clock: dict[str, float]
-
-
-@dataclass
-class Generators:
-    """The two sources of randomness of a run: what is drawn from the replay, and noise."""
-
-    replay: np.random.Generator
-    noise: torch.Generator
-
-    @classmethod
-    def seeded(cls, seed: int, device: torch.device) -> Generators:
-        """Both from one seed."""
-        return cls(np.random.default_rng(seed), torch.Generator(device).manual_seed(seed))
 
 
 def check_output_dir(output_dir: Path, *, resume: bool) -> None:
@@ -89,22 +78,59 @@ def save_checkpoint(
     save_policy: Callable[[Path], None],
     generators: Generators,
     position: Position,
+    team: Team | None = None,
 ) -> Path:
-    """Writes ``checkpoints/<name>`` and points ``last`` at it."""
+    """Writes ``checkpoints/<name>`` and points ``last`` at it; every process of the team calls it.
+
+    What differs from process to process lies in ``training_state/rank_1`` and so on.
+    """
+    team = team or Team()
     final = output_dir / CHECKPOINTS / name
-    with written_whole(final) as part:
-        for folder in (PRETRAINED, TRAINING, ALGORITHM):
-            (part / folder).mkdir(parents=True)
-        save_policy(part / PRETRAINED)
-        save_file(module_tensors(learner), part / ALGORITHM / "networks.safetensors")
-        _write_json(part / ALGORITHM / "scalars.json", learner.scalars())
-        training = part / TRAINING
-        save_file(optimizer_tensors(learner.optimizer), training / "optimizer_state.safetensors")
-        save_file({"noise": generators.noise.get_state()}, training / "rng_state.safetensors")
-        _write_json(training / "replay_rng.json", generators.replay.bit_generator.state)
-        _write_json(training / "position.json", asdict(position))
-    _point(final.with_name(LAST), name)
+    # Hidden, so that it is no checkpoint, until the main process puts it in place.
+    others = final.with_name(f".{name}_ranks")
+    team.together(lambda: None if team.is_main else _write_rank(others, team, learner, generators))
+
+    def write() -> None:
+        with written_whole(final) as part:
+            for folder in (PRETRAINED, TRAINING, ALGORITHM):
+                (part / folder).mkdir(parents=True)
+            save_policy(part / PRETRAINED)
+            save_file(module_tensors(learner), part / ALGORITHM / NETWORKS)
+            _write_json(part / ALGORITHM / "scalars.json", learner.scalars())
+            training = part / TRAINING
+            moments = optimizer_tensors(learner.optimizer)
+            save_file(moments, training / "optimizer_state.safetensors")
+            _write_generators(training, generators)
+            _write_json(training / "position.json", asdict(position))
+            for rank in others.glob("*"):
+                rank.rename(training / rank.name)
+        shutil.rmtree(others, ignore_errors=True)
+        _point(final.with_name(LAST), name)
+
+    team.on_main(write)
     return final
+
+
+def _write_rank(folder: Path, team: Team, learner: Learner, generators: Generators) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / _rank_name(team.rank)) as own:
+        own.mkdir()
+        save_file(module_tensors(learner, own=True), own / NETWORKS)
+        _write_generators(own, generators)
+
+
+def _rank_name(rank: int) -> str:
+    return f"rank_{rank}"
+
+
+def _write_generators(folder: Path, generators: Generators) -> None:
+    save_file({"noise": generators.noise.get_state()}, folder / "rng_state.safetensors")
+    _write_json(folder / "replay_rng.json", generators.replay.bit_generator.state)
+
+
+def _read_generators(folder: Path, generators: Generators) -> None:
+    generators.noise.set_state(_read_tensors(folder / "rng_state.safetensors")["noise"])
+    generators.replay.bit_generator.state = _read_json(folder / "replay_rng.json")
 
 
 def forget_checkpoints(output_dir: Path, prefix: str, *, keep: str) -> None:
@@ -137,20 +163,25 @@ def read_position(checkpoint: Path) -> Position:
         raise UserError(f"{path} does not say where a run stands: {error}") from None
 
 
-def load_checkpoint(checkpoint: Path, learner: Learner, generators: Generators) -> None:
-    """Restores learner and generators to the bit.
+def load_checkpoint(
+    checkpoint: Path, learner: Learner, generators: Generators, rank: int = 0
+) -> None:
+    """Restores learner and generators of a process to the bit.
 
     Raises:
         UserError: a file is missing or damaged, or of another run's names or shapes.
     """
     training, algorithm = checkpoint / TRAINING, checkpoint / ALGORITHM
+    own = training / _rank_name(rank) if rank else training
     try:
-        load_module_tensors(learner, _read_tensors(algorithm / "networks.safetensors"))
+        tensors = _read_tensors(algorithm / NETWORKS)
+        if rank:
+            tensors |= _read_tensors(own / NETWORKS)
+        load_module_tensors(learner, tensors)
         learner.load_scalars(_read_json(algorithm / "scalars.json"))
         moments = _read_tensors(training / "optimizer_state.safetensors")
         load_optimizer_tensors(learner.optimizer, moments)
-        generators.noise.set_state(_read_tensors(training / "rng_state.safetensors")["noise"])
-        generators.replay.bit_generator.state = _read_json(training / "replay_rng.json")
+        _read_generators(own, generators)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{checkpoint} does not fit this run: {detail}") from None

@@ -7,11 +7,12 @@ accelerator. Nothing that travels between processes is pickled.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,31 +21,63 @@ import torch.distributed as dist
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import UpdateNoise
-from vla_trqam.training.checkpoints import Generators
+from vla_trqam.training.generators import Generators
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 LONGEST_WAIT = timedelta(hours=12)
 """Of the other processes, while one rolls out or writes."""
+
+
+class FailedElsewhereError(UserError):
+    """Another process of the run failed; the main one tells the user."""
 
 
 def make_accelerator(*, cpu: bool = False, bfloat16: bool = False) -> Accelerator:
     """The accelerator of a run: one process, or those that ``accelerate launch`` started.
 
     Args:
-        cpu: stay on the CPU.
+        cpu: stay on the CPU, as several processes on a machine without accelerator do anyway.
         bfloat16: networks compute in bfloat16; otherwise as ``accelerate launch`` was told.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     return Accelerator(
-        cpu=cpu,
+        # accelerate would take each of several processes on a CPU for a run of its own.
+        cpu=cpu or (launched_processes() > 1 and not torch.accelerator.is_available()),
         mixed_precision="bf16" if bfloat16 else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started, on all machines."""
+    # Clusters set WORLD_SIZE alone for programs that nothing has launched yet.
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def launched_here() -> int:
+    """How many of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes()))
+
+
+def launched_first() -> bool:
+    """Whether this is the main one, before there is a :class:`Team`."""
+    return launched_processes() == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def launcher() -> list[str]:
+    """The command that starts as many processes as there are, before a recipe's name."""
+    count = launched_processes()
+    if count == 1:
+        return ["accelerate", "launch"]
+    if torch.accelerator.is_available():
+        return ["accelerate", "launch", "--multi_gpu", f"--num_processes={count}"]
+    return ["torchrun", f"--nproc_per_node={count}"]
 
 
 class Team:
@@ -128,12 +161,41 @@ class Team:
             raise
         return self._outcome({"result": result})
 
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What this process's work returned; every rank has work of its own, and all end it.
+
+        Raises:
+            UserError: it failed on some rank: on the main process with the first one's sentence.
+        """
+        if self.size == 1:
+            return work()
+        result, sentence = None, None
+        try:
+            result = work()
+        except UserError as error:
+            sentence = str(error)
+        sentences = self.gather(sentence)
+        failed = [rank for rank, text in enumerate(sentences) if text is not None]
+        if failed:
+            first = failed[0]
+            where = f"process {first}: " if first else ""
+            raise (UserError if self.is_main else FailedElsewhereError)(where + sentences[first])
+        return cast(Result, result)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32, device=self._device)
+        dist.all_reduce(flags)
+        return bool(flags.item())
+
     def _outcome(self, value: dict[str, Any] | None) -> Any:
         outcome = self.gather(value)[0]
         if "error" in outcome:
             if self.is_main:
                 return None
-            raise UserError(outcome["error"])
+            raise FailedElsewhereError(outcome["error"])
         return outcome["result"]
 
 

@@ -8,6 +8,8 @@ data", Statistics in Medicine 17, 2635-2650) and McNemar's exact test. Several t
 combined with a bootstrap over both training seeds and initial states.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vla_trqam.envs.rollout import Episode
 from vla_trqam.errors import UserError
 from vla_trqam.training.intervals import (
     Interval,
@@ -27,11 +30,33 @@ from vla_trqam.training.intervals import (
 __all__ = [
     "CombinedEvaluation",
     "Interval",
+    "Outcome",
     "PairedEvaluation",
     "combine_seeds",
     "paired_difference_interval",
     "wilson_interval",
 ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What counts of an episode.
+
+    Attributes:
+        seed: of the initial state.
+        success: whether the task was solved.
+        num_steps: control steps until the episode ended.
+    """
+
+    seed: int
+    success: bool
+    num_steps: int
+
+    @classmethod
+    def of(cls, episode: Episode) -> Outcome:
+        """Of a whole episode."""
+        return cls(int(episode.seed), bool(episode.success), episode.num_steps)
+
 
 RAW_FIELDS = ("seeds", "base_success", "tuned_success", "base_steps", "tuned_steps")
 
@@ -140,7 +165,7 @@ class PairedEvaluation:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "PairedEvaluation":
+    def from_json(cls, data: Mapping[str, Any]) -> PairedEvaluation:
         """Rebuild from `to_json`; only the raw outcomes are read, the rest is computed again.
 
         Raises:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ import numpy as np
 import torch
 
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
-from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
+from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.checkpoints import (
-    Generators,
     Position,
     forget_checkpoints,
     last_checkpoint,
@@ -26,7 +26,10 @@ from vla_trqam.training.checkpoints import (
     read_position,
     save_checkpoint,
 )
+from vla_trqam.training.distributed import Team
 from vla_trqam.training.episode_store import EpisodeStore
+from vla_trqam.training.evaluation import Outcome
+from vla_trqam.training.generators import Generators
 from vla_trqam.training.interruption import Interrupted, InterruptGuard
 from vla_trqam.training.learners import Learner
 from vla_trqam.training.metrics import MetricsLog
@@ -45,9 +48,9 @@ class Phase:
         num_steps: updates.
         make_learner: called when the phase begins, with the policy as the last phase left it.
         sampler: where batches come from.
-        batch_size: chunks a batch.
+        batch_size: chunks a batch, of all processes.
         episodes_before: seeds of the episodes to roll out before an update, given the updates done
-            in the phase; they join the replay.
+            in the phase; they join the replay, each that of the process that rolled it out.
         evaluate_every: updates between evaluations, 0 for none.
         finish: called when the phase is over.
         moves_policy: whether its updates count as the run's: those that move the tuned field away
@@ -75,12 +78,13 @@ class Run:
         store: where episodes go.
         pool: the simulators; None for a run without rollouts and evaluations.
         generators: the run's randomness.
-        metrics: the log.
+        metrics: the log, which the main process writes; None on the others.
         evaluation_seeds: initial states of the evaluations during training.
         log_freq: updates between lines of the log.
         save_freq: updates between checkpoints.
         device: where batches go.
         save_policy: writes the policy's part of a checkpoint into a folder.
+        team: the processes of the run, which all call what is here.
     """
 
     output_dir: Path
@@ -88,12 +92,13 @@ class Run:
     store: EpisodeStore
     pool: RolloutPool | None
     generators: Generators
-    metrics: MetricsLog
+    metrics: MetricsLog | None
     evaluation_seeds: Sequence[int]
     log_freq: int
     save_freq: int
     device: torch.device
     save_policy: Callable[[Path], None]
+    team: Team = field(default_factory=Team)
     step: int = 0
     wall_clock: dict[str, float] = field(default_factory=dict)
 
@@ -118,7 +123,7 @@ class Run:
             learner = phase.make_learner()
             start = 0
             if checkpoint is not None and position is not None and phase.name == position.phase:
-                load_checkpoint(checkpoint, learner, self.generators)
+                load_checkpoint(checkpoint, learner, self.generators, self.team.rank)
                 start, self.step, self.wall_clock = (
                     position.phase_step,
                     position.step,
@@ -131,14 +136,15 @@ class Run:
     def _train_phase(
         self, phase: Phase, learner: Learner, start: int, guard: InterruptGuard
     ) -> None:
-        with TrainingProgress(phase.num_steps, phase.name, initial=start) as progress:
+        with self._progress(phase, start) as progress:
             if phase.moves_policy and self.step == 0:
                 # The policy is still its base.
                 self._evaluate(phase, 0, progress)
             for done in range(start, phase.num_steps):
                 self._collect(phase, done, progress)
                 with self.timed(phase.name):
-                    batch = phase.sampler.sample(phase.batch_size, self.generators.replay)
+                    rows = self.team.batch_share(phase.batch_size)
+                    batch = phase.sampler.sample(rows, self.generators.replay)
                     batch = batch.to(self.device)
                     batch = replace(batch, action=self.policy.from_robot(batch.action))
                     learner.update(batch, self.generators.noise)
@@ -146,12 +152,13 @@ class Run:
                 self._log(phase, learner, done + 1, progress)
                 self._evaluate(phase, done + 1, progress)
                 whole = done + 1 == phase.num_steps
-                if whole or guard.requested or (done + 1) % self.save_freq == 0:
+                stop = self.team.any(guard.requested)
+                if whole or stop or (done + 1) % self.save_freq == 0:
                     self._save(phase, learner, done + 1)
-                if guard.requested:
+                if stop:
                     raise Interrupted(f"{phase.name} update {done + 1} of {phase.num_steps}")
         phase.finish(learner)
-        if guard.requested:
+        if self.team.any(guard.requested):
             raise Interrupted(f"the end of {phase.name}")
 
     def _collect(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
@@ -159,12 +166,15 @@ class Run:
         if not seeds:
             return
         with self.timed("rollouts"):
-            episodes = self.simulator.run(chunk_policy(self.policy, ROLLOUT_NOISE), seeds)
-        for episode in episodes:
-            self.store.add(episode, source=phase.name)
-            values = {"success": float(episode.success), "episode_steps": episode.num_steps}
-            self.metrics.log(self.step, phase.name, values)
-        progress.update(done, {"success_rate": success_rate(episodes)})
+            own = self.team.share(seeds)
+            episodes = self.simulator.run(chunk_policy(self.policy, ROLLOUT_NOISE), own)
+            for episode in episodes:
+                self.store.add(episode, source=phase.name)
+            outcomes = self._gathered(map(Outcome.of, episodes))
+        for outcome in outcomes:
+            values = {"success": float(outcome.success), "episode_steps": outcome.num_steps}
+            self._record(self.step, phase.name, values)
+        progress.update(done, {"success_rate": success_rate(outcomes)})
 
     def _log(self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress) -> None:
         if done % self.log_freq and done != phase.num_steps:
@@ -172,26 +182,40 @@ class Run:
         seconds = self.wall_clock[phase.name]
         values = learner.metrics() | {"updates_per_s": done / seconds if seconds else 0.0}
         step = self.step if phase.moves_policy else done
-        self.metrics.log(step, phase.name, values)
+        self._record(step, phase.name, values)
         progress.update(done, values)
 
     def _evaluate(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
         if not phase.evaluate_every or done % phase.evaluate_every:
             return
         with self.timed("evaluations"):
-            episodes = self.evaluate(self.evaluation_seeds)
-        values = {"success_rate": success_rate(episodes), "episodes": float(len(episodes))}
-        self.metrics.log(self.step, "eval", values)
+            outcomes = self.evaluate(self.evaluation_seeds)
+        values = {"success_rate": success_rate(outcomes), "episodes": float(len(outcomes))}
+        self._record(self.step, "eval", values)
         progress.update(done, values)
 
-    def evaluate(self, seeds: Sequence[int], actor: ChunkPolicy | None = None) -> list[Episode]:
+    def evaluate(self, seeds: Sequence[int], actor: ChunkPolicy | None = None) -> list[Outcome]:
         """One episode an initial state; every policy meets the same states and noise.
 
         Args:
             seeds: of the initial states.
             actor: with the evaluations' noise; None for the policy in training.
         """
-        return self.simulator.run(actor or chunk_policy(self.policy, EVALUATION_NOISE), seeds)
+        own = self.team.share(seeds)
+        episodes = self.simulator.run(actor or chunk_policy(self.policy, EVALUATION_NOISE), own)
+        return self._gathered(map(Outcome.of, episodes))
+
+    def _gathered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """Those of all processes, in the order of their seeds' list."""
+        return [Outcome(*row) for row in self.team.gather_shares([*map(astuple, outcomes)])]
+
+    def _record(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.log(step, phase, values)
+
+    def _progress(self, phase: Phase, start: int) -> TrainingProgress:
+        shown = None if self.team.is_main else io.StringIO()
+        return TrainingProgress(phase.num_steps, phase.name, initial=start, stream=shown)
 
     @property
     def simulator(self) -> RolloutPool:
@@ -204,13 +228,21 @@ class Run:
             phase=phase.name,
             phase_step=done,
             step=self.step,
-            replay_episodes=self.store.num_episodes,
-            metrics_lines=self.metrics.num_lines,
+            replay_episodes=self.team.gather(self.store.num_episodes),
+            metrics_lines=0 if self.metrics is None else self.metrics.num_lines,
             wall_clock=self.wall_clock,
         )
         name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
-        save_checkpoint(self.output_dir, name, learner, self.save_policy, self.generators, position)
-        if not phase.moves_policy:
+        save_checkpoint(
+            self.output_dir,
+            name,
+            learner,
+            self.save_policy,
+            self.generators,
+            position,
+            self.team,
+        )
+        if self.team.is_main and not phase.moves_policy:
             # Nobody evaluates these: the newest is for going on.
             forget_checkpoints(self.output_dir, f"{phase.name}_", keep=name)
 
@@ -225,6 +257,6 @@ class Run:
             self.wall_clock[name] = self.wall_clock.get(name, 0.0) + spent
 
 
-def success_rate(episodes: Sequence[Episode]) -> float:
+def success_rate(outcomes: Sequence[Outcome]) -> float:
     """The share of episodes that succeeded."""
-    return float(np.mean([episode.success for episode in episodes]))
+    return float(np.mean([outcome.success for outcome in outcomes]))

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from vla_trqam.training.distributed import launcher
+
 MESSAGE = b"\nstopping after this update and its rollouts; once more to stop at once\n"
 
 
@@ -18,10 +20,15 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 class InterruptGuard:
-    """While open, the first Ctrl-C or SIGTERM only sets :attr:`requested`; a second one acts."""
+    """While open, the first Ctrl-C or SIGTERM only sets :attr:`requested`; a second one acts.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: say nothing, for another process does.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         self.requested = False
+        self._quiet = quiet
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -37,6 +44,8 @@ class InterruptGuard:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._quiet:
+            return
         # Not print: the signal may have come in the middle of one.
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, MESSAGE)
 
@@ -52,6 +61,6 @@ def how_to_go_on(output_dir: Path | None, where: str) -> str:
     if output_dir is None:
         return f"{stopped} before anything was written"
     return (
-        f"{stopped}; go on with: accelerate launch {shlex.quote(sys.argv[0])} --resume=true "
-        f"--output_dir={shlex.quote(str(output_dir))}"
+        f"{stopped}; go on with: {shlex.join(launcher())} {shlex.quote(sys.argv[0])} "
+        f"--resume=true --output_dir={shlex.quote(str(output_dir))}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,14 +11,24 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
+from vla_trqam.training.distributed import (
+    FailedElsewhereError,
+    launched_first,
+    launched_here,
+    launched_processes,
+    make_accelerator,
+)
 from vla_trqam.training.interruption import Interrupted, how_to_go_on
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.run_folder import CONFIG_NAME
 from vla_trqam.training.settings import CriticConfig
+
+FULL_DISK = os.strerror(errno.ENOSPC)
 
 
 class Settings(Protocol):
@@ -42,32 +53,52 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
     try:
         config = read()
         work(config)
+    except FailedElsewhereError:
+        return 2
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Every process reads the same settings.
+        if config is not None or launched_first():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: {error}; a smaller step size or budget may hold it", file=sys.stderr)
         return 1
+    except (OSError, SafetensorError) as error:
+        if FULL_DISK not in str(error):
+            raise
+        sentence = f"error: {' '.join(str(error).split())}; {_going_on(config, 'stopped')}"
+        print(sentence, file=sys.stderr)
+        return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        folder = None if config is None else config.output_dir
-        begun = folder is not None and (folder / CONFIG_NAME).is_file()
-        print(how_to_go_on(folder if begun else None, str(stop)), file=sys.stderr)
+        if launched_first():
+            print(_going_on(config, str(stop)), file=sys.stderr)
         return 130
     return 0
 
 
-def prepare_torch(config: Settings) -> Accelerator:
+def _going_on(config: Settings | None, where: str) -> str:
+    folder = None if config is None else config.output_dir
+    begun = folder is not None and (folder / CONFIG_NAME).is_file()
+    return how_to_go_on(folder if begun else None, where)
+
+
+def prepare_torch(config: Settings, *, several: bool = False) -> Accelerator:
     """Threads, memory and the seed of weights yet to be made; returns the launcher's settings.
 
+    Args:
+        config: of the run.
+        several: whether the recipe can train in several processes.
+
     Raises:
-        UserError: the launcher started several processes.
+        UserError: the launcher started several processes, and the recipe cannot.
     """
-    accelerator = Accelerator()
-    if accelerator.num_processes != 1:
+    count = launched_processes()
+    if count != 1 and not several:
         raise UserError(
-            f"accelerate started {accelerator.num_processes} processes; this recipe trains in one: "
+            f"the launcher started {count} processes; this recipe trains in one: "
             "add --num_processes=1"
         )
+    accelerator = make_accelerator()
     # accelerate launch sets OMP_NUM_THREADS to 1 on its own; this is the owner of the number.
     torch.set_num_threads(config.num_threads or usable_cores())
     keep_freed_memory()
@@ -76,8 +107,9 @@ def prepare_torch(config: Settings) -> Accelerator:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use: its share of the machine's, and at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // launched_here())
 
 
 def make_critic(knobs: CriticConfig, policy: FlowPolicy, seed: int) -> Critic:

@@ -32,6 +32,10 @@ class Learner(Protocol):
         """Networks to save, by name."""
 
     @property
+    def own_modules(self) -> frozenset[str]:
+        """Names of those that each process of a run has for itself."""
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimiser to save."""
 
@@ -63,6 +67,8 @@ class BehaviourCloningConfig:
 
 class BehaviourCloning:
     """Trains the tuned field on demonstrations; :meth:`finish` makes its average the policy."""
+
+    own_modules: frozenset[str] = frozenset()
 
     def __init__(self, policy: FlowPolicy, config: BehaviourCloningConfig, num_steps: int) -> None:
         self.policy, self.config, self._num_steps = policy, config, num_steps
@@ -117,6 +123,8 @@ class BehaviourCloning:
 
 class OffPolicy:
     """TRQAM or QAM as a learner."""
+
+    own_modules: frozenset[str] = frozenset()
 
     def __init__(self, method: TRQAM) -> None:
         self.method = method
@@ -176,11 +184,17 @@ class CriticWarmup(OffPolicy):
         return self._critic_result.metrics()
 
 
-def module_tensors(learner: Learner) -> dict[str, Tensor]:
-    """Every weight of a learner under ``<module>.<key>``."""
+def module_tensors(learner: Learner, *, own: bool = False) -> dict[str, Tensor]:
+    """Every weight of a learner under ``<module>.<key>``.
+
+    Args:
+        learner: whose.
+        own: only of what this process has for itself.
+    """
     return {
         f"{name}.{key}": value.detach().contiguous()
         for name, module in learner.modules().items()
+        if not own or name in learner.own_modules
         for key, value in module.state_dict().items()
     }
 

@@ -17,6 +17,7 @@ from vla_trqam.files import written_whole
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.checkpoints import last_checkpoint, read_position
 from vla_trqam.training.config import Resumable, dump_config
+from vla_trqam.training.distributed import Team, launcher
 from vla_trqam.training.finetuning import METRICS_NAME
 from vla_trqam.training.metrics import MetricsLog
 from vla_trqam.training.offline_data import fill_replay
@@ -39,35 +40,61 @@ def open_folder[R: Replay](
     *,
     reopen: Callable[[Path], R],
     begin: Callable[[Path], R],
-) -> tuple[R, MetricsLog]:
+    team: Team | None = None,
+) -> tuple[R, MetricsLog | None]:
     """Replay and log of a new run, or those of the run to go on with, back at its checkpoint.
+
+    Every process of the run calls it and gets a replay of its own; the main one gets the log.
 
     Args:
         config: a dataclass of every setting; saved when a run begins.
         output_dir: the run's folder.
         reopen: opens the replay at a path.
         begin: makes and fills one there, after whatever else a new run needs.
+        team: the processes.
 
     Raises:
-        UserError: the folder cannot be made, or what is in it is damaged.
+        UserError: the folder cannot be made, what is in it is damaged, or the run was begun with
+            another number of processes.
     """
-    checkpoint = last_checkpoint(output_dir)
+    team = team or Team()
+    replay_path = output_dir / (f"{REPLAY_NAME}_{team.rank}" if team.rank else REPLAY_NAME)
+    checkpoint = team.together(lambda: last_checkpoint(output_dir))
     if checkpoint is not None:
-        print(f"going on from {checkpoint}")
-        position = read_position(checkpoint)
-        replay = reopen(output_dir / REPLAY_NAME)
-        replay.truncate_to(position.replay_episodes)
-        metrics_path = output_dir / METRICS_NAME
-        return replay, MetricsLog.resume_after_line(metrics_path, position.metrics_lines)
+        return team.together(lambda: _go_on(checkpoint, reopen, replay_path, team))
+    team.on_main(lambda: _clear(output_dir))
+    replay = team.together(lambda: begin(replay_path))
+    return replay, MetricsLog(output_dir / METRICS_NAME) if team.is_main else None
+
+
+def _go_on[R: Replay](
+    checkpoint: Path, reopen: Callable[[Path], R], replay_path: Path, team: Team
+) -> tuple[R, MetricsLog | None]:
+    position = read_position(checkpoint)
+    begun = len(position.replay_episodes)
+    if begun != team.size:
+        raise UserError(
+            f"{checkpoint} is of a run of {begun} processes, each with its own part of the data; "
+            f"start {begun} instead of {team.size} to go on with it"
+        )
+    replay = reopen(replay_path)
+    replay.truncate_to(position.replay_episodes[team.rank])
+    if not team.is_main:
+        return replay, None
+    print(f"going on from {checkpoint}")
+    log = replay_path.with_name(METRICS_NAME)
+    return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
+
+
+def _clear(output_dir: Path) -> None:
+    """Makes the folder of a new run; what one left there before its first checkpoint goes."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir={output_dir} cannot be made: {error.strerror}") from None
-    # Nothing to go on with: what a run leaves before its first checkpoint is begun anew.
     (output_dir / METRICS_NAME).unlink(missing_ok=True)
-    shutil.rmtree(output_dir / REPLAY_NAME, ignore_errors=True)
-    replay = begin(output_dir / REPLAY_NAME)
-    return replay, MetricsLog(output_dir / METRICS_NAME)
+    for replay in output_dir.glob(f"{REPLAY_NAME}*"):
+        shutil.rmtree(replay)
 
 
 def save_settings(config: Resumable, output_dir: Path) -> None:
@@ -76,7 +103,7 @@ def save_settings(config: Resumable, output_dir: Path) -> None:
     The command stays where a run that had no checkpoint yet is resumed, and so begun anew.
     """
     if not config.resume:
-        command = shlex.join(["accelerate", "launch", *sys.argv])
+        command = shlex.join([*launcher(), *sys.argv])
         (output_dir / COMMAND_NAME).write_text(command + "\n")
     dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)  # type: ignore[type-var]
 

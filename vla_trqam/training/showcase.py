@@ -16,7 +16,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.critic_check import check_critic
-from vla_trqam.training.evaluation import PairedEvaluation
+from vla_trqam.training.evaluation import Outcome, PairedEvaluation
 from vla_trqam.training.finetuning import EVALUATION_NOISE, METRICS_NAME, Run
 from vla_trqam.training.plots import plot_q_against_returns, plot_run
 from vla_trqam.training.report import write_json, write_report
@@ -28,15 +28,15 @@ FRAME_EVERY = 2
 DEFAULT_VIDEOS = 2
 
 
-def paired_evaluation(base: Sequence[Episode], tuned: Sequence[Episode]) -> PairedEvaluation:
+def paired_evaluation(base: Sequence[Outcome], tuned: Sequence[Outcome]) -> PairedEvaluation:
     """Base and tuned episodes from the same initial states."""
     assert [e.seed for e in base] == [e.seed for e in tuned], "not the same initial states"
     return PairedEvaluation(
         seeds=np.array([e.seed for e in base]),
         base_success=np.array([e.success for e in base]),
         tuned_success=np.array([e.success for e in tuned]),
-        base_steps=np.array([len(e.actions) for e in base]),
-        tuned_steps=np.array([len(e.actions) for e in tuned]),
+        base_steps=np.array([e.num_steps for e in base]),
+        tuned_steps=np.array([e.num_steps for e in tuned]),
     )
 
 
@@ -104,7 +104,8 @@ def conclude(
 ) -> PairedEvaluation | None:
     """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result.
 
-    Without a simulator it draws and reports only, and returns None.
+    Without a simulator it draws and reports only, and returns None. Every process of the run calls
+    it: all evaluate, the main one does the rest.
 
     The base is a policy of its own, or None for the base field of the policy in training.
     """
@@ -114,34 +115,49 @@ def conclude(
         else chunk_policy(base, EVALUATION_NOISE)
     )
     evaluation = None if run.pool is None else _evaluate(run, base_actor, evaluation_seeds)
+
+    def tell() -> None:
+        _tell(run, base_actor, critic, sampler, evaluation, num_videos, facts)
+
+    facts = {"config": config, "title": title, "seeds": seeds, "kl_unit": kl_unit}
+    run.team.on_main(tell)
+    return evaluation
+
+
+def _tell(
+    run: Run,
+    base: ChunkPolicy,
+    critic: Critic,
+    sampler: ChunkSampler[Any],
+    evaluation: PairedEvaluation | None,
+    num_videos: int | None,
+    facts: Mapping[str, Any],
+) -> None:
     command = command_of(run.output_dir)
+    kl_unit = facts["kl_unit"]
     with run.timed("plots"):
         plots = write_plots(run, critic, evaluation, sampler, kl_unit=kl_unit)
 
     def report(videos: Sequence[Path]) -> Path:
         return write_report(
             run.output_dir,
-            config=config,
             evaluation=evaluation,
             metrics_path=run.output_dir / METRICS_NAME,
             wall_clock=run.wall_clock,
             plots=plots,
             videos=videos,
-            title=title,
-            seeds=seeds,
             command=command,
-            kl_unit=kl_unit,
+            **facts,
         )
 
     path = report(())
     if evaluation is None:
         print(f"\nnot evaluated: the run had no simulator\nreport {path}")
-        return None
+        return
     try:
         with run.timed("videos"):
-            videos = film(
-                run, base_actor, evaluation, DEFAULT_VIDEOS if num_videos is None else num_videos
-            )
+            count = DEFAULT_VIDEOS if num_videos is None else num_videos
+            videos = film(run, base, evaluation, count)
     except UserError as error:
         # Without a wish of the user's, a machine that cannot render gets a sentence.
         if num_videos is not None:
@@ -150,14 +166,14 @@ def conclude(
     else:
         path = report(videos)
     print(_verdict(evaluation, path))
-    return evaluation
 
 
 def _evaluate(run: Run, base: ChunkPolicy, seeds: Sequence[int]) -> PairedEvaluation:
     """The final evaluation, written to ``evaluation.json``."""
     with run.timed("final evaluation"):
         evaluation = paired_evaluation(run.evaluate(seeds, base), run.evaluate(seeds))
-    write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
+    if run.team.is_main:
+        write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     return evaluation
 
 

@@ -1,0 +1,198 @@
+"""The recipes for LeRobot's policies in two processes, as a launcher places them."""
+
+import io
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import Place, fork_two
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import ProcessException
+from toy_deaths import dies_at_update, signalled_at_update
+from toy_files import differences, metrics_lines
+from toy_images import NUM_DEMOS, images_state
+from vla_runs import files, forgetful_pool, main, without_simulator
+from vla_trqam.recipes import finetune_vla
+
+from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.errors import UserError
+from vla_trqam.training.cached_learners import CachedOffPolicy, TrainedWeights
+from vla_trqam.training.finetuning import Run
+
+__all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+]
+
+Prepare = Callable[[pytest.MonkeyPatch, int], None]
+
+
+@dataclass
+class Two:
+    """What two processes left.
+
+    Attributes:
+        folder: the run's.
+        notes: what each of them knew and said.
+    """
+
+    folder: Path
+    notes: Path
+
+    def status(self, rank: int) -> int:
+        return int((self.notes / f"status.{rank}").read_text())
+
+    def said(self, rank: int) -> str:
+        return (self.notes / f"said.{rank}").read_text()
+
+    def weights(self, rank: int) -> dict[str, torch.Tensor]:
+        return load_file(self.notes / f"weights.{rank}.safetensors")
+
+    def state(self) -> dict[str, Any]:
+        """Everything that two equal runs must agree on to the bit."""
+        found = {}
+        for rank, replay in enumerate(("replay", "replay_1")):
+            state = images_state(self.folder, replay)
+            found |= {f"{rank} {name}": value for name, value in state.items()}
+        own = self.folder / "checkpoints/last/training_state/rank_1"
+        return found | {path.name: path.read_bytes() for path in own.iterdir()}
+
+
+def run_rank(place: Place, flags: list[str], notes: Path, prepare: Prepare) -> None:
+    rank, said = place.team.rank, io.StringIO()
+
+    def remember(run: Run, *arguments: Any, **settings: Any) -> None:
+        weights = {k: v.detach() for k, v in TrainedWeights(run.policy).state_dict().items()}
+        save_file(weights, notes / f"weights.{rank}.safetensors")
+        conclude(run, *arguments, **settings)
+
+    conclude = finetune_vla.conclude
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(finetune_vla, "conclude", remember)
+        prepare(patch, rank)
+        status = main(*flags)
+    (notes / f"status.{rank}").write_text(str(status))
+    (notes / f"said.{rank}").write_text(said.getvalue())
+
+
+def undisturbed(patch: pytest.MonkeyPatch, rank: int) -> None:
+    pass
+
+
+def two_run(folder: Path, *flags: str, prepare: Prepare = undisturbed) -> Two:
+    notes = folder.with_name(folder.name + "_notes")
+    notes.mkdir(exist_ok=True)
+    arguments = [*flags, f"--output_dir={folder}"]
+    fork_two(partial(run_rank, flags=arguments, notes=notes, prepare=prepare))
+    return Two(folder, notes)
+
+
+@pytest.fixture(scope="module")
+def two(files: Any, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    return two_run(tmp_path_factory.mktemp("two") / "run", *files.flags())
+
+
+def test_both_processes_end_with_the_same_weights_and_one_tells(two):
+    assert [two.status(0), two.status(1)] == [0, 0]
+    first, second = two.weights(0), two.weights(1)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(value.abs().max() > 0 for name, value in first.items() if "lora_B" in name)
+    assert two.said(1) == ""
+    assert two.said(0).count("report ") == 1
+
+
+def test_the_report_is_of_every_initial_state_in_order(two):
+    evaluation = json.loads((two.folder / "evaluation.json").read_text())
+    assert evaluation["seeds"] == [10000, 10001, 10002, 10003]
+    assert (two.folder / "report.md").is_file()
+    lines = metrics_lines(two.folder)
+    assert len([line for line in lines if "episode_steps" in line]) == 2 + 2 * 2
+    assert len([line for line in lines if "kl_estimate" in line]) == 3 + 4
+
+
+def test_each_process_has_its_part_of_the_episodes(two):
+    tasks, seen = [], []
+    for name in ("replay", "replay_1"):
+        replay = FrameReplay.open(two.folder / name)
+        episodes = replay.steps.episodes()
+        tasks.append([str(source) for source in episodes.source])
+        seen.append(replay.steps.observations[0].tobytes())
+        replay.close()
+    half = NUM_DEMOS // 2
+    assert tasks == [["dataset"] * half + ["critic", "online", "online"]] * 2
+    assert seen[0] != seen[1]
+
+
+def interrupted(patch: pytest.MonkeyPatch, rank: int) -> None:
+    if rank == 1:
+        signalled_at_update(patch, CachedOffPolicy, 5, signal.SIGINT)
+
+
+def test_a_stop_of_one_process_stops_both_and_they_go_on_to_the_same_bits(two, files, tmp_path):
+    found = two_run(tmp_path / "run", *files.flags(), prepare=interrupted)
+    assert [found.status(0), found.status(1)] == [130, 130]
+    assert f"torchrun --nproc_per_node=2 {sys.argv[0]}" in found.said(0)
+    assert found.said(1) == ""
+    assert (found.folder / "checkpoints/last").resolve().name == "000005"
+    resumed = two_run(found.folder, "--resume=true")
+    assert [resumed.status(0), resumed.status(1)] == [0, 0]
+    assert differences(resumed.state(), two.state()) == []
+
+
+def killed(patch: pytest.MonkeyPatch, rank: int) -> None:
+    if rank == 1:
+        dies_at_update(patch, CachedOffPolicy, 6)
+
+
+def test_a_killed_process_costs_the_updates_since_the_checkpoint(two, files, tmp_path):
+    with pytest.raises(ProcessException):
+        two_run(tmp_path / "run", *files.flags(), prepare=killed)
+    resumed = two_run(tmp_path / "run", "--resume=true")
+    assert [resumed.status(0), resumed.status(1)] == [0, 0]
+    assert differences(resumed.state(), two.state()) == []
+
+
+def test_a_run_of_two_processes_is_not_gone_on_with_in_one(two, capsys):
+    assert main("--resume=true", f"--output_dir={two.folder}") == 2
+    assert "is of a run of 2 processes" in capsys.readouterr().err
+
+
+def no_simulator(patch: pytest.MonkeyPatch, rank: int) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("no simulator here")
+
+    if rank == 1:
+        patch.setattr(finetune_vla, "_start_simulators", fail)
+
+
+def test_what_fails_in_one_process_is_told_once_and_stops_both(files, tmp_path):
+    found = two_run(tmp_path / "run", *files.flags(), prepare=no_simulator)
+    assert [found.status(0), found.status(1)] == [2, 2]
+    assert "error: process 1: no simulator here" in found.said(0)
+    assert found.said(1) == ""
+    assert not found.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--batch_size=1", "--batch_size is too small for 2 processes"),
+        ("--micro_batches=4", "for each of the micro-batches"),
+        ("--steps=-1", "--steps=-1 must not be negative"),
+    ],
+)
+def test_settings_that_fit_no_two_processes_are_refused_once(flag, sentence, files, tmp_path):
+    found = two_run(tmp_path / "run", *files.flags(), flag)
+    assert [found.status(0), found.status(1)] == [2, 2]
+    assert sentence in found.said(0)
+    assert found.said(1) == ""
