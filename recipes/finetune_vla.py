@@ -238,7 +238,7 @@ def _set_up(
             config,
             output_dir,
             reopen=FrameReplay.open,
-            begin=partial(_begin, config, reader, team),
+            begin=partial(_begin, config, reader, team, policy.chunk_shape[0]),
             team=team,
         )
         stack.callback(replay.close)
@@ -281,12 +281,18 @@ def _set_up(
     return run, phases, everything
 
 
-def _begin(config: FinetuneVLAConfig, reader: LeRobotReader, team: Team, path: Path) -> FrameReplay:
+def _begin(
+    config: FinetuneVLAConfig, reader: LeRobotReader, team: Team, chunk_length: int, path: Path
+) -> FrameReplay:
     """The settings' file and the filled replay of a new run."""
     if team.is_main:
         save_settings(config, path.parent)
-    more = config.num_training_episodes * config.eval.max_episode_steps
-    replay = reader.create_replay(path, more_steps=more)
+    episodes, limit = config.num_training_episodes, config.eval.max_episode_steps
+    # A frame for every decision, and one where the limit cuts.
+    decisions = -(-limit // chunk_length) + 1
+    replay = reader.create_replay(
+        path, more_steps=episodes * limit, more_frames=episodes * decisions
+    )
     reader.load_into(replay, source="dataset", say=print if team.is_main else lambda _: None)
     return replay
 

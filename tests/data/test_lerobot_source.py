@@ -150,6 +150,9 @@ def test_the_parts_of_a_dataset_are_its_episodes(replay: FrameReplay, tmp_path: 
     found = [[len(episode.actions) for episode in part.episodes()] for part in parts]
     assert found == [lengths[0::3], lengths[1::3], lengths[2::3]]
     assert sum(part.num_rows for part in parts) == whole.num_rows
+    again, _ = read_back(tmp_path / "set", tmp_path / "again")
+    assert sum(part.num_frames for part in parts) == whole.num_frames
+    assert again.num_frames <= whole.num_frames < whole.num_rows
     with pytest.raises(UserError, match=f"{len(lengths)} episodes for 9 processes"):
         whole.part(0, 9)
 

@@ -112,14 +112,31 @@ class LeRobotReader:
         reader._bounds = self._bounds[number::count]
         return reader
 
-    def create_replay(self, path: Path, *, more_steps: int = 0) -> FrameReplay:
-        """An empty replay with room for this dataset and `more_steps` collected later."""
+    @property
+    def num_frames(self) -> int:
+        """Rows whose images are their own: what is decoded, at most."""
+        new = self._table[:].get(FRAME_IS_NEW)
+        if new is None:
+            return self.num_rows
+        return int(sum(np.asarray(new[start:stop]).sum() for _, start, stop in self._bounds))
+
+    def create_replay(
+        self, path: Path, *, more_steps: int = 0, more_frames: int = 0
+    ) -> FrameReplay:
+        """An empty replay with room for this dataset and what is collected later.
+
+        Args:
+            path: its folder, made if absent.
+            more_steps: collected later.
+            more_frames: of them with images.
+        """
         return FrameReplay.create(
             path,
             state_dim=self.state_dim,
             action_dim=self.action_dim,
             cameras=self.cameras,
             capacity=self.num_rows + more_steps,
+            frame_capacity=self.num_frames + more_frames,
         )
 
     def load_into(

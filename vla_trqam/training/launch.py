@@ -66,7 +66,7 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
     except (OSError, SafetensorError) as error:
         if FULL_DISK not in str(error):
             raise
-        sentence = f"error: {' '.join(str(error).split())}; {_going_on(config, 'stopped')}"
+        sentence = f"error: {' '.join(str(error).split())}; {_going_on(config, '')}"
         print(sentence, file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:

@@ -17,6 +17,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.training import preflight_data as data
 from vla_trqam.training import preflight_memory as memory
 from vla_trqam.training import preflight_model as model
+from vla_trqam.training.next_actions import NumberedFeatures
 from vla_trqam.training.preflight_report import Finding, PreflightReport
 
 if TYPE_CHECKING:
@@ -137,6 +138,6 @@ class _Machine:
             self.critic,
             self.memory,
             num_checkpoints=self.num_checkpoints,
-            caches=isinstance(self.sampler.observer, FeatureCache),
+            caches=isinstance(self.sampler.observer, FeatureCache | NumberedFeatures),
         )
         return memory.check_disk(disk, self.replay.path, self.output_dir)
