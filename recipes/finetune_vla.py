@@ -18,14 +18,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
-from vla_trqam.adapters.loading import load_policy
-from vla_trqam.adapters.lora import LoRASettings
+from vla_trqam.recipes.vla_inputs import checked_inputs, own_device, push
 
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.lerobot_source import LeRobotReader
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
@@ -33,13 +31,11 @@ from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
-from vla_trqam.training.checkpoints import check_output_dir, last_checkpoint
+from vla_trqam.training.checkpoints import last_checkpoint
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.episode_store import FrameStore
 from vla_trqam.training.finetuning import Phase, Run
-from vla_trqam.training.hub import push_checkpoint
-from vla_trqam.training.hub_access import check_push
 from vla_trqam.training.hub_pull import find_algorithm, load_algorithm
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
@@ -93,8 +89,8 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
     team = Team(accelerator)
     # The folder's name is of the time, and so the main process's.
     config.output_dir = Path(team.on_main(lambda: str(config.output_dir)))
-    device = _device(config, accelerator)
-    reader, policy = team.together(lambda: _begin_checked(config, packed, device, team))
+    device = own_device(config, accelerator)
+    reader, policy = team.together(lambda: checked_inputs(config, packed, device, team))
     with ExitStack() as stack:
         parts = _set_up(config, reader, policy, accelerator, stack)
         run, phases, everything = parts
@@ -114,109 +110,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
     if config.policy.push_to_hub:
-        team.on_main(lambda: _push(config))
-
-
-def _device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.device:
-    own = accelerator.device
-    # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
-    return torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
-
-
-def _begin_checked(
-    config: FinetuneVLAConfig, packed: Path | None, device: torch.device, team: Team
-) -> tuple[LeRobotReader, LeRobotFlowPolicy]:
-    """This process's part of the dataset and the policy, after all that needs neither is checked.
-
-    Raises:
-        UserError: see :func:`finetune`.
-    """
-    assert config.output_dir is not None
-    check_output_dir(config.output_dir, resume=config.resume)
-    _check_sizes(config, team)
-    if team.is_main:
-        _check_push(config)
-    reader = LeRobotReader(_dataset(config, packed)).part(team.rank, team.size)
-    return reader, _load_policy(config, packed, device)
-
-
-def _check_sizes(config: FinetuneVLAConfig, team: Team) -> None:
-    """Every process needs a part of every batch and of every round of episodes."""
-    parts = {
-        "batch_size": config.batch_size // config.micro_batches,
-        "critic.batch_size": config.critic.batch_size,
-    }
-    if config.online.steps:
-        parts["online.episodes_per_round"] = config.online.episodes_per_round
-    for flag, count in parts.items():
-        if count < team.size:
-            each = " for each of the micro-batches" if flag == "batch_size" else ""
-            raise UserError(f"--{flag} is too small for {team.size} processes{each}")
-    if team.size > 1 and config.policy.device is not None:
-        raise UserError(
-            f"--policy.device={config.policy.device} is for one process; the launcher gives each "
-            f"of the {team.size} its own"
-        )
-
-
-def _push(config: FinetuneVLAConfig) -> None:
-    assert config.output_dir is not None
-    assert config.policy.repo_id is not None, "the settings were checked"
-    pushed = push_checkpoint(
-        config.output_dir, config.policy.repo_id, private=config.policy.private
-    )
-    print(f"pushed {pushed.url}")
-
-
-def _check_push(config: FinetuneVLAConfig) -> None:
-    """What would make the push at the end fail, told before anything is trained."""
-    knobs = config.policy
-    if not knobs.push_to_hub:
-        return
-    assert knobs.repo_id is not None, "the settings were checked"
-    local = knobs.path is None or Path(knobs.path).expanduser().is_dir()
-    if local and config.peft.method == "lora" and not knobs.merged:
-        raise UserError(
-            "--policy.push_to_hub=true would push adapters whose base is a folder of this machine; "
-            "add --policy.merged=true"
-        )
-    check_push(knobs.repo_id, private=knobs.private)
-
-
-def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
-    data = config.dataset
-    if data.repo_id is None and packed is None:
-        raise UserError("give --policy.path and --dataset.repo_id: this recipe has no packed ones")
-    return LeRobotConfig(
-        repo_id=data.repo_id or "local/packed",
-        root=data.root if data.repo_id or packed is None else packed / "dataset",
-        episodes=data.episodes,
-        reward=data.reward,
-        success_labels=data.success_labels,
-    )
-
-
-def _load_policy(
-    config: FinetuneVLAConfig, packed: Path | None, device: torch.device
-) -> LeRobotFlowPolicy:
-    knobs, peft = config.policy, config.peft
-    lora = LoRASettings(peft.r, peft.lora_alpha, peft.target_modules)
-    path = knobs.path
-    if path is None:
-        assert packed is not None, "a run has a dataset of its own and a policy, or neither"
-        path = str(packed / "policy")
-    policy = load_policy(
-        path,
-        lora=lora if peft.method == "lora" else None,
-        adapter=knobs.adapter,
-        features=CriticFeatures(layer=knobs.critic_layer),
-        limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
-        device=str(device),
-        revision=knobs.revision,
-    )
-    assert policy.processors is not None, "load_policy brings processors"
-    policy.processors.pad_instructions()
-    return policy
+        team.on_main(lambda: push(config))
 
 
 def _set_up(

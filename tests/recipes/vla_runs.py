@@ -20,7 +20,7 @@ from toy_images import (
 )
 from toy_task import Killed
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla
+from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla, vla_inputs
 
 from vla_trqam.data.lerobot_source import LeRobotReader
 from vla_trqam.envs.rollout import Episode
@@ -105,7 +105,7 @@ def without_simulator() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_vla, "RolloutPool", ImageToyPool)
         # Opening a dataset takes longer than these runs, and a reader does not change.
-        patch.setattr(finetune_vla, "LeRobotReader", cache(LeRobotReader))
+        patch.setattr(vla_inputs, "LeRobotReader", cache(LeRobotReader))
         yield
 
 

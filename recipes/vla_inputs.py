@@ -1,0 +1,127 @@
+"""What a run of a LeRobot policy begins with, and its push at the end.
+
+The process's part of the dataset and the policy, after all that needs neither has been checked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from vla_trqam.adapters.critic_features import CriticFeatures
+from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+from vla_trqam.adapters.loading import load_policy
+from vla_trqam.adapters.lora import LoRASettings
+
+from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.errors import UserError
+from vla_trqam.training.checkpoints import check_output_dir
+from vla_trqam.training.distributed import Team
+from vla_trqam.training.hub import push_checkpoint
+from vla_trqam.training.hub_access import check_push
+from vla_trqam.training.vla_settings import FinetuneVLAConfig
+
+
+def own_device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.device:
+    """The device of this process."""
+    own = accelerator.device
+    # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
+    return torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
+
+
+def checked_inputs(
+    config: FinetuneVLAConfig, packed: Path | None, device: torch.device, team: Team
+) -> tuple[LeRobotReader, LeRobotFlowPolicy]:
+    """This process's part of the dataset and the policy, after all that needs neither is checked.
+
+    Raises:
+        UserError: see :func:`finetune`.
+    """
+    assert config.output_dir is not None
+    check_output_dir(config.output_dir, resume=config.resume)
+    _check_sizes(config, team)
+    if team.is_main:
+        _check_push(config)
+    reader = LeRobotReader(_dataset(config, packed)).part(team.rank, team.size)
+    return reader, _load_policy(config, packed, device)
+
+
+def push(config: FinetuneVLAConfig) -> None:
+    """Pushes the run's last checkpoint to the Hub."""
+    assert config.output_dir is not None
+    assert config.policy.repo_id is not None, "the settings were checked"
+    pushed = push_checkpoint(
+        config.output_dir, config.policy.repo_id, private=config.policy.private
+    )
+    print(f"pushed {pushed.url}")
+
+
+def _check_sizes(config: FinetuneVLAConfig, team: Team) -> None:
+    """Every process needs a part of every batch and of every round of episodes."""
+    parts = {
+        "batch_size": config.batch_size // config.micro_batches,
+        "critic.batch_size": config.critic.batch_size,
+    }
+    if config.online.steps:
+        parts["online.episodes_per_round"] = config.online.episodes_per_round
+    for flag, count in parts.items():
+        if count < team.size:
+            each = " for each of the micro-batches" if flag == "batch_size" else ""
+            raise UserError(f"--{flag} is too small for {team.size} processes{each}")
+    if team.size > 1 and config.policy.device is not None:
+        raise UserError(
+            f"--policy.device={config.policy.device} is for one process; the launcher gives each "
+            f"of the {team.size} its own"
+        )
+
+
+def _check_push(config: FinetuneVLAConfig) -> None:
+    """What would make the push at the end fail, told before anything is trained."""
+    knobs = config.policy
+    if not knobs.push_to_hub:
+        return
+    assert knobs.repo_id is not None, "the settings were checked"
+    local = knobs.path is None or Path(knobs.path).expanduser().is_dir()
+    if local and config.peft.method == "lora" and not knobs.merged:
+        raise UserError(
+            "--policy.push_to_hub=true would push adapters whose base is a folder of this machine; "
+            "add --policy.merged=true"
+        )
+    check_push(knobs.repo_id, private=knobs.private)
+
+
+def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
+    data = config.dataset
+    if data.repo_id is None and packed is None:
+        raise UserError("give --policy.path and --dataset.repo_id: this recipe has no packed ones")
+    return LeRobotConfig(
+        repo_id=data.repo_id or "local/packed",
+        root=data.root if data.repo_id or packed is None else packed / "dataset",
+        episodes=data.episodes,
+        reward=data.reward,
+        success_labels=data.success_labels,
+    )
+
+
+def _load_policy(
+    config: FinetuneVLAConfig, packed: Path | None, device: torch.device
+) -> LeRobotFlowPolicy:
+    knobs, peft = config.policy, config.peft
+    lora = LoRASettings(peft.r, peft.lora_alpha, peft.target_modules)
+    path = knobs.path
+    if path is None:
+        assert packed is not None, "a run has a dataset of its own and a policy, or neither"
+        path = str(packed / "policy")
+    policy = load_policy(
+        path,
+        lora=lora if peft.method == "lora" else None,
+        adapter=knobs.adapter,
+        features=CriticFeatures(layer=knobs.critic_layer),
+        limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
+        device=str(device),
+        revision=knobs.revision,
+    )
+    assert policy.processors is not None, "load_policy brings processors"
+    policy.processors.pad_instructions()
+    return policy
