@@ -146,7 +146,7 @@ def _set_up(
         learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
         team.together(lambda: _preflight(config, policy, replay, everything, team))
         learner()  # what it cannot be made of is refused here
-        features.update()
+        team.together(features.update)
         phases = _phases(config, draw, learner)
         pool = team.together(lambda: _start_simulators(config, policy))
     except UserError:

@@ -123,7 +123,7 @@ class Run:
             learner = phase.make_learner()
             start = 0
             if checkpoint is not None and position is not None and phase.name == position.phase:
-                load_checkpoint(checkpoint, learner, self.generators, self.team.rank)
+                self._load(checkpoint, learner)
                 start, self.step, self.wall_clock = (
                     position.phase_step,
                     position.step,
@@ -132,6 +132,10 @@ class Run:
             self._train_phase(phase, learner, start, guard)
         assert learner is not None, "a run has at least one phase"
         return learner
+
+    def _load(self, checkpoint: Path, learner: Learner) -> None:
+        rank = self.team.rank
+        self.team.together(lambda: load_checkpoint(checkpoint, learner, self.generators, rank))
 
     def _train_phase(
         self, phase: Phase, learner: Learner, start: int, guard: InterruptGuard
