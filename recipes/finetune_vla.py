@@ -213,6 +213,7 @@ def _preflight(
         output_dir=config.output_dir,
         execution_horizon=policy.host.config.n_action_steps,
         num_checkpoints=-(-(config.steps + config.online.steps) // config.save_freq) + 1,
+        sources=["dataset"],
         resumed=config.resume or config.policy.adapter == "continue",
     )
     if team.is_main:

@@ -73,19 +73,25 @@ def make_replay(
     success: tuple[bool, ...] = (True, False, True),
     state_scale: float = 0.5,
     action_scale: float = 0.5,
+    online_scale: float | None = None,
 ) -> FrameReplay:
-    """Episodes of noise that fits the policy's statistics; success ends an episode."""
+    """Episodes of noise that fits the policy's statistics; success ends an episode.
+
+    One more at the end is the run's own, with states of `online_scale`.
+    """
     generator = np.random.default_rng(0)
     replay = FrameReplay.create(
         path, state_dim=STATE, action_dim=action_dim, cameras={camera: image}, capacity=200
     )
     observed = np.arange(steps + 1) % every == 0
-    for succeeds in success:
+    given = [(state_scale, succeeds, "test") for succeeds in success]
+    own = [] if online_scale is None else [(online_scale, True, "online")]
+    for scale, succeeds, source in given + own:
         images = generator.integers(0, 256, (int(observed.sum()), *image), dtype=np.uint8)
         rewards = np.zeros(steps, np.float32)
         rewards[-1] = succeeds
         episode = FrameEpisode(
-            states=state_scale * generator.normal(size=(steps + 1, STATE)).astype(np.float32),
+            states=scale * generator.normal(size=(steps + 1, STATE)).astype(np.float32),
             images={camera: images},
             observed=observed,
             actions=action_scale * generator.normal(size=(steps, action_dim)).astype(np.float32),
@@ -95,5 +101,5 @@ def make_replay(
             success=succeeds,
             task="lift the cube",
         )
-        replay.add_episode(episode, source="test")
+        replay.add_episode(episode, source=source)
     return replay

@@ -111,6 +111,22 @@ def test_data_in_other_units_is_refused(
     assert any(line.startswith("-  ") and "not run" in line for line in report.lines())
 
 
+@pytest.mark.slow
+def test_the_runs_own_rollouts_may_leave_the_statistics(policy: Any, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "replay", success=(True, False), online_scale=1000.0)
+    assert only_failure(look(policy, replay)).name == "statistics"
+    report = look(policy, replay, sources=["test"], resumed=True)
+    assert "statistics" in {finding.name for finding in report.findings if finding.ok}
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.06, True), (0.4, False)])
+def test_a_tail_far_out_fits_and_other_units_do_not(share: float, fits: bool) -> None:
+    normalized = torch.zeros(100, 2)
+    normalized[:, 0] = torch.linspace(-1.0, 1.0, 100)
+    normalized[: round(100 * share), 1] = 6.0
+    assert (not list(_misfits("observation.state", normalized, normalized, "MEAN_STD"))) == fits
+
+
 @pytest.mark.parametrize("mode", FAR_OUT)
 def test_data_fits_the_statistics_that_were_made_of_it(mode: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ def preflight(
     output_dir: Path,
     execution_horizon: int,
     num_checkpoints: int,
+    sources: Collection[str] | None = None,
     resumed: bool = False,
 ) -> PreflightReport:
     """Looks at policy, data and machine; changes nothing.
@@ -50,6 +51,8 @@ def preflight(
         output_dir: of the run.
         execution_horizon: actions executed of each chunk.
         num_checkpoints: that the run keeps.
+        sources: of the replay that were given to the run. Its own rollouts may leave what the
+            policy's statistics know, data in other units may not. None judges all.
         resumed: training goes on, so the tuned field may differ from the base.
 
     Returns:
@@ -66,7 +69,7 @@ def preflight(
     checks = [
         _Check("dimensions", lambda: data.check_shapes(policy, replay)),
         _Check("cameras", lambda: data.check_cameras(policy, replay)),
-        _Check("statistics", lambda: data.check_statistics(policy, replay), seen[:1]),
+        _Check("statistics", lambda: data.check_statistics(policy, replay, sources), seen[:1]),
         _Check("reward", lambda: data.check_reward(replay, sampler)),
         _Check("chunks", lambda: data.check_chunks(policy, replay, sampler, execution_horizon)),
         _Check("parameters", lambda: memory.check_parameters(policy)),
