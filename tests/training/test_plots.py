@@ -19,6 +19,7 @@ STEPS = list(range(100, 1100, 100))
 def write_run(path, *, budget=0.1, broken_step=None, kl=0.09):
     with MetricsLog(path) as log:
         log.log(50, "pretrain", {"bc_loss": 0.5})
+        log.log(8000, "critic", {"td_loss": 0.5})
         for step in STEPS:
             loss = math.inf if step == broken_step else 2.0
             values = {"kl_estimate": kl, "kl_ema": kl, "kl_budget": budget, "lam": 0.3}
@@ -102,6 +103,27 @@ def test_every_axis_says_what_it_shows(run_figures):
             assert axes.get_xlabel(), name
             assert axes.get_ylabel() or name == "episodes.png", name
     assert "nats per action" in figures["kl.png"].axes[0].get_ylabel()
+
+
+def test_the_success_figure_ends_with_the_last_update_of_the_policy(run_figures):
+    _, figures = run_figures
+    (axes,) = figures["success.png"].axes
+    by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    final = by_label["tuned, final: 20 episodes"].lines[0]
+    assert (final.get_xdata().tolist(), final.get_ydata().tolist()) == ([1000], [0.8])
+
+
+def test_the_online_rate_has_a_point_for_every_round_of_rollouts(tmp_path, drawn):
+    path = tmp_path / "metrics.jsonl"
+    rounds = [(0, [1, 0] * 20), (100, [1] * 20), (200, [0] * 40)]
+    with MetricsLog(path) as log:
+        for step, outcomes in rounds:
+            for success in outcomes:
+                log.log(step, "online", {"success": success})
+    plots.plot_success(read_metrics(path), tmp_path / "success.png")
+    steps, rates = line_of(drawn["success.png"].axes[0], "online: last 50 episodes")
+    assert steps.tolist() == [0, 100, 200]
+    np.testing.assert_allclose(rates, [20 / 40, (15 + 20) / 50, 10 / 50])
 
 
 def test_the_kl_figure_draws_estimate_average_and_budget(run_figures):

@@ -260,7 +260,9 @@ def _logged(metrics: Metrics, name: str, phases: tuple[str, ...] = TRAINING_PHAS
 
 
 def _last_step(metrics: Metrics) -> int:
-    steps = [series.step[-1] for names in metrics.values() for series in names.values()]
+    """Of the updates that moved the policy; other phases count their own."""
+    phases = [metrics[name] for name in (*TRAINING_PHASES, "eval") if name in metrics]
+    steps = [series.step[-1] for names in phases for series in names.values()]
     if not steps:
         raise UserError("the metrics are empty: there is nothing to draw")
     return int(max(steps))
@@ -285,6 +287,8 @@ def _draw_evaluations(axes: Axes, rate: MetricSeries, episodes: MetricSeries) ->
 def _draw_online_success(axes: Axes, success: MetricSeries) -> None:
     """Rate over the last online episodes; a rate of a handful says nothing and is left out."""
     ends = np.arange(ONLINE_LEAST, len(success) + 1)
+    # Of the episodes between two updates, the last one's rate is drawn.
+    ends = ends[np.append(np.diff(success.step[ends - 1]) > 0, np.ones(min(len(ends), 1), bool))]
     counts = np.minimum(ends, ONLINE_WINDOW)
     total = np.concatenate([[0], np.cumsum(success.value)])
     wins, step = total[ends] - total[ends - counts], success.step[ends - 1]
