@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
+from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
 from vla_trqam.training.checkpoints import last_checkpoint
@@ -40,7 +42,7 @@ from vla_trqam.training.hub_pull import find_algorithm, load_algorithm
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
 from vla_trqam.training.next_actions import NextActions, NumberedFeatures
-from vla_trqam.training.preflight import preflight
+from vla_trqam.training.preflight import RewardSummary, Share, preflight
 from vla_trqam.training.run_folder import CONFIG_NAME, open_folder, save_settings
 from vla_trqam.training.showcase import conclude
 from vla_trqam.training.vla_settings import FinetuneVLAConfig
@@ -87,6 +89,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
     """
     accelerator = prepare_torch(config, several=True)
     team = Team(accelerator)
+    team.together(lambda: check_accelerator(accelerator))
     # The folder's name is of the time, and so the main process's.
     config.output_dir = Path(team.on_main(lambda: str(config.output_dir)))
     device = own_device(config, accelerator)
@@ -144,10 +147,11 @@ def _set_up(
         draw = partial(_sampler, config, policy, replay, features)
         everything = draw(None)
         learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
-        team.together(lambda: _preflight(config, policy, replay, everything, team))
+        rewards = _all_rewards(replay, everything, team)
+        team.together(lambda: _preflight(config, policy, replay, everything, rewards, team))
         learner()  # what it cannot be made of is refused here
         team.together(features.update)
-        phases = _phases(config, draw, learner)
+        phases = _phases(config, draw, learner, team)
         pool = team.together(lambda: _start_simulators(config, policy))
     except UserError:
         if team.is_main and not config.resume:
@@ -191,11 +195,22 @@ def _begin(
     return replay
 
 
+def _all_rewards(
+    replay: FrameReplay, everything: ChunkSampler[Any], team: Team
+) -> RewardSummary | None:
+    """Of all processes: the episodes of one may all fail."""
+    if team.size == 1:
+        return None
+    parts = team.gather(asdict(RewardSummary.of(replay, everything)))
+    return RewardSummary.joined([RewardSummary(**part) for part in parts])
+
+
 def _preflight(
     config: FinetuneVLAConfig,
     policy: LeRobotFlowPolicy,
     replay: FrameReplay,
     everything: ChunkSampler[Any],
+    rewards: RewardSummary | None,
     team: Team,
 ) -> None:
     """Prints what was found.
@@ -209,11 +224,12 @@ def _preflight(
         replay,
         everything,
         critic=make_critic(config.critic, policy, config.seed),
-        batch_size=team.batch_share(config.batch_size),
+        share=Share(team.batch_share(config.batch_size), config.micro_batches, team.size),
         output_dir=config.output_dir,
         execution_horizon=policy.host.config.n_action_steps,
         num_checkpoints=-(-(config.steps + config.online.steps) // config.save_freq) + 1,
         sources=["dataset"],
+        rewards=rewards,
         resumed=config.resume or config.policy.adapter == "continue",
     )
     if team.is_main:
@@ -283,19 +299,21 @@ def _make_learner(
     accelerator: Accelerator,
 ) -> CachedOffPolicy:
     knobs = config.critic
-    critic = make_critic(knobs, policy, config.seed)
+    critic, team = make_critic(knobs, policy, config.seed), Team(accelerator)
     learner = CachedOffPolicy(
         TRQAM(policy, critic, config.method_config(), accelerator),
         NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,
-        batch_size=Team(accelerator).batch_share(knobs.batch_size),
+        batch_size=team.batch_share(knobs.batch_size),
         num_micro_batches=config.micro_batches,
     )
     assert config.output_dir is not None
     if knobs.path is not None and last_checkpoint(config.output_dir) is None:
-        same_base = config.policy.adapter == "continue"
-        load_algorithm(find_algorithm(knobs.path), learner, trust_region=same_base)
+        critic_path, same_base = knobs.path, config.policy.adapter == "continue"
+        team.together(
+            lambda: load_algorithm(find_algorithm(critic_path), learner, trust_region=same_base)
+        )
     return learner
 
 
@@ -303,6 +321,7 @@ def _phases(
     config: FinetuneVLAConfig,
     draw: Callable[..., ChunkSampler[Any]],
     learner: Callable[[], CachedOffPolicy],
+    team: Team,
 ) -> list[Phase]:
     """The critic's warm-up, offline and online updates, as far as the settings want them."""
     phases = []
@@ -339,7 +358,7 @@ def _phases(
             moving(
                 name="online",
                 num_steps=config.online.steps,
-                sampler=_online_sampler(config, draw),
+                sampler=_online_sampler(config, draw, team),
                 episodes_before=config.round_seeds,
             )
         )
@@ -347,11 +366,11 @@ def _phases(
 
 
 def _online_sampler(
-    config: FinetuneVLAConfig, draw: Callable[..., ChunkSampler[Any]]
+    config: FinetuneVLAConfig, draw: Callable[..., ChunkSampler[Any]], team: Team
 ) -> ChunkSampler[Any] | MixedSampler[Any]:
-    fraction = config.online.fraction
-    if fraction is None:
+    if config.online.fraction is None:
         return draw(None)
+    fraction = team.fraction_share(config.online.fraction, config.batch_size)
     offline = draw(None, ["dataset", "critic", "offline"])
     return MixedSampler(offline, draw(None, ["online"]), online_fraction=fraction)
 

@@ -1,5 +1,6 @@
 """The recipes for LeRobot's policies on a toy task: a stop, however it comes, costs nothing."""
 
+import json
 import shutil
 import signal
 import sys
@@ -97,6 +98,19 @@ def test_full_fine_tuning_resumes_to_the_same_bits(tiny, no_conclusion, full, tm
         tiny(tmp_path / "run", "--peft.method=full")
     assert resume(tmp_path / "run") == 0
     assert differences(images_state(tmp_path / "run"), without_conclusion(full.state)) == []
+
+
+def test_a_run_in_another_precision_is_not_gone_on_with(tiny, tmp_path, capsys):
+    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 5)):
+        tiny(tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last/training_state/position.json"
+    position = json.loads(path.read_text())
+    path.write_text(json.dumps(position | {"precision": "bf16"}))
+    assert resume(tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "is of a run with mixed_precision bf16, this one is launched with no" in said
+    path.write_text(json.dumps(position))
+    assert resume(tmp_path / "run") == 0
 
 
 def test_the_report_of_a_resumed_run_shows_the_command_that_began_it(

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import ProcessException
 from toy_deaths import dies_at_update, signalled_at_update
 from toy_files import differences, metrics_lines
-from toy_images import NUM_DEMOS, images_state
+from toy_images import NUM_DEMOS, ImageToyPool, images_state
 from vla_runs import files, forgetful_pool, main, without_simulator
 from vla_trqam.recipes import finetune_vla
 
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.errors import UserError
+from vla_trqam.training import launch
 from vla_trqam.training.cached_learners import CachedOffPolicy, TrainedWeights
 from vla_trqam.training.finetuning import Run
 
@@ -78,6 +79,7 @@ def run_rank(place: Place, flags: list[str], notes: Path, prepare: Prepare) -> N
     conclude = finetune_vla.conclude
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setattr(finetune_vla, "conclude", remember)
+        patch.setattr(launch, "MAIN_ENDS_WITHIN", 0.0)
         prepare(patch, rank)
         status = main(*flags)
     (notes / f"status.{rank}").write_text(str(status))
@@ -181,6 +183,21 @@ def test_what_fails_in_one_process_is_told_once_and_stops_both(files, tmp_path):
     assert "error: process 1: no simulator here" in found.said(0)
     assert found.said(1) == ""
     assert not found.folder.exists()
+
+
+def broken_simulator(patch: pytest.MonkeyPatch, rank: int) -> None:
+    def breaks(call: int) -> None:
+        raise UserError(f"the simulator broke at call {call}")
+
+    if rank == 1:
+        patch.setattr(ImageToyPool, "before_run", breaks)
+
+
+def test_a_simulator_that_breaks_in_one_process_is_told_once(files, tmp_path):
+    found = two_run(tmp_path / "run", *files.flags(), prepare=broken_simulator)
+    assert [found.status(0), found.status(1)] == [2, 2]
+    assert "error: process 1: the simulator broke at call" in found.said(0)
+    assert found.said(1) == ""
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,13 @@ from update_problems import BATCH, batch_of, method_of, noise_of
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
-from vla_trqam.training.distributed import Team, make_accelerator, micro_batches, rows_of
+from vla_trqam.training.distributed import (
+    FailedElsewhereError,
+    Team,
+    make_accelerator,
+    micro_batches,
+    rows_of,
+)
 
 CUT = 7
 """Rank 0 has the rows before it, rank 1 those from it on: different numbers of them."""
@@ -183,9 +189,22 @@ def _together(team: Team) -> bool:
         except UserError as error:
             return str(error)
 
+    def breaks() -> None:
+        if team.rank == last:
+            raise OSError("no space")
+
+    def told() -> bool:
+        try:
+            team.together(breaks)
+        except OSError:
+            return team.rank == last
+        except FailedElsewhereError:
+            return team.rank != last
+        return False
+
     expected = f"process {last}: no camera" if last else "no camera"
     fine = team.together(lambda: team.rank) == team.rank
-    return fine and all(team.gather(said() == expected))
+    return fine and all(team.gather(said() == expected)) and all(team.gather(told()))
 
 
 SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {

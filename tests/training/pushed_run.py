@@ -80,7 +80,7 @@ def write_checkpoint(folder: Path, step: int) -> None:
     save_file({"critic.weight": torch.ones(3) * step}, algorithm / "networks.safetensors")
     (algorithm / "scalars.json").write_text(json.dumps({"lam": 3.0}))
     (training / "optimizer_state.safetensors").write_bytes(b"not to be pushed")
-    position = Position("offline", step, step, [9], step // 10, {"offline": 60.0})
+    position = Position("offline", step, step, [9], step // 10, {"offline": 60.0}, "no")
     (training / "position.json").write_text(json.dumps(asdict(position)))
 
 

@@ -18,7 +18,7 @@ from vla_trqam.training.checkpoints import (
 from vla_trqam.training.generators import Generators
 from vla_trqam.training.learners import module_tensors
 
-POSITION = Position("offline", 3, 3, [5], 7, {"offline": 0.1})
+POSITION = Position("offline", 3, 3, [5], 7, {"offline": 0.1}, "no")
 
 
 def save(folder, name="000003", learner=None, position=POSITION):
@@ -95,7 +95,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path):
 
 
 def test_without_the_link_the_newest_checkpoint_is_the_one_farthest_on(tmp_path):
-    pretrained = Position("pretrain", 900, 0, [5], 7, {})
+    pretrained = Position("pretrain", 900, 0, [5], 7, {}, "no")
     for name, position in [("pretrain_000900", pretrained), ("000003", POSITION)]:
         save(tmp_path, name, position=position)
     (tmp_path / "checkpoints" / "last").unlink()

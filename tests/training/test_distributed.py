@@ -203,3 +203,32 @@ def test_one_process_has_nothing_to_shard_and_a_batch_holds_a_row_for_each() -> 
         Team(two).batch_share(1)
     with whole(method_of().loss):
         pass
+
+
+def test_what_is_sent_lies_on_the_device_that_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    # NCCL knows the accelerator's device only; meta stands for it, and nn.Linear lies elsewhere.
+    changes = {"num_processes": 2, "device": torch.device("meta")}
+    ranks = Ranks(SimpleNamespace(**vars(bfloat16_accelerator()) | changes))
+    sent: list[Tensor] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor))
+    with pytest.raises(NotImplementedError, match="meta"):  # nothing comes back from there
+        ranks.synchronize(nn.Linear(2, 2))
+    assert [tensor.device.type for tensor in sent] == ["meta"]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "fraction"),
+    [(32, 8, 0.1), (4, 4, 0.5), (12, 4, 0.5), (7, 3, 0.5), (5, 5, 0.0), (9, 2, 1.0), (8, 1, 0.3)],
+)
+def test_the_ranks_online_rows_add_up_to_those_of_the_whole_batch(
+    batch_size: int, processes: int, fraction: float
+) -> None:
+    online = []
+    for rank in range(processes):
+        changes = {"num_processes": processes, "process_index": rank}
+        team = Team(SimpleNamespace(**vars(bfloat16_accelerator()) | changes))
+        rows, share = team.batch_share(batch_size), team.fraction_share(fraction, batch_size)
+        online.append(round(rows * share))
+        assert 0 <= online[-1] <= rows
+    assert sum(online) == round(batch_size * fraction)
+    assert max(online) - min(online) <= 1

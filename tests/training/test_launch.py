@@ -2,10 +2,12 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from vla_trqam.errors import UserError
@@ -16,7 +18,7 @@ from vla_trqam.training.distributed import (
     launched_processes,
     launcher,
 )
-from vla_trqam.training.launch import exit_status, usable_cores
+from vla_trqam.training.launch import MAIN_ENDS_WITHIN, exit_status, usable_cores
 
 
 @pytest.fixture
@@ -43,6 +45,19 @@ def test_alone_there_is_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert (launched_processes(), launched_here(), launched_first()) == (1, 1, True)
     assert launcher() == ["accelerate", "launch"]
+
+
+def test_the_command_to_go_on_with_keeps_the_launchers_precision(monkeypatch, second_of_four):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert launcher() == ["torchrun", "--nproc_per_node=4"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    precise = ["env", "ACCELERATE_MIXED_PRECISION=bf16"]
+    assert launcher() == [*precise, "torchrun", "--nproc_per_node=4"]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    many = ["--multi_gpu", "--num_processes=4", "--mixed_precision=bf16"]
+    assert launcher() == ["accelerate", "launch", *many]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert launcher() == ["accelerate", "launch", "--mixed_precision=bf16"]
 
 
 def test_a_launchers_processes_share_the_cores(second_of_four, monkeypatch):
@@ -74,8 +89,11 @@ def test_other_failures_of_files_are_not_hidden():
         status(PermissionError(errno.EACCES, "Permission denied"))
 
 
-def test_what_failed_elsewhere_is_told_there(capsys):
+def test_what_failed_elsewhere_is_told_there(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     assert status(FailedElsewhereError("no camera")) == 2
+    assert waited == [MAIN_ENDS_WITHIN], "the main process was not let end first"
     assert status(None) == 0
     assert capsys.readouterr().err == ""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
-from vla_trqam.training.preflight import preflight
+from vla_trqam.training.preflight import RewardSummary, Share, preflight
 from vla_trqam.training.preflight_data import FAR_OUT, _misfits
 from vla_trqam.training.preflight_report import Finding, PreflightReport
 
@@ -44,7 +44,7 @@ def look(
         chunk_length=chunk_length, discount=0.99, short_chunks="pad", reward=reward
     )
     settings = {
-        "batch_size": 4,
+        "share": Share(4),
         "output_dir": replay.path / "run" / "not" / "yet",
         "execution_horizon": EXECUTED,
         "num_checkpoints": 2,
@@ -191,6 +191,27 @@ def test_other_dimensions_are_refused(policy: Any, tmp_path: Path) -> None:
     assert failure.found == "action has 7 dimensions in the data"
     assert failure.remedy == "action of 3, as the policy was trained"
     assert "statistics" in report.not_run
+
+
+@pytest.mark.slow
+def test_one_process_may_have_failures_only(policy: Any, tmp_path: Path) -> None:
+    replays = [make_replay(tmp_path / "a", success=(False,)), make_replay(tmp_path / "b")]
+    parts = [
+        RewardSummary.of(
+            r,
+            r.sampler(
+                chunk_length=EXECUTED,
+                discount=0.9,
+                short_chunks="pad",
+                reward=RewardSpec("sparse"),
+            ),
+        )
+        for r in replays
+    ]
+    joined = RewardSummary.joined(parts)
+    assert joined == RewardSummary("sparse", 0.0, 1.0, episodes=4, successes=2, terminated=2)
+    assert only_failure(look(policy, replays[0])).name == "reward"
+    assert look(policy, replays[0], rewards=joined).failures == ()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from torch import nn
 
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.training import preflight_memory as memory
+from vla_trqam.training.preflight_report import Finding
 
 
 @pytest.fixture
@@ -64,19 +65,49 @@ def test_saved_bytes_are_what_autograd_keeps() -> None:
     assert layer.weight.grad is not None
 
 
-def test_the_batch_that_is_said_to_fit_does() -> None:
-    needs = memory.Memory(weights=10**6, gradients=100, optimizer=200, activations=50, prefix=5)
-    failure = memory.check_memory(needs, 1000, 64, "cpu")
+NEEDS = memory.Memory(weights=10**6, gradients=100, optimizer=200, activations=50, prefix=5)
+
+
+def look(available: int | None, rows: int, micro_batches: int = 1, **where: Any) -> Finding:
+    processes = where.pop("processes", 1)
+    share = memory.Share(rows, micro_batches, processes)
+    return memory.check_memory(NEEDS, available, share, where.pop("device", "cpu"))
+
+
+def test_the_micro_batches_that_are_said_to_fit_do() -> None:
+    failure = look(1000, 12)
     assert not failure.ok
-    assert "activations of 64 3.12 KiB" in failure.found
-    fits = int(re.findall(r"--batch_size=(\d+)", failure.remedy)[0])
-    assert fits == (1000 - 300) // 60
-    assert memory.check_memory(needs, 1000, fits, "cpu").ok
-    assert not memory.check_memory(needs, 1000, fits + 1, "cpu").ok
-    assert "this is close" in memory.check_memory(needs, 1000, fits, "cpu").found
-    assert "this is close" not in memory.check_memory(needs, 2000, fits, "cpu").found
-    assert "adapters instead" in memory.check_memory(needs, 310, 1, "cpu").remedy
-    assert "is not known" in memory.check_memory(needs, None, 1, "mps").found
+    assert "activations of 12 600 B, prefixes of 12 120 B" in failure.found
+    assert failure.remedy == "--micro_batches=2 or more"
+    assert look(1000, 12, 2).ok  # 300 + 12 * 10 + 6 * 50
+    assert "this is close" in look(1000, 12, 2).found
+    assert "this is close" not in look(2000, 12, 2).found
+    assert look(1000, 12, 5).found.startswith("weights")
+    assert "activations of 3 " in look(1000, 12, 5).found
+
+
+def test_the_batch_that_is_said_to_fit_does() -> None:
+    failure = look(1000, 80)  # 300 and 50 for one row at a time, 10 for each row
+    rows, parts = re.fullmatch(r"--batch_size=(\d+) --micro_batches=(\d+)", failure.remedy).groups()
+    assert int(rows) == int(parts) == (1000 - 350) // 10
+    assert look(1000, int(rows), int(parts)).ok
+    assert not look(1000, int(rows) + 1, int(parts) + 1).ok
+    assert "adapters instead" in look(310, 1).remedy
+    assert "is not known" in look(None, 1, device="mps").found
+
+
+def test_processes_share_a_cpus_memory_and_have_an_accelerator_each() -> None:
+    alone = look(1000, 11)
+    assert alone.ok
+    assert "times" not in alone.found
+    both = look(1000, 11, processes=2)
+    assert not both.ok
+    assert ", times 2 processes: " in both.found
+    assert look(1000, 11, processes=2, device="cuda").ok
+    assert look(2000, 11, processes=2).ok
+    huge = look(1000, 40, processes=2)
+    assert huge.remedy == "--batch_size=30 --micro_batches=15"
+    assert look(1000, 15, 15, processes=2).ok
 
 
 @pytest.mark.slow
@@ -116,15 +147,16 @@ def test_disk_counts_checkpoints_the_replays_rest_and_a_cache_to_come(
     dry = memory.dry_pass(policy, replay)
     needs = memory.measure_memory(policy, None, dry)
 
-    def disk(count: int, caches: bool) -> memory.Disk:
+    def disk(count: int, caches: bool, processes: int = 1) -> memory.Disk:
         return memory.measure_disk(
-            policy, replay, None, needs, num_checkpoints=count, caches=caches
+            policy, replay, None, needs, num_checkpoints=count, caches=caches, processes=processes
         )
 
     trained = sum(p.numel() for p in policy.trainable_parameters()) * 4
     assert disk(3, False).checkpoints - disk(2, False).checkpoints == trained * 3
     whole = memory.module_bytes(policy.model)
     assert disk(0, False).checkpoints == whole
+    assert disk(2, False, 3) == memory.Disk(disk(2, False).checkpoints, 3 * disk(0, False).replay)
     assert disk(0, True).replay - disk(0, False).replay == dry.prefix * replay.frame_capacity
     frame = 32 * 32 * 3
     assert disk(0, False).replay > (replay.frame_capacity - replay.num_frames - 2) * frame

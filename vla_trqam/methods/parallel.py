@@ -49,7 +49,7 @@ class Ranks:
         self._device = torch.device("cpu") if accelerator is None else accelerator.device
         self._precision = "no" if accelerator is None else str(accelerator.mixed_precision)
         if accelerator is not None:
-            _check(accelerator)
+            check_accelerator(accelerator)
         if shard and self.count == 1:
             raise UserError(
                 "there is one process only; sharding needs `accelerate launch` with more"
@@ -68,7 +68,10 @@ class Ranks:
         if self.count == 1:
             return
         for tensor in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(tensor.detach(), src=0)
+            # NCCL sends from its own device only, and a small buffer may lie on the host.
+            sent = tensor.detach().to(self._device)
+            dist.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -239,8 +242,12 @@ def _show_tensors(output: type) -> None:
     register_dataclass(output)
 
 
-def _check(accelerator: Any) -> None:
-    """Raises a UserError for what an accelerator may ask and the update cannot do."""
+def check_accelerator(accelerator: Any) -> None:
+    """Refuses what an accelerator may ask and the update cannot do.
+
+    Raises:
+        UserError: another precision than float32 and bfloat16, or a sharding of its own.
+    """
     precision, kind = str(accelerator.mixed_precision), accelerator.distributed_type.value
     if precision not in ("no", "bf16"):
         raise UserError(

@@ -46,6 +46,7 @@ class Position:
         replay_episodes: episodes in the replay of each process.
         metrics_lines: lines in ``metrics.jsonl``.
         wall_clock: seconds spent so far, by phase.
+        precision: the launcher's mixed precision, "no" or "bf16".
     """
 
     phase: str
@@ -54,6 +55,7 @@ class Position:
     replay_episodes: list[int]
     metrics_lines: int
     wall_clock: dict[str, float]
+    precision: str
 
 
 def check_output_dir(output_dir: Path, *, resume: bool) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""How accelerate's launcher hands its --mixed_precision on."""
 LONGEST_WAIT = timedelta(hours=12)
 """Of the other processes, while one rolls out or writes."""
 
@@ -73,11 +75,14 @@ def launched_first() -> bool:
 def launcher() -> list[str]:
     """The command that starts as many processes as there are, before a recipe's name."""
     count = launched_processes()
-    if count == 1:
-        return ["accelerate", "launch"]
-    if torch.accelerator.is_available():
-        return ["accelerate", "launch", "--multi_gpu", f"--num_processes={count}"]
-    return ["torchrun", f"--nproc_per_node={count}"]
+    precision = os.environ.get(PRECISION, "no")
+    if count > 1 and not torch.accelerator.is_available():
+        set_precision = [] if precision == "no" else ["env", f"{PRECISION}={precision}"]
+        return [*set_precision, "torchrun", f"--nproc_per_node={count}"]
+    flags = ["--multi_gpu", f"--num_processes={count}"] if count > 1 else []
+    return ["accelerate", "launch", *flags] + (
+        [] if precision == "no" else [f"--mixed_precision={precision}"]
+    )
 
 
 class Team:
@@ -90,6 +95,7 @@ class Team:
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self.size = 1 if accelerator is None else accelerator.num_processes
         self.rank = 0 if accelerator is None else accelerator.process_index
+        self.precision = "no" if accelerator is None else str(accelerator.mixed_precision)
         self._device = torch.device("cpu") if accelerator is None else accelerator.device
 
     @property
@@ -123,6 +129,18 @@ class Team:
                 f"processes it must be at least {self.size}"
             )
         return batch_size // self.size + (self.rank < batch_size % self.size)
+
+    def fraction_share(self, fraction: float, batch_size: int) -> float:
+        """The fraction of this rank's rows with which all ranks' are that of the whole batch.
+
+        The whole batch's number of rows is rounded once and dealt out evenly: rounded by each rank,
+        a tenth of four rows would be none of any.
+        """
+        wanted = round(batch_size * fraction)
+        rows = self.batch_share(batch_size)
+        start = self.rank * (batch_size // self.size) + min(self.rank, batch_size % self.size)
+        own = (start + rows) * wanted // batch_size - start * wanted // batch_size
+        return own / rows
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in their order; anything that JSON can hold."""
@@ -166,20 +184,26 @@ class Team:
 
         Raises:
             UserError: it failed on some rank: on the main process with the first one's sentence.
+                What is no mistake of the user's is raised by the rank that it befell, as it is.
         """
         if self.size == 1:
             return work()
-        result, sentence = None, None
+        result, sentence, failure = None, None, None
         try:
             result = work()
         except UserError as error:
             sentence = str(error)
-        sentences = self.gather(sentence)
-        failed = [rank for rank, text in enumerate(sentences) if text is not None]
-        if failed:
-            first = failed[0]
-            where = f"process {first}: " if first else ""
-            raise (UserError if self.is_main else FailedElsewhereError)(where + sentences[first])
+        except Exception as error:
+            failure = error
+        told = self.gather([sentence, failure is not None])
+        if failure is not None:
+            raise failure
+        for rank, (text, _) in enumerate(told):
+            if text is not None:
+                where = f"process {rank}: " if rank else ""
+                raise (UserError if self.is_main else FailedElsewhereError)(where + text)
+        if any(failed for _, failed in told):
+            raise FailedElsewhereError("another process of the run failed")
         return cast(Result, result)
 
     def any(self, flag: bool) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
-from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
+from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.acting import chunk_policy
@@ -170,10 +170,7 @@ class Run:
         if not seeds:
             return
         with self.timed("rollouts"):
-            own = self.team.share(seeds)
-            episodes = self.simulator.run(chunk_policy(self.policy, ROLLOUT_NOISE), own)
-            for episode in episodes:
-                self.store.add(episode, source=phase.name)
+            episodes = self._roll_out(chunk_policy(self.policy, ROLLOUT_NOISE), seeds, phase.name)
             outcomes = self._gathered(map(Outcome.of, episodes))
         for outcome in outcomes:
             values = {"success": float(outcome.success), "episode_steps": outcome.num_steps}
@@ -205,9 +202,22 @@ class Run:
             seeds: of the initial states.
             actor: with the evaluations' noise; None for the policy in training.
         """
-        own = self.team.share(seeds)
-        episodes = self.simulator.run(actor or chunk_policy(self.policy, EVALUATION_NOISE), own)
+        episodes = self._roll_out(actor or chunk_policy(self.policy, EVALUATION_NOISE), seeds)
         return self._gathered(map(Outcome.of, episodes))
+
+    def _roll_out(
+        self, actor: ChunkPolicy, seeds: Sequence[int], source: str | None = None
+    ) -> list[Episode]:
+        """This process's part of the episodes; those with a source join its replay."""
+
+        def work() -> list[Episode]:
+            episodes = self.simulator.run(actor, self.team.share(seeds))
+            if source is not None:
+                for episode in episodes:
+                    self.store.add(episode, source=source)
+            return episodes
+
+        return self.team.together(work)
 
     def _gathered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
         """Those of all processes, in the order of their seeds' list."""
@@ -235,6 +245,7 @@ class Run:
             replay_episodes=self.team.gather(self.store.num_episodes),
             metrics_lines=0 if self.metrics is None else self.metrics.num_lines,
             wall_clock=self.wall_clock,
+            precision=self.team.precision,
         )
         name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
         save_checkpoint(

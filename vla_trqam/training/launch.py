@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,8 @@ from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.run_folder import CONFIG_NAME
 from vla_trqam.training.settings import CriticConfig
 
+MAIN_ENDS_WITHIN = 20.0
+"""Seconds in which the main process of a failed run removes what it began and tells why."""
 FULL_DISK = os.strerror(errno.ENOSPC)
 
 
@@ -54,6 +57,8 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
         config = read()
         work(config)
     except FailedElsewhereError:
+        # The launcher stops all processes as soon as one ends, and the main one has yet to tell.
+        time.sleep(MAIN_ENDS_WITHIN)
         return 2
     except UserError as error:
         # Every process reads the same settings.

@@ -18,12 +18,14 @@ from vla_trqam.training import preflight_data as data
 from vla_trqam.training import preflight_memory as memory
 from vla_trqam.training import preflight_model as model
 from vla_trqam.training.next_actions import NumberedFeatures
+from vla_trqam.training.preflight_data import RewardSummary
+from vla_trqam.training.preflight_memory import Share
 from vla_trqam.training.preflight_report import Finding, PreflightReport
 
 if TYPE_CHECKING:
     from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
-__all__ = ["Finding", "PreflightReport", "preflight"]
+__all__ = ["Finding", "PreflightReport", "RewardSummary", "Share", "preflight"]
 
 
 def preflight(
@@ -32,11 +34,12 @@ def preflight(
     sampler: ChunkSampler[Any],
     *,
     critic: nn.Module | None = None,
-    batch_size: int,
+    share: Share,
     output_dir: Path,
     execution_horizon: int,
     num_checkpoints: int,
     sources: Collection[str] | None = None,
+    rewards: RewardSummary | None = None,
     resumed: bool = False,
 ) -> PreflightReport:
     """Looks at policy, data and machine; changes nothing.
@@ -47,12 +50,13 @@ def preflight(
         sampler: of the chunks to train on, with their reward; a `FeatureCache` as its observer
             counts towards the disk.
         critic: with its target; counts towards memory and disk.
-        batch_size: of one update on one device.
+        share: of an update, that this process has.
         output_dir: of the run.
         execution_horizon: actions executed of each chunk.
         num_checkpoints: that the run keeps.
         sources: of the replay that were given to the run. Its own rollouts may leave what the
             policy's statistics know, data in other units may not. None judges all.
+        rewards: of all processes' replays; None for those of this one.
         resumed: training goes on, so the tuned field may differ from the base.
 
     Returns:
@@ -63,14 +67,14 @@ def preflight(
     """
     if replay.num_episodes == 0:
         raise UserError(f"The replay {replay.path} is empty: training begins with data.")
-    machine = _Machine(policy, replay, sampler, critic, batch_size, output_dir, num_checkpoints)
+    machine = _Machine(policy, replay, sampler, critic, share, output_dir, num_checkpoints)
     seen = ("dimensions", "cameras", "statistics")
     passes = (*seen, "observation")
     checks = [
         _Check("dimensions", lambda: data.check_shapes(policy, replay)),
         _Check("cameras", lambda: data.check_cameras(policy, replay)),
         _Check("statistics", lambda: data.check_statistics(policy, replay, sources), seen[:1]),
-        _Check("reward", lambda: data.check_reward(replay, sampler)),
+        _Check("reward", lambda: data.check_reward(rewards or RewardSummary.of(replay, sampler))),
         _Check("chunks", lambda: data.check_chunks(policy, replay, sampler, execution_horizon)),
         _Check("parameters", lambda: memory.check_parameters(policy)),
         _Check("observation", lambda: model.check_observation(policy, replay), seen),
@@ -114,7 +118,7 @@ class _Machine:
     replay: FrameReplay
     sampler: ChunkSampler[Any]
     critic: nn.Module | None
-    batch_size: int
+    share: Share
     output_dir: Path
     num_checkpoints: int
 
@@ -132,7 +136,7 @@ class _Machine:
     def check_memory(self) -> Finding:
         device = model.device_of(self.policy)
         available = memory.available_memory(device)
-        return memory.check_memory(self.memory, available, self.batch_size, str(device))
+        return memory.check_memory(self.memory, available, self.share, device.type)
 
     def check_disk(self) -> Finding:
         disk = memory.measure_disk(
@@ -142,5 +146,6 @@ class _Machine:
             self.memory,
             num_checkpoints=self.num_checkpoints,
             caches=isinstance(self.sampler.observer, FeatureCache | NumberedFeatures),
+            processes=self.share.processes,
         )
         return memory.check_disk(disk, self.replay.path, self.output_dir)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -184,19 +185,61 @@ def _flat(policy: LeRobotFlowPolicy, key: str) -> str:
     return f", no spread in {', '.join(f'{key}[{dim}]' for dim in flat)}" if flat else ""
 
 
-def check_reward(replay: FrameReplay, sampler: ChunkSampler[Any]) -> Finding:
+@dataclass(frozen=True)
+class RewardSummary:
+    """What the rewards of a replay tell.
+
+    Attributes:
+        kind: of the reward.
+        low: the least reward of a step.
+        high: the largest.
+        episodes: how many there are.
+        successes: how many of them succeed.
+        terminated: how many end for good.
+    """
+
+    kind: str
+    low: float
+    high: float
+    episodes: int
+    successes: int
+    terminated: int
+
+    @classmethod
+    def of(cls, replay: FrameReplay, sampler: ChunkSampler[Any]) -> RewardSummary:
+        """Of a replay with at least one episode."""
+        episodes, rewards = replay.steps.episodes(), sampler.reward.apply(replay.steps.rewards)
+        return cls(
+            sampler.reward.kind,
+            float(rewards.min()),
+            float(rewards.max()),
+            len(episodes),
+            int(episodes.success.sum()),
+            int(episodes.terminated.sum()),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[RewardSummary]) -> RewardSummary:
+        """Of several replays together."""
+        return cls(
+            parts[0].kind,
+            min(part.low for part in parts),
+            max(part.high for part in parts),
+            sum(part.episodes for part in parts),
+            sum(part.successes for part in parts),
+            sum(part.terminated for part in parts),
+        )
+
+
+def check_reward(rewards: RewardSummary) -> Finding:
     """Something tells a good episode from a bad one."""
-    episodes, rewards = replay.steps.episodes(), sampler.reward.apply(replay.steps.rewards)
-    if len(rewards) == 0:
-        return Finding.failure("reward", "the replay is empty", "at least one episode")
-    low, high = float(rewards.min()), float(rewards.max())
-    ends = int(episodes.terminated.sum())
+    low, high = rewards.low, rewards.high
     found = (
-        f"{sampler.reward.kind}: {low:g} to {high:g}; {int(episodes.success.sum())} of "
-        f"{len(episodes)} episodes succeed, {ends} terminate"
+        f"{rewards.kind}: {low:g} to {high:g}; {rewards.successes} of "
+        f"{rewards.episodes} episodes succeed, {rewards.terminated} terminate"
     )
     # A constant cost of every step tells something only where episodes end at different times.
-    if low == high and (low == 0.0 or ends == 0):
+    if low == high and (low == 0.0 or rewards.terminated == 0):
         return Finding.failure(
             "reward",
             f"every step has the reward {low:g} ({found})",

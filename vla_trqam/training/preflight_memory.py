@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,9 +100,34 @@ class Memory:
         return self.gradients + self.optimizer
 
     @property
-    def per_sample(self) -> int:
-        """What each sample of a batch adds."""
-        return self.activations + CONTEXTS * self.prefix
+    def prefixes(self) -> int:
+        """What each row of a batch brings along."""
+        return CONTEXTS * self.prefix
+
+    def of(self, share: Share) -> int:
+        """What an update adds to the weights, in one process."""
+        rows = share.rows * self.prefixes + share.rows_at_once * self.activations
+        return self.fixed + rows
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of an update.
+
+    Attributes:
+        rows: of the batch.
+        micro_batches: that they are taken in, one after the other.
+        processes: of the run.
+    """
+
+    rows: int
+    micro_batches: int = 1
+    processes: int = 1
+
+    @property
+    def rows_at_once(self) -> int:
+        """Those of the largest micro-batch."""
+        return -(-self.rows // self.micro_batches)
 
 
 @dataclass(frozen=True)
@@ -178,18 +203,23 @@ def saved_bytes(not_counted: set[int]) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def check_memory(memory: Memory, available: int | None, batch_size: int, device: str) -> Finding:
-    """An update's needs against what is free; None where that is not known."""
-    needed = memory.fixed + batch_size * memory.per_sample
+def check_memory(memory: Memory, available: int | None, share: Share, device: str) -> Finding:
+    """An update's needs against what is free; None where that is not known.
+
+    The processes of a run share a CPU's memory; an accelerator has each to itself.
+    """
+    sharing = share.processes if device == "cpu" else 1
+    needed = sharing * memory.of(share)
     parts = {
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
-        f"activations of {batch_size}": batch_size * memory.activations,
-        "prefixes": batch_size * CONTEXTS * memory.prefix,
+        f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
+        f"prefixes of {share.rows}": share.rows * memory.prefixes,
     }
     found = (
         f"weights {in_words(memory.weights)} are there; to come: "
         + ", ".join(f"{name} {in_words(part)}" for name, part in parts.items())
+        + (f", times {sharing} processes" if sharing > 1 else "")
         + f": {in_words(needed)} in all; "
     )
     if available is None:
@@ -198,13 +228,19 @@ def check_memory(memory: Memory, available: int | None, batch_size: int, device:
     if needed <= available:
         close = available < TEMPORARIES * needed
         return Finding("memory", found + (f"; {CLOSE}" if close else ""))
-    fits = (available - memory.fixed) // max(memory.per_sample, 1)
-    remedy = (
-        f"--batch_size={fits} or less, with gradient accumulation"
-        if fits >= 1
-        else "adapters instead of full training, or a larger device"
-    )
-    return Finding.failure("memory", found, remedy)
+    return Finding.failure("memory", found, _smaller(memory, available // sharing, share))
+
+
+def _smaller(memory: Memory, room: int, share: Share) -> str:
+    """Settings that fit the room of one process: smaller parts of the batch, or a smaller batch."""
+    parts = range(share.micro_batches + 1, share.rows + 1)
+    fitting = (m for m in parts if memory.of(replace(share, micro_batches=m)) <= room)
+    if (enough := next(fitting, None)) is not None:
+        return f"--micro_batches={enough} or more"
+    rows = (room - memory.fixed - memory.activations) // max(memory.prefixes, 1)
+    if rows >= 1:
+        return f"--batch_size={rows * share.processes} --micro_batches={rows}"
+    return "adapters instead of full training, or a larger device"
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -263,8 +299,12 @@ def measure_disk(
     *,
     num_checkpoints: int,
     caches: bool,
+    processes: int = 1,
 ) -> Disk:
-    """A checkpoint holds what is trained, Adam's moments and the critic, but not adapters' base."""
+    """Each process has a replay like this one.
+
+    A checkpoint holds what is trained, Adam's moments and the critic, but not adapters' base.
+    """
     whole = module_bytes(policy.model)
     trained = tensor_bytes(policy.trainable_parameters()) if policy.has_adapters else whole
     critics = 0 if critic is None else module_bytes(critic)
@@ -274,7 +314,7 @@ def measure_disk(
     room = sum(max(0, f.st_size - f.st_blocks * 512) for f in files)
     if caches and not (replay.path / CACHE_NAME).exists():
         room += memory.prefix * replay.frame_capacity
-    return Disk(num_checkpoints * one + whole, room)
+    return Disk(num_checkpoints * one + whole, processes * room)
 
 
 def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:

@@ -55,7 +55,7 @@ def open_folder[R: Replay](
 
     Raises:
         UserError: the folder cannot be made, what is in it is damaged, or the run was begun with
-            another number of processes.
+            another number of processes or in another precision.
     """
     team = team or Team()
     replay_path = output_dir / (f"{REPLAY_NAME}_{team.rank}" if team.rank else REPLAY_NAME)
@@ -76,6 +76,12 @@ def _go_on[R: Replay](
         raise UserError(
             f"{checkpoint} is of a run of {begun} processes, each with its own part of the data; "
             f"start {begun} instead of {team.size} to go on with it"
+        )
+    if position.precision != team.precision:
+        raise UserError(
+            f"{checkpoint} is of a run with mixed_precision {position.precision}, this one is "
+            f"launched with {team.precision}: `accelerate launch "
+            f"--mixed_precision={position.precision}` goes on with it"
         )
     replay = reopen(replay_path)
     replay.truncate_to(position.replay_episodes[team.rank])
