@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from vla_trqam.adapters.critic_features import CriticFeatures
+from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
 
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.envs.robomimic_images import ACTION_DIM, STATE_DIM
 from vla_trqam.errors import UserError
 from vla_trqam.training.checkpoints import check_output_dir
 from vla_trqam.training.distributed import Team
@@ -44,7 +46,39 @@ def checked_inputs(
     if team.is_main:
         _check_push(config)
     reader = LeRobotReader(_dataset(config, packed)).part(team.rank, team.size)
-    return reader, _load_policy(config, packed, device)
+    policy = _load_policy(config, packed, device)
+    # Before anything is decoded.
+    check_against_dataset(policy, reader.features, rename=config.rename_map)
+    _check_simulator(config, reader)
+    return reader, policy
+
+
+def _check_simulator(config: FinetuneVLAConfig, reader: LeRobotReader) -> None:
+    """What is rolled out joins the dataset's replay, and the policy looks through its cameras."""
+    if config.env.type is None:
+        return
+    there = {name: (config.env.image_size, config.env.image_size, 3) for name in config.env.cameras}
+    if set(there) != set(reader.cameras):
+        names = ", ".join(sorted(reader.cameras))
+        raise UserError(
+            f"--env.cameras=[{', '.join(sorted(there))}] are not those of the dataset: "
+            f"--env.cameras=[{names}] would be, or a --rename_map of the dataset's"
+        )
+    for name, shape in reader.cameras.items():
+        if tuple(shape) != there[name]:
+            raise UserError(
+                f"the dataset's camera {name} has images of {' x '.join(map(str, shape))}, the "
+                f"simulator with --env.image_size={config.env.image_size} others; they must agree"
+            )
+    for key, has, wants in (
+        ("observation.state", reader.state_dim, STATE_DIM),
+        ("action", reader.action_dim, ACTION_DIM),
+    ):
+        if has != wants:
+            raise UserError(
+                f"{key} has {has} numbers in the dataset and {wants} in Robomimic's simulator; "
+                "without one, leave out --env.type"
+            )
 
 
 def push(config: FinetuneVLAConfig) -> None:
@@ -101,6 +135,7 @@ def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
         episodes=data.episodes,
         reward=data.reward,
         success_labels=data.success_labels,
+        rename_map=config.rename_map,
     )
 
 
@@ -122,6 +157,9 @@ def _load_policy(
         device=str(device),
         revision=knobs.revision,
     )
+    if knobs.n_action_steps is not None:
+        policy.host.config.n_action_steps = knobs.n_action_steps
+        policy.host.reset()  # its queue of actions has that length
     assert policy.processors is not None, "load_policy brings processors"
     policy.processors.pad_instructions()
     return policy

@@ -283,6 +283,16 @@ def test_help_lists_every_flag_and_ends_well(capsys):
     # The default preset's value, and what the docstring of a class further up says.
     assert "--trqam.kl_budget=0.5\n      eps_KL; nats per chunk" in text
     assert "default, full, paper" in text
+    assert "those of --preset=default." in text
+
+
+def test_help_shows_the_values_of_the_preset_that_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        finetune_robomimic.main(["--preset=paper", "--help"])
+    text = capsys.readouterr().out
+    discount = yaml.safe_load(finetune_robomimic.PRESETS.read_text())["paper"]["discount"]
+    assert "those of --preset=paper." in text
+    assert f"  --discount={discount}\n" in text
 
 
 @pytest.mark.parametrize("preset", ["default", "full", "paper"])

@@ -38,13 +38,17 @@ from vla_runs import (
 )
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
+from vla_trqam.recipes import vla_inputs
 from vla_trqam.recipes.finetune_vla import read_config
 
+from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.envs.robomimic_images import CameraSettings
 from vla_trqam.envs.rollout import Episode
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.cached_learners import CachedOffPolicy
+from vla_trqam.training.config import saved_config
 from vla_trqam.training.finetuning import EVALUATION_NOISE
+from vla_trqam.training.vla_settings import FinetuneVLAConfig
 
 __all__ = [  # fixtures
     "files",
@@ -306,7 +310,36 @@ def test_a_dataset_without_the_policys_camera_is_refused(refused, files, tmp_pat
     policy = write_toy_policy(tmp_path / "policy", camera="wrist")
     said = refused(*files.flags(), f"--policy.path={policy}")
     assert "the policy looks through observation.images.wrist" in said
-    assert "the data has observation.images.agentview" in said
+    assert "the dataset's cameras are observation.images.agentview (a --rename_map maps" in said
+
+
+def test_a_datasets_camera_can_have_another_name(files, tmp_path):
+    policy = write_toy_policy(tmp_path / "policy", camera="wrist")
+    names = "{observation.images.agentview: observation.images.wrist}"
+    flags = [*files.flags(), f"--policy.path={policy}", f"--rename_map={names}"]
+    alone = ["--env.type=null", "--online.steps=0", "--base_episodes=0"]
+    assert main(*flags, *alone, f"--output_dir={tmp_path / 'run'}") == 0
+    assert list(FrameReplay.open(tmp_path / "run/replay").cameras) == ["wrist"]
+    settings = saved_config(FinetuneVLAConfig, tmp_path / "run/config.yaml")
+    assert settings.rename_map == {"observation.images.agentview": "observation.images.wrist"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--rename_map={front: top}", "--rename_map names front; the cameras of the dataset"),
+        ("--env.cameras=[wrist]", "--env.cameras=[agentview] would be"),
+        ("--env.image_size=64", "the simulator with --env.image_size=64 others"),
+        ("--policy.n_action_steps=1", "Right would be: --policy.n_action_steps="),
+    ],
+)
+def test_cameras_and_horizons_that_do_not_fit_are_refused(refused, files, flag, sentence):
+    assert sentence in refused(*files.flags(), flag)
+
+
+def test_the_simulators_state_and_action_are_the_datasets(refused, files, monkeypatch):
+    monkeypatch.setattr(vla_inputs, "STATE_DIM", 9)
+    assert "observation.state has 3 numbers in the dataset and 9 in" in refused(*files.flags())
 
 
 def test_a_base_that_would_have_to_train_is_refused(refused, files):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +42,7 @@ class LeRobotConfig:
         cameras: to read, without `observation.images.`; None reads all.
         reward: where rewards come from; None takes what there is, see `plan_labels`.
         success_labels: a JSON list, one label for each episode of the dataset.
+        rename_map: from the dataset's cameras to the policy's, `observation.images.` included.
     """
 
     repo_id: str
@@ -50,6 +51,7 @@ class LeRobotConfig:
     cameras: tuple[str, ...] | None = None
     reward: RewardSource | None = None
     success_labels: Path | None = None
+    rename_map: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 class LeRobotReader:
@@ -60,7 +62,7 @@ class LeRobotReader:
         fps: frames per second.
         state_dim: S.
         action_dim: A.
-        cameras: name -> (height, width, channels).
+        cameras: name, as renamed -> (height, width, channels).
     """
 
     def __init__(self, config: LeRobotConfig) -> None:
@@ -86,6 +88,11 @@ class LeRobotReader:
         self._scalars = [n for n, f in features.items() if tuple(f["shape"]) == (1,)]
         self._bounds = self._episode_bounds()
         self.plan = self._plan()
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """The dataset's features by its own names, each with `dtype` and `shape`."""
+        return dict(self._dataset.meta.features)
 
     @property
     def num_episodes(self) -> int:
@@ -231,9 +238,14 @@ class LeRobotReader:
             raise UserError(_old_version(self._where, "older", config.repo_id)) from error
         except Exception as error:  # datasets, pyarrow and the Hub raise many unrelated kinds
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            ask = "is it whole, and was its recording finalized?"
+            if config.root is None:
+                ask += (
+                    " If it is to come from the Hub, is its name right, and does the Hub answer? A "
+                    "folder of this machine is --dataset.root."
+                )
             raise UserError(
-                f"{self._where} cannot be opened ({type(error).__name__}: {first_line}); is it "
-                "whole, and was its recording finalized?"
+                f"{self._where} cannot be opened ({type(error).__name__}: {first_line}); {ask}"
             ) from error
 
     def _plan(self) -> LabelPlan:
@@ -270,9 +282,17 @@ class LeRobotReader:
     def _camera_shapes(self) -> dict[str, ImageShape]:
         meta = self._dataset.meta
         colour = [key for key in meta.camera_keys if key not in meta.depth_keys]
-        known = {
-            key.removeprefix(IMAGE_PREFIX): tuple(meta.features[key]["shape"]) for key in colour
-        }
+        rename = self.config.rename_map
+        strange = sorted(set(rename) - set(colour))
+        if strange:
+            raise UserError(
+                f"--rename_map names {', '.join(strange)}; the cameras of {self._where[0].lower()}"
+                f"{self._where[1:]} are {', '.join(sorted(colour))}"
+            )
+        self._keys = {rename.get(key, key).removeprefix(IMAGE_PREFIX): key for key in colour}
+        if len(self._keys) < len(colour):
+            raise UserError(f"--rename_map={dict(rename)} gives two cameras one name")
+        known = {name: tuple(meta.features[key]["shape"]) for name, key in self._keys.items()}
         wanted = self.config.cameras if self.config.cameras is not None else tuple(known)
         unknown = [name for name in wanted if name not in known]
         if unknown:
@@ -296,7 +316,7 @@ class LeRobotReader:
         self, camera: str, episode: int, start: int, taken: np.ndarray, rows: dict[str, np.ndarray]
     ) -> np.ndarray:
         """(F, H, W, C) uint8: the frames at rows `taken` of the episode."""
-        meta, key = self._dataset.meta, self._key(camera)
+        meta, key = self._dataset.meta, self._keys[camera]
         frames = np.empty((len(taken), *self.cameras[camera]), np.uint8)
         for first in range(0, len(taken), _DECODED_AT_A_TIME):
             some = taken[first : first + _DECODED_AT_A_TIME]
@@ -329,11 +349,6 @@ class LeRobotReader:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{path} cannot be decoded ({first_line}).") from error
         return frames.permute(0, 2, 3, 1).numpy()
-
-    def _key(self, camera: str) -> str:
-        """Feature of a camera: some datasets name it without the usual beginning."""
-        with_prefix = IMAGE_PREFIX + camera
-        return with_prefix if with_prefix in self._dataset.meta.features else camera
 
 
 def _check_folder(root: Path, repo_id: str) -> None:

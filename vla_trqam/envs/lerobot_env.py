@@ -32,11 +32,16 @@ from lerobot.envs.utils import NEW_ROLLOUT_OPTION, freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from vla_trqam.envs.env_meta import TASK_DESCRIPTIONS, Task, env_meta_for
-from vla_trqam.envs.robomimic_images import CAMERAS, STATE_KEYS, RobomimicImageEnv
+from vla_trqam.envs.robomimic_images import (
+    ACTION_DIM,
+    CAMERAS,
+    STATE_DIM,
+    STATE_KEYS,
+    RobomimicImageEnv,
+)
 from vla_trqam.errors import UserError
 
 PLUGIN = "lerobot_env_robomimic"
-ACTION_DIM, STATE_DIM = 7, 9
 
 
 @EnvConfig.register_subclass("robomimic")

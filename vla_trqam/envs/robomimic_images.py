@@ -19,6 +19,7 @@ STATE_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 """What the robot feels of itself, 9 numbers: the gripper's position in the world (x, y, z in m),
 its orientation (quaternion x, y, z, w), and the two finger joints (m). Objects are seen."""
 
+STATE_DIM, ACTION_DIM = 9, 7
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 
 ImageObservation = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
@@ -35,15 +35,18 @@ def parse_config[C](
         SystemExit: ``--help``, after the list of flags.
     """
     if "--help" in arguments or "-h" in arguments:
-        plain = _decode(config_class, _flatten(_section(presets, preset)))
-        print(help_text(plain, Path(sys.argv[0]).name, presets, list(_read_yaml(presets))))
+        others = [item for item in arguments if item not in ("--help", "-h")]
+        preset = str(_read_flags(others).get("preset", preset))
+        section = _flatten(_section(presets, preset), _known_flags(config_class))
+        program, names = Path(sys.argv[0]).name, list(_read_yaml(presets))
+        print(help_text(_decode(config_class, section), program, presets, names, preset))
         raise SystemExit(0)
     flags = _read_flags(arguments)
     if {"config_path", "preset"} <= flags.keys():
         raise UserError("--config_path and --preset are both given; choose one")
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     source = _section(presets, name) if config_path is None else _read_yaml(str(config_path))
-    settings = _flatten(source)
+    settings = _flatten(source, _known_flags(config_class))
     return _decode(config_class, settings | flags)
 
 
@@ -90,7 +93,7 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; there is no run to go on with")
-    return _decode(config_class, _flatten(_read_yaml(path)))
+    return _decode(config_class, _flatten(_read_yaml(path), _known_flags(config_class)))
 
 
 def dump_config(config: Any, path: Path) -> None:
@@ -160,11 +163,13 @@ def _read_flags(arguments: Sequence[str]) -> Settings:
     return flags
 
 
-def _flatten(section: Settings, prefix: str = "") -> Settings:
+def _flatten(section: Settings, known: Collection[str], prefix: str = "") -> Settings:
+    """By dotted name; a known setting's value stays, though it may be a mapping itself."""
     flat: Settings = {}
     for key, value in section.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        nested = isinstance(value, dict) and name not in known
+        flat |= _flatten(value, known, f"{name}.") if nested else {name: value}
     return flat
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", re.MULTILINE)
 
 
-def help_text(config: Any, program: str, presets: Path, names: list[str]) -> str:
+def help_text(config: Any, program: str, presets: Path, names: list[str], preset: str) -> str:
     """The flags of a configuration.
 
     Args:
@@ -21,13 +21,14 @@ def help_text(config: Any, program: str, presets: Path, names: list[str]) -> str
         program: the command's name.
         presets: the file of presets.
         names: its presets.
+        preset: that ``config`` is of.
     """
     head = (
         f"usage: {program} [--preset=NAME | --config_path=FILE] [--name=value ...]\n\n"
         f"--preset=NAME: a section of {presets.name}: {', '.join(names)}\n"
         "--config_path=FILE: the config.yaml of another run\n"
-        "A value is YAML: 3, 0.5, true, null, [256, 256]. The values below are the default "
-        "preset's.\n"
+        "A value is YAML: 3, 0.5, true, null, [256, 256]. The values below are those of "
+        f"--preset={preset}.\n"
     )
     return head + "\n".join(_lines(config, ""))
 
@@ -42,6 +43,12 @@ def attribute_docs(config_class: type) -> dict[str, str]:
     return docs
 
 
+def _choices(hint: Any) -> list[str]:
+    """The words of a Literal, or of one that may be null."""
+    hints = [hint] if get_origin(hint) is Literal else get_args(hint)
+    return [str(word) for h in hints if get_origin(h) is Literal for word in get_args(h)]
+
+
 def _lines(config: Any, prefix: str) -> Iterator[str]:
     docs, hints = attribute_docs(type(config)), get_type_hints(type(config))
     if not prefix:
@@ -54,8 +61,8 @@ def _lines(config: Any, prefix: str) -> Iterator[str]:
         else:
             yield f"  --{name}={_yaml(value)}"
             meaning = re.sub(r"\bNone\b", "null", docs[field.name].replace("``", ""))
-            if get_origin(hints[field.name]) is Literal:
-                meaning += f" One of {', '.join(map(str, get_args(hints[field.name])))}."
+            if choices := _choices(hints[field.name]):
+                meaning += f" One of {', '.join(choices)}."
             yield textwrap.fill(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 

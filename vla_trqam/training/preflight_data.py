@@ -300,7 +300,7 @@ def _horizon_problems(
     if sampler.chunk_length != executed:
         yield (
             f"chunks of {sampler.chunk_length} steps are drawn, {executed} are executed",
-            f"--policy.n_action_steps={sampler.chunk_length}, or chunks of {executed} steps",
+            f"--policy.n_action_steps={sampler.chunk_length}",
         )
 
 

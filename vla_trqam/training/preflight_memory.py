@@ -331,7 +331,7 @@ def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:
     if short:
         lacking = ", ".join(f"{in_words(needs[f])} free at {f}" for f in short)
         return Finding.failure(
-            "disk", found, f"{lacking}, fewer checkpoints or a smaller replay capacity"
+            "disk", found, f"{lacking}, or fewer --dataset.episodes and a larger --save_freq"
         )
     return Finding("disk", found)
 

@@ -53,6 +53,8 @@ class VLAPolicyConfig:
         device: where it runs; null takes the launcher's.
         adapter: of a checkpoint that is an adapter: "merge" makes it the new base, "continue" goes
             on against its own base.
+        n_action_steps: actions that are executed of a chunk; null takes the policy's own. Training
+            wants whole chunks.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
         merged: checkpoints are whole policies with the adapters in them, not adapters alone.
         push_to_hub: push the last checkpoint.
@@ -64,6 +66,7 @@ class VLAPolicyConfig:
     revision: str | None = None
     device: str | None = None
     adapter: Literal["merge", "continue"] = "merge"
+    n_action_steps: int | None = None
     critic_layer: int | None = -1
     merged: bool = False
     push_to_hub: bool = False
@@ -145,6 +148,8 @@ class FinetuneVLAConfig(RunSettings):
         save_freq: updates between checkpoints.
         num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
+        rename_map: from the dataset's cameras to those that the policy looks through, like
+            ``{observation.images.front: observation.images.top}``.
         policy: the policy.
         peft: what is trained of it.
         critic: the critic ensemble.
@@ -168,6 +173,7 @@ class FinetuneVLAConfig(RunSettings):
     save_freq: int = 250
     num_threads: int | None = None
     dataset: VLADatasetConfig = field(default_factory=VLADatasetConfig)
+    rename_map: dict[str, str] = field(default_factory=dict)
     policy: VLAPolicyConfig = field(default_factory=VLAPolicyConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     critic: VLACriticConfig = field(default_factory=VLACriticConfig)
