@@ -257,7 +257,7 @@ def test_the_horizon_is_that_of_the_policys_config(policy: Any, tmp_path: Path) 
     assert "lerobot-eval would run another policy" in failure.found
     assert failure.remedy == "--policy.n_action_steps=2"
     failure = only_failure(look(policy, replay, chunk_length=2))
-    assert failure.remedy == "--policy.n_action_steps=2, or chunks of 4 steps"
+    assert failure.remedy == "--policy.n_action_steps=2"
     failure = only_failure(look(policy, replay, execution_horizon=9, chunk_length=4))
     assert "9 actions are executed of chunks of 4" in failure.found
 
@@ -320,7 +320,7 @@ def test_a_full_disk_is_refused_before_it_is_full(
     failure = only_failure(look(policy, replay))
     assert failure.name == "disk"
     assert "; free 1000 B at " in failure.found
-    assert "fewer checkpoints" in failure.remedy
+    assert "fewer --dataset.episodes and a larger --save_freq" in failure.remedy
 
 
 # The report.
