@@ -15,6 +15,7 @@ from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
 
+from vla_trqam.data.frame_replay import image_key
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
 from vla_trqam.envs.robomimic_images import ACTION_DIM, STATE_DIM
 from vla_trqam.errors import UserError
@@ -48,27 +49,35 @@ def checked_inputs(
     reader = LeRobotReader(_dataset(config, packed)).part(team.rank, team.size)
     policy = _load_policy(config, packed, device)
     # Before anything is decoded.
-    check_against_dataset(policy, reader.features, rename=config.rename_map)
-    _check_simulator(config, reader)
+    check_against_dataset(policy, reader.features)
+    _check_simulator(config, reader, policy)
     return reader, policy
 
 
-def _check_simulator(config: FinetuneVLAConfig, reader: LeRobotReader) -> None:
-    """What is rolled out joins the dataset's replay, and the policy looks through its cameras."""
+def _check_simulator(
+    config: FinetuneVLAConfig, reader: LeRobotReader, policy: LeRobotFlowPolicy
+) -> None:
+    """The policy looks through the simulator's cameras; what is rolled out joins the dataset."""
     if config.env.type is None:
         return
-    there = {name: (config.env.image_size, config.env.image_size, 3) for name in config.env.cameras}
-    if set(there) != set(reader.cameras):
-        names = ", ".join(sorted(reader.cameras))
+    joins = bool(config.online.steps or config.base_episodes)
+    looked_through = {
+        n for n in reader.cameras if image_key(n) in policy.host.config.image_features
+    }
+    wanted, size = set(reader.cameras) if joins else looked_through, config.env.image_size
+    there = set(config.env.cameras)
+    if wanted - there or (joins and there - wanted):
         raise UserError(
-            f"--env.cameras=[{', '.join(sorted(there))}] are not those of the dataset: "
-            f"--env.cameras=[{names}] would be, or a --rename_map of the dataset's"
+            f"--env.cameras=[{', '.join(sorted(there))}] are not those of the "
+            f"{'dataset' if joins else 'policy'}: --env.cameras=[{', '.join(sorted(wanted))}] "
+            "would be, or a --rename_map of the dataset's"
         )
-    for name, shape in reader.cameras.items():
-        if tuple(shape) != there[name]:
+    for name, shape in reader.cameras.items() if joins else ():
+        if tuple(shape) != (size, size, 3):
             raise UserError(
                 f"the dataset's camera {name} has images of {' x '.join(map(str, shape))}, the "
-                f"simulator with --env.image_size={config.env.image_size} others; they must agree"
+                f"simulator with --env.image_size={size} others; what is rolled out joins the "
+                "dataset's, so they must agree"
             )
     for key, has, wants in (
         ("observation.state", reader.state_dim, STATE_DIM),

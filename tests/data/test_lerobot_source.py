@@ -224,6 +224,43 @@ def test_dataset_without_rewards_is_refused_by_the_flags_that_help(tmp_path: Pat
         read_back(tmp_path / "set", tmp_path / "none", success_labels=labels)
 
 
+def test_cameras_have_the_policys_names_whatever_the_dataset_calls_them(tmp_path: Path) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    vector = {"dtype": "float32", "shape": (2,), "names": None}
+    picture = {"dtype": "image", "shape": (8, 8, 3), "names": ["height", "width", "channels"]}
+    cameras = ("front", "observation.images.side")  # the first without the usual beginning
+    dataset = LeRobotDataset.create(
+        "local/two",
+        fps=10,
+        root=tmp_path / "set",
+        features={"observation.state": vector, "action": vector}
+        | dict.fromkeys(cameras, picture)
+        | {"next.reward": {"dtype": "float32", "shape": (1,), "names": None}},
+    )
+    for t in range(3):
+        numbers = {key: np.full(2, t, np.float32) for key in ("observation.state", "action")}
+        pictures = {c: np.full((8, 8, 3), 50 * i + t, np.uint8) for i, c in enumerate(cameras)}
+        reward = {"next.reward": np.array([t == 2], np.float32)}
+        dataset.add_frame(numbers | pictures | reward | {"task": "reach"})
+    dataset.save_episode()
+    dataset.finalize()
+    config = LeRobotConfig(
+        "local/two",
+        tmp_path / "set",
+        rename_map={"observation.images.side": "observation.images.top"},
+    )
+    reader = LeRobotReader(config)
+    assert set(reader.cameras) == {"front", "top"}
+    assert set(reader.features) == {
+        *("observation.state", "action", "observation.images.front", "observation.images.top")
+    }
+    replay = reader.create_replay(tmp_path / "replay")
+    reader.load_into(replay, source="dataset", say=lambda _: None)
+    assert replay.images("front")[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert replay.images("top")[:, 0, 0, 0].tolist() == [50, 51, 52]
+
+
 def test_a_camera_that_is_not_there_is_refused(tmp_path: Path) -> None:
     bare_dataset(tmp_path / "set", {"next.reward": [0, 0, 0, 1]})
     with pytest.raises(UserError, match=r"no camera \['top'\]"):

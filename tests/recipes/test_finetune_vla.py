@@ -1,6 +1,7 @@
 """The recipes for LeRobot's policies as a whole on a toy task: what they leave, and refuse."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -335,6 +336,24 @@ def test_a_datasets_camera_can_have_another_name(files, tmp_path):
 )
 def test_cameras_and_horizons_that_do_not_fit_are_refused(refused, files, flag, sentence):
     assert sentence in refused(*files.flags(), flag)
+
+
+def test_evaluations_alone_may_show_images_of_another_size(files, tmp_path):
+    offline = ["--env.image_size=64", "--online.steps=0", "--base_episodes=0", "--steps=1"]
+    assert main(*files.flags(), *offline, f"--output_dir={tmp_path / 'run'}") == 0
+
+
+def test_a_policy_can_be_made_to_execute_whole_chunks(files, tmp_path, refused):
+    shutil.copytree(files.policy, tmp_path / "policy")
+    path = tmp_path / "policy/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"n_action_steps": 1}))
+    flags = [*files.flags(), f"--policy.path={tmp_path / 'policy'}"]
+    whole_chunks = f"--policy.n_action_steps={config['chunk_size']}"
+    assert whole_chunks in refused(*flags)
+    assert main(*flags, whole_chunks, f"--output_dir={tmp_path / 'run'}") == 0
+    saved = tmp_path / "run/checkpoints/last/pretrained_model/config.json"
+    assert json.loads(saved.read_text())["n_action_steps"] == config["chunk_size"]
 
 
 def test_the_simulators_state_and_action_are_the_datasets(refused, files, monkeypatch):

@@ -6,10 +6,11 @@ import signal
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from toy_deaths import dies_at_call, dies_at_update, signalled_at_update
 from toy_files import differences
-from toy_images import ImageToyPool, images_state
+from toy_images import NUM_DEMOS, ImageToyPool, images_state
 from toy_task import Killed
 from vla_runs import (
     files,
@@ -25,6 +26,7 @@ from vla_runs import (
 )
 
 from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.training import checkpoints
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
 
@@ -98,6 +100,18 @@ def test_full_fine_tuning_resumes_to_the_same_bits(tiny, no_conclusion, full, tm
         tiny(tmp_path / "run", "--peft.method=full")
     assert resume(tmp_path / "run") == 0
     assert differences(images_state(tmp_path / "run"), without_conclusion(full.state)) == []
+
+
+def test_a_run_whose_rollouts_left_the_statistics_is_gone_on_with(tiny, tmp_path):
+    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 6)):
+        tiny(tmp_path / "run")
+    replay = FrameReplay.open(tmp_path / "run/replay")
+    first = int(replay.steps.episodes().first_observation[NUM_DEMOS])
+    states = np.load(tmp_path / "run/replay/observations.npy", mmap_mode="r+")
+    assert len(replay.steps.observations) > 1.5 * first, "too few rollouts to be noticed"
+    states[first : len(replay.steps.observations)] *= 1000.0
+    states.flush()
+    assert resume(tmp_path / "run") == 0
 
 
 def test_a_run_in_another_precision_is_not_gone_on_with(tiny, tmp_path, capsys):

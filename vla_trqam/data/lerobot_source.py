@@ -15,7 +15,13 @@ from typing import Any, Self
 import numpy as np
 
 from vla_trqam.data.frame_files import ImageShape
-from vla_trqam.data.frame_replay import IMAGE_PREFIX, STATE_KEY, FrameEpisode, FrameReplay
+from vla_trqam.data.frame_replay import (
+    IMAGE_PREFIX,
+    STATE_KEY,
+    FrameEpisode,
+    FrameReplay,
+    image_key,
+)
 from vla_trqam.data.lerobot_labels import (
     FINAL_OBSERVATION,
     FRAME_IS_NEW,
@@ -91,8 +97,10 @@ class LeRobotReader:
 
     @property
     def features(self) -> dict[str, Any]:
-        """The dataset's features by its own names, each with `dtype` and `shape`."""
-        return dict(self._dataset.meta.features)
+        """State, action and cameras by a policy's names for them, each with `dtype` and `shape`."""
+        own = self._dataset.meta.features
+        cameras = {image_key(name): own[self._keys[name]] for name in self.cameras}
+        return {key: own[key] for key in (STATE_KEY, "action")} | cameras
 
     @property
     def num_episodes(self) -> int:
