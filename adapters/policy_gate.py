@@ -1,7 +1,7 @@
 """What may stand in a policy's folder, looked at before LeRobot, peft or transformers see it.
 
-A policy of a stranger is data: JSON and safetensors. What its files name is run by nobody: no class,
-no module, no code of a repository, no pickled weights.
+A policy of a stranger is data: JSON and safetensors. What its files name is run by nobody: no
+class, no module, no code of a repository, no pickled weights.
 """
 
 from __future__ import annotations
