@@ -16,7 +16,6 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import PeftModel
-from vla_trqam.adapters.bounded_files import read_json
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.families import check_type, family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy, check_config
@@ -33,6 +32,7 @@ from vla_trqam.adapters.policy_gate import (
 from vla_trqam.adapters.processors import Limits, Processors
 from vla_trqam.adapters.weights import verify_adapters, verify_policy
 
+from vla_trqam.data.foreign import read_json
 from vla_trqam.errors import UserError
 
 # What a training run leaves beside the policy is not needed to load it; code and pickles never are.

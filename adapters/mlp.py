@@ -12,10 +12,10 @@ from typing import Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from vla_trqam.adapters.bounded_files import check_header, read_json
 from vla_trqam.adapters.velocity_mlp import MLPFlowConfig, MLPPathFields, VelocityMLP
 
 from vla_trqam.critic import ema_update
+from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy, PathFields
 

@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from vla_trqam.adapters.bounded_files import check_header, read_json
-from vla_trqam.adapters.processor_gate import (
-    check_no_trust,
-    check_processors,
-    entries,
-    shown,
-)
+from vla_trqam.adapters.processor_gate import check_no_trust, check_processors
 
+from vla_trqam.data.foreign import check_header, entries, read_json, shown
 from vla_trqam.errors import UserError
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

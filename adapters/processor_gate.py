@@ -7,76 +7,31 @@ with the settings that LeRobot writes for them. This module knows no LeRobot: lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vla_trqam.adapters.bounded_files import check_header, read_json
-
+from vla_trqam.data.foreign import (
+    BOOLEAN,
+    FEATURES,
+    NAMES,
+    NOTHING,
+    NUMBER,
+    SIZE,
+    TEXT,
+    TEXTS,
+    Kind,
+    check_header,
+    entries,
+    read_json,
+    shown,
+)
 from vla_trqam.errors import UserError
 
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 TRUST = "trust_remote_code"
-MOST_STEPS, LONGEST_TEXT, MOST_ENTRIES = 64, 500, 1000
-SHOWN = 80
-"""So many characters of a stranger's value are shown in a message."""
+MOST_STEPS = 64
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a setting may be.
-
-    Attributes:
-        name: for a message.
-        fits: whether a value is such a one.
-    """
-
-    name: str
-    fits: Callable[[Any], bool]
-
-    def __or__(self, other: Kind) -> Kind:
-        return Kind(f"{self.name} or {other.name}", lambda v: self.fits(v) or other.fits(v))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= LONGEST_TEXT
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_feature(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"type", "shape"}:
-        return False
-    shape = value["shape"]
-    sizes = isinstance(shape, list) and len(shape) <= 8 and all(map(_is_size, shape))
-    return sizes and _is_text(value["type"])
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000
-
-
-def _all(fits: Callable[[Any], bool], values: Any) -> bool:
-    return len(values) <= MOST_ENTRIES and all(map(fits, values))
-
-
-TEXT = Kind("a text", _is_text)
-BOOLEAN = Kind("true or false", lambda v: isinstance(v, bool))
-NUMBER = Kind("a number", _is_number)
-SIZE = Kind("a whole number from 0 to 1000000", _is_size)
-NOTHING = Kind("null", lambda v: v is None)
-TEXTS = Kind("a list of texts", lambda v: isinstance(v, list) and _all(_is_text, v))
-NAMES = Kind(
-    "texts by name",
-    lambda v: isinstance(v, dict) and _all(_is_text, v) and _all(_is_text, v.values()),
-)
-FEATURES = Kind(
-    "features, each with a type and a shape",
-    lambda v: isinstance(v, dict) and _all(_is_text, v) and _all(_is_feature, v.values()),
-)
 
 _NORMALIZER = {
     "eps": NUMBER,
@@ -135,24 +90,6 @@ def check_no_trust(path: Path, fields: Any) -> None:
         raise UserError(f"{path} has {TRUST}, and no code that a policy brings is run; remove it")
 
 
-def entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            yield from item.items()
-            waiting += item.values()
-        elif isinstance(item, list):
-            waiting += item
-
-
-def shown(value: Any) -> str:
-    """A stranger's value in a message."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
-
-
 def _steps(path: Path) -> list[dict[str, Any]]:
     """The steps of a file, all checked."""
     fields = read_json(path)
@@ -163,7 +100,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
     steps = fields.get("steps")
     if not isinstance(steps, list) or len(steps) > MOST_STEPS:
         raise UserError(f"{path} has no list of at most {MOST_STEPS} steps; it is no processor")
-    if not _is_text(fields.get("name", "")):
+    if not TEXT.fits(fields.get("name", "")):
         raise UserError(f"{path}: its name is {shown(fields['name'])}; it must be a text")
     for number, step in enumerate(steps):
         _check_step(f"{path}: step {number}", path.parent, step)

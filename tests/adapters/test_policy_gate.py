@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vla_trqam.adapters.bounded_files import LARGEST_JSON
 from vla_trqam.adapters.policy_gate import check_policy_folder, is_safe_pattern
 
+from vla_trqam.data.foreign import LARGEST_JSON
 from vla_trqam.errors import UserError
 
 PACKED = Path(__file__).parents[2] / "vla_trqam/data/lift_pi0/policy"
