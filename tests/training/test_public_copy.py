@@ -146,7 +146,6 @@ def test_nothing_that_arrives_at_the_hub_names_a_folder_or_the_machine(
     command: str | None,
     hub: HubServer,  # noqa: F811
     home: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = run_at_home(home, command and command.format(home=home))
     assert any(MARKER in path.read_text() for path in run.glob("*.json")), "nothing to hide"
@@ -209,6 +208,20 @@ def test_what_would_run_is_not_pushed(hub: HubServer, home: Path) -> None:  # no
 
 
 @SENDS_DEPRECATED
+@pytest.mark.parametrize("name", ["pretrained_model/more.json", "algorithm/key.json"])
+def test_a_link_out_of_a_run_publishes_nothing(
+    name: str,
+    hub: HubServer,  # noqa: F811
+    home: Path,
+) -> None:
+    run = run_at_home(home, None)
+    (home / "key").write_text("{}")
+    (run / "checkpoints/last" / name).symlink_to(home / "key")
+    assert f"is a link to {home / 'key'}" in refused(lambda: push(hub, run))
+    assert REPO not in hub.repos
+
+
+@SENDS_DEPRECATED
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -237,11 +250,16 @@ def test_what_would_run_is_not_pulled(
 def test_code_and_pickles_of_a_repository_are_not_fetched(
     hub: HubServer,  # noqa: F811
     home: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     push(hub, run_at_home(home, None))
     names = ("evil.py", "training_args.bin", "algorithm/critic.pt")
     add_commit(hub.repos[REPO], dict.fromkeys(names, b"evil"))
     folder = pull_checkpoint(REPO, home / "pulled", endpoint=hub.endpoint)
+    left = "algorithm/critic.pt, evil.py, training_args.bin"
+    assert capsys.readouterr().out == (
+        f"of {REPO} are not fetched, being code or pickles: {left}\n"
+    )
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors"}
     assert not any("evil" in path or "critic.pt" in path for _, path in hub.requests)

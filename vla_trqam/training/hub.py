@@ -223,7 +223,16 @@ def _files(run: Path, facts: RunFacts) -> dict[str, Path]:
     written = (run / name for name in (CONFIG_NAME, METRICS, REPORT))
     files |= {f"{RUN}/{path.name}": path for path in written if path.is_file()}
     files.pop(CARD, None)
+    _check_own(files, (run, facts.policy))
     return files
+
+
+def _check_own(files: Mapping[str, Path], folders: tuple[Path, ...]) -> None:
+    """A link in a stranger's run would publish a file of this machine."""
+    roots = [folder.resolve() for folder in folders]
+    for file in files.values():
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise UserError(f"{file} is a link to {file.resolve()}, which is none of the run's")
 
 
 def _check_paths(facts: RunFacts) -> None:

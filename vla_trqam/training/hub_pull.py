@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from vla_trqam.adapters.policy_gate import check_policy_folder
+from vla_trqam.adapters.policy_gate import PICKLED, check_policy_folder
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
@@ -23,6 +23,7 @@ FETCHED = [".json", ".safetensors"]
 # Of a pushed run, or of another policy's repository, not needed to go on.
 NOT_FETCHED = [f"{PLOTS}/*", f"{RUN}/*", "training_state/*", "*.mp4"]
 CRITIC = "critic."
+_WHOLE = [f"*{suffix}" for suffix in FETCHED]
 
 
 def pull_checkpoint(
@@ -53,8 +54,7 @@ def pull_checkpoint(
     """
     if folder.exists():
         raise UserError(f"--folder={folder} exists; choose another, or remove it")
-    wanted = [f"*{suffix}" for suffix in FETCHED]
-    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=wanted)
+    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=_WHOLE)
     _algorithm_of(snapshot, repo_id)
     check_policy_folder(snapshot)
     try:
@@ -143,14 +143,23 @@ def _snapshot(
     api = connect(endpoint, token)
     with one_sentence(api):
         # Asked first: huggingface_hub would give an older copy where the Hub does not answer.
-        commit = api.model_info(repo_id, revision=revision).sha
+        info = api.model_info(repo_id, revision=revision)
+        if _WHOLE == allow:
+            _say_what_is_left(repo_id, [file.rfilename for file in info.siblings or ()])
         found = api.snapshot_download(
             repo_id,
-            revision=commit,
+            revision=info.sha,
             allow_patterns=allow,
             ignore_patterns=NOT_FETCHED,
         )
     return Path(found)
+
+
+def _say_what_is_left(repo_id: str, paths: list[str]) -> None:
+    """Names what could be taken for a part of the policy."""
+    left = [path for path in paths if Path(path).suffix in (".py", *PICKLED)]
+    if left:
+        print(f"of {repo_id} are not fetched, being code or pickles: {', '.join(sorted(left))}")
 
 
 def _algorithm_of(snapshot: Path, repo_id: str) -> Path:
