@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +20,24 @@ from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.families import check_type, family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy, check_config
 from vla_trqam.adapters.lora import LoRASettings, check_kind, with_lora
+from vla_trqam.adapters.policy_gate import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    check_policy_folder,
+    no_foreign_code,
+)
 from vla_trqam.adapters.processors import Limits, Processors
 from vla_trqam.adapters.weights import verify_adapters, verify_policy
 
+from vla_trqam.data.foreign import read_json
 from vla_trqam.errors import UserError
 
-WEIGHTS, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-# What a training run leaves beside the policy is not needed to load it.
-NOT_FETCHED = ["training_state/*", "algorithm/*", "checkpoints/*", "*.mp4"]
+# What a training run leaves beside the policy is not needed to load it; code and pickles never are.
+NOT_FETCHED = ["training_state/*", "algorithm/*", "checkpoints/*", "*.mp4", "*.py"]
+NOT_FETCHED += [f"*{suffix}" for suffix in PICKLED]
 
 AdapterUse = Literal["merge", "continue"]
 
@@ -113,11 +121,11 @@ def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
     """The files of a folder or a Hub repository, downloaded if they are not here yet.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or a file could make a library run something.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return Checkpoint(folder.resolve(), str(folder.resolve()))
+        return _looked_at(Checkpoint(folder.resolve(), str(folder.resolve())))
     if folder.is_absolute() or str(path).startswith((".", "~")):
         raise UserError(f"{path} is not a folder")
     try:
@@ -130,7 +138,12 @@ def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
             f"{path} is not a folder here, and the Hugging Face Hub did not give it: "
             f"{type(error).__name__}: {reason[0]}"
         ) from None
-    return Checkpoint(Path(found), str(path), revision)
+    return _looked_at(Checkpoint(Path(found), str(path), revision))
+
+
+def _looked_at(checkpoint: Checkpoint) -> Checkpoint:
+    check_policy_folder(checkpoint.folder)
+    return checkpoint
 
 
 def read_config(
@@ -143,7 +156,7 @@ def read_config(
             does not fit.
     """
     path = checkpoint.folder / CONFIG
-    policy_type = _read_json(path).get("type")
+    policy_type = read_json(path).get("type")
     if not isinstance(policy_type, str):
         raise UserError(f'{path} has no "type"; it is not the config of a LeRobot policy')
     check_type(policy_type)
@@ -166,7 +179,7 @@ def load_host(checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedPol
         raise UserError(f"{checkpoint.source} has no {WEIGHTS}")
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), _without_false_alarms():
+        with contextlib.redirect_stdout(said), _without_false_alarms(), no_foreign_code():
             kind = get_policy_class(config.type)
             host = kind.from_pretrained(str(checkpoint.folder), config=config)
     except Exception as error:
@@ -206,11 +219,13 @@ def load_processors(
     """
     on_device = {"device_processor": {"device": str(config.device)}}
     try:
-        before, after = make_pre_post_processors(
-            config,
-            pretrained_path=str(checkpoint.folder),
-            preprocessor_overrides=on_device | {k: dict(v) for k, v in (overrides or {}).items()},
-        )
+        with no_foreign_code():
+            before, after = make_pre_post_processors(
+                config,
+                pretrained_path=str(checkpoint.folder),
+                preprocessor_overrides=on_device
+                | {k: dict(v) for k, v in (overrides or {}).items()},
+            )
     except Exception as error:
         raise UserError(
             f"{checkpoint.source}: its processors (policy_preprocessor.json, "
@@ -225,7 +240,7 @@ def load_processors(
 
 def _adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None]:
     path = checkpoint.folder / ADAPTER_CONFIG
-    fields = _read_json(path)
+    fields = read_json(path)
     if not fields.get("base_model_name_or_path"):
         raise UserError(f"{path} does not say which policy it adapts (base_model_name_or_path)")
     return fields["base_model_name_or_path"], fields.get("revision")
@@ -247,18 +262,6 @@ def _merged(model: PeftModel) -> PreTrainedPolicy:
     host: PreTrainedPolicy = model.merge_and_unload()
     host.config.use_peft = False
     return host
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a policy folder holds {path.name}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return fields
 
 
 def _one_line(error: BaseException) -> str:

@@ -222,7 +222,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no statistics": (
         lambda f: next(f.glob("policy_preprocessor_step*")).unlink(),
-        "its processors",
+        "safetensors' is not there",
     ),
     "two observations": (lambda f: edit_json(f / "config.json", n_obs_steps=2), "n_obs_steps is 2"),
     "compiled": (lambda f: edit_json(f / "config.json", compile_model=True), "compile_model"),
