@@ -82,6 +82,7 @@ class Processors:
         Raises:
             UserError: the limits have another shape, or a lowest is not below its highest.
         """
+        given = limits is not None
         if limits is None:
             known = self.statistics.get(ACTION, {})
             if not {"min", "max"} <= known.keys():
@@ -94,7 +95,7 @@ class Processors:
         found = self.normalize(ACTION, torch.stack(both)).cpu()
         unlimited = torch.tensor([[-torch.inf], [torch.inf]])
         found[:, self.flat(ACTION).nonzero().flatten()] = unlimited
-        if limits is None:
+        if not given:
             found[:, (both[1] - both[0]).abs() < FLAT] = unlimited
         if not bool((found[0] < found[1]).all()):
             raise UserError(f"action limits: {both[0].tolist()} is not below {both[1].tolist()}")
