@@ -76,7 +76,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         features: what the critic gets.
         processors: the host's pre- and postprocessor; they are saved with the policy.
         source: the folder or Hub repository from which the base weights can be loaded again; None
-            where there is none, and then an adapter alone cannot be saved, see :meth:`save_base`.
+            where there is none, and then an adapter alone cannot be saved before :meth:`name_base`.
         revision: of the repository.
         limits: what the robot executes at most; by default the range of the statistics' actions,
             or none if they do not hold one.
@@ -319,7 +319,7 @@ class LeRobotFlowPolicy(FlowPolicy):
     def save_base(self, directory: Path) -> None:
         """Writes the base, whole, in LeRobot's format; what is trained does not matter.
 
-        Adapters that are saved later name it once :attr:`source` is its folder.
+        Adapters that are saved later name it after :meth:`name_base`.
         """
         from vla_trqam.adapters.saving import save_base
 
@@ -327,6 +327,12 @@ class LeRobotFlowPolicy(FlowPolicy):
         save_base(self.model, directory)
         if self.processors is not None:
             self.processors.save_pretrained(directory)
+
+    def name_base(self, directory: Path) -> None:
+        """Adapters are on the base in this folder from now on, as if it had been loaded there."""
+        self.source, self.revision = str(directory), None
+        self.host.config.pretrained_path = directory
+        self.host.name_or_path = str(directory)
 
     @classmethod
     def from_pretrained(cls, directory: Path) -> Self:

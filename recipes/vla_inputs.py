@@ -91,7 +91,7 @@ def give_base(
         print(
             f"the policy with its adapters merged in is the base: {folder}, which must stay there"
         )
-    policy.source = str(folder)
+    policy.name_base(folder)
 
 
 def _say_nothing(note: str) -> None:

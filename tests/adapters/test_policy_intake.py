@@ -328,7 +328,9 @@ def test_the_base_of_merged_adapters_is_saved_whole_and_named(tmp_path: Path) ->
         for parameter in policy.trainable_parameters():
             parameter.sub_(0.05)
     policy.save_base(tmp_path / "base")
-    policy.source = str(tmp_path / "base")
+    with pytest.raises(UserError, match="by save_base"):
+        policy.save_pretrained(tmp_path / "second")
+    policy.name_base(tmp_path / "base")
     assert not policy.lacks_base
     policy.save_pretrained(tmp_path / "second")
     again = load_policy(tmp_path / "second", adapter="continue")

@@ -164,7 +164,13 @@ def test_adapters_as_the_policy_become_the_base_from_end_to_end(
         tiny(tmp_path / "killed", *flags)
     shutil.rmtree(given)
     assert resume(tmp_path / "killed") == 0
-    assert differences(images_state(tmp_path / "killed"), run.state) == []
+    assert differences(elsewhere(images_state(tmp_path / "killed"), "killed"), run.state) == []
+
+
+def elsewhere(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """As if the run, which names its base, had been in ``run`` instead."""
+    names = f"/{folder}/base_policy".encode(), b"/run/base_policy"
+    return {k: v.replace(*names) if isinstance(v, bytes) else v for k, v in state.items()}
 
 
 def next_observation(run: Whole) -> dict[str, Any]:
