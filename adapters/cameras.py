@@ -38,7 +38,7 @@ class Cameras:
                 f"{self.instead}, as LeRobot does it (a --rename_map maps the data's names)"
             )
         if self.unseen:
-            yield f"not looked through, and never opened: {', '.join(self.unseen)}"
+            yield f"cameras not looked through, and never opened: {', '.join(self.unseen)}"
 
 
 def cameras_of(family: FlowFamily, config: Any, there: Collection[str]) -> Cameras:

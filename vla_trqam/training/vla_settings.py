@@ -224,6 +224,11 @@ class FinetuneVLAConfig(RunSettings):
             raise UserError("--policy.push_to_hub=true needs --policy.repo_id=USER/NAME")
         if self.policy.tokenizer is not None and not self.policy.tokenizer.expanduser().is_dir():
             raise UserError(f"--policy.tokenizer={self.policy.tokenizer} is not a folder")
+        if self.policy.push_to_hub and self.policy.tokenizer is not None:
+            raise UserError(
+                "--policy.push_to_hub=true would push processors that name a folder of this "
+                f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
+            )
         if (self.policy.path is None) != (self.dataset.repo_id is None):
             raise UserError(
                 "--policy.path and --dataset.repo_id go together: without both, the packed policy "
