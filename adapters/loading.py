@@ -103,7 +103,7 @@ def load_policy(
     model: PreTrainedPolicy | PeftModel
     base: Checkpoint | None
     if (checkpoint.folder / ADAPTER_CONFIG).is_file():
-        base = fetch(*_adapter_base(checkpoint))
+        base = _adapter_base(checkpoint)
         model = _with_adapters(load_host(base, config), checkpoint)
         if adapter == "merge":
             model, base = _merged(model), None
@@ -285,12 +285,16 @@ def _no_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None, error: Excepti
     )
 
 
-def _adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None]:
+def _adapter_base(checkpoint: Checkpoint) -> Checkpoint:
     path = checkpoint.folder / ADAPTER_CONFIG
     fields = _read_json(path)
-    if not fields.get("base_model_name_or_path"):
+    name = fields.get("base_model_name_or_path")
+    if not name:
         raise UserError(f"{path} does not say which policy it adapts (base_model_name_or_path)")
-    return fields["base_model_name_or_path"], fields.get("revision")
+    try:
+        return fetch(name, fields.get("revision"))
+    except UserError as error:
+        raise UserError(f"{path} adapts {name}: {error}") from None
 
 
 def _with_adapters(host: PreTrainedPolicy, checkpoint: Checkpoint) -> PeftModel:

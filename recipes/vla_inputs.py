@@ -123,10 +123,17 @@ def _looked_through(config: FinetuneVLAConfig, given: tuple[str, str | None]) ->
 
 
 def _check_base(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> None:
-    """What :func:`_check_push` could not know of a checkpoint on the Hub: it is adapters."""
-    knobs = config.policy
-    if knobs.push_to_hub and policy.lacks_base and not knobs.merged:
+    """What is known of the adapters' base only when they are loaded."""
+    assert config.output_dir is not None
+    if config.policy.merged or not policy.lacks_base:
+        return
+    if config.policy.push_to_hub:  # the adapters came from the Hub, or _check_push had seen it
         raise UserError(f"--policy.push_to_hub=true {LOCAL_BASE}")
+    if config.resume and last_checkpoint(config.output_dir) is not None:
+        raise UserError(
+            f"{config.output_dir / BASE_NAME} is gone, on which the adapters in this run's "
+            "checkpoints are: put it back"
+        )
 
 
 def _check_simulator(

@@ -97,6 +97,8 @@ def test_a_dimension_that_never_moved_has_no_limits_and_is_normalised_as_lerobot
     low, high = policy.action_limits
     assert low.isinf().tolist() == high.isinf().tolist() == [False, True, False]
     assert bool((low < high).all())
+    given = load_policy(tmp_path / "tiny_pi0", lora=LORA, limits=(-1.0, 1.0)).action_limits
+    assert given[0].isinf().tolist() == given[1].isinf().tolist() == [False, True, False]
     before, after = make_pre_post_processors(
         policy.host.config, pretrained_path=str(tmp_path / "tiny_pi0")
     )

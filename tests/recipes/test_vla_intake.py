@@ -162,6 +162,11 @@ def test_adapters_as_the_policy_become_the_base_from_end_to_end(
     # A killed run goes on from its own copy.
     with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 3)):
         tiny(tmp_path / "killed", *flags)
+    base = tmp_path / "killed/base_policy"
+    away = base.rename(tmp_path / "away")
+    assert resume(tmp_path / "killed") == 2
+    assert f"{base} is gone" in capsys.readouterr().err
+    away.rename(base)
     shutil.rmtree(given)
     assert resume(tmp_path / "killed") == 0
     assert differences(elsewhere(images_state(tmp_path / "killed"), "killed"), run.state) == []
