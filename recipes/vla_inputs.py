@@ -51,6 +51,7 @@ def checked_inputs(
     # Before anything is decoded.
     check_against_dataset(policy, reader.features)
     _check_simulator(config, reader, policy)
+    reader.check_cameras()
     return reader, policy
 
 
@@ -141,9 +142,14 @@ def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
     return LeRobotConfig(
         repo_id=data.repo_id or "local/packed",
         root=data.root if data.repo_id or packed is None else packed / "dataset",
+        revision=data.revision,
         episodes=data.episodes,
         reward=data.reward,
+        kind=data.kind,
         success_labels=data.success_labels,
+        instruction=data.instruction,
+        task_changes=data.task_changes,
+        tolerance_s=data.tolerance_s,
         rename_map=config.rename_map,
     )
 
