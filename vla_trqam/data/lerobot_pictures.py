@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from vla_trqam.data.frame_files import ImageShape
 from vla_trqam.data.frame_replay import IMAGE_PREFIX
-from vla_trqam.data.lerobot_episodes import EpisodeRows, EpisodeTable, VideoPart, check_parts
+from vla_trqam.data.lerobot_episodes import EpisodeTable, VideoPart
 from vla_trqam.data.lerobot_hub import DatasetPlace
+from vla_trqam.data.lerobot_rows import EpisodeRows
 from vla_trqam.data.lerobot_safety import DatasetFolder, DatasetInfo, Feature, image_shape
 from vla_trqam.data.lerobot_tables import ParquetTable
 from vla_trqam.data.lerobot_video import (
@@ -196,3 +198,43 @@ class Pictures:
             for frame, data in zip(taken, files, strict=True)
         ]
         return np.stack(frames)
+
+
+def check_parts(
+    where: str, key: str, parts: Sequence[tuple[int, int, VideoPart]], fps: float
+) -> None:
+    """Refuse videos whose parts are too short for their episodes, or belong to two of them.
+
+    Args:
+        where: the dataset.
+        key: of the camera.
+        parts: (number, rows, part) of each episode.
+        fps: frames per second.
+
+    Raises:
+        UserError: one is. Episodes that show the same part from the same moment on are let be.
+    """
+    frame = 1 / fps
+    for number, length, part in parts:
+        if part.end - part.begin < (length - 1.5) * frame:
+            raise UserError(
+                f"{where}: the video of {key!r} has {part.end - part.begin:.3f} s for episode "
+                f"{number}, whose {length} frames take {length * frame:.3f} s."
+            )
+    for (one, length, first), (other, _, second) in _neighbours(parts):
+        lies_over = first.begin + (length - 0.5) * frame > second.begin
+        if lies_over and second.begin > first.begin + 0.5 * frame:
+            raise UserError(
+                f"{where}: {first.file} shows episode {one} from {first.begin:.3f} s on for "
+                f"{length} frames, and episode {other} from {second.begin:.3f} s on: one of them "
+                "would get the other's frames."
+            )
+
+
+def _neighbours(
+    parts: Sequence[tuple[int, int, VideoPart]],
+) -> Iterator[tuple[tuple[int, int, VideoPart], tuple[int, int, VideoPart]]]:
+    ordered = sorted(parts, key=lambda part: (part[2].file, part[2].begin))
+    for one, other in pairwise(ordered):
+        if one[2].file == other[2].file:
+            yield one, other

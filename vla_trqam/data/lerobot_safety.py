@@ -261,7 +261,7 @@ def _feature(path: Path, name: str, value: Any) -> Feature:
         raise UserError(f"{path} is damaged: its feature {_short(name)} names no dtype.")
     if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
         raise UserError(f"{path} has the feature {_short(name)}, a name that no folder can bear.")
-    shape, names = value.get("shape"), value.get("names")
+    shape, names = value.get("shape") or [], value.get("names") or []
     known = isinstance(shape, list) and all(_is_whole(size) for size in shape)
     named = isinstance(names, list) and all(isinstance(side, str) for side in names)
     # LeRobot has put the mark in either place, under either name.

@@ -14,14 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from vla_trqam.data.frame_replay import STATE_KEY, FrameEpisode, FrameReplay, image_key
-from vla_trqam.data.lerobot_episodes import (
-    TASK_CHANGES,
-    EpisodeRows,
-    EpisodeTable,
-    RowsWanted,
-    TaskChanges,
-    read_rows,
-)
+from vla_trqam.data.lerobot_episodes import EpisodeTable
 from vla_trqam.data.lerobot_hub import find_dataset
 from vla_trqam.data.lerobot_labels import (
     FRAME_IS_NEW,
@@ -36,6 +29,13 @@ from vla_trqam.data.lerobot_labels import (
     reward_values,
 )
 from vla_trqam.data.lerobot_pictures import Pictures
+from vla_trqam.data.lerobot_rows import (
+    TASK_CHANGES,
+    EpisodeRows,
+    RowsWanted,
+    TaskChanges,
+    read_rows,
+)
 from vla_trqam.data.lerobot_safety import DatasetFolder, read_info, vector_length
 from vla_trqam.data.lerobot_tables import Tasks, read_tasks
 from vla_trqam.data.sampling import RewardKind
@@ -113,9 +113,10 @@ class LeRobotReader:
         wanted = self._wanted()
         self._rows, self._strangers = read_rows(folder, table, positions, wanted)
         self.plan = self._plan(wanted.scalars)
-        for rows in self._rows if config.kind is not None else ():
-            where = f"{rows.file}: episode {rows.number}"
-            check_rewards(where, self._outcome(rows), self.plan, config.kind)
+        if config.kind is not None:
+            for rows in self._rows:
+                where = f"{rows.file}: episode {rows.number}"
+                check_rewards(where, self._outcome(rows), self.plan, config.kind)
 
     @property
     def features(self) -> dict[str, Any]:

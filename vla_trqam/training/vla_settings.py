@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vla_trqam.data.lerobot_episodes import TaskChanges
 from vla_trqam.data.lerobot_labels import RewardSource
+from vla_trqam.data.lerobot_rows import TaskChanges
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import Task
 from vla_trqam.errors import UserError
