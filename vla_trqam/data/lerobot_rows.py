@@ -168,8 +168,7 @@ class _DataFile:
         if not wrong.size:
             return
         row, worst = int(wrong[0]), float(off.max())
-        enough = float(f"{1.01 * worst:.1g}") if worst >= 1e-4 else 1e-4
-        enough = enough if enough > worst else 2 * enough
+        enough = float(f"{1.02 * worst:.3g}")  # a bit more, for the video rounds times too
         remedy = (
             f"--dataset.tolerance_s={enough:g} takes it"
             if enough < 0.5 / fps
