@@ -80,7 +80,7 @@ def test_a_revision_is_resolved_to_a_commit_and_that_is_read(
 
 
 def test_only_what_is_read_is_downloaded(hub: FolderAsHub) -> None:
-    reader = open_hub().looking_through(["front"])
+    reader = open_hub(looked_through=("front",))
     reader.check_cameras()
     list(reader.episodes())
     wanted = [pattern for _, patterns in hub.downloads for pattern in patterns]

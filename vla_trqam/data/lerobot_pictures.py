@@ -27,7 +27,11 @@ _DECODED_AT_A_TIME = 128  # frames: bounds the memory that a long episode takes
 
 
 class Pictures:
-    """The cameras that show colours, by the policy's names. Only what is asked for is opened."""
+    """The cameras that show colours. Only what is asked for is opened.
+
+    Attributes:
+        names: the policy's of each -> the dataset's.
+    """
 
     def __init__(
         self,
@@ -60,26 +64,36 @@ class Pictures:
                 f"--rename_map names {', '.join(strange)}; the cameras of {where[0].lower()}"
                 f"{where[1:]} are {', '.join(sorted(colour)) or 'none'}"
             )
-        self._keys = {rename_map.get(key, key).removeprefix(IMAGE_PREFIX): key for key in colour}
-        if len(self._keys) < len(colour):
+        self.names = {rename_map.get(key, key).removeprefix(IMAGE_PREFIX): key for key in colour}
+        if len(self.names) < len(colour):
             raise UserError(f"--rename_map={dict(rename_map)} gives two cameras one name")
         self._opened: ParquetTable | None = None
 
     def feature(self, camera: str) -> Feature:
         """What is declared of a camera."""
-        return self._info.features[self._keys[camera]]
+        return self._info.features[self.names[camera]]
 
-    def shapes(self, wanted: Collection[str] | None) -> dict[str, ImageShape]:
-        """(height, width, channels) of some cameras; None takes all.
+    def shapes(
+        self, wanted: Collection[str] | None, seen: Collection[str] | None
+    ) -> dict[str, ImageShape]:
+        """(height, width, channels) of some cameras.
+
+        Args:
+            wanted: they must be there; None takes all.
+            seen: none but these is taken; None leaves none out.
 
         Raises:
             UserError: there is no such camera, or what is declared of it cannot be.
         """
-        names = self._keys if wanted is None else wanted
-        unknown = [name for name in names if name not in self._keys]
+        names = self.names if wanted is None else wanted
+        unknown = [name for name in names if name not in self.names]
         if unknown:
-            raise UserError(f"{self._where} has no camera {unknown}; it has {sorted(self._keys)}.")
-        return {name: image_shape(self._where, name, self.feature(name)) for name in names}
+            raise UserError(f"{self._where} has no camera {unknown}; it has {sorted(self.names)}.")
+        return {
+            name: image_shape(self._where, name, self.feature(name))
+            for name in names
+            if seen is None or name in seen
+        }
 
     def check(
         self, camera: str, shape: ImageShape, rows: Sequence[EpisodeRows], tolerance: float
@@ -101,7 +115,7 @@ class Pictures:
                 self._decode_images(camera, shape, first, np.array([0]))
             return
         parts = [(r.number, r.length, self._part(camera, r)) for r in rows]
-        check_parts(self._where, self._keys[camera], parts, self._info.fps)
+        check_parts(self._where, self.names[camera], parts, self._info.fps)
         self._place.fetch(sorted({part.file for *_, part in parts}))
         for file in sorted({part.file for *_, part in parts}):
             header = read_header(self._folder.file(file))
@@ -154,10 +168,10 @@ class Pictures:
     def _part(self, camera: str, episode: EpisodeRows) -> VideoPart:
         if self._info.video_path is None:
             raise UserError(
-                f"{self._where} has the video {self._keys[camera]!r}; its meta/info.json has no "
+                f"{self._where} has the video {self.names[camera]!r}; its meta/info.json has no "
                 "video_path."
             )
-        return self._table.video(episode.position, self._keys[camera])
+        return self._table.video(episode.position, self.names[camera])
 
     def _decode_video(
         self,
@@ -183,7 +197,7 @@ class Pictures:
             self._opened = ParquetTable(episode.file)
         places = dict(zip(episode.rows.tolist(), range(episode.length), strict=True))
         files = self._opened.images(
-            self._keys[camera],
+            self.names[camera],
             episode.rows[taken],
             2 * int(np.prod(shape)) + LARGEST_HEADER,
             lambda row: f"episode {episode.number}, frame {places[row]}",

@@ -51,7 +51,8 @@ class LeRobotConfig:
         root: its local folder; None looks where LeRobot does, and then on the Hub.
         revision: branch, tag or commit on the Hub; None takes the newest v3 tag, as LeRobot does.
         episodes: numbers of those to read; None reads all.
-        cameras: to read, without `observation.images.`; None reads all. No other is opened.
+        cameras: to read, without `observation.images.`; None reads all.
+        looked_through: a policy's cameras, as renamed; the dataset's others are left unopened.
         reward: where rewards come from; None takes what there is, see `plan_labels`.
         kind: what the critic will make of the rewards, see `RewardSpec`; None does not ask.
         success_labels: a JSON list, one label for each episode of the dataset.
@@ -67,6 +68,7 @@ class LeRobotConfig:
     revision: str | None = None
     episodes: tuple[int, ...] | None = None
     cameras: tuple[str, ...] | None = None
+    looked_through: tuple[str, ...] | None = None
     reward: RewardSource | None = None
     kind: RewardKind | None = None
     success_labels: Path | None = None
@@ -108,7 +110,7 @@ class LeRobotReader:
         self.state_dim = vector_length(self._where, STATE_KEY, self._info.features)
         self.action_dim = vector_length(self._where, "action", self._info.features)
         self._pictures = Pictures(self._where, place, folder, self._info, table, config.rename_map)
-        self.cameras = self._pictures.shapes(config.cameras)
+        self.cameras = self._pictures.shapes(config.cameras, config.looked_through)
         place.fetch(sorted({table.data_file(position) for position in positions}))
         wanted = self._wanted()
         self._rows, self._strangers = read_rows(folder, table, positions, wanted)
@@ -120,19 +122,14 @@ class LeRobotReader:
 
     @property
     def features(self) -> dict[str, Any]:
-        """State, action and cameras by a policy's names for them, each with `dtype` and `shape`."""
-        vectors = {STATE_KEY: self.state_dim, "action": self.action_dim}
-        sides = ["height", "width", "channels"]
+        """State, action and all cameras by a policy's names, each with `dtype` and `shape`."""
+        own, names = self._info.features, self._pictures.names
+        keys = {key: key for key in (STATE_KEY, "action")}
+        keys |= {image_key(name): key for name, key in names.items()}
+        shapes = {image_key(name): shape for name, shape in self.cameras.items()}
         return {
-            key: {"dtype": self._info.features[key].dtype, "shape": (size,), "names": None}
-            for key, size in vectors.items()
-        } | {
-            image_key(name): {
-                "dtype": self._pictures.feature(name).dtype,
-                "shape": shape,
-                "names": sides,
-            }
-            for name, shape in self.cameras.items()
+            name: {"dtype": own[key].dtype, "shape": shapes.get(name, own[key].shape)}
+            for name, key in keys.items()
         }
 
     @property
@@ -163,19 +160,6 @@ class LeRobotReader:
             )
         reader = copy.copy(self)
         reader._rows = self._rows[number::count]
-        return reader
-
-    def looking_through(self, cameras: Collection[str]) -> Self:
-        """The same dataset, of whose cameras only these are opened.
-
-        Args:
-            cameras: names as in `cameras`.
-
-        Raises:
-            UserError: there is no such camera.
-        """
-        reader = copy.copy(self)
-        reader.cameras = self._pictures.shapes(cameras)
         return reader
 
     def check_cameras(self) -> None:
