@@ -328,3 +328,22 @@ def test_labels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     edit_info(root, lambda info: info["features"]["next.success"].update(shape=[2]))
     with pytest.raises(UserError, match=r"has \[2\] numbers a frame in 'next.success'"):
         open_dataset(root)
+
+
+def test_episodes_of_which_nothing_can_be_learnt_are_refused(tmp_path: Path) -> None:
+    new = [t % LENGTH != 0 for t in range(ROWS)]
+    root = Written(extra={"frame_is_new": ("bool", new)}).write(tmp_path / "repeated")
+    with pytest.raises(
+        UserError, match="episode 0, frame 0 says that its images repeat an earlier"
+    ):
+        open_dataset(root)
+    extra = {"is_final_observation": ("bool", [False] * (ROWS - 1) + [True])}
+    root = Written(extra=extra).write(tmp_path / "empty")
+    kept = pa.array([True] * (ROWS - LENGTH) + [False] * (LENGTH - 1) + [True])
+    edit_table(root / DATA, lambda table: table.filter(kept))
+    edit_column(root / DATA, "frame_index", setting(-1, 0))
+    edit_column(root / DATA, "timestamp", setting(-1, 0.0))
+    edit_column(root / EPISODES, "length", setting(3, 1))
+    edit_info(root, lambda info: info.update(total_frames=ROWS - 5))
+    with pytest.raises(UserError, match="episode 3 has a final observation and no step before it"):
+        open_dataset(root)

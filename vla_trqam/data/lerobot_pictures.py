@@ -15,7 +15,6 @@ from vla_trqam.data.lerobot_rows import EpisodeRows
 from vla_trqam.data.lerobot_safety import DatasetFolder, DatasetInfo, Feature, image_shape
 from vla_trqam.data.lerobot_tables import ParquetTable
 from vla_trqam.data.lerobot_video import (
-    LARGEST_HEADER,
     check_size,
     decode_image,
     decode_video,
@@ -199,7 +198,6 @@ class Pictures:
         files = self._opened.images(
             self.names[camera],
             episode.rows[taken],
-            2 * int(np.prod(shape)) + LARGEST_HEADER,
             lambda row: f"episode {episode.number}, frame {places[row]}",
         )
         frames = [

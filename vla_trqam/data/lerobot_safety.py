@@ -160,6 +160,12 @@ def read_info(folder: DatasetFolder, repo_id: str) -> DatasetInfo:
     )
 
 
+def plain(text: object, longest: int = 300) -> str:
+    """A stranger's text for a message: one line, nothing that a terminal would obey."""
+    line = "".join(c if c.isprintable() else "?" for c in str(text).strip())
+    return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
 def image_shape(where: str, name: str, feature: Feature) -> tuple[int, int, int]:
     """A camera's (height, width, channels), which may be declared channel-first.
 
@@ -259,7 +265,7 @@ def _features(path: Path, values: Any) -> dict[str, Feature]:
 def _feature(path: Path, name: str, value: Any) -> Feature:
     if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
         raise UserError(f"{path} is damaged: its feature {_short(name)} names no dtype.")
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+    if not name.isprintable() or set("/\\") & set(name) or name in ("", ".", ".."):
         raise UserError(f"{path} has the feature {_short(name)}, a name that no folder can bear.")
     shape, names = value.get("shape") or [], value.get("names") or []
     known = isinstance(shape, list) and all(_is_whole(size) for size in shape)
@@ -287,7 +293,7 @@ def _template(path: Path, name: str, text: Any, *, videos: bool) -> str:
 
 
 def _only_places(text: str, fields: Collection[str]) -> bool:
-    if len(text) > 500 or text.startswith("/") or "\\" in text or "\0" in text:
+    if len(text) > 500 or text.startswith("/") or "\\" in text or not text.isprintable():
         return False
     try:
         places = [place for place in Formatter().parse(text) if place[1] is not None]
@@ -301,8 +307,7 @@ def _only_places(text: str, fields: Collection[str]) -> bool:
 
 
 def _short(value: object) -> str:
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return "missing" if value is None else plain(repr(value), 80)
 
 
 def _old_version(root: Path, version: str, repo_id: str) -> str:

@@ -17,6 +17,7 @@ from vla_trqam.data.frame_replay import STATE_KEY, FrameEpisode, FrameReplay, im
 from vla_trqam.data.lerobot_episodes import EpisodeTable
 from vla_trqam.data.lerobot_hub import find_dataset
 from vla_trqam.data.lerobot_labels import (
+    FINAL_OBSERVATION,
     FRAME_IS_NEW,
     LABELS,
     REWARD,
@@ -115,10 +116,8 @@ class LeRobotReader:
         wanted = self._wanted()
         self._rows, self._strangers = read_rows(folder, table, positions, wanted)
         self.plan = self._plan(wanted.scalars)
-        if config.kind is not None:
-            for rows in self._rows:
-                where = f"{rows.file}: episode {rows.number}"
-                check_rewards(where, self._outcome(rows), self.plan, config.kind)
+        for rows in self._rows:
+            self._check_outcome(rows)
 
     @property
     def features(self) -> dict[str, Any]:
@@ -266,6 +265,15 @@ class LeRobotReader:
 
     def _outcome(self, rows: EpisodeRows) -> Outcome:
         return self.plan.outcome(rows.columns, rows.position)
+
+    def _check_outcome(self, rows: EpisodeRows) -> None:
+        where = f"{rows.file}: episode {rows.number}"
+        if rows.length == 1 and rows.columns.get(FINAL_OBSERVATION, np.zeros(1))[0]:
+            raise UserError(f"{where} has a final observation and no step before it.")
+        if not _new(rows)[0]:
+            raise UserError(f"{where}, frame 0 says that its images repeat an earlier frame's.")
+        if self.config.kind is not None:
+            check_rewards(where, self._outcome(rows), self.plan, self.config.kind)
 
     def _notes(self) -> list[str]:
         notes = self.plan.notes()

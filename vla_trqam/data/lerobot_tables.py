@@ -7,19 +7,22 @@ Pyarrow is imported inside functions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla_trqam.data.lerobot_safety import plain
 from vla_trqam.errors import UserError
 
 Place = Callable[[int], str]
 """Names a row of a table for a message, as "episode 3, frame 17"."""
 
 LONGEST_TEXT = 10_000  # characters of an instruction
+LARGEST_RATIO = 100  # of a file's content to the file; numbers and images have less than 10
+ALWAYS_UNPACKED = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,16 @@ class ParquetTable:
             self._file = pyarrow.parquet.ParquetFile(path, memory_map=False)
             self._schema = self._file.schema_arrow
             self._leaves = dict(self._find_leaves())
-        self.num_rows = int(self._file.metadata.num_rows)
-        if not 0 <= self.num_rows <= path.stat().st_size:
-            raise UserError(
-                f"{path} declares {self.num_rows} rows and has {path.stat().st_size} bytes, too "
-                "few for them."
-            )
+            self.num_rows, unpacked = self._declared()
+        size = path.stat().st_size
+        for what, count, most in (
+            ("rows", self.num_rows, size),
+            ("bytes unpacked", unpacked, max(LARGEST_RATIO * size, ALWAYS_UNPACKED)),
+        ):
+            if not 0 <= count <= most:
+                raise UserError(
+                    f"{path} declares {count} {what} and has {size} bytes, too few for them."
+                )
 
     @property
     def columns(self) -> list[str]:
@@ -80,7 +87,6 @@ class ParquetTable:
         """
         import pyarrow as pa
 
-        self._check_size(name, width)
         array = self._read(name)
         self._check_filled(name, array, place)
         if pa.types.is_fixed_size_list(array.type) or _is_list(array.type):
@@ -95,12 +101,14 @@ class ParquetTable:
             self._check_filled(name, array, lambda number: place(number // width))
         elif width != 1:
             raise UserError(
-                f"{self.path} has one {array.type} a row in {name!r}; meta/info.json declares "
-                f"{width} numbers."
+                f"{self.path} has one {plain(array.type)} a row in {name!r}; meta/info.json "
+                f"declares {width} numbers."
             )
         kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean)
         if not any(kind(array.type) for kind in kinds):
-            raise UserError(f"{self.path} has {array.type} in {name!r}, which must be of numbers.")
+            raise UserError(
+                f"{self.path} has {plain(array.type)} in {name!r}, which must be of numbers."
+            )
         return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(-1, width)
 
     def whole_numbers(self, name: str, place: Place) -> np.ndarray:
@@ -125,7 +133,7 @@ class ParquetTable:
         self._leaves_of(name)
         if not self.is_text(name):
             kind = self._schema.field(name).type
-            raise UserError(f"{self.path} has {kind} in {name!r}, which must be of texts.")
+            raise UserError(f"{self.path} has {plain(kind)} in {name!r}, which must be of texts.")
         array = self._read(name, encoded=True)
         self._check_filled(name, array, place)
         with self._sentence():
@@ -152,32 +160,30 @@ class ParquetTable:
         """Whether the column holds texts."""
         return name in self.columns and _is_text(self._schema.field(name).type)
 
-    def images(self, name: str, rows: np.ndarray, largest: int, place: Place) -> Iterator[bytes]:
+    def images(self, name: str, rows: np.ndarray, place: Place) -> Iterator[bytes]:
         """The files of images that are held by the column at these rows, in order.
 
         Args:
             name: of the column.
             rows: increasing.
-            largest: bytes that an image takes as a file, at most.
             place: names a row.
 
         Raises:
             UserError: a row holds no image, or refers to a file or an address instead.
         """
         first = 0
-        for group in range(self._file.num_row_groups):
+        for group in range(self._file.metadata.num_row_groups):
             count = self._file.metadata.row_group(group).num_rows
             some = rows[(rows >= first) & (rows < first + count)]
             if some.size:
-                column = self._images_of(name, group, count * largest)
+                column = self._images_of(name, group)
                 for row in some:
                     yield self._image(name, column[int(row) - first].as_py(), int(row), place)
             first += count
 
-    def _images_of(self, name: str, group: int, largest: int) -> Any:
+    def _images_of(self, name: str, group: int) -> Any:
         """A row group's, of which the last one is kept: it may hold many episodes."""
         if self._held.get(name, (None,))[0] != group:
-            self._check_images(name, group, largest)
             self._held[name] = (group, self._read(name, encoded=True, group=group))
         return self._held[name][1]
 
@@ -211,16 +217,32 @@ class ParquetTable:
             else:
                 table = file.read_row_group(group, columns=paths, use_threads=False)
             column = table.column(name).unify_dictionaries().combine_chunks()
-        return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            if isinstance(column, pa.ChunkedArray):
+                column = column.combine_chunks()
+            column.validate(full=True)  # a damaged file's may point out of its own memory
+        rows = self.num_rows if group is None else self._file.metadata.row_group(group).num_rows
+        if len(column) != rows:
+            raise UserError(f"{self.path} is damaged: {len(column)} of {rows} rows have {name!r}.")
+        return column
 
     def _leaves_of(self, name: str) -> list[tuple[str, Any]]:
         if self.columns.count(name) != 1:
             raise UserError(
-                f"{self.path} has no column {name!r}; it has {', '.join(self.columns)}."
+                f"{self.path} has no column {name!r}; it has {plain(', '.join(self.columns))}."
                 if name not in self.columns
                 else f"{self.path} has the column {name!r} twice."
             )
         return self._leaves[name]
+
+    def _declared(self) -> tuple[int, int]:
+        """Rows, and bytes of what they unpack to.
+
+        Pyarrow's own table of the single columns is not touched: of some damaged files it ends the
+        process.
+        """
+        metadata = self._file.metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        return int(metadata.num_rows), sum(int(group.total_byte_size) for group in groups)
 
     def _find_leaves(self) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
         """Column -> path in the file and type of each of the arrays that it is stored as."""
@@ -232,30 +254,6 @@ class ParquetTable:
                 [(self._file.schema.column(number + i).path, kind) for i, kind in enumerate(kinds)],
             )
             number += len(kinds)
-
-    def _check_size(self, name: str, width: int) -> None:
-        """Before room is made for them: that a row is wrong is told with its episode, later."""
-        paths = {path for path, _ in self._leaves_of(name)}
-        declared = 0
-        for group in map(self._file.metadata.row_group, range(self._file.num_row_groups)):
-            chunks = [group.column(i) for i in range(group.num_columns)]
-            declared += sum(c.num_values for c in chunks if c.path_in_schema in paths)
-        if declared > 16 * self.num_rows * width:
-            raise UserError(
-                f"{self.path} holds {declared} numbers in {name!r} for {self.num_rows} rows; "
-                f"meta/info.json declares {width} a row."
-            )
-
-    def _check_images(self, name: str, group: int, largest: int) -> None:
-        paths = {path for path, _ in self._leaves_of(name)}
-        metadata = self._file.metadata.row_group(group)
-        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in paths)
-        if size > largest:
-            raise UserError(
-                f"{self.path} holds {size} bytes in {name!r} for {metadata.num_rows} images, more "
-                "than images of the declared size take."
-            )
 
     def _check_filled(self, name: str, array: Any, place: Place) -> None:
         if array.null_count:
@@ -302,7 +300,7 @@ def _text_column(table: ParquetTable) -> str:
         return texts[0]
     raise UserError(
         f"{table.path} has no texts of tasks: they belong in its index or in a column 'task'; it "
-        f"has {', '.join(table.columns)}."
+        f"has {plain(', '.join(table.columns))}."
     )
 
 
@@ -319,7 +317,7 @@ class _Sentence:
         import pyarrow as pa
 
         if isinstance(error, (pa.ArrowException, OSError, ValueError)):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = plain((str(error).strip() or type(error).__name__).splitlines()[0])
             raise UserError(
                 f"{self._path} cannot be read ({reason}); is it whole, and was its recording "
                 "finalized?"
@@ -359,8 +357,3 @@ def _is_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def shown(names: Collection[str]) -> str:
-    """Names for a message."""
-    return ", ".join(sorted(names)) or "none"

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from vla_trqam.data.frame_files import ImageShape
+from vla_trqam.data.lerobot_safety import plain
 from vla_trqam.errors import UserError
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-LARGEST_HEADER = 1 << 16  # bytes of an image's file beside its pixels
 _MODES = {"L": 1, "RGB": 3, "RGBA": 4}
 
 
@@ -156,9 +156,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         options = {"protocol_whitelist": "file"}
         with av.open(str(path), mode="r", format=kind, options=options) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no pictures in it.")
-            yield container, container.streams.video[0]
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise UserError(f"{path} has no pictures in it that can be decoded; is it whole?")
+            yield container, stream
     except (av.FFmpegError, OSError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, UserError):
             raise
@@ -170,4 +171,4 @@ def _sides(shape: tuple[int, ...]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return plain((str(error).strip() or type(error).__name__).splitlines()[0])
