@@ -132,13 +132,14 @@ class Written:
         }
 
 
-def write_video(path: Path, pictures: Iterable[np.ndarray], fps: int = FPS) -> None:
+def write_video(path: Path, pictures: Iterable[np.ndarray], *, index_first: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    options = {"movflags": "faststart"} if index_first else {}
+    with av.open(str(path), "w", options=options) as container:
         stream = None
         for pixels in pictures:
             if stream is None:
-                stream = container.add_stream("libx264", rate=fps, options={"crf": "10", "g": "2"})
+                stream = container.add_stream("libx264", rate=FPS, options={"crf": "10", "g": "2"})
                 stream.height, stream.width = pixels.shape[:2]
                 stream.pix_fmt = "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

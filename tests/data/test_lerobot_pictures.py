@@ -128,6 +128,10 @@ def spoil(root: Path, camera: str, how: str) -> None:
         path.unlink()
     elif how == "truncated":
         path.write_bytes(path.read_bytes()[:-400])
+    elif how == "half":
+        frames = [(e, t) for e in range(4) for t in range(LENGTH)]
+        write_video(path, (picture(*frame) for frame in frames), index_first=True)
+        path.write_bytes(path.read_bytes()[:-100])
     elif how == "short":
         write_video(path, (picture(0, t) for t in range(3 * LENGTH)))
     elif how == "not listed":
@@ -139,7 +143,8 @@ def spoil(root: Path, camera: str, how: str) -> None:
     ("how", "message"),
     [
         ("missing", "has no file videos/side/chunk-000/file-000.mp4: is it whole"),
-        ("truncated", "file-000.mp4 cannot be decoded .*; is it whole"),
+        ("truncated", r"file-000.mp4 (cannot be decoded|has \d+ of \d+ bytes).*; is it whole"),
+        ("half", r"file-000.mp4 has \d+ of \d+ bytes; is it whole"),
         ("short", "videos/side/.* ends at 1.8.* s, before the last frame of episode 3 at 2.300 s"),
         ("not listed", f"{EPISODES} has no column 'videos/side/from_timestamp'"),
     ],

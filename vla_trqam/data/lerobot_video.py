@@ -49,7 +49,9 @@ def read_header(path: Path) -> VideoHeader:
         ends = [stream.duration * stream.time_base] if stream.duration else []
         ends += [container.duration / 1_000_000] if container.duration else []
         code = stream.codec_context
-        return VideoHeader(code.height, code.width, float(max(ends)) if ends else None)
+        header = VideoHeader(code.height, code.width, float(max(ends)) if ends else None)
+    _check_length(path)
+    return header
 
 
 def decode_video(
@@ -143,6 +145,28 @@ def check_size(
             f"The camera {camera} is declared with {_sides(declared)} (height x width x channels) "
             f"in meta/info.json, and {where} shows {_sides(found)}{kind}."
         )
+
+
+def _check_length(path: Path) -> None:
+    """Refuse an mp4 of which the end is missing: it opens, and fails when it is decoded.
+
+    The file is a row of boxes, each of which begins with its length.
+    """
+    if VIDEO_FORMATS.get(path.suffix.lower()) not in ("mp4", "mov"):
+        return
+    size, begin = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while begin < size:
+            file.seek(begin)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            if length == 0:  # up to the end
+                return
+            begin += max(length, 8)
+    if begin > size:
+        raise UserError(f"{path} has {size} of {begin} bytes; is it whole?")
 
 
 @contextmanager
