@@ -251,7 +251,7 @@ def test_an_image_that_unpacks_to_much_more_is_not_unpacked(
 
 
 def test_a_table_that_unpacks_to_much_more_is_not_unpacked(root: Path) -> None:
-    held = [{"bytes": bytes(10**7), "path": str(row)} for row in range(4 * LENGTH)]
+    held = [{"bytes": bytes(3 * 10**6), "path": str(row)} for row in range(4 * LENGTH)]
     whole = pq.read_table(root / DATA)
     number = whole.column_names.index("front")
     table = whole.set_column(number, "front", pa.array(held))
