@@ -75,7 +75,7 @@ def test_a_revision_is_resolved_to_a_commit_and_that_is_read(
     reader = open_hub(revision=asked)
     assert hub.asked == [resolved]
     assert reader.revision == COMMIT
-    assert {revision for revision, _ in hub.downloads} == {COMMIT}
+    assert [revision for revision, _ in hub.downloads] == [resolved, COMMIT]
     assert reader.episode(3).states[0].tolist() == [3, 0]
 
 
@@ -85,6 +85,17 @@ def test_only_what_is_read_is_downloaded(hub: FolderAsHub) -> None:
     list(reader.episodes())
     wanted = [pattern for _, patterns in hub.downloads for pattern in patterns]
     assert wanted == ["meta/*", DATA, VIDEO.format("front")]
+
+
+def test_offline_the_caches_copy_of_the_revision_is_read(
+    hub: FolderAsHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert open_hub().revision == COMMIT
+    assert hub.asked == []
+    assert hub.downloads[0][0] == "v3.0"
 
 
 def test_lerobots_own_folder_comes_before_the_hub_unless_a_revision_is_asked_for(

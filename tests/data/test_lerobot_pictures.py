@@ -56,6 +56,8 @@ def film(root: Path, camera: str, height: int = HEIGHT, width: int = WIDTH) -> N
         ([HEIGHT, WIDTH, 3], ["height", "width", "channel"]),
         ([HEIGHT, WIDTH, 3], None),
         ([HEIGHT, WIDTH, 3], {"motors": ["x"]}),
+        ([WIDTH, HEIGHT, 3], ["width", "height", "channels"]),
+        ([3, WIDTH, HEIGHT], ["channels", "width", "height"]),
     ],
 )
 def test_cameras_are_read_as_declared(filmed: Path, shape: list[int], names: Any) -> None:

@@ -257,7 +257,7 @@ def test_a_table_that_unpacks_to_much_more_is_not_unpacked(root: Path) -> None:
     table = whole.set_column(number, "front", pa.array(held))
     pq.write_table(table, root / DATA, compression="zstd", use_dictionary=False)
     with pytest.raises(
-        UserError, match=r"declares 24\d* bytes unpacked and has \d+ bytes, too few"
+        UserError, match=r"declares 72\d* bytes unpacked and has \d+ bytes, too few"
     ):
         open_dataset(root)
 

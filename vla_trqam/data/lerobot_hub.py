@@ -71,14 +71,16 @@ def find_dataset(repo_id: str, root: Path | None, revision: str | None) -> Datas
         and not has_legacy_hub_download_metadata(own)
     ):
         return DatasetPlace(own, repo_id)
-    commit = _commit(repo_id, revision)
-    snapshot = _snapshot(repo_id, commit, ["meta/*"])
-    # Offline, `commit` may be a branch's name; the cache's folder has the commit's.
+    # By its name, so that the cache knows it when the Hub is not there; all else by the commit.
+    snapshot = _snapshot(repo_id, _revision(repo_id, revision), ["meta/*"])
     return DatasetPlace(snapshot, repo_id, snapshot.name)
 
 
-def _commit(repo_id: str, revision: str | None) -> str:
-    """The commit of a revision; the Hub is asked, unless HF_HUB_OFFLINE says not to."""
+def _revision(repo_id: str, revision: str | None) -> str:
+    """The one to take. The Hub is asked for it, unless HF_HUB_OFFLINE says not to.
+
+    Otherwise huggingface_hub would give an older copy where the Hub does not answer.
+    """
     from huggingface_hub import HfApi, constants
     from lerobot.datasets.utils import CompatibilityError, get_safe_version
 
@@ -86,7 +88,7 @@ def _commit(repo_id: str, revision: str | None) -> str:
         return revision or NEWEST_VERSION
     try:
         wanted = revision or get_safe_version(repo_id, NEWEST_VERSION)
-        return str(HfApi().dataset_info(repo_id, revision=wanted).sha)
+        HfApi().dataset_info(repo_id, revision=wanted)
     except CompatibilityError as error:
         raise UserError(
             f"The dataset {repo_id} is of an older version; convert it to v3 by "
@@ -94,6 +96,7 @@ def _commit(repo_id: str, revision: str | None) -> str:
         ) from error
     except _hub_errors() as error:
         raise _not_given(repo_id, revision, error) from error
+    return wanted
 
 
 def _snapshot(repo_id: str, revision: str, patterns: list[str]) -> Path:

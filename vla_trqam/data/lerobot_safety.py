@@ -188,6 +188,8 @@ def image_shape(where: str, name: str, feature: Feature) -> tuple[int, int, int]
             f'"names": ["height", "width", "channels"] in {INFO_NAME} would.'
         )
     height, width, channels = (*shape[1:], shape[0]) if first else shape
+    if _width_first(feature):
+        height, width = width, height
     if max(height, width) > LARGEST_SIDE or min(shape) < 1 or channels not in CHANNELS:
         raise UserError(
             f"{where} declares the camera {name} with {height} x {width} pixels of {channels} "
@@ -223,6 +225,12 @@ def _channels_first(feature: Feature) -> bool | None:
     if can_be[0] != can_be[2]:
         return can_be[0]
     return None
+
+
+def _width_first(feature: Feature) -> bool:
+    """Only where the names say so."""
+    initials = [name[:1].lower() for name in feature.names]
+    return "w" in initials and "h" in initials[initials.index("w") :]
 
 
 def _json(path: Path) -> dict[str, Any]:
