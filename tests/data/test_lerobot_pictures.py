@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -13,6 +15,7 @@ from vla_trqam.errors import UserError
 from .lerobot_files import (
     DATA,
     EPISODES,
+    FPS,
     LENGTH,
     SIDE,
     VIDEO,
@@ -170,6 +173,44 @@ def test_a_camera_that_nobody_looks_through_is_not_opened(filmed: Path, how: str
         assert {"observation.images.front", "observation.images.side"} < set(reader.features)
         reader.check_cameras()
         assert set(reader.episode(3).images) == {"front"}
+
+
+def split_in_two(root: Path, camera: str) -> None:
+    """Episodes 2 and 3 get files of their own, of every kind."""
+    second = {name: name.replace("file-000", "file-001") for name in (DATA, EPISODES)}
+    video = root / VIDEO.format(camera)
+    for part, episodes in (("file-000.mp4", (0, 1)), ("file-001.mp4", (2, 3))):
+        frames = [(e, t) for e in episodes for t in range(LENGTH)]
+        write_video(video.with_name(part), (picture(*frame) for frame in frames))
+    for name in ("data/file_index", f"videos/{camera}/file_index"):
+        edit_column(root / EPISODES, name, lambda _: [0, 0, 1, 1])
+    for side, first in (("from", 0.0), ("to", LENGTH / FPS)):
+        times = [first, first + LENGTH / FPS] * 2
+        edit_column(root / EPISODES, f"videos/{camera}/{side}_timestamp", lambda _, t=times: t)
+    for name, other in second.items():
+        whole = pq.read_table(root / name)
+        late = pc.greater_equal(whole["episode_index"], 2)
+        pq.write_table(whole.filter(late), root / other)
+        pq.write_table(whole.filter(pc.invert(late)), root / name)
+
+
+def test_episodes_are_found_in_their_own_files(tmp_path: Path) -> None:
+    written = Written(videos=["front"], images=["wrist"])
+    whole = list(open_dataset(written.write(tmp_path / "one")).episodes())
+    root = written.write(tmp_path / "two")
+    split_in_two(root, "front")
+    reader = open_dataset(root)
+    reader.check_cameras()
+    for number, episode in enumerate(reader.episodes()):
+        assert np.array_equal(episode.states, whole[number].states)
+        assert np.array_equal(episode.images["wrist"], whole[number].images["wrist"])
+        difference = episode.images["front"].astype(int) - whole[number].images["front"]
+        assert np.abs(difference).max() < 3
+    (root / VIDEO.format("front")).unlink()
+    (root / DATA).unlink()
+    later = open_dataset(root, episodes=(2, 3))
+    later.check_cameras()
+    assert later.episode(1).states[0].tolist() == [3, 0]
 
 
 def test_no_library_is_asked_for_a_camera_that_nobody_looks_through(
