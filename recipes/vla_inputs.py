@@ -66,6 +66,7 @@ def checked_inputs(
         say(note)
     _check_simulator(config, reader, policy)
     _check_base(config, policy)
+    reader.check_cameras()
     return reader, policy
 
 
@@ -220,9 +221,14 @@ def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
     return LeRobotConfig(
         repo_id=data.repo_id or "local/packed",
         root=data.root if data.repo_id or packed is None else packed / "dataset",
+        revision=data.revision,
         episodes=data.episodes,
         reward=data.reward,
+        kind=data.kind,
         success_labels=data.success_labels,
+        instruction=data.instruction,
+        task_changes=data.task_changes,
+        tolerance_s=data.tolerance_s,
         rename_map=config.rename_map,
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vla_trqam.data.lerobot_labels import RewardSource
+from vla_trqam.data.lerobot_rows import TaskChanges
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import Task
 from vla_trqam.errors import UserError
@@ -27,19 +28,29 @@ class VLADatasetConfig:
     Attributes:
         repo_id: of the dataset, on the Hub or of ``root``.
         root: its local folder; null looks where LeRobot does, and then on the Hub.
+        revision: branch, tag or commit on the Hub; null for the newest v3 tag.
         episodes: numbers of those to read; null for all.
         reward: where rewards come from; null takes what there is.
         success_labels: a JSON list, one label for each episode of the dataset.
         kind: what the critic maximises.
+        instruction: a column of texts that holds the policy's instruction; null for the tasks.
+        task_changes: where the task changes within an episode: "refuse", tell the policy the
+            episode's "first", or each "frame" its own.
+        tolerance_s: seconds that a frame's timestamp may be off its number, and a video's frame off
+            the timestamp.
         short_chunks: chunks that the episode's end cuts short.
     """
 
     repo_id: str | None = None
     root: Path | None = None
+    revision: str | None = None
     episodes: tuple[int, ...] | None = None
     reward: RewardSource | None = None
     success_labels: Path | None = None
     kind: RewardKind = "success_minus_one"
+    instruction: str | None = None
+    task_changes: TaskChanges = "refuse"
+    tolerance_s: float = 1e-4
     short_chunks: ShortChunks = "pad"
 
 
