@@ -139,6 +139,7 @@ def _set_up(
             chunk_length=policy.chunk_shape[0],
             num_workers=config.eval.num_workers or usable_cores(),
             max_episode_steps=config.eval.max_episode_steps,
+            chunk_deadline=config.eval.chunk_deadline,
             obs_keys=config.dataset.obs_keys,
         )
     except UserError:

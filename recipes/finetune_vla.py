@@ -267,6 +267,7 @@ def _start_simulators(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> R
         chunk_length=policy.chunk_shape[0],
         num_workers=config.eval.num_workers or usable_cores(),
         max_episode_steps=config.eval.max_episode_steps,
+        chunk_deadline=config.eval.chunk_deadline,
         obs_keys=STATE_KEYS,
         cameras=CameraSettings(config.env.cameras, config.env.image_size, config.env.shadows),
     )

@@ -158,6 +158,8 @@ class EvalConfig:
         first_seed: of the initial states; training uses others.
         max_episode_steps: control steps (20 a second) until an episode is cut.
         num_workers: simulator processes; None for one a core.
+        chunk_deadline: seconds for the steps of one chunk; a simulator process that takes longer
+            is replaced, and its episode played again from the start.
         episodes_during_training: initial states (others) of the evaluations in between.
         videos: episodes filmed; None for two where off-screen rendering works, else none.
     """
@@ -166,6 +168,7 @@ class EvalConfig:
     first_seed: int = 10_000
     max_episode_steps: int = 150
     num_workers: int | None = None
+    chunk_deadline: float = 120.0
     episodes_during_training: int = 50
     videos: int | None = None
 
@@ -278,6 +281,11 @@ class RunSettings(ABC):
         refuse_below(not_negative | self._not_negative(), 0)
 
     def _check_rates(self) -> None:
+        if not 0.0 < self.eval.chunk_deadline < float("inf"):
+            raise UserError(
+                f"--eval.chunk_deadline={self.eval.chunk_deadline} must be a positive number of "
+                "seconds"
+            )
         if not 0.0 < self.discount < 1.0:
             raise UserError(f"--discount={self.discount} must lie between 0 and 1")
         if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:
