@@ -13,6 +13,7 @@ from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.training.divergence import OnDivergence, check_on_divergence
 from vla_trqam.training.learners import BehaviourCloningConfig
 
 # Initial states: evaluation seeds lie below, those of training above.
@@ -182,6 +183,7 @@ class RunSettings(ABC):
     evaluate_every: int
     log_freq: int
     save_freq: int
+    on_divergence: OnDivergence
     num_threads: int | None
     critic: CriticConfig
     method: MethodConfig
@@ -255,6 +257,7 @@ class RunSettings(ABC):
 
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
+        check_on_divergence(self.on_divergence)
         self.method_config()
 
     def _check_numbers(self) -> None:
@@ -332,6 +335,8 @@ class FinetuneRobomimicConfig(RunSettings):
         evaluate_every: updates between evaluations during training; 0 for none.
         log_freq: updates between lines of ``metrics.jsonl``.
         save_freq: updates between checkpoints.
+        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
+            its last checkpoint with half the step sizes ("rollback", at most five times).
         num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
         policy: the policy.
@@ -352,6 +357,7 @@ class FinetuneRobomimicConfig(RunSettings):
     evaluate_every: int = 3000
     log_freq: int = 100
     save_freq: int = 1000
+    on_divergence: OnDivergence = "stop"
     num_threads: int | None = None
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
