@@ -289,7 +289,11 @@ def test_behaviour_cloning_moves_nothing_by_a_number_that_is_not_finite(where, b
     else:
         parameter = next(cloning.policy.trainable_parameters())
         parameter.register_hook(lambda g: torch.full_like(g, math.inf))
-    said = "the behaviour-cloning loss is nan" if where == "action" else "gradient norm is inf"
+    said = (
+        "the behaviour-cloning loss is nan"
+        if where == "action"
+        else "the norm of its gradient is inf"
+    )
     with pytest.raises(DivergenceError, match=said):
         cloning.update(batch, run.generators.noise)
     after = module_tensors(cloning) | optimizer_tensors(cloning.optimizer)

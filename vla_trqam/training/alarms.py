@@ -76,7 +76,8 @@ class Alarms:
 
     def look(self, line: Line) -> Looked:
         """Takes in a line."""
-        numbers, sentences = {}, []
+        numbers: dict[str, float] = {}
+        sentences = []
         for rule in self._rules:
             sentence = rule.finding(line)
             if sentence is None:

@@ -106,9 +106,12 @@ class BehaviourCloning:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for p in self.policy.trainable_parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        names = {"the behaviour-cloning loss": loss, "its gradient norm": norm}
-        check_finite(measured(Ranks(), {name: ([found], [1.0]) for name, found in names.items()}))
+        norms = torch._foreach_norm(gradients)
+        sums = {
+            "the behaviour-cloning loss": ([loss], [1.0]),
+            "the norm of its gradient": (norms, [1.0] * len(norms)),
+        }
+        check_finite(measured(Ranks(), sums))
         self._optimizer.step()
         self._done += 1
         # A young average forgets its random start: the mean of all weights so far is at most 1/n.
