@@ -14,6 +14,7 @@ from vla_trqam.envs.robomimic import env_meta_for
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 
+pytestmark = pytest.mark.slow
 SEEDS = [30, 10, 20, 40, 5]
 HORIZON, ACTION = 5, 2
 DEADLINE = 2.0
@@ -76,7 +77,10 @@ ACCIDENTS = {
         {"at": 1, "seed": 10, "kind": "stop within a reply"},
         "did not answer for 2 s at chunk 1",
     ),
-    "its reset hangs": ({"at": "reset", "seed": 10, "kind": "sleep"}, "did not answer for 2 s"),
+    "its reset hangs": (
+        {"at": "reset", "seed": 10, "kind": "sleep"},
+        "did not answer for 2 s at the reset of",
+    ),
 }
 
 
@@ -110,6 +114,19 @@ def test_a_process_lost_while_it_starts_is_replaced(accidents, undisturbed, capf
         assert (pool.observation_size, pool.action_size) == (3, 2)
         assert_same(pool.run(policy, SEEDS), undisturbed)
     assert "was killed by SIGKILL at " in capfd.readouterr().err
+
+
+def test_processes_that_never_start_are_given_up(accidents):
+    with (
+        accidents({"at": "make", "kind": "exit", "times": 99}, num_workers=1) as pool,
+        pytest.raises(UserError, match=r"code 7 at its start for the episode of seed 30, and so"),
+    ):
+        pool.run(policy, SEEDS)
+    with (
+        accidents({"at": "make", "kind": "exit", "times": 99}, num_workers=1) as pool,
+        pytest.raises(UserError, match=r"ended with exit code 7 at its start, and so did the 3"),
+    ):
+        _ = pool.action_size
 
 
 def test_a_process_that_hangs_while_it_starts_is_replaced(accidents, undisturbed, capfd):

@@ -84,6 +84,7 @@ class Worker(Generic[Job]):  # noqa: UP046 (mypy of the class attribute)
     Attributes:
         spaces: observation size O and action size A, once the environment is made.
         job: what its pool has it do.
+        request: the kind of the last one.
     """
 
     def __init__(self, settings: EnvSettings, deadlines: Deadlines) -> None:
@@ -102,7 +103,7 @@ class Worker(Generic[Job]):  # noqa: UP046 (mypy of the class attribute)
                 start_new_session=True,  # Ctrl-C is for the trainer, which then closes the pool
             )
         self.connection = Connection(ours.detach())
-        self._request, self._due = "make", time.monotonic() + deadlines.start
+        self.request, self._due = "make", time.monotonic() + deadlines.start
         with suppress(OSError):  # the first `receive` finds one that is gone already
             self.connection.send(("make", settings))
 
@@ -112,7 +113,7 @@ class Worker(Generic[Job]):  # noqa: UP046 (mypy of the class attribute)
         Raises:
             LostWorkerError: the process is gone or stopped.
         """
-        self._request = request
+        self.request = request
         self._due = time.monotonic() + self.deadlines.of(request)
         self._transfer(lambda: self.connection.send((request, *arguments)))
 
@@ -199,7 +200,7 @@ class Worker(Generic[Job]):  # noqa: UP046 (mypy of the class attribute)
             raise LostWorkerError(self._end()) from error
 
     def _slow(self) -> SlowWorkerError:
-        return SlowWorkerError(f"did not answer for {self.deadlines.of(self._request):g} s")
+        return SlowWorkerError(f"did not answer for {self.deadlines.of(self.request):g} s")
 
     def _end(self) -> str:
         try:

@@ -147,8 +147,10 @@ class _Schedule:
         except LostWorkerError as loss:
             episode = worker.job
             assert episode is not None
-            doing = f"at chunk {len(episode.chunks)} of the episode of seed {episode.seed}"
+            chunk = f"at chunk {len(episode.chunks)} of"
+            at = {"make": "at its start for", "reset": "at the reset of"}.get(worker.request, chunk)
             worker.job = episode.lost()
+            doing = f"{at} the episode of seed {episode.seed}"
             workers[number] = worker.replaced(loss, doing, worker.job.losses)
 
     def _assign(self, worker: Worker[_Unfinished]) -> None:
