@@ -14,6 +14,7 @@ import yaml
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
+from vla_trqam.training.divergence import OnDivergence
 from vla_trqam.training.flag_help import help_text
 
 Settings = dict[str, Any]
@@ -61,6 +62,7 @@ class Resumable(Protocol):
     output_dir: Path | None
     resume: bool
     num_threads: int | None
+    on_divergence: OnDivergence
 
 
 def resumed_config[C: Resumable](config: C, name: str, arguments: Sequence[str]) -> C:
@@ -76,12 +78,15 @@ def resumed_config[C: Resumable](config: C, name: str, arguments: Sequence[str])
     """
     if config.output_dir is None:
         raise UserError("--resume=true needs --output_dir, the folder of the run to go on with")
-    others = given_flags(arguments) - {"--resume", "--output_dir", "--num_threads"}
+    given = given_flags(arguments)
+    others = given - {"--resume", "--output_dir", "--num_threads", "--on_divergence"}
     if others:
         raise UserError(f"a resumed run keeps its settings; leave out {', '.join(sorted(others))}")
     saved = saved_config(type(config), config.output_dir / name)
     saved.resume, saved.output_dir = True, config.output_dir
     saved.num_threads = config.num_threads or saved.num_threads
+    if "--on_divergence" in given:
+        saved.on_divergence = config.on_divergence
     return saved
 
 

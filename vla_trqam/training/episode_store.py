@@ -22,6 +22,9 @@ class EpisodeStore(Protocol):
     def add(self, episode: Episode, *, source: str) -> None:
         """Appends a whole episode."""
 
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes."""
+
 
 class StateStore:
     """Episodes of states."""
@@ -45,6 +48,10 @@ class StateStore:
             source=source,
             success=episode.success,
         )
+
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes."""
+        self.replay.truncate_to(num_episodes)
 
 
 class FrameStore:
@@ -84,6 +91,10 @@ class FrameStore:
         self.replay.add_episode(frames, source=source)
         if self.cache is not None:
             self.cache.update()
+
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes, and their features."""
+        self.replay.truncate_to(num_episodes)
 
     def _observed(self, episode: Episode) -> np.ndarray:
         """(T + 1,) bool: where the policy decided, and where the limit cut."""

@@ -117,6 +117,7 @@ def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = 
         learner.method.critic.load_state_dict(critic)
         if trust_region:
             learner.load_scalars(read_json(algorithm / "scalars.json"))
+            learner.step_factor = 1.0  # a smaller one is the former run's
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{algorithm} does not fit this run's critic: {reason}") from None

@@ -12,6 +12,7 @@ from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import Task
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.training.divergence import OnDivergence
 from vla_trqam.training.settings import (
     CriticConfig,
     EvalConfig,
@@ -160,6 +161,8 @@ class FinetuneVLAConfig(RunSettings):
         evaluate_every: updates between evaluations during training; 0 for none.
         log_freq: updates between lines of ``metrics.jsonl``.
         save_freq: updates between checkpoints.
+        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
+            its last checkpoint with half the step sizes ("rollback", at most five times).
         num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
         rename_map: from the dataset's cameras to those that the policy looks through, like
@@ -185,6 +188,7 @@ class FinetuneVLAConfig(RunSettings):
     evaluate_every: int = 0
     log_freq: int = 10
     save_freq: int = 250
+    on_divergence: OnDivergence = "stop"
     num_threads: int | None = None
     dataset: VLADatasetConfig = field(default_factory=VLADatasetConfig)
     rename_map: dict[str, str] = field(default_factory=dict)
