@@ -52,21 +52,14 @@ def _other_networks(run: Path) -> None:
     (run / NETWORKS).write_bytes(policy.read_bytes())
 
 
-def _longer_episodes(run: Path) -> None:
-    """The checkpoint says that the replay has more episodes than it has."""
-    edit_json(run / STATE / "position.json", lambda p: p.update(replay_episodes=[99]))
+def of_an_old_run(**position: Any) -> Change:
+    """A position that no checksum guards: checkpoints of old runs have none."""
 
+    def spoil(run: Path) -> None:
+        (run / LAST / "manifest.json").unlink(missing_ok=True)
+        edit_json(run / STATE / "position.json", lambda fields: fields.update(position))
 
-def _no_checkpoint(run: Path) -> None:
-    (run / "checkpoints").rename(run.with_name("moved"))
-
-
-def _link_to_nothing(run: Path) -> None:
-    (run / LAST).unlink()
-    (run / LAST).symlink_to("000099")
-    for path in (run / "checkpoints").glob("[!.]*"):
-        if path.is_dir():
-            path.rename(run.with_name(f"moved_{path.name}"))
+    return spoil
 
 
 SPOILED: tuple[Spoiled, ...] = (
@@ -90,8 +83,6 @@ SPOILED: tuple[Spoiled, ...] = (
         in_settings(lambda settings: settings.update(discount=2.0)),
         ("<run>/config.yaml", "discount"),
     ),
-    ("no checkpoint", _no_checkpoint, ("<run>", "checkpoint")),
-    ("a link to a checkpoint that is gone", _link_to_nothing, ("<run>", "checkpoint")),
     ("no networks", removed(NETWORKS), ("networks.safetensors",)),
     ("networks cut short", halved(NETWORKS), ("networks.safetensors",)),
     ("networks that are a text", rewritten(NETWORKS, "networks"), ("networks.safetensors",)),
@@ -135,13 +126,13 @@ SPOILED: tuple[Spoiled, ...] = (
         in_json(f"{STATE}/position.json", step="far", phase_step="far"),
         ("position.json",),
     ),
-    ("more episodes than the replay has", _longer_episodes, ("99", "replay")),
+    ("more episodes than the replay has", of_an_old_run(replay_episodes=[99]), ("99", "replay")),
     (
         "a run of two processes",
-        in_json(f"{STATE}/position.json", replay_episodes=[2, 2]),
+        of_an_old_run(replay_episodes=[2, 2]),
         ("2 pr",),
     ),
-    ("another precision", in_json(f"{STATE}/position.json", precision="bf16"), ("bf16", "--mixed")),
+    ("another precision", of_an_old_run(precision="bf16"), ("bf16", "--mixed")),
     ("no replay", lambda run: (run / "replay").rename(run / "x"), ("<run>/replay",)),
     ("no header of the replay", removed("replay/replay.json"), ("replay.json",)),
     ("a header that is not JSON", rewritten("replay/replay.json", "{"), ("replay.json",)),
