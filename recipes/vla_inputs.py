@@ -37,7 +37,13 @@ def own_device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.dev
     """The device of this process."""
     own = accelerator.device
     # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
-    return torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
+    try:
+        device = torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--policy.device={config.policy.device} is not here: {reason}") from None
+    return device
 
 
 def checked_inputs(
@@ -254,6 +260,12 @@ def _load_policy(
         say=say,
     )
     if knobs.n_action_steps is not None:
+        length = policy.chunk_shape[0]
+        if knobs.n_action_steps > length:
+            raise UserError(
+                f"--policy.n_action_steps={knobs.n_action_steps} is more than the {length} actions "
+                "of the policy's chunks"
+            )
         policy.host.config.n_action_steps = knobs.n_action_steps
         policy.host.reset()  # its queue of actions has that length
     assert policy.processors is not None, "load_policy brings processors"

@@ -55,9 +55,10 @@ class TrustRegionConfig:
     kl_clip: float | None = 2.0
 
     def __post_init__(self) -> None:
-        if not self.kl_budget > 0.0:
+        if not 0.0 < self.kl_budget < math.inf:
             raise UserError(
-                f"kl_budget is {self.kl_budget}; the KL budget must be a positive number of nats"
+                f"kl_budget is {self.kl_budget}; the KL budget must be a positive, finite number "
+                "of nats"
             )
         if not 0.0 < self.lam_min <= self.lam_init <= self.lam_max:
             raise UserError(

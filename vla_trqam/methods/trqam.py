@@ -7,6 +7,7 @@ step, measures the KL and moves lambda.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -87,6 +88,9 @@ class TRQAMConfig(TrustRegionConfig):
         for name in ("actor_lr", "critic_lr", "max_grad_norm"):
             if not getattr(self, name) > 0.0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("actor_lr", "critic_lr"):
+            if getattr(self, name) == math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be finite")
         if not 0.0 < self.time_shift <= 1.0:
             raise UserError(f"time_shift is {self.time_shift}; it must be in (0, 1], in units of h")
         if not 0.0 <= self.base_ema_rate <= 1.0:

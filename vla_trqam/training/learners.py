@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,8 +70,8 @@ class BehaviourCloningConfig:
     ema_rate: float = 0.005
 
     def __post_init__(self) -> None:
-        if not self.lr > 0.0:
-            raise UserError(f"lr is {self.lr}; it must be positive")
+        if not 0.0 < self.lr < math.inf:
+            raise UserError(f"lr is {self.lr}; it must be positive and finite")
         if not 0.0 < self.ema_rate <= 1.0:
             raise UserError(f"ema_rate is {self.ema_rate}; it must be in (0, 1]")
 

@@ -398,6 +398,9 @@ class FinetuneRobomimicConfig(RunSettings):
             )
         if self.dataset.path is not None and self.dataset.name is not None:
             raise UserError("--dataset.path and --dataset.name are both given; choose one")
+        keys = self.dataset.obs_keys
+        if len(set(keys)) < len(keys):
+            raise UserError(f"--dataset.obs_keys=[{', '.join(keys)}] has an observation twice")
         if self.eval.max_episode_steps < self.policy.chunk_length:
             raise UserError(
                 f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "

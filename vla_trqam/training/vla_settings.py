@@ -210,6 +210,8 @@ class FinetuneVLAConfig(RunSettings):
         return {
             "micro_batches": self.micro_batches,
             "peft.r": self.peft.r,
+            "peft.lora_alpha": self.peft.lora_alpha,
+            "policy.n_action_steps": self.policy.n_action_steps,
             "critic.batch_size": self.critic.batch_size,
             "critic.next_actions": self.critic.next_actions,
             "env.image_size": self.env.image_size,
