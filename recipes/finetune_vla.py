@@ -43,7 +43,8 @@ from vla_trqam.training.hub_pull import find_algorithm, load_algorithm
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
 from vla_trqam.training.next_actions import NextActions, NumberedFeatures
-from vla_trqam.training.preflight import RewardSummary, Share, preflight
+from vla_trqam.training.preflight import PreflightReport, RewardSummary, Share, preflight
+from vla_trqam.training.preflight_outliers import check_outliers
 from vla_trqam.training.run_folder import CONFIG_NAME, open_folder, save_settings
 from vla_trqam.training.showcase import conclude
 from vla_trqam.training.vla_settings import FinetuneVLAConfig
@@ -95,6 +96,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
     config.output_dir = Path(team.on_main(lambda: str(config.output_dir)))
     device = own_device(config, accelerator)
     reader, policy = team.together(lambda: checked_inputs(config, packed, device, team))
+    team.together(lambda: PreflightReport((check_outliers(policy, reader),)).raise_on_failure())
     with ExitStack() as stack:
         parts = _set_up(config, reader, policy, accelerator, stack)
         run, phases, everything = parts

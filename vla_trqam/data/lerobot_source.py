@@ -79,6 +79,23 @@ class LeRobotConfig:
     rename_map: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
+@dataclass(frozen=True)
+class RowNumbers:
+    """What a dataset's table says of its rows without any image.
+
+    Attributes:
+        states: (N, S) float32.
+        actions: (N, A) float32.
+        episodes: (N,) numbers of the episodes in the dataset.
+        frames: (N,) numbers of the rows in their episodes.
+    """
+
+    states: np.ndarray
+    actions: np.ndarray
+    episodes: np.ndarray
+    frames: np.ndarray
+
+
 class LeRobotReader:
     """An opened and checked dataset; all of it but the pictures is in memory.
 
@@ -145,6 +162,18 @@ class LeRobotReader:
     def num_frames(self) -> int:
         """Rows whose images are their own: what is decoded, at most."""
         return int(sum(_new(rows).sum() for rows in self._rows))
+
+    def row_numbers(self) -> RowNumbers:
+        """States and actions of every row to read, by the dataset's own episode numbers."""
+        wanted = np.concatenate([np.arange(start, stop) for _, start, stop in self._bounds])
+        columns = self._table.select_columns([STATE_KEY, "action", "episode_index", "frame_index"])
+        rows = columns[:]
+        return RowNumbers(
+            states=_matrix(rows[STATE_KEY])[wanted],
+            actions=_matrix(rows["action"])[wanted],
+            episodes=np.asarray(rows["episode_index"]).reshape(-1)[wanted],
+            frames=np.asarray(rows["frame_index"]).reshape(-1)[wanted],
+        )
 
     def part(self, number: int, count: int) -> Self:
         """The same dataset, of whose episodes only every ``count``-th from ``number`` on is read.
