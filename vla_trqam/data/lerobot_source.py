@@ -165,14 +165,11 @@ class LeRobotReader:
 
     def row_numbers(self) -> RowNumbers:
         """States and actions of every row to read, by the dataset's own episode numbers."""
-        wanted = np.concatenate([np.arange(start, stop) for _, start, stop in self._bounds])
-        columns = self._table.select_columns([STATE_KEY, "action", "episode_index", "frame_index"])
-        rows = columns[:]
         return RowNumbers(
-            states=_matrix(rows[STATE_KEY])[wanted],
-            actions=_matrix(rows["action"])[wanted],
-            episodes=np.asarray(rows["episode_index"]).reshape(-1)[wanted],
-            frames=np.asarray(rows["frame_index"]).reshape(-1)[wanted],
+            states=np.concatenate([rows.columns[STATE_KEY] for rows in self._rows]),
+            actions=np.concatenate([rows.columns["action"] for rows in self._rows]),
+            episodes=np.concatenate([np.full(rows.length, rows.number) for rows in self._rows]),
+            frames=np.concatenate([np.arange(rows.length) for rows in self._rows]),
         )
 
     def part(self, number: int, count: int) -> Self:
