@@ -37,7 +37,8 @@ def trained(seed=0):
 def test_a_checkpoint_has_the_layout_that_is_promised(tmp_path):
     path = save(tmp_path)
     assert path == tmp_path / "checkpoints" / "000003"
-    assert {p.name for p in path.iterdir()} == {"pretrained_model", "training_state", "algorithm"}
+    folders = {"pretrained_model", "training_state", "algorithm"}
+    assert {p.name for p in path.iterdir()} == folders | {"manifest.json"}
     assert last_checkpoint(tmp_path) == path.resolve()
     assert {p.suffix for p in path.rglob("*") if p.is_file()} == {".json", ".safetensors"}
 

@@ -77,6 +77,14 @@ class FeatureCache(Observer[FrameObservation]):
             self._compute_batch(first, rows[first : first + batch_size])
         return len(rows) - before
 
+    def flush(self) -> None:
+        """Force everything written to the disk itself; the replay's own `flush` does the headers.
+
+        Otherwise a power cut could leave a header that counts rows which are not there.
+        """
+        for column in self._columns.values():
+            column.sync()
+
     def known(self, rows: np.ndarray) -> np.ndarray:
         """(N,) bool: whether a frame was taken."""
         return self._replay.frame_index.known(rows)

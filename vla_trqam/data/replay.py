@@ -30,6 +30,7 @@ from vla_trqam.data.sampling import (
     VectorObserver,
 )
 from vla_trqam.errors import UserError
+from vla_trqam.files import sync
 
 __all__ = ["ChunkSampler", "Episodes", "MixedSampler", "ReplayBuffer", "ReplayStats", "RewardSpec"]
 
@@ -264,6 +265,9 @@ class ReplayBuffer:
         """Force everything written to the disk itself: survives a power cut, not just a kill."""
         for column in self._columns.values():
             column.sync()
+        for header in self.path.glob("*.json"):
+            sync(header)
+        sync(self.path)
 
     def close(self) -> None:
         """Give up the lock on writing. Reading goes on working."""

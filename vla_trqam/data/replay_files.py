@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -12,7 +11,7 @@ from typing import TextIO
 import numpy as np
 
 from vla_trqam.errors import UserError
-from vla_trqam.files import written_whole
+from vla_trqam.files import sync, written_whole
 
 HEADER_NAME = "replay.json"
 FORMAT = "vla_trqam.replay"
@@ -122,8 +121,7 @@ class Column:
 
     def sync(self) -> None:
         """Wait until the disk itself has everything written."""
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(self.path)
 
 
 class WriteLock:

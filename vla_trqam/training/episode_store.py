@@ -22,6 +22,9 @@ class EpisodeStore(Protocol):
     def add(self, episode: Episode, *, source: str) -> None:
         """Appends a whole episode."""
 
+    def flush(self) -> None:
+        """Waits until the disk itself has all of them."""
+
 
 class StateStore:
     """Episodes of states."""
@@ -45,6 +48,10 @@ class StateStore:
             source=source,
             success=episode.success,
         )
+
+    def flush(self) -> None:
+        """Waits until the disk itself has all of them."""
+        self.replay.flush()
 
 
 class FrameStore:
@@ -84,6 +91,12 @@ class FrameStore:
         self.replay.add_episode(frames, source=source)
         if self.cache is not None:
             self.cache.update()
+
+    def flush(self) -> None:
+        """Waits until the disk itself has all of them, and of their features."""
+        if self.cache is not None:
+            self.cache.flush()
+        self.replay.flush()
 
     def _observed(self, episode: Episode) -> np.ndarray:
         """(T + 1,) bool: where the policy decided, and where the limit cut."""

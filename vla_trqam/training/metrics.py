@@ -134,6 +134,10 @@ class MetricsLog:
         self._file.flush()
         self.num_lines += 1
 
+    def sync(self) -> None:
+        """Wait until the disk itself has every line: survives a power cut, not just a kill."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
