@@ -19,7 +19,6 @@ from vla_trqam.data.frame_replay import image_key
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
 from vla_trqam.envs.robomimic_images import ACTION_DIM, STATE_DIM
 from vla_trqam.errors import UserError
-from vla_trqam.training.checkpoints import check_output_dir
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.hub import push_checkpoint
 from vla_trqam.training.hub_access import check_push
@@ -41,8 +40,6 @@ def checked_inputs(
     Raises:
         UserError: see :func:`finetune`.
     """
-    assert config.output_dir is not None
-    check_output_dir(config.output_dir, resume=config.resume)
     _check_sizes(config, team)
     if team.is_main:
         _check_push(config)

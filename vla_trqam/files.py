@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +44,23 @@ def discard(folder: Path) -> None:
     _remove(old)
     os.replace(folder, old)
     shutil.rmtree(old)
+
+
+def set_aside(paths: Iterable[Path], root: Path, prefix: str) -> Path | None:
+    """Moves what is in a folder to a new one in it, ``root/prefixN``, which is returned.
+
+    Nothing is copied. Without anything to move there is no new folder.
+    """
+    there = [path for path in paths if path.exists() or path.is_symlink()]
+    if not there:
+        return None
+    numbers = itertools.count(1)
+    target = next(p for n in numbers if not (p := root / f"{prefix}{n}").exists())
+    for path in there:
+        place = target / path.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    return target
 
 
 def sync_tree(path: Path) -> None:

@@ -44,7 +44,7 @@ def test_the_last_sentence_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipes/my recipe.py", "--seed=3"])
     text = how_to_go_on(tmp_path / "a b", "offline update 3 of 6")
     assert text == (
-        "stopped at offline update 3 of 6; go on with: accelerate launch 'recipes/my recipe.py' "
+        "stopped at offline update 3 of 6; go on with: accelerate launch -q 'recipes/my recipe.py' "
         f"--resume=true --output_dir='{tmp_path}/a b'"
     )
-    assert how_to_go_on(None, "") == "stopped before anything was written"
+    assert how_to_go_on(None, "") == "stopped before the first checkpoint: nothing is kept, begin again"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_trqam.data.frame_files import CacheHeader
+from vla_trqam.data.frame_files import CacheHeader, cache_array
 from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
 from vla_trqam.data.replay_files import ArraySpec, Column
 from vla_trqam.data.sampling import Observer
@@ -139,12 +139,12 @@ class FeatureCache(Observer[FrameObservation]):
 
     def _start(self, header: CacheHeader) -> None:
         for name, spec in self._arrays(header).items():
-            Column.allocate(self._replay.path, f"cache.{name}", spec)
+            Column.allocate(self._replay.path, cache_array(name), spec)
         self._header, self._columns = header, self._mapped(header)
 
     def _mapped(self, header: CacheHeader) -> dict[str, Column]:
         return {
-            name: Column(self._replay.path, f"cache.{name}", spec)
+            name: Column(self._replay.path, cache_array(name), spec)
             for name, spec in self._arrays(header).items()
         }
 

@@ -60,21 +60,6 @@ class Position:
     precision: str
 
 
-def check_output_dir(output_dir: Path, *, resume: bool) -> None:
-    """Refuses a folder that a new run would overwrite.
-
-    Raises:
-        UserError: it is a file, or something is in it and the run is new.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir={output_dir} is a file; a run needs a folder")
-    if not resume and output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(
-            f"{output_dir} is in use; choose another --output_dir, or go on with that run "
-            "by --resume=true"
-        )
-
-
 def save_checkpoint(
     output_dir: Path,
     name: str,
