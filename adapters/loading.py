@@ -58,6 +58,7 @@ def load_policy(
     limits: Limits | None = None,
     device: str | None = None,
     revision: str | None = None,
+    base_revision: str | None = None,
     overrides: Sequence[str] = (),
     processor_overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> LeRobotFlowPolicy:
@@ -74,6 +75,7 @@ def load_policy(
             statistics' actions.
         device: where to; None takes the config's.
         revision: branch, tag or commit on the Hub.
+        base_revision: the same of an adapter's base; None takes the one that the adapter names.
         overrides: fields of the policy's config as ``--name=value``, as ``lerobot-train`` takes
             them after ``--policy``.
         processor_overrides: by step name, as LeRobot's ``preprocessor_overrides``, for example
@@ -89,8 +91,9 @@ def load_policy(
     check_config(family, config)
     model: PreTrainedPolicy | PeftModel
     source: str | None
-    if (checkpoint.folder / ADAPTER_CONFIG).is_file():
-        base = fetch(*_adapter_base(checkpoint))
+    adapted = adapter_base(checkpoint)
+    if adapted is not None:
+        base = fetch(adapted[0], base_revision or adapted[1])
         model = _with_adapters(load_host(base, config), checkpoint)
         source = base.source
         if adapter == "merge":
@@ -223,8 +226,15 @@ def load_processors(
     return processors
 
 
-def _adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None]:
+def adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None] | None:
+    """The base that a checkpoint adapts, and its revision; None for one that is no adapter.
+
+    Raises:
+        UserError: the adapter does not name its base.
+    """
     path = checkpoint.folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
     fields = _read_json(path)
     if not fields.get("base_model_name_or_path"):
         raise UserError(f"{path} does not say which policy it adapts (base_model_name_or_path)")

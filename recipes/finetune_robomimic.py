@@ -34,6 +34,7 @@ from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner,
 from vla_trqam.training.more_updates import check_resumed
 from vla_trqam.training.offline_data import pretraining_demos, read_dataset, reopen_replay
 from vla_trqam.training.own_folder import own_folder
+from vla_trqam.training.pins import Source, write_pins
 from vla_trqam.training.run_folder import (
     BASE_NAME,
     CONFIG_NAME,
@@ -88,6 +89,10 @@ def _finetune(config: FinetuneRobomimicConfig, device: torch.device) -> None:
     file = read_dataset(config.dataset)
     pretraining_demos(config, file)  # refused here, before anything is trained
     policy = _make_policy(config, file).to(device)
+    if not config.resume:
+        assert config.output_dir is not None
+        data = Source("dataset", str(file.path), file.path.parent, (file.path.name,))
+        write_pins(config.output_dir, [data])  # of a given policy the run has a copy
     reward = RewardSpec(config.dataset.reward)
     with ExitStack() as stack:
         run, phases, everything = _set_up(config, file, policy, reward, device, stack)

@@ -14,6 +14,7 @@ from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
+from vla_trqam.recipes.vla_pins import sources_of, take_pinned_commits
 
 from vla_trqam.data.frame_replay import image_key
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
@@ -22,6 +23,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.hub import push_checkpoint
 from vla_trqam.training.hub_access import check_push
+from vla_trqam.training.pins import write_pins
 from vla_trqam.training.vla_settings import FinetuneVLAConfig
 
 
@@ -43,11 +45,15 @@ def checked_inputs(
     _check_sizes(config, team)
     if team.is_main:
         _check_push(config)
+    base_revision = take_pinned_commits(config)
     reader = LeRobotReader(_dataset(config, packed)).part(team.rank, team.size)
-    policy = _load_policy(config, packed, device)
+    policy = _load_policy(config, packed, device, base_revision)
     # Before anything is decoded.
     check_against_dataset(policy, reader.features)
     _check_simulator(config, reader, policy)
+    if team.is_main and not config.resume:
+        assert config.output_dir is not None
+        write_pins(config.output_dir, sources_of(config, packed, reader))
     return reader, policy
 
 
@@ -146,7 +152,10 @@ def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
 
 
 def _load_policy(
-    config: FinetuneVLAConfig, packed: Path | None, device: torch.device
+    config: FinetuneVLAConfig,
+    packed: Path | None,
+    device: torch.device,
+    base_revision: str | None,
 ) -> LeRobotFlowPolicy:
     knobs, peft = config.policy, config.peft
     lora = LoRASettings(peft.r, peft.lora_alpha, peft.target_modules)
@@ -162,6 +171,7 @@ def _load_policy(
         limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
         device=str(device),
         revision=knobs.revision,
+        base_revision=base_revision,
     )
     if knobs.n_action_steps is not None:
         policy.host.config.n_action_steps = knobs.n_action_steps

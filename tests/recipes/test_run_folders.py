@@ -1,8 +1,10 @@
 """The recipe on the toy task: what a failure leaves, and how a run is gone on with otherwise."""
 
 import shlex
+import shutil
 import sys
 
+import h5py
 import pytest
 from toy_deaths import dies_at_update
 from toy_files import differences, final_state, metrics_lines
@@ -219,3 +221,46 @@ def test_the_settings_file_names_the_new_number_before_anything_is_trained(
             go_on(folder, "--offline.steps=6")
     assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").offline.steps == 6
     assert own_folder.last_checkpoint(folder).name == "000004"
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(tiny, no_conclusion, toy_file, tmp_path, capsys):
+    data, folder = tmp_path / "data.hdf5", tmp_path / "run"
+    shutil.copyfile(toy_file, data)
+    flags = (f"--dataset.path={data}", *OFFLINE)
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at_update(patch, OffPolicy, 3)
+        with pytest.raises(Killed):
+            tiny(folder, *flags)
+    whole = data.read_bytes()
+    with h5py.File(data, "r+") as file:
+        file["data/demo_3/rewards"][0] = 0.25
+    capsys.readouterr()
+    assert go_on(folder) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: {data} (dataset) is not the one that the run in {folder} was begun with; bring "
+        f"that one back, or begin a new run with --policy.path={folder}/checkpoints/last/"
+        "pretrained_model\n"
+    )
+    data.unlink()
+    assert go_on(folder) == 2
+    assert f"{data} (dataset) is missing" in capsys.readouterr().err
+    data.write_bytes(whole)  # at another time
+    assert go_on(folder) == 0
+
+
+def test_a_folder_of_an_older_version_is_gone_on_with(tiny, no_conclusion, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert tiny(folder, *OFFLINE) == 0
+    before = final_state(folder)
+    (folder / "inputs.json").unlink()
+    for manifest in folder.rglob("manifest.json"):
+        manifest.unlink()
+    saved = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(saved.replace("checkpoint: null\n", ""))
+    capsys.readouterr()
+    assert go_on(folder) == 0
+    said = capsys.readouterr().out
+    assert f"{folder} has no inputs.json: what it was begun with cannot be compared\n" in said
+    assert "has no manifest.json: older versions wrote no checksums\n" in said
+    assert differences(final_state(folder), before) == []

@@ -48,7 +48,8 @@ def names(folder):
 def test_only_a_new_run_wants_an_empty_folder(tmp_path):
     check_output_dir(tmp_path / "new", resume=False)
     check_output_dir(tmp_path, resume=False)
-    (tmp_path / LOCK_NAME).touch()  # left by a kill
+    for left_by_a_kill in (LOCK_NAME, "inputs.json"):
+        (tmp_path / left_by_a_kill).touch()
     check_output_dir(tmp_path, resume=False)
     (tmp_path / "file").write_text("x")
     check_output_dir(tmp_path, resume=True)
@@ -170,6 +171,7 @@ def test_a_resume_without_checkpoint_begins_anew_and_keeps_what_is_there(tmp_pat
     for number in (1, 2):
         (tmp_path / "config.yaml").touch()
         (tmp_path / "command.txt").touch()
+        (tmp_path / "inputs.json").write_text("{}")
         (tmp_path / "base_policy").mkdir(exist_ok=True)
         (tmp_path / "metrics.jsonl").write_text(f"line of {number}\n")
         (tmp_path / "replay").mkdir()
@@ -179,7 +181,7 @@ def test_a_resume_without_checkpoint_begins_anew_and_keeps_what_is_there(tmp_pat
             assert (kept / "metrics.jsonl").read_text() == f"line of {number}\n"
             assert (kept / "replay" / "replay.json").read_text() == str(number)
             aside = [f"before_restart_{n + 1}" for n in range(number)]
-            settings = ["base_policy", "command.txt", "config.yaml", LOCK_NAME]
+            settings = ["base_policy", "command.txt", "config.yaml", "inputs.json", LOCK_NAME]
             assert names(tmp_path) == sorted([*aside, *settings])
         said = capsys.readouterr().out
         assert said == (

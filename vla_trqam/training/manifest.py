@@ -35,10 +35,7 @@ class FileFacts:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the facts of every file in the folder into ``manifest.json``: the last to be written.
-
-    A file that is written after it belongs to nobody.
-    """
+    """Writes the facts of every file in the folder into ``manifest.json``: the last to be written."""
     files = {name: asdict(FileFacts.of(folder / name)) for name in _names(folder)}
     (folder / MANIFEST_NAME).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
@@ -70,5 +67,6 @@ def _wrong(folder: Path, files: Iterable[tuple[str, FileFacts]]) -> Iterable[tup
 
 
 def _names(folder: Path) -> list[str]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = folder / MANIFEST_NAME
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != own)
     return [str(path.relative_to(folder)) for path in paths]

@@ -19,11 +19,11 @@ from vla_trqam.training.checkpoints import (
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.manifest import MANIFEST_NAME
 from vla_trqam.training.more_updates import save_more_updates
+from vla_trqam.training.pins import INPUTS_NAME, check_pins
 from vla_trqam.training.run_folder import (
     BASE_NAME,
     COMMAND_NAME,
     CONFIG_NAME,
-    INPUTS_NAME,
     SET_ASIDE,
 )
 from vla_trqam.training.run_lock import LOCK_NAME, RunLock
@@ -42,7 +42,8 @@ def check_output_dir(output_dir: Path, *, resume: bool) -> None:
         raise UserError(f"--output_dir={output_dir} is a file; a run needs a folder")
     if resume or not output_dir.exists():
         return
-    names = {path.name for path in output_dir.iterdir()} - {LOCK_NAME}
+    # A run that was killed before it had settings leaves these; there is nothing to go on with.
+    names = {path.name for path in output_dir.iterdir()} - {LOCK_NAME, INPUTS_NAME}
     if names:
         is_run = CONFIG_NAME in names
         go_on = ", or go on with that run by --resume=true" if is_run else ""
@@ -98,6 +99,7 @@ class _OwnFolder:
         self._lock.take()
         check_output_dir(self._path, resume=config.resume)
         if config.resume:
+            check_pins(self._path)
             _look_back(self._path, config.checkpoint)
             save_more_updates(config)
         self._before = set(self._path.iterdir())

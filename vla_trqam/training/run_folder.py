@@ -23,7 +23,7 @@ from vla_trqam.training.offline_data import fill_replay
 from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
-COMMAND_NAME, INPUTS_NAME = "command.txt", "inputs.json"
+COMMAND_NAME = "command.txt"
 SET_ASIDE = "before_restart_"
 
 
