@@ -28,7 +28,6 @@ from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
 from vla_trqam.envs.rollout import RolloutPool
-from vla_trqam.errors import UserError
 from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy

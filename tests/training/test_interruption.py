@@ -49,7 +49,7 @@ def test_a_signal_in_the_middle_of_printing_does_no_harm(capfd):
 
 
 def test_a_closing_terminal_asks_and_never_acts(capfd):
-    with InterruptGuard() as guard:
+    with stops_as_ctrl_c(), InterruptGuard() as guard:
         os.kill(os.getpid(), signal.SIGHUP)
         assert guard.requested
         # The shell, the kernel and the launcher's end all send their own.
@@ -58,6 +58,16 @@ def test_a_closing_terminal_asks_and_never_acts(capfd):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr().err.count("stopping after this update") == 1
+
+
+def test_what_a_closing_terminal_brings_along_does_not_cut_the_end_short():
+    with stops_as_ctrl_c():
+        with InterruptGuard():
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), LAUNCHER_DIED)
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_under_nohup_a_closing_terminal_is_still_ignored():
@@ -126,4 +136,7 @@ def test_the_last_sentence_can_be_pasted(tmp_path, monkeypatch):
         "stopped at offline update 3 of 6; go on with: accelerate launch -q 'recipes/my recipe.py' "
         f"--resume=true --output_dir='{tmp_path}/a b'"
     )
-    assert how_to_go_on(None, "") == "stopped before the first checkpoint: nothing is kept, begin again"
+    assert (
+        how_to_go_on(None, "")
+        == "stopped before the first checkpoint: nothing is kept, begin again"
+    )

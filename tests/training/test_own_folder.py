@@ -41,6 +41,19 @@ def with_as_many_updates(monkeypatch):
     monkeypatch.setattr(own_folder_module, "save_more_updates", lambda _: None)
 
 
+def fail(settings, error, *made):
+    """A run that makes files and folders (whose names end in /), and then fails."""
+    with own_folder(settings):
+        for name in made:
+            path = settings.output_dir / name
+            if name.endswith("/"):
+                path.mkdir(parents=True)
+            else:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text("new")
+        raise error
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -53,7 +66,7 @@ def test_only_a_new_run_wants_an_empty_folder(tmp_path):
     check_output_dir(tmp_path, resume=False)
     (tmp_path / "file").write_text("x")
     check_output_dir(tmp_path, resume=True)
-    with pytest.raises(UserError, match="is in use; choose another --output_dir$"):
+    with pytest.raises(UserError, match=r"is in use; choose another --output_dir$"):
         check_output_dir(tmp_path, resume=False)
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match="or go on with that run by --resume=true"):
@@ -111,27 +124,22 @@ def test_a_lock_whose_file_was_removed_in_between_is_taken_again(tmp_path, monke
 @pytest.mark.parametrize("error", FAILURES)
 def test_whatever_fails_before_the_first_checkpoint_leaves_no_folder(error, tmp_path):
     folder = tmp_path / "outputs" / "day" / "run"
-    with pytest.raises(error), own_folder(Settings(folder)):
-        (folder / "replay").mkdir()
-        (folder / "replay" / "rewards.npy").touch()
-        (folder / "config.yaml").touch()
-        raise error
+    with pytest.raises(error):
+        fail(Settings(folder), error, "replay/rewards.npy", "config.yaml")
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", FAILURES)
 def test_an_empty_folder_of_the_users_stays(error, tmp_path):
-    with pytest.raises(error), own_folder(Settings(tmp_path)):
-        (tmp_path / "config.yaml").touch()
-        raise error
+    with pytest.raises(error):
+        fail(Settings(tmp_path), error, "config.yaml")
     assert names(tmp_path) == []
 
 
 def test_only_what_the_run_made_is_removed(tmp_path):
     (tmp_path / "outputs").mkdir()
-    with pytest.raises(KeyError), own_folder(Settings(tmp_path / "outputs" / "run")):
-        (tmp_path / "outputs" / "neighbour").mkdir()
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail(Settings(tmp_path / "outputs" / "run"), KeyError, "../neighbour/")
     assert names(tmp_path / "outputs") == ["neighbour"]
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="in use"), own_folder(Settings(tmp_path)):
@@ -142,17 +150,14 @@ def test_only_what_the_run_made_is_removed(tmp_path):
 @pytest.mark.parametrize("error", FAILURES)
 def test_after_the_first_checkpoint_nothing_is_removed(error, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(error), own_folder(Settings(folder)):
-        (folder / "checkpoints" / "000001").mkdir(parents=True)
-        (folder / "config.yaml").touch()
-        raise error
+    with pytest.raises(error):
+        fail(Settings(folder), error, "checkpoints/000001/", "config.yaml")
     assert names(folder) == ["checkpoints", "config.yaml"]
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path):
-    with pytest.raises(KeyError), own_folder(Settings(tmp_path / "run")):
-        (tmp_path / "run" / "checkpoints" / ".part.000001").mkdir(parents=True)
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail(Settings(tmp_path / "run"), KeyError, "checkpoints/.part.000001/")
     assert names(tmp_path) == []
 
 
@@ -193,8 +198,7 @@ def test_a_resume_without_checkpoint_begins_anew_and_keeps_what_is_there(tmp_pat
 def test_a_failed_beginning_anew_removes_only_its_own(tmp_path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "metrics.jsonl").write_text("old")
-    with pytest.raises(KeyError), own_folder(Settings(tmp_path, resume=True)):
-        (tmp_path / "metrics.jsonl").write_text("new")
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail(Settings(tmp_path, resume=True), KeyError, "metrics.jsonl", "replay/replay.json")
     assert names(tmp_path) == ["before_restart_1", "config.yaml"]
     assert (tmp_path / "before_restart_1" / "metrics.jsonl").read_text() == "old"

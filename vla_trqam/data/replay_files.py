@@ -106,7 +106,9 @@ class Column:
                 f"{self.path} holds {mapped.dtype} {mapped.shape}, but the header says "
                 f"{np.dtype(dtype)} {shape}."
             )
-        self.rows = np.asarray(mapped[: shape[0]])  # the subclass memmap costs microseconds an index
+        self.rows = np.asarray(
+            mapped[: shape[0]]
+        )  # the subclass memmap costs microseconds an index
         self._offset = mapped.offset
         self._row_bytes = mapped.itemsize * int(np.prod(shape[1:], dtype=np.int64))
 

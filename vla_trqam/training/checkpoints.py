@@ -181,7 +181,9 @@ def take_checkpoint(output_dir: Path, name: str) -> list[Path]:
     known = {path.name: path for path in all_checkpoints(output_dir)}
     if name not in known:
         there = ", ".join(known) or "none"
-        raise UserError(f"--checkpoint={name} is not in {output_dir / CHECKPOINTS}: there are {there}")
+        raise UserError(
+            f"--checkpoint={name} is not in {output_dir / CHECKPOINTS}: there are {there}"
+        )
     check_whole(known[name])
     own = _age(known[name])
     _point(output_dir / CHECKPOINTS / LAST, name)

@@ -55,6 +55,8 @@ class InterruptGuard:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+            if isinstance(handler, _Stop):
+                handler.asked |= self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -71,20 +73,30 @@ class InterruptGuard:
         return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._first < ECHO
 
 
+class _Stop:
+    """Ends the program by an exception, once: a second one would cut the tidying short.
+
+    Attributes:
+        asked: whether a guard was; what its first signal brings along comes too late to act.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self._acted = False, False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        late = self.asked and number in (signal.SIGHUP, LAUNCHER_DIED)
+        if not self._acted and not late:
+            self._acted = True
+            raise KeyboardInterrupt
+
+
 @contextmanager
 def stops_as_ctrl_c() -> Iterator[None]:
     """While open, whatever ends the program from outside does so by an exception, as Ctrl-C does.
 
     So it tidies up what it began, and the launcher's end is its own.
     """
-    stopped = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        if not stopped:  # a second one would cut the tidying short
-            stopped = True
-            raise KeyboardInterrupt
-
+    stop = _Stop()
     previous = {number: signal.signal(number, stop) for number in _stops()}
     try:
         with _ends_with_launcher():

@@ -7,9 +7,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from vla_trqam.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 
@@ -35,7 +32,7 @@ class FileFacts:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the facts of every file in the folder into ``manifest.json``: the last to be written."""
+    """Writes the facts of every file in the folder into its ``manifest.json``: the last to be."""
     files = {name: asdict(FileFacts.of(folder / name)) for name in _names(folder)}
     (folder / MANIFEST_NAME).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
@@ -49,7 +46,9 @@ def damage(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        files = {n: FileFacts(**facts) for n, facts in json.loads(path.read_text())["files"].items()}
+        files = {
+            n: FileFacts(**facts) for n, facts in json.loads(path.read_text())["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{path} is damaged"
     return next((f"{folder / n} {why}" for n, why in _wrong(folder, files.items())), None)

@@ -16,7 +16,7 @@ from vla_trqam.training.distributed import launcher
 from vla_trqam.training.run_folder import CONFIG_NAME
 
 Restart = Callable[[Any, Path], Sequence[str]]
-"""From settings and a checkpoint's folder to the flags of a new run that begins with its weights."""
+"""From settings and a checkpoint's folder to the flags of a new run that begins there."""
 
 
 def setting(config: Any, flag: str) -> Any:

@@ -89,9 +89,7 @@ def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path
     return replay
 
 
-def reopen_replay(
-    config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path
-) -> ReplayBuffer:
+def reopen_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
     """The replay of a run that is gone on with, which may have got more rollouts to come."""
     replay = ReplayBuffer.open(path)
     replay.grow(_capacity(config, file))
