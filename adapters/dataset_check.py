@@ -45,7 +45,8 @@ def dataset_problems(
     """
     names = rename or {}
     renamed = {names.get(key, key): value for key, value in features.items()}
-    yield from _missing_features(policy.host.config, renamed)
+    yield from _missing_cameras(policy, renamed)
+    yield from _missing_columns(policy.host.config, renamed)
     yield from _wrong_shapes(policy.host.config, renamed)
     if policy.processors is None:
         yield "the policy has no processors, so nothing would be normalised"
@@ -55,16 +56,23 @@ def dataset_problems(
         yield from _far_away(policy.processors, names.get(key, key), values)
 
 
-def _missing_features(config: Any, features: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    cameras = sorted(k for k, v in features.items() if v["dtype"] in ("image", "video"))
-    for key in config.image_features:
-        if key not in features and "empty_camera" not in key:
+def _missing_cameras(
+    policy: LeRobotFlowPolicy, features: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    pictures = sorted(k for k, v in features.items() if v["dtype"] in ("image", "video"))
+    cameras = policy.cameras(pictures)
+    wrong = [key for key in cameras.missing if key in features]
+    for key in wrong:
+        yield f"{key} is {features[key]['dtype']} in the dataset, not an image or video"
+    for key in () if cameras.fit else cameras.missing:
+        if key not in wrong:
             yield (
                 f"the policy looks through {key}, the dataset's cameras are "
-                f"{', '.join(cameras) or 'none'} (a --rename_map maps its names to the policy's)"
+                f"{', '.join(pictures) or 'none'} (a --rename_map maps its names to the policy's)"
             )
-        elif key in features and key not in cameras:
-            yield f"{key} is {features[key]['dtype']} in the dataset, not an image or video"
+
+
+def _missing_columns(config: Any, features: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for key in (OBS_STATE, ACTION):
         wanted = key == ACTION or config.robot_state_feature is not None
         if wanted and key not in features:
@@ -88,6 +96,7 @@ def _far_away(processors: Processors, key: str, values: Mapping[str, Any]) -> It
     if mean.shape != tuple(feature.shape):
         return  # said already
     normalized = processors.normalize(key, mean.unsqueeze(0))[0]
+    normalized[processors.flat(key).nonzero().flatten()] = 0.0
     worst = int(normalized.abs().argmax())
     if not float(normalized[worst].abs()) < FAR:
         yield (

@@ -38,10 +38,13 @@ class FlowFamily(ABC):
         trained_parts: dotted names of the modules that fine-tuning may move: the action expert and
             its projections. Nothing in the prefix is among them, so one prefix serves both fields.
         lora_overrides: for LeRobot's ``wrap_with_peft``, beside its default targets.
+        without_camera: what the host makes of a camera that an observation lacks; None where it
+            needs every camera of its config.
     """
 
     trained_parts: Sequence[str]
     lora_overrides: Mapping[str, Any] = {}
+    without_camera: str | None = None
 
     @abstractmethod
     def refusals(self, config: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ and so does the host's behaviour cloning loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +30,7 @@ from lerobot.utils.constants import (
 from peft import PeftModel
 from torch import Tensor, nn
 from vla_trqam.adapters.base_field import AdaptersOff, BaseField, FrozenCopy
+from vla_trqam.adapters.cameras import Cameras, cameras_of
 from vla_trqam.adapters.critic_features import CriticFeatures, layer_index, mean_over_valid
 from vla_trqam.adapters.flow_family import FlowFamily, Observation
 from vla_trqam.adapters.path_fields import LeRobotPathFields
@@ -38,6 +39,11 @@ from vla_trqam.adapters.processors import Limits, Processors
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_target
 from vla_trqam.policy import FlowPolicy, PathFields
+
+RELATIVE = (
+    "actions relative to the state are not supported: the critic and the replay know absolute ones"
+)
+"""Why a policy that puts out relative actions cannot be fine-tuned."""
 
 PACKED = "prefix."
 """Begins the keys of :meth:`LeRobotFlowPolicy.packed`."""
@@ -70,7 +76,8 @@ class LeRobotFlowPolicy(FlowPolicy):
         features: what the critic gets.
         processors: the host's pre- and postprocessor; they are saved with the policy.
         source: the folder or Hub repository from which the base weights can be loaded again; None
-            where there is none, and then an adapter alone cannot be saved.
+            where there is none, and then an adapter alone cannot be saved before :meth:`name_base`.
+        revision: of the repository.
         limits: what the robot executes at most; by default the range of the statistics' actions,
             or none if they do not hold one.
 
@@ -86,18 +93,15 @@ class LeRobotFlowPolicy(FlowPolicy):
         features: CriticFeatures | None = None,
         processors: Processors | None = None,
         source: str | None = None,
+        revision: str | None = None,
         limits: Limits | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.family, self.processors, self.source = family, processors, source
+        self.family, self.processors = family, processors
+        self.source, self.revision = source, revision
         self.critic_features = features or CriticFeatures()
         check_config(family, self.host.config)
-        if limits is not None and getattr(self.host.config, "use_relative_actions", False):
-            raise UserError(
-                "use_relative_actions is true: the flow's actions are relative to the state, and "
-                "limits of absolute actions do not bound them; give none"
-            )
         layers = len(family.prefix_layers(self.host))
         layer = self.critic_features.layer
         self._layer = layers if layer is None else layer_index(layer, layers)
@@ -134,6 +138,10 @@ class LeRobotFlowPolicy(FlowPolicy):
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode whatever is asked."""
         return super().train(False)
+
+    def cameras(self, there: Collection[str]) -> Cameras:
+        """What of these the policy looks through."""
+        return cameras_of(self.family, self.host.config, there)
 
     # The shape of the flow.
 
@@ -176,14 +184,14 @@ class LeRobotFlowPolicy(FlowPolicy):
                 what :meth:`packed` made of either.
 
         Raises:
-            UserError: an input of the policy is missing. (The host would put black pictures in the
-                place of missing cameras.)
+            UserError: an input of the policy is missing, or a camera that the host cannot do
+                without.
         """
         if PACKED + "features" in observation:
             return self._unpacked(observation)
         if self.processors is not None and OBS_LANGUAGE_TOKENS not in observation:
             observation = self.processors.observe(observation)
-        check_observation(observation, self.host.config)
+        check_observation(self.family, observation, self.host.config)
         found = self.family.encode(self.host, observation, self._layer)
         parts = []
         if self.critic_features.layer is not None:
@@ -297,11 +305,34 @@ class LeRobotFlowPolicy(FlowPolicy):
 
         directory = Path(directory)
         if isinstance(self.model, PeftModel) and not merged:
-            save_adapters(self.model, directory, self.source)
+            save_adapters(self.model, directory, self.source, self.revision)
         else:
             save_whole(self.model, directory)
         if self.processors is not None:
             self.processors.save_pretrained(directory)
+
+    @property
+    def lacks_base(self) -> bool:
+        """Whether the adapters' base is in no file: loaded adapters are merged into it."""
+        return isinstance(self.model, PeftModel) and self.source is None
+
+    def save_base(self, directory: Path) -> None:
+        """Writes the base, whole, in LeRobot's format; what is trained does not matter.
+
+        Adapters that are saved later name it after :meth:`name_base`.
+        """
+        from vla_trqam.adapters.saving import save_base
+
+        assert isinstance(self.model, PeftModel), "a base of its own is of adapters"
+        save_base(self.model, directory)
+        if self.processors is not None:
+            self.processors.save_pretrained(directory)
+
+    def name_base(self, directory: Path) -> None:
+        """Adapters are on the base in this folder from now on, as if it had been loaded there."""
+        self.source, self.revision = str(directory), None
+        self.host.config.pretrained_path = directory
+        self.host.name_or_path = str(directory)
 
     @classmethod
     def from_pretrained(cls, directory: Path) -> Self:
@@ -326,12 +357,8 @@ def check_config(family: FlowFamily, config: Any) -> None:
             "rtc_config is set; real-time chunking changes the sampler, so the velocity would not "
             "be the policy: set it to null"
         )
-    for name in ("compile_model", "gradient_checkpointing"):
-        if getattr(config, name, False):
-            refusals.append(
-                f"{name} is true; it does not reach the single velocity evaluations that the "
-                "update makes: set it to false"
-            )
+    if getattr(config, "use_relative_actions", False):
+        refusals.append(f"use_relative_actions is true; {RELATIVE}")
     if config.action_feature is None:
         refusals.append(f"output_features has no {ACTION!r}")
     if refusals:
@@ -353,10 +380,11 @@ def check_adapters(family: FlowFamily, model: PeftModel) -> None:
         raise UserError("the adapter has no trainable weights")
 
 
-def check_observation(observation: Observation, config: Any) -> None:
+def check_observation(family: FlowFamily, observation: Observation, config: Any) -> None:
     """Raises a UserError that names the first missing input of the policy."""
     wanted = [OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK]
-    wanted += [key for key in config.image_features if "empty_camera" not in key]
+    cameras = cameras_of(family, config, observation)
+    wanted += [] if cameras.fit else cameras.missing
     if config.robot_state_feature is not None:
         wanted.append(OBS_STATE)
     missing = [key for key in wanted if key not in observation]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +19,33 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import PeftModel
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.families import check_type, family_of
+from vla_trqam.adapters.intake import reconcile, switch_off
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy, check_config
 from vla_trqam.adapters.lora import LoRASettings, check_kind, with_lora
+from vla_trqam.adapters.policy_gate import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    check_model_folder,
+    check_policy_folder,
+    no_foreign_code,
+)
 from vla_trqam.adapters.processors import Limits, Processors
 from vla_trqam.adapters.weights import verify_adapters, verify_policy
 
+from vla_trqam.data.foreign import read_json
 from vla_trqam.errors import UserError
 
-WEIGHTS, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-# What a training run leaves beside the policy is not needed to load it.
-NOT_FETCHED = ["training_state/*", "algorithm/*", "checkpoints/*", "*.mp4"]
+PREPROCESSOR = "policy_preprocessor.json"
+# What a training run leaves beside the policy is not needed to load it; code and pickles never are.
+NOT_FETCHED = ["training_state/*", "algorithm/*", "checkpoints/*", "*.mp4", "*.py"]
+NOT_FETCHED += [f"*{suffix}" for suffix in PICKLED]
+
+COMMIT = re.compile("[0-9a-f]{40}")
+TOKENIZER = "tokenizer_processor"
+"""LeRobot's name for the step that every supported policy tokenizes with."""
 
 AdapterUse = Literal["merge", "continue"]
 
@@ -41,7 +57,7 @@ class Checkpoint:
     Attributes:
         folder: its files.
         source: the folder or the Hub repository that was asked for.
-        revision: of the repository.
+        revision: of the repository: the commit.
     """
 
     folder: Path
@@ -61,6 +77,8 @@ def load_policy(
     base_revision: str | None = None,
     overrides: Sequence[str] = (),
     processor_overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    tokenizer: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> LeRobotFlowPolicy:
     """A policy ready to be fine-tuned, in evaluation mode, its base being the policy as loaded.
 
@@ -79,7 +97,9 @@ def load_policy(
         overrides: fields of the policy's config as ``--name=value``, as ``lerobot-train`` takes
             them after ``--policy``.
         processor_overrides: by step name, as LeRobot's ``preprocessor_overrides``, for example
-            ``{"tokenizer_processor": {"tokenizer_name": folder}}``.
+            ``{"color_processor": {"space": "rgb"}}``.
+        tokenizer: folder of the tokenizer that takes the place of the preprocessor's.
+        say: gets each thing that is set right, once.
 
     Raises:
         UserError: the checkpoint cannot be reached, is of a kind that cannot be fine-tuned, lacks
@@ -87,40 +107,50 @@ def load_policy(
     """
     checkpoint = fetch(path, revision)
     config = read_config(checkpoint, device, overrides)
+    switch_off(config, checkpoint.source, say)
     family = family_of(config)
     check_config(family, config)
+    processors = load_processors(checkpoint, config, processor_overrides, tokenizer)
     model: PreTrainedPolicy | PeftModel
-    source: str | None
-    adapted = adapter_base(checkpoint)
-    if adapted is not None:
-        base = fetch(adapted[0], base_revision or adapted[1])
+    base = adapter_base(checkpoint, base_revision)
+    if base is not None:
         model = _with_adapters(load_host(base, config), checkpoint)
-        source = base.source
         if adapter == "merge":
-            model, source = _merged(model), None
+            model, base = _merged(model), None
     else:
-        model, source = load_host(checkpoint, config), checkpoint.source
+        model, base = load_host(checkpoint, config), checkpoint
+    reconcile(config, processors, checkpoint.source, say)
     if lora is not None and not isinstance(model, PeftModel):
         model = with_lora(model, family, lora, Path(checkpoint.source))
     return LeRobotFlowPolicy(
         model,
         family,
         features=features,
-        processors=load_processors(checkpoint, config, processor_overrides),
-        source=source,
+        processors=processors,
+        source=None if base is None else base.source,
+        revision=None if base is None else base.revision,
         limits=limits,
     )
+
+
+def camera_names(path: str | Path, revision: str | None = None) -> tuple[str, ...]:
+    """The cameras that a policy looks through, of which nothing but the config is read.
+
+    Raises:
+        UserError: it cannot be reached or its config read.
+    """
+    return tuple(read_config(fetch(path, revision)).image_features)
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
     """The files of a folder or a Hub repository, downloaded if they are not here yet.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or a file could make a library run something.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return Checkpoint(folder.resolve(), str(folder.resolve()))
+        return _looked_at(Checkpoint(folder.resolve(), str(folder.resolve())))
     if folder.is_absolute() or str(path).startswith((".", "~")):
         raise UserError(f"{path} is not a folder")
     try:
@@ -133,7 +163,14 @@ def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
             f"{path} is not a folder here, and the Hugging Face Hub did not give it: "
             f"{type(error).__name__}: {reason[0]}"
         ) from None
-    return Checkpoint(Path(found), str(path), revision)
+    # The Hub's cache names the folder after the commit.
+    commit = Path(found).name if COMMIT.fullmatch(Path(found).name) else revision
+    return _looked_at(Checkpoint(Path(found), str(path), commit))
+
+
+def _looked_at(checkpoint: Checkpoint) -> Checkpoint:
+    check_policy_folder(checkpoint.folder)
+    return checkpoint
 
 
 def read_config(
@@ -146,7 +183,7 @@ def read_config(
             does not fit.
     """
     path = checkpoint.folder / CONFIG
-    policy_type = _read_json(path).get("type")
+    policy_type = read_json(path).get("type")
     if not isinstance(policy_type, str):
         raise UserError(f'{path} has no "type"; it is not the config of a LeRobot policy')
     check_type(policy_type)
@@ -169,7 +206,7 @@ def load_host(checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedPol
         raise UserError(f"{checkpoint.source} has no {WEIGHTS}")
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), _without_false_alarms():
+        with contextlib.redirect_stdout(said), _without_false_alarms(), no_foreign_code():
             kind = get_policy_class(config.type)
             host = kind.from_pretrained(str(checkpoint.folder), config=config)
     except Exception as error:
@@ -201,20 +238,27 @@ def load_processors(
     checkpoint: Checkpoint,
     config: PreTrainedConfig,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    tokenizer: Path | None = None,
 ) -> Processors:
     """The processors and the statistics in them.
 
     Raises:
         UserError: they are missing or cannot be built, or statistics are missing in them.
     """
-    on_device = {"device_processor": {"device": str(config.device)}}
+    changed = {"device_processor": {"device": str(config.device)}}
+    changed |= {key: dict(value) for key, value in (overrides or {}).items()}
+    if tokenizer is not None:
+        changed[TOKENIZER] = {"tokenizer_name": str(_tokenizer_folder(checkpoint, tokenizer))}
     try:
-        before, after = make_pre_post_processors(
-            config,
-            pretrained_path=str(checkpoint.folder),
-            preprocessor_overrides=on_device | {k: dict(v) for k, v in (overrides or {}).items()},
-        )
+        with no_foreign_code():
+            before, after = make_pre_post_processors(
+                config,
+                pretrained_path=str(checkpoint.folder),
+                preprocessor_overrides=changed,
+            )
     except Exception as error:
+        if f"step '{TOKENIZER}'" in str(error):
+            raise UserError(_no_tokenizer(checkpoint, tokenizer, error)) from None
         raise UserError(
             f"{checkpoint.source}: its processors (policy_preprocessor.json, "
             f"policy_postprocessor.json) cannot be loaded: {_one_line(error)}"
@@ -226,19 +270,59 @@ def load_processors(
     return processors
 
 
-def adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None] | None:
-    """The base that a checkpoint adapts, and its revision; None for one that is no adapter.
+def _tokenizer_step(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """As policy_preprocessor.json has it; None where it tokenizes otherwise."""
+    steps = read_json(checkpoint.folder / PREPROCESSOR).get("steps")
+    named = [step for step in steps or () if isinstance(step, dict)]
+    return next((step for step in named if step.get("registry_name") == TOKENIZER), None)
+
+
+def _tokenizer_folder(checkpoint: Checkpoint, tokenizer: Path) -> Path:
+    folder = Path(tokenizer).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--policy.tokenizer={tokenizer} is not a folder")
+    if _tokenizer_step(checkpoint) is None:
+        raise UserError(
+            f"--policy.tokenizer={tokenizer} is for a step {TOKENIZER}, which {checkpoint.source} "
+            f"does not have in its {PREPROCESSOR}: leave the flag out"
+        )
+    check_model_folder(folder)
+    return folder.resolve()
+
+
+def _no_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None, error: Exception) -> str:
+    reason = str(error).partition("Error: ")[2] or str(error)
+    if tokenizer is not None:
+        return f"--policy.tokenizer={tokenizer} holds no tokenizer: {_one_line(reason)}"
+    step = _tokenizer_step(checkpoint) or {}
+    name = (step.get("config") or {}).get("tokenizer_name")
+    return (
+        f"{checkpoint.source}: the tokenizer {name!r} of its {PREPROCESSOR} cannot be had; "
+        f"--policy.tokenizer=FOLDER takes one of this machine ({_one_line(reason)})"
+    )
+
+
+def adapter_base(checkpoint: Checkpoint, revision: str | None = None) -> Checkpoint | None:
+    """The base that a checkpoint adapts; None for one that is no adapter.
+
+    Args:
+        checkpoint: on this machine.
+        revision: of the base on the Hub; None takes the one that the adapter names.
 
     Raises:
-        UserError: the adapter does not name its base.
+        UserError: the adapter does not name its base, or it cannot be had.
     """
     path = checkpoint.folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
-    fields = _read_json(path)
-    if not fields.get("base_model_name_or_path"):
+    fields = read_json(path)
+    name = fields.get("base_model_name_or_path")
+    if not name:
         raise UserError(f"{path} does not say which policy it adapts (base_model_name_or_path)")
-    return fields["base_model_name_or_path"], fields.get("revision")
+    try:
+        return fetch(name, revision or fields.get("revision"))
+    except UserError as error:
+        raise UserError(f"{path} adapts {name}: {error}") from None
 
 
 def _with_adapters(host: PreTrainedPolicy, checkpoint: Checkpoint) -> PeftModel:
@@ -259,17 +343,5 @@ def _merged(model: PeftModel) -> PreTrainedPolicy:
     return host
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a policy folder holds {path.name}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return fields
-
-
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:400]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vla_trqam.adapters.velocity_mlp import MLPFlowConfig, MLPPathFields, VelocityMLP
 
 from vla_trqam.critic import ema_update
+from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy, PathFields
 
@@ -150,13 +151,8 @@ class MLPFlowPolicy(FlowPolicy):
 
 
 def _read_config(path: Path) -> MLPFlowConfig:
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a policy folder holds {CONFIG_NAME}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.pop("type", None) != "mlp_flow":
+    fields = read_json(path)
+    if fields.pop("type", None) != "mlp_flow":
         raise UserError(f'{path}: "type" is not "mlp_flow"; this is not an MLP flow policy')
     try:
         return MLPFlowConfig(**{**fields, "hidden_dims": tuple(fields["hidden_dims"])})
@@ -167,6 +163,7 @@ def _read_config(path: Path) -> MLPFlowConfig:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; a policy folder holds {WEIGHTS_NAME}")
+    check_header(path)
     try:
         return load_file(path)
     except Exception as error:

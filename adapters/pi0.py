@@ -62,6 +62,7 @@ class PI0Family(FlowFamily):
         "model.action_time_mlp_in",
         "model.action_time_mlp_out",
     )
+    without_camera = "masked"
 
     def refusals(self, config: Any) -> Iterator[str]:
         """Everything a config of this family can say beyond the general checks is honoured."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.lerobot_types import TransitionKey
 from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
     NormalizerProcessorStep,
+    RelativeActionsProcessorStep,
     TokenizerProcessorStep,
     UnnormalizerProcessorStep,
 )
 from lerobot.processor.converters import create_transition
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from vla_trqam.errors import UserError
@@ -34,6 +36,13 @@ NEEDED = {
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
 """The statistics that each normalisation takes."""
+
+FLAT = 1e-6
+"""A dimension whose statistics span less did not move in the policy's training data.
+
+LeRobot divides by 1e-8 there, or by 1e-8 more than the standard deviation: every number but the
+one that it stood at becomes a huge one.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class Processors:
     def normalized_limits(self, real: int, limits: Limits | None) -> Tensor:
         """Lowest and highest action in the policy's space, (2, a).
 
+        A dimension that never moved in training has none: the policy cannot move it either.
+
         Args:
             real: a, the robot's action dimensions.
             limits: in the robot's units; None takes the statistics' ``min`` and ``max``.
@@ -71,6 +82,7 @@ class Processors:
         Raises:
             UserError: the limits have another shape, or a lowest is not below its highest.
         """
+        given = limits is not None
         if limits is None:
             known = self.statistics.get(ACTION, {})
             if not {"min", "max"} <= known.keys():
@@ -80,10 +92,14 @@ class Processors:
             both = [torch.as_tensor(v, dtype=torch.float32).expand(real) for v in limits]
         except RuntimeError:
             raise UserError(f"the action limits {limits} do not have {real} dimensions") from None
-        low, high = self.normalize(ACTION, torch.stack(both)).cpu()
-        if not bool((low < high).all()):
+        found = self.normalize(ACTION, torch.stack(both)).cpu()
+        unlimited = torch.tensor([[-torch.inf], [torch.inf]])
+        found[:, self.flat(ACTION).nonzero().flatten()] = unlimited
+        if not given:
+            found[:, (both[1] - both[0]).abs() < FLAT] = unlimited
+        if not bool((found[0] < found[1]).all()):
             raise UserError(f"action limits: {both[0].tolist()} is not below {both[1].tolist()}")
-        return torch.stack([low, high])
+        return found
 
     def to_robot(self, action: Tensor) -> Tensor:
         """Normalised actions of the real dimensions, (..., a), to the robot's."""
@@ -113,8 +129,47 @@ class Processors:
         """What observations and actions are normalised by."""
         return _statistics(self.normalizer)
 
+    def flat(self, key: str) -> Tensor:
+        """(d,) bool: dimensions of a feature that never moved, by what normalises it; else (0,).
+
+        They are normalised as LeRobot does it, and nothing can be judged by them.
+        """
+        step, entry = self.normalizer, self.statistics.get(key, {})
+        feature = step.features.get(key)
+        mode = NormalizationMode.IDENTITY if feature is None else step.norm_map.get(feature.type)
+        names = NEEDED.get(mode, ())
+        if not names or not entry:
+            return torch.zeros(0, dtype=torch.bool)
+        low, high = (entry[name].flatten() for name in names)
+        return (high if mode is NormalizationMode.MEAN_STD else high - low).abs() < FLAT
+
+    def flat_names(self) -> list[str]:
+        """``action[2]`` and the like, for every dimension of state and action that is flat."""
+        return [
+            f"{key}[{dim}]"
+            for key in (OBS_STATE, ACTION)
+            for dim in self.flat(key).nonzero().flatten().tolist()
+        ]
+
+    def width(self, key: str) -> int | None:
+        """How many numbers of a feature the statistics know; None where they know none of it."""
+        return _width(self.statistics.get(key, {}))
+
+    @property
+    def action_width(self) -> int | None:
+        """The same of an action, in what puts it back."""
+        return _width(self.action_statistics.get(ACTION, {}))
+
+    def correct_width(self, key: str) -> None:
+        """Lets the steps say of a feature what their statistics say."""
+        width = self.width(key)
+        assert width is not None
+        for step in (self.normalizer, self.unnormalizer):
+            if key in step.features:
+                step.features[key] = replace(step.features[key], shape=(width,))
+
     def statistics_problems(self) -> Iterator[str]:
-        """A sentence for each statistic that is needed and missing, or not finite.
+        """A sentence for each statistic that is needed and missing, not finite, or of odd length.
 
         LeRobot leaves a feature without statistics as it is, and says nothing.
         """
@@ -129,9 +184,26 @@ class Processors:
                 yield from _entry_problems("postprocessor", key, mode, after)
 
     @property
+    def unnormalizer(self) -> UnnormalizerProcessorStep:
+        """The step of :attr:`after` that puts actions back."""
+        return _only_step(self.after, UnnormalizerProcessorStep)
+
+    @property
     def action_statistics(self) -> Statistics:
         """What actions are put back by."""
-        return _statistics(_only_step(self.after, UnnormalizerProcessorStep))
+        return _statistics(self.unnormalizer)
+
+    @property
+    def relative(self) -> bool:
+        """Whether a step makes actions relative to the state, or absolute again."""
+        kinds = RelativeActionsProcessorStep, AbsoluteActionsProcessorStep
+        steps = (*self.before.steps, *self.after.steps)
+        return any(step.enabled for step in steps if isinstance(step, kinds))
+
+
+def _width(entry: Mapping[str, Tensor]) -> int | None:
+    known = [entry[name].numel() for names in NEEDED.values() for name in names if name in entry]
+    return known[0] if known else None
 
 
 def _entry_problems(
@@ -146,6 +218,10 @@ def _entry_problems(
     for name in NEEDED[mode]:
         if name in entry and not bool(torch.isfinite(entry[name]).all()):
             yield f"the {where} has a {name} of {key} that is not finite"
+    lengths = [entry[name].numel() for name in NEEDED[mode] if name in entry]
+    if len(set(lengths)) > 1:
+        found = " and ".join(map(str, lengths))
+        yield f"the {where} has {' and '.join(NEEDED[mode])} of {key} with {found} numbers"
 
 
 def _only_step(pipeline: Any, kind: type) -> Any:

@@ -18,13 +18,16 @@ from vla_trqam.errors import UserError
 ADAPTER = "default"
 
 
-def save_adapters(model: PeftModel, directory: Path, base: str | None) -> None:
+def save_adapters(
+    model: PeftModel, directory: Path, base: str | None, revision: str | None = None
+) -> None:
     """The adapters' weights and the path of their base, as ``lerobot-train`` writes them.
 
     Args:
         model: the policy with adapters.
         directory: where to.
         base: folder or Hub repository of the base; LeRobot loads it from there.
+        revision: of the repository.
 
     Raises:
         UserError: there is no such place.
@@ -32,9 +35,10 @@ def save_adapters(model: PeftModel, directory: Path, base: str | None) -> None:
     if base is None:
         raise UserError(
             "this policy's base was made in memory (adapters merged into it), so adapters alone "
-            "could not be loaded again: save with merged=True"
+            "could not be loaded again: save with merged=True, or its base by save_base"
         )
     model.peft_config[ADAPTER].base_model_name_or_path = base
+    model.peft_config[ADAPTER].revision = revision
     # Looking for enlarged embeddings would ask the Hub for the base's config.
     model.save_pretrained(str(directory), save_embedding_layers=False)
     host: PreTrainedPolicy = model.get_base_model()
@@ -52,6 +56,13 @@ def save_whole(model: PreTrainedPolicy | PeftModel, directory: Path) -> None:
         host.save_pretrained(directory, state_dict=merged_state_dict(host))
 
 
+def save_base(model: PeftModel, directory: Path) -> None:
+    """Whole weights without the adapters, as they are with the adapters switched off."""
+    host: PreTrainedPolicy = model.get_base_model()
+    with _use_peft(host.config, False):
+        host.save_pretrained(directory, state_dict=base_state_dict(host))
+
+
 @contextmanager
 def _use_peft(config: Any, value: bool) -> Iterator[None]:
     before = config.use_peft
@@ -60,6 +71,15 @@ def _use_peft(config: Any, value: bool) -> Iterator[None]:
         yield
     finally:
         config.use_peft = before
+
+
+def base_state_dict(host: PreTrainedPolicy) -> dict[str, Tensor]:
+    """The host's weights ``W`` under the names they have without adapters."""
+    return {
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): value
+        for key, value in host.state_dict().items()
+        if ".lora_" not in key and ".modules_to_save." not in key
+    }
 
 
 @torch.no_grad()

@@ -50,6 +50,8 @@ class SmolVLAFamily(FlowFamily):
         "model.action_time_mlp_out",
     )
     lora_overrides = {"exclude_modules": ["state_proj"]}  # noqa: RUF012
+    # Of the masked pictures there are as many as empty_cameras says, whatever is missing.
+    without_camera = "left out"
 
     def refusals(self, config: Any) -> Iterator[str]:
         """The Aloha conversions lie between the flow's actions and the policy's."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
-from vla_trqam.recipes.vla_inputs import checked_inputs, own_device, push
+from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, own_device, push
 
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
@@ -153,7 +153,7 @@ def _set_up(
     replay, metrics = open_folder(
         output_dir,
         reopen=partial(_reopen, config, reader, policy.chunk_shape[0]),
-        begin=partial(_begin, config, reader, team, policy.chunk_shape[0]),
+        begin=partial(_begin, config, reader, team, policy),
         team=team,
     )
     stack.callback(replay.close)
@@ -194,9 +194,15 @@ def _set_up(
 
 
 def _begin(
-    config: FinetuneVLAConfig, reader: LeRobotReader, team: Team, chunk_length: int, path: Path
+    config: FinetuneVLAConfig,
+    reader: LeRobotReader,
+    team: Team,
+    policy: LeRobotFlowPolicy,
+    path: Path,
 ) -> FrameReplay:
-    """The settings' file and the filled replay of a new run."""
+    """The base, where the adapters' is in no file, the settings and the filled replay of a run."""
+    chunk_length = policy.chunk_shape[0]
+    give_base(config, policy, path.parent, writes=team.is_main)
     if team.is_main:
         save_settings(config, path.parent)
     more_steps, more_frames = _room_for_rollouts(config, chunk_length)

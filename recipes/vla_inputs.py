@@ -5,6 +5,8 @@ The process's part of the dataset and the policy, after all that needs neither h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,19 +14,25 @@ from accelerate import Accelerator
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-from vla_trqam.adapters.loading import load_policy
+from vla_trqam.adapters.loading import camera_names, load_policy
 from vla_trqam.adapters.lora import LoRASettings
 from vla_trqam.recipes.vla_pins import sources_of, take_pinned_commits
 
-from vla_trqam.data.frame_replay import image_key
+from vla_trqam.data.frame_replay import IMAGE_PREFIX, FrameReplay, image_key
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
 from vla_trqam.envs.robomimic_images import ACTION_DIM, STATE_DIM
 from vla_trqam.errors import UserError
+from vla_trqam.files import written_durably
+from vla_trqam.training.checkpoints import last_checkpoint
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.hub import push_checkpoint
 from vla_trqam.training.hub_access import check_push
 from vla_trqam.training.pins import write_pins
+from vla_trqam.training.run_folder import BASE_NAME, REPLAY_NAME
 from vla_trqam.training.vla_settings import FinetuneVLAConfig
+
+NO_PACKED = "give --policy.path and --dataset.repo_id: this recipe has no packed ones"
+LOCAL_BASE = "would push adapters whose base is a folder of this machine; add --policy.merged=true"
 
 
 def own_device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.device:
@@ -46,15 +54,90 @@ def checked_inputs(
     if team.is_main:
         _check_push(config)
     base_revision = take_pinned_commits(config)
-    reader = LeRobotReader(_dataset(config, packed)).part(team.rank, team.size)
-    policy = _load_policy(config, packed, device, base_revision)
+    say = print if team.is_main else _say_nothing
+    given = _given_policy(config, packed)
+    data = replace(_dataset(config, packed), looked_through=_looked_through(config, given))
+    reader = LeRobotReader(data).part(team.rank, team.size)
+    policy = _load_policy(config, given, base_revision, device, say)
     # Before anything is decoded.
     check_against_dataset(policy, reader.features)
+    for note in policy.cameras(
+        [key for key in reader.features if key.startswith(IMAGE_PREFIX)]
+    ).notes():
+        say(note)
     _check_simulator(config, reader, policy)
+    _check_base(config, policy)
     if team.is_main and not config.resume:
         assert config.output_dir is not None
         write_pins(config.output_dir, sources_of(config, packed, reader))
     return reader, policy
+
+
+def give_base(
+    config: FinetuneVLAConfig, policy: LeRobotFlowPolicy, output_dir: Path, *, writes: bool
+) -> None:
+    """Where adapters were merged into the base, the run's folder gets it, once and whole.
+
+    The adapters of its checkpoints name it there, and a resumed run loads it from there.
+
+    Args:
+        config: of the run.
+        policy: as loaded.
+        output_dir: the run's folder.
+        writes: whether this process is the one that does.
+    """
+    if config.policy.merged or not policy.lacks_base:
+        return
+    folder = (output_dir / BASE_NAME).resolve()
+    if writes:
+        with written_durably(folder) as part:
+            policy.save_base(part)
+        print(
+            f"the policy with its adapters merged in is the base: {folder}, which must stay there"
+        )
+    policy.name_base(folder)
+
+
+def _say_nothing(note: str) -> None:
+    """In place of a print that another process does."""
+
+
+def _given_policy(config: FinetuneVLAConfig, packed: Path | None) -> tuple[str, str | None]:
+    """Path and revision of what the run begins with; a resumed run may have its own copy."""
+    assert config.output_dir is not None
+    own = config.output_dir / BASE_NAME
+    if config.resume and own.is_dir():
+        return str(own), None
+    if config.policy.path is not None:
+        return config.policy.path, config.policy.revision
+    if packed is None:
+        raise UserError(NO_PACKED)
+    return str(packed / "policy"), None
+
+
+def _looked_through(config: FinetuneVLAConfig, given: tuple[str, str | None]) -> tuple[str, ...]:
+    """The policy's cameras, which alone are opened; or all those that a resumed replay has."""
+    assert config.output_dir is not None
+    if config.resume and last_checkpoint(config.output_dir) is not None:
+        replay = FrameReplay.open(config.output_dir / REPLAY_NAME)
+        names = tuple(replay.cameras)
+        replay.close()
+        return names
+    return tuple(key.removeprefix(IMAGE_PREFIX) for key in camera_names(*given))
+
+
+def _check_base(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> None:
+    """What is known of the adapters' base only when they are loaded."""
+    assert config.output_dir is not None
+    if config.policy.merged or not policy.lacks_base:
+        return
+    if config.policy.push_to_hub:  # the adapters came from the Hub, or _check_push had seen it
+        raise UserError(f"--policy.push_to_hub=true {LOCAL_BASE}")
+    if config.resume and last_checkpoint(config.output_dir) is not None:
+        raise UserError(
+            f"{config.output_dir / BASE_NAME} is gone, on which the adapters in this run's "
+            "checkpoints are: put it back"
+        )
 
 
 def _check_simulator(
@@ -130,17 +213,14 @@ def _check_push(config: FinetuneVLAConfig) -> None:
     assert knobs.repo_id is not None, "the settings were checked"
     local = knobs.path is None or Path(knobs.path).expanduser().is_dir()
     if local and config.peft.method == "lora" and not knobs.merged:
-        raise UserError(
-            "--policy.push_to_hub=true would push adapters whose base is a folder of this machine; "
-            "add --policy.merged=true"
-        )
+        raise UserError(f"--policy.push_to_hub=true {LOCAL_BASE}")
     check_push(knobs.repo_id, private=knobs.private)
 
 
 def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
     data = config.dataset
     if data.repo_id is None and packed is None:
-        raise UserError("give --policy.path and --dataset.repo_id: this recipe has no packed ones")
+        raise UserError(NO_PACKED)
     return LeRobotConfig(
         repo_id=data.repo_id or "local/packed",
         root=data.root if data.repo_id or packed is None else packed / "dataset",
@@ -153,16 +233,14 @@ def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
 
 def _load_policy(
     config: FinetuneVLAConfig,
-    packed: Path | None,
-    device: torch.device,
+    given: tuple[str, str | None],
     base_revision: str | None,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> LeRobotFlowPolicy:
     knobs, peft = config.policy, config.peft
     lora = LoRASettings(peft.r, peft.lora_alpha, peft.target_modules)
-    path = knobs.path
-    if path is None:
-        assert packed is not None, "a run has a dataset of its own and a policy, or neither"
-        path = str(packed / "policy")
+    path, revision = given
     policy = load_policy(
         path,
         lora=lora if peft.method == "lora" else None,
@@ -170,8 +248,10 @@ def _load_policy(
         features=CriticFeatures(layer=knobs.critic_layer),
         limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
         device=str(device),
-        revision=knobs.revision,
+        revision=revision,
         base_revision=base_revision,
+        tokenizer=knobs.tokenizer,
+        say=say,
     )
     if knobs.n_action_steps is not None:
         policy.host.config.n_action_steps = knobs.n_action_steps

@@ -38,7 +38,7 @@ def sources_of(
 ) -> list[Source]:
     """Policy, an adapter's base, tokenizer, dataset and labels of a new run."""
     found = _policies(config, packed)
-    tokenizer = getattr(config.policy, "tokenizer", None)
+    tokenizer = config.policy.tokenizer
     if tokenizer is not None:
         folder = Path(tokenizer).expanduser()
         found.append(Source("tokenizer", str(tokenizer), folder, _files(folder)))
@@ -55,7 +55,7 @@ def _policies(config: FinetuneVLAConfig, packed: Path | None) -> list[Source]:
     found = [_policy("policy", path, checkpoint.folder)]
     base = adapter_base(checkpoint)
     if base is not None:
-        found.append(_policy("base", base[0], fetch(*base).folder))
+        found.append(_policy("base", base.source, base.folder))
     return found
 
 

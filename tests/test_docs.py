@@ -50,3 +50,17 @@ def test_a_page_names_only_flags_that_there_are(page: Path, known: set[str]) -> 
 def test_a_flag_that_is_gone_is_found(known: set[str]) -> None:
     text = "add `--trqam.inverse_temperature=2`, --steps 3 (or --method.name=qam). --preset."
     assert flags_in(text) - known == {"trqam.inverse_temperature"}
+
+
+PROMISES = (ROOT / "SECURITY.md").read_text("utf-8")
+TESTS = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+def test_every_promise_of_security_has_a_test_that_there_is() -> None:
+    named = set(re.findall(r"`(test_\w+)`", PROMISES))
+    rows = [
+        line for line in PROMISES.splitlines() if line.startswith("| ") and "Promise" not in line
+    ]
+    assert len(rows) > 15
+    assert all("`test_" in row for row in rows)
+    assert {name for name in named if f"def {name}(" not in TESTS} == set()

@@ -40,9 +40,13 @@ def test_a_dataset_that_fits_raises_nothing(kind: str) -> None:
 def test_cameras_may_be_renamed() -> None:
     policy, features = make_policy("tiny_pi0", lora=True), dataset_features()
     features["observation.images.front"] = features.pop("observation.images.top")
-    (problem,) = dataset_problems(policy, features)
-    assert "looks through observation.images.top" in problem
-    assert "observation.images.front, observation.images.wrist" in problem
+    assert not list(dataset_problems(policy, features)), "the host does without one"
+    (problem,) = dataset_problems(make_policy("multi_task_dit", lora=True), features)
+    assert "the policy looks through observation.images.top, the dataset's cameras" in problem
+    del features["observation.images.wrist"]
+    problems = list(dataset_problems(policy, features))
+    assert [p.split()[4] for p in problems] == [f"observation.images.{c}," for c in CAMERAS]
+    assert all("the dataset's cameras are observation.images.front (a" in p for p in problems)
     rename = {"observation.images.front": "observation.images.top"}
     check_against_dataset(policy, features, rename=rename)
 

@@ -224,7 +224,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors does not exist"),
     "config is not JSON": (lambda f: _write(f / "config.json", "{"), "is not JSON"),
-    "config is no object": (lambda f: _write(f / "config.json", "[1]"), "not an MLP flow policy"),
+    "config is no object": (lambda f: _write(f / "config.json", "[1]"), "is not a JSON object"),
     "another policy": (lambda f: edit_config(f, type="pi0"), "not an MLP flow policy"),
     "a field is missing": (lambda f: edit_config(f, action_dim=None), "action_dim"),
     "an unknown field": (lambda f: edit_config(f, dropout=0.1), "dropout"),

@@ -308,14 +308,14 @@ def test_a_critic_of_another_size_is_refused(refused, files, whole):
 
 
 def test_a_dataset_without_the_policys_camera_is_refused(refused, files, tmp_path):
-    policy = write_toy_policy(tmp_path / "policy", camera="wrist")
+    policy = write_toy_policy(tmp_path / "policy", "wrist")
     said = refused(*files.flags(), f"--policy.path={policy}")
     assert "the policy looks through observation.images.wrist" in said
     assert "the dataset's cameras are observation.images.agentview (a --rename_map maps" in said
 
 
 def test_a_datasets_camera_can_have_another_name(files, tmp_path):
-    policy = write_toy_policy(tmp_path / "policy", camera="wrist")
+    policy = write_toy_policy(tmp_path / "policy", "wrist")
     names = "{observation.images.agentview: observation.images.wrist}"
     flags = [*files.flags(), f"--policy.path={policy}", f"--rename_map={names}"]
     alone = ["--env.type=null", "--online.steps=0", "--base_episodes=0"]

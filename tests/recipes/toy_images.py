@@ -141,9 +141,9 @@ class ImageToyPool:
         self.close()
 
 
-def write_toy_policy(folder: Path, camera: str = CAMERA) -> Path:
+def write_toy_policy(folder: Path, *cameras: str) -> Path:
     """A tiny π0 with random weights."""
-    features = flow_features(OBSERVATION_DIM, ACTION_DIM, (camera,), SIZE)
+    features = flow_features(OBSERVATION_DIM, ACTION_DIM, cameras or (CAMERA,), SIZE)
     config = tiny_pi0_config(
         features,
         chunk_size=CHUNK,
@@ -171,26 +171,26 @@ def write_toy_smolvla(folder: Path) -> Path:
     return write_checkpoint(config, unit_stats(features), folder)
 
 
-def write_toy_dataset(root: Path, scratch: Path) -> Path:
+def write_toy_dataset(root: Path, scratch: Path, cameras: Sequence[str] = (CAMERA,)) -> Path:
     """Demonstrations, of which some succeed, as a LeRobotDataset with pictures."""
     replay = FrameReplay.create(
         scratch,
         state_dim=OBSERVATION_DIM,
         action_dim=ACTION_DIM,
-        cameras={CAMERA: (SIZE, SIZE, 3)},
+        cameras=dict.fromkeys(cameras, (SIZE, SIZE, 3)),
         capacity=NUM_DEMOS * MAX_STEPS,
     )
     for seed in range(NUM_DEMOS):
-        replay.add_episode(_demo(seed), source="demonstrations")
+        replay.add_episode(_demo(seed, cameras), source="demonstrations")
     write_lerobot_dataset(replay, root, repo_id="local/toy", fps=20)
     replay.close()
     return root
 
 
-def _demo(seed: int) -> FrameEpisode:
+def _demo(seed: int, cameras: Sequence[str]) -> FrameEpisode:
     homing = homing_policy(CHUNK, noise=1.0)
     episode = roll_out(
-        lambda seen, *key: homing(seen["agent_pos"], *key), seed, MAX_STEPS, CHUNK, [CAMERA]
+        lambda seen, *key: homing(seen["agent_pos"], *key), seed, MAX_STEPS, CHUNK, cameras
     )
     observed = np.arange(episode.num_steps + 1) % CHUNK == 0
     observed[-1] = not episode.terminated

@@ -183,3 +183,25 @@ def test_evaluation_states_do_not_depend_on_the_seed():
     one, other = FinetuneRobomimicConfig(seed=1), FinetuneRobomimicConfig(seed=2)
     assert one.evaluation_seeds() == other.evaluation_seeds()
     assert one.validation_seeds() == other.validation_seeds()
+
+
+HOSTILE = "!!python/object/apply:subprocess.check_call [[touch, {marker}]]"
+
+
+def test_a_configuration_names_no_python_object_to_make(presets, tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "config.yaml"
+    path.write_text(f"name: {HOSTILE.format(marker=marker)}\n")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read: could not determine a con"):
+        parse_config(Outer, presets, [f"--config_path={path}"])
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        resumed_config(Outer(output_dir=tmp_path), "config.yaml", [])
+    presets.write_text(f"default: {{name: {HOSTILE.format(marker=marker)}}}\n")
+    with pytest.raises(UserError, match=r"presets\.yaml cannot be read"):
+        parse_config(Outer, presets, [])
+    assert not marker.exists()
+
+
+def test_a_flag_names_no_python_object_to_make(presets, tmp_path):
+    text = HOSTILE.format(marker=tmp_path / "marker")
+    assert parse_config(Outer, presets, [f"--name={text}"]).name == text
+    assert not (tmp_path / "marker").exists()

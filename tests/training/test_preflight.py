@@ -149,13 +149,29 @@ def _middle_and_half_range(data: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_dimension_without_spread_is_told(policy: Any, tmp_path: Path) -> None:
+def test_a_dimension_without_spread_is_told_and_not_judged(policy: Any, tmp_path: Path) -> None:
     step = policy.processors.normalizer
     step.stats["action"]["std"][1] = 0.0
     step._tensor_stats["action"]["std"][1] = 0.0
-    replay = make_replay(tmp_path / "replay")
-    failure = only_failure(look(policy, replay))
-    assert "action[1] lies from" in failure.found
+    report = look(policy, make_replay(tmp_path / "replay"))
+    (found,) = [f.found for f in report.findings if f.name == "statistics"]
+    assert "not judged, for its statistics have no spread: action[1]" in found
+    assert "at most 0.0% beyond 5 (action[0])" in found
+    assert report.failures == ()
+    failure = only_failure(look(policy, make_replay(tmp_path / "far", action_scale=1000.0)))
+    assert "action[0] lies from" in failure.found
+    assert "action[1] lies from" not in failure.found
+
+
+@pytest.mark.slow
+def test_a_camera_that_the_host_does_without_is_told(tmp_path: Path) -> None:
+    policy = make_policy()
+    features = policy.host.config.input_features
+    features["observation.images.wrist"] = features["observation.images.top"]
+    report = look(policy, make_replay(tmp_path / "replay"))
+    assert report.failures == ()
+    (found,) = [f.found for f in report.findings if f.name == "cameras"]
+    assert found == "observation.images.top 32x32 uint8; masked: observation.images.wrist"
 
 
 @pytest.mark.slow

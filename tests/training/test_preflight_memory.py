@@ -156,6 +156,9 @@ def test_disk_counts_checkpoints_the_replays_rest_and_a_cache_to_come(
     assert disk(3, False).checkpoints - disk(2, False).checkpoints == trained * 3
     whole = memory.module_bytes(policy.model)
     assert disk(0, False).checkpoints == whole
+    policy.source = None  # adapters were merged into it: the run's folder gets the base
+    assert disk(0, False).checkpoints == whole * (2 if policy.has_adapters else 1)
+    policy.source = "somewhere"
     assert disk(2, False, 3) == memory.Disk(disk(2, False).checkpoints, 3 * disk(0, False).replay)
     assert disk(0, True).replay - disk(0, False).replay == dry.prefix * replay.frame_capacity
     frame = 32 * 32 * 3

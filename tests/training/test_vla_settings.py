@@ -25,6 +25,11 @@ PRESETS = next(
         (["--policy.path=lerobot/pi0_base"], "go together"),
         (["--dataset.repo_id=me/data"], "go together"),
         (["--policy.push_to_hub=true"], "needs --policy.repo_id=USER/NAME"),
+        (["--policy.tokenizer=/nowhere"], "--policy.tokenizer=/nowhere is not a folder"),
+        (
+            ["--policy.push_to_hub=true", "--policy.repo_id=me/it", "--policy.tokenizer=."],
+            "name a folder of this machine, --policy.tokenizer=.",
+        ),
         (["--trqam.kl_budget=0"], "kl_budget"),
         (["--batch_size=0"], "--batch_size=0 must be at least 1"),
         (["--critic.next_actions=0"], "--critic.next_actions=0 must be at least 1"),

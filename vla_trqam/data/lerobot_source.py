@@ -46,6 +46,7 @@ class LeRobotConfig:
         root: its local folder; None looks where LeRobot does, and then on the Hub.
         episodes: numbers of those to read; None reads all.
         cameras: to read, without `observation.images.`; None reads all.
+        looked_through: a policy's cameras, as renamed; the dataset's others are left unopened.
         reward: where rewards come from; None takes what there is, see `plan_labels`.
         success_labels: a JSON list, one label for each episode of the dataset.
         rename_map: from the dataset's cameras to the policy's, `observation.images.` included.
@@ -55,6 +56,7 @@ class LeRobotConfig:
     root: Path | None = None
     episodes: tuple[int, ...] | None = None
     cameras: tuple[str, ...] | None = None
+    looked_through: tuple[str, ...] | None = None
     reward: RewardSource | None = None
     success_labels: Path | None = None
     rename_map: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -97,9 +99,9 @@ class LeRobotReader:
 
     @property
     def features(self) -> dict[str, Any]:
-        """State, action and cameras by a policy's names for them, each with `dtype` and `shape`."""
+        """State, action and all cameras by a policy's names, each with `dtype` and `shape`."""
         own = self._dataset.meta.features
-        cameras = {image_key(name): own[self._keys[name]] for name in self.cameras}
+        cameras = {image_key(name): own[key] for name, key in self._keys.items()}
         return {key: own[key] for key in (STATE_KEY, "action")} | cameras
 
     @property
@@ -305,7 +307,8 @@ class LeRobotReader:
         unknown = [name for name in wanted if name not in known]
         if unknown:
             raise UserError(f"{self._where} has no camera {unknown}; it has {sorted(known)}.")
-        return {name: known[name] for name in wanted}
+        seen = self.config.looked_through
+        return {name: known[name] for name in wanted if seen is None or name in seen}
 
     def _episode_bounds(self) -> list[tuple[int, int, int]]:
         """(number in the dataset, first row, row after the last) of every episode to read."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 
+from vla_trqam.data.hdf5_safety import Allowance, attribute, child
 from vla_trqam.errors import UserError
 
 SUCCESS_REWARD = 1.0  # robosuite's own, sparse and shaped alike
@@ -56,7 +57,11 @@ class RobomimicDemo:
 
 
 def read_demo(
-    demo: h5py.Group, where: str, obs_keys: tuple[str, ...], filter_keys: tuple[str, ...]
+    demo: h5py.Group,
+    where: str,
+    obs_keys: tuple[str, ...],
+    filter_keys: tuple[str, ...],
+    allowance: Allowance,
 ) -> RobomimicDemo:
     """Read one demo's group; `where` begins every message.
 
@@ -65,26 +70,29 @@ def read_demo(
         where: file and demo, for messages.
         obs_keys: observations to put side by side.
         filter_keys: masks that hold the demo.
+        allowance: of the file.
 
     Raises:
-        UserError: a key is absent, or lengths, shapes or numbers cannot be right.
+        UserError: a key is absent or lies elsewhere, or lengths, shapes or numbers cannot be right.
     """
-    actions = _read_array(demo, "actions", where, ndim=2)
+    actions = _read_array(demo, "actions", where, allowance, ndim=2)
     num_steps = len(actions)
     if num_steps == 0:
         raise UserError(f"{where} has no steps.")
     _check_action_range(actions, where)
-    if demo.attrs.get("num_samples") != num_steps:
+    stated = attribute(demo, "num_samples", where)
+    if stated != num_steps:
         raise UserError(
-            f"{where}: the attribute num_samples is {demo.attrs.get('num_samples')}, but there are "
-            f"{num_steps} actions."
+            f"{where}: the attribute num_samples is {stated}, but there are {num_steps} actions."
         )
-    rewards = _read_array(demo, "rewards", where, ndim=1, length=num_steps)
-    columns = _read_obs(demo, "obs", where, obs_keys, length=num_steps)
+    rewards = _read_array(demo, "rewards", where, allowance, ndim=1, length=num_steps)
+    columns = _read_obs(demo, "obs", where, obs_keys, allowance, length=num_steps)
     obs = np.concatenate(columns, axis=1)
     solved = np.flatnonzero(rewards >= SUCCESS_REWARD - _TOLERANCE)
     end = int(solved[0]) + 1 if len(solved) else num_steps
-    observations = _with_final_state(demo, where, obs_keys, obs, end, success=len(solved) > 0)
+    observations = _with_final_state(
+        demo, where, obs_keys, obs, end, allowance, success=len(solved) > 0
+    )
     end = len(observations) - 1
     return RobomimicDemo(
         name=demo.name.rpartition("/")[2],
@@ -104,12 +112,13 @@ def _with_final_state(
     obs_keys: tuple[str, ...],
     obs: np.ndarray,
     end: int,
+    allowance: Allowance,
     *,
     success: bool,
 ) -> np.ndarray:
     """s_0..s_end, (end + 1, O); one row less where the last next state does not exist."""
-    if "next_obs" in demo:
-        following = _read_obs(demo, "next_obs", where, obs_keys, length=len(obs))
+    if child(demo, "next_obs", where) is not None:
+        following = _read_obs(demo, "next_obs", where, obs_keys, allowance, length=len(obs))
         final = np.concatenate([column[end - 1] for column in following])
         if final.shape != obs[0].shape:
             raise UserError(
@@ -126,19 +135,32 @@ def _with_final_state(
 
 
 def _read_obs(
-    demo: h5py.Group, name: str, where: str, obs_keys: tuple[str, ...], *, length: int
+    demo: h5py.Group,
+    name: str,
+    where: str,
+    obs_keys: tuple[str, ...],
+    allowance: Allowance,
+    *,
+    length: int,
 ) -> list[np.ndarray]:
     """The arrays of the keys, (length, D) each."""
     group = require_group(demo, name, where)
     refuse_unknown(f"{where}: the key {name}/", obs_keys, group)
-    return [_read_array(group, key, f"{where}/{name}", ndim=2, length=length) for key in obs_keys]
+    inside = f"{where}/{name}"
+    return [_read_array(group, key, inside, allowance, ndim=2, length=length) for key in obs_keys]
 
 
 def _read_array(
-    group: h5py.Group, key: str, where: str, *, ndim: int, length: int | None = None
+    group: h5py.Group,
+    key: str,
+    where: str,
+    allowance: Allowance,
+    *,
+    ndim: int,
+    length: int | None = None,
 ) -> np.ndarray:
     """A finite float32 array of `ndim` axes, with `length` rows where that is given."""
-    dataset = group.get(key)
+    dataset = child(group, key, where)
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{where} has no array '{key}'.")
     if dataset.dtype.kind not in "fiub" or dataset.ndim != ndim:
@@ -150,6 +172,7 @@ def _read_array(
         raise UserError(
             f"{where}: '{key}' has {len(dataset)} rows, but there are {length} actions."
         )
+    allowance.take(dataset, f"{where}: '{key}'")
     with np.errstate(all="ignore"):  # a number too large for float32 is caught as infinite
         array = dataset[()].astype(np.float32)
     bad = np.argwhere(~np.isfinite(array))
@@ -168,7 +191,7 @@ def _check_action_range(actions: np.ndarray, where: str) -> None:
 
 def require_group(parent: h5py.Group, name: str, where: str) -> h5py.Group:
     """The group `name` of `parent`, or a UserError that says where it is missing."""
-    group = parent.get(name)
+    group = child(parent, name, where)
     if not isinstance(group, h5py.Group):
         raise UserError(
             f"{where} has no group '{name}'. A robomimic file has data/demo_N/obs; a raw one gets "

@@ -12,6 +12,7 @@ from typing import Any
 
 import h5py
 
+from vla_trqam.data.hdf5_safety import Allowance, attribute, child, texts
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_demo import (
     SUCCESS_REWARD,
@@ -134,14 +135,15 @@ def read_robomimic(
     with _opened(path) as file:
         data = require_group(file, "data", str(path))
         env_args = _read_env_args(data, path)
-        masks = _read_masks(file)
+        allowance = Allowance(path)
+        masks = _read_masks(file, allowance)
         names = _select_names(path, data, masks, filter_key, demos)
         read = []
         for name in names:
             where = f"{path}: {name}"
             demo = require_group(data, name, f"{path}: data")
             filter_keys = tuple(key for key, members in masks.items() if name in members)
-            read.append(read_demo(demo, where, tuple(obs_keys), filter_keys))
+            read.append(read_demo(demo, where, tuple(obs_keys), filter_keys, allowance))
             _check_same_widths(read[-1], read[0], obs_keys, where)
     if require_success:
         _check_any_success(path, read)
@@ -243,31 +245,34 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _read_env_args(data: h5py.Group, path: Path) -> dict[str, Any]:
-    text = data.attrs.get("env_args")
+    text = attribute(data, "env_args", f"{path}: data")
     if text is None:
         raise UserError(f"{path}: the group 'data' has no attribute 'env_args'.")
     try:
         env_args = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: the attribute 'env_args' is not JSON ({error}).") from error
     if not isinstance(env_args, dict) or not isinstance(env_args.get("env_kwargs", {}), dict):
         raise UserError(f"{path}: the attribute 'env_args' is not robomimic's dictionary.")
     return env_args
 
 
-def _read_masks(file: h5py.File) -> dict[str, frozenset[str]]:
+def _read_masks(file: h5py.File, allowance: Allowance) -> dict[str, frozenset[str]]:
     """Filter key -> names of its demos; the official `mg` files have none."""
-    masks = file.get("mask", {})
-    return {key: _read_mask(masks[key], f"{file.filename}: mask/{key}") for key in masks}
+    where = str(file.filename)
+    masks = child(file, "mask", where)
+    if masks is None:
+        return {}
+    if not isinstance(masks, h5py.Group):
+        raise UserError(f"{where}: 'mask' is not a group of filter keys.")
+    return {key: _read_mask(masks, key, f"{where}: mask/{key}", allowance) for key in masks}
 
 
-def _read_mask(mask: h5py.Dataset | h5py.Group, where: str) -> frozenset[str]:
-    if not isinstance(mask, h5py.Dataset) or h5py.check_string_dtype(mask.dtype) is None:
+def _read_mask(masks: h5py.Group, key: str, where: str, allowance: Allowance) -> frozenset[str]:
+    mask = child(masks, key, where)
+    if not isinstance(mask, h5py.Dataset):
         raise UserError(f"{where} is not a list of demo names.")
-    try:
-        return frozenset(mask.asstr()[:])
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is damaged: it is not text ({error}).") from error
+    return frozenset(texts(mask, where, allowance))
 
 
 def _select_names(

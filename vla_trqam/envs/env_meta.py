@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from vla_trqam.envs.env_kwargs import check_env_kwargs, check_task_name
 from vla_trqam.errors import UserError
 
 LOW_DIM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
@@ -80,7 +81,8 @@ def check_env_meta(env_meta: Mapping[str, Any]) -> None:
     """Refuse `env_args` that robosuite 1.5 cannot honour, before anything heavy is imported.
 
     Raises:
-        UserError: a key is missing, the simulator is another one, or it is another robosuite.
+        UserError: a key is missing, the simulator is another one, it is another robosuite, or a
+            setting is not one of robosuite's or beyond its range.
     """
     missing = [k for k in ("env_name", "env_version", "type", "env_kwargs") if k not in env_meta]
     if missing:
@@ -99,3 +101,5 @@ def check_env_meta(env_meta: Mapping[str, Any]) -> None:
         json.dumps(env_meta)
     except TypeError as error:
         raise UserError(f"env_args hold something that JSON cannot: {error}.") from error
+    check_task_name(env_meta["env_name"])
+    check_env_kwargs(env_meta["env_kwargs"])

@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 
 from vla_trqam.data.frame_replay import FrameEpisode
+from vla_trqam.data.hdf5_safety import Allowance, attribute, child
+from vla_trqam.data.robomimic_demo import require_group
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile, read_robomimic, require_env_version
 from vla_trqam.envs.env_meta import TASK_DESCRIPTIONS
 from vla_trqam.envs.robomimic_images import CameraSettings, RobomimicImageEnv
@@ -119,13 +121,14 @@ def _start_of(file: RobomimicFile, name: str) -> tuple[int | None, np.ndarray]:
     The state has no sizes of objects, which robosuite draws at the reset.
     """
     with h5py.File(file.path) as stored:
-        group = stored[f"data/{name}"]
-        if "states" not in group:
-            raise UserError(
-                f"{file.path}: {name} has no 'states'; there is nothing to repeat from."
-            )
-        seed = group.attrs.get("seed")
-        return None if seed is None else int(seed), np.asarray(group["states"][0])
+        where = f"{file.path}: {name}"
+        group = require_group(require_group(stored, "data", str(file.path)), name, where)
+        states = child(group, "states", where)
+        if not isinstance(states, h5py.Dataset):
+            raise UserError(f"{where} has no 'states'; there is nothing to repeat from.")
+        Allowance(file.path).take(states, f"{where}: 'states'")
+        seed = attribute(group, "seed", where)
+        return None if seed is None else int(seed), np.asarray(states[0])
 
 
 def _check_drift(file: RobomimicFile, name: str, states: np.ndarray, recorded: np.ndarray) -> None:

@@ -28,6 +28,7 @@ from vla_trqam.training.metrics import (
     read_metrics,
     summarise_trust_region,
 )
+from vla_trqam.training.public_copy import without_paths
 from vla_trqam.training.run_folder import CONFIG_NAME
 
 METRICS, REPORT = "metrics.jsonl", "report.json"
@@ -166,7 +167,7 @@ def read_facts(run: Path, checkpoint: Path, policy: Path | None = None) -> RunFa
         trust_region=trust_region,
         evaluation=evaluation,
         not_evaluated=not_evaluated,
-        provenance=None if report is None else report.get("provenance"),
+        provenance=None if report is None else without_paths(report.get("provenance")),
         title=None if report is None else report.get("title"),
         plots=tuple(sorted((run / "plots").glob("*.png"))),
         base=_base(config, policy),

@@ -14,7 +14,6 @@ not sent again, so a push that failed half-way is completed by the same command.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from vla_trqam.adapters.policy_gate import NAMES_A_MODEL, check_policy_folder
+from vla_trqam.data.foreign import read_json
 from vla_trqam.errors import UserError
 from vla_trqam.training.card_facts import (
     ADAPTER_CONFIG,
@@ -44,6 +45,7 @@ from vla_trqam.training.hub_access import (
     one_sentence,
 )
 from vla_trqam.training.model_card import PLOTS, model_card
+from vla_trqam.training.public_copy import WHERE_FROM, public_copy
 from vla_trqam.training.run_folder import CONFIG_NAME
 
 CARD, RUN = "README.md", "run"
@@ -61,8 +63,6 @@ OURS = (
     *(f"{folder}/*" for folder in (ALGORITHM, PLOTS, RUN)),
 )
 TEXT = (".json", ".jsonl", ".yaml")
-# Where LeRobot notes from where it read a policy; nothing is loaded from there.
-HARMLESS_PATHS = ("pretrained_path",)
 COMMAND = "python -m vla_trqam.recipes.hub"
 
 
@@ -74,7 +74,8 @@ class Push:
         run: the run's folder.
         repo_id: where to.
         checkpoint: name of the checkpoint.
-        files: local files by their path in the repository, without the card.
+        files: local files by their path in the repository, without the card; the content where it
+            is not the file's, because paths of this machine are left out.
         card: the model card's text.
         command: the command that does this push.
     """
@@ -82,13 +83,16 @@ class Push:
     run: Path
     repo_id: str
     checkpoint: str
-    files: Mapping[str, Path]
+    files: Mapping[str, Path | bytes]
     card: str
     command: str
 
     def lines(self) -> Iterator[str]:
         """Files and sizes, for a reader."""
-        sizes = {path: file.stat().st_size for path, file in self.files.items()}
+        sizes = {
+            path: len(file) if isinstance(file, bytes) else file.stat().st_size
+            for path, file in self.files.items()
+        }
         sizes[CARD] = len(self.card.encode())
         for path, size in sorted(sizes.items()):
             yield f"{size / 1e6:12.3f} MB  {path}"
@@ -131,7 +135,8 @@ def prepare_push(
 
     Raises:
         UserError: the run has no such checkpoint, a file of it is missing or damaged, it needs a
-            folder of this machine, or the repository is the base policy's own.
+            folder of this machine or would run something on another, or the repository is the base
+            policy's own.
     """
     check_repo_id(repo_id)
     found = find_checkpoint(run, checkpoint)
@@ -143,6 +148,7 @@ def prepare_push(
         )
     files = _files(run, facts)
     _check_paths(facts)
+    check_policy_folder(facts.policy)
     flags = {
         "run": run,
         "repo_id": repo_id,
@@ -154,7 +160,8 @@ def prepare_push(
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     command = f"{COMMAND} push {shlex.join(given)}"
     card = model_card(facts, repo_id, license_name or _license(facts, api))
-    return Push(run, repo_id, found.name, files, card, command)
+    public = {path: public_copy(file) or file for path, file in files.items()}
+    return Push(run, repo_id, found.name, public, card, command)
 
 
 def push_checkpoint(
@@ -216,14 +223,24 @@ def _files(run: Path, facts: RunFacts) -> dict[str, Path]:
     written = (run / name for name in (CONFIG_NAME, METRICS, REPORT))
     files |= {f"{RUN}/{path.name}": path for path in written if path.is_file()}
     files.pop(CARD, None)
+    _check_own(files, (run, facts.policy))
     return files
+
+
+def _check_own(files: Mapping[str, Path], folders: tuple[Path, ...]) -> None:
+    """A link in a stranger's run would publish a file of this machine."""
+    roots = [folder.resolve() for folder in folders]
+    for file in files.values():
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise UserError(f"{file} is a link to {file.resolve()}, which is none of the run's")
 
 
 def _check_paths(facts: RunFacts) -> None:
     """Refuses a policy that only this machine can load."""
     for file in sorted(facts.policy.glob("*.json")):
-        for name, value in _texts(_read_json(file)):
-            if name not in HARMLESS_PATHS and Path(value).is_absolute():
+        for name, value in _texts(read_json(file)):
+            folder = name in NAMES_A_MODEL and Path(value).expanduser().is_dir()
+            if folder or (name not in WHERE_FROM and Path(value).is_absolute()):
                 hint = (
                     "push the whole policy by --merged=true"
                     if facts.is_adapter
@@ -233,13 +250,6 @@ def _check_paths(facts: RunFacts) -> None:
                     f"{file} needs {name}={value}, a path of this machine, so nobody else could "
                     f"load the policy: {hint}"
                 )
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -271,13 +281,17 @@ def _license(facts: RunFacts, api: HfApi | None) -> str | None:
 def _check_token(push: Push, api: HfApi) -> None:
     """Refuses to make the token public, should it be in a setting or in the run's command."""
     token = str(api.token)
-    text = {path: file for path, file in push.files.items() if file.suffix in TEXT}
-    holding = [path for path, file in text.items() if token in file.read_text(encoding="utf-8")]
+    texts = {path: file for path, file in push.files.items() if path.endswith(TEXT)}
+    holding = [path for path, file in texts.items() if token.encode() in _bytes(file)]
     if holding or token in push.card:
         raise UserError(
             f"{', '.join(holding) or CARD} holds the Hugging Face token, which must not be pushed: "
             f"remove it from the files in {push.run} and, if others saw them, make a new token"
         )
+
+
+def _bytes(file: Path | bytes) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
 
 
 def _send(push: Push, access: WriteAccess, private: bool | None) -> Pushed:
@@ -286,7 +300,10 @@ def _send(push: Push, access: WriteAccess, private: bool | None) -> Pushed:
         api.create_repo(push.repo_id, private=private, exist_ok=True)
     present = api.list_repo_files(push.repo_id)
     operations: list[Any] = [CommitOperationAdd(CARD, push.card.encode())]
-    operations += [CommitOperationAdd(path, str(file)) for path, file in push.files.items()]
+    operations += [
+        CommitOperationAdd(path, file if isinstance(file, bytes) else str(file))
+        for path, file in push.files.items()
+    ]
     operations += [CommitOperationDelete(path) for path in _stale(present, push)]
     message = f"Checkpoint {push.checkpoint}"
     done = api.create_commit(push.repo_id, operations, commit_message=message)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from vla_trqam.adapters.policy_gate import PICKLED, check_policy_folder
+from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.training.checkpoints import ALGORITHM, PRETRAINED
-from vla_trqam.training.hub import CARD, RUN
+from vla_trqam.training.hub import RUN
 from vla_trqam.training.hub_access import check_repo_id, connect, one_sentence
 from vla_trqam.training.learners import OffPolicy
 from vla_trqam.training.model_card import PLOTS
 
+# All that a checkpoint is made of.
+FETCHED = [".json", ".safetensors"]
 # Of a pushed run, or of another policy's repository, not needed to go on.
 NOT_FETCHED = [f"{PLOTS}/*", f"{RUN}/*", "training_state/*", "*.mp4"]
 CRITIC = "critic."
+_WHOLE = [f"*{suffix}" for suffix in FETCHED]
 
 
 def pull_checkpoint(
@@ -45,12 +49,14 @@ def pull_checkpoint(
         The folder.
 
     Raises:
-        UserError: the folder exists, the Hub does not give the repository, or it is no checkpoint.
+        UserError: the folder exists, the Hub does not give the repository, it is no checkpoint, or
+            a file of it could make a library run something.
     """
     if folder.exists():
         raise UserError(f"--folder={folder} exists; choose another, or remove it")
-    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=None)
+    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=_WHOLE)
     _algorithm_of(snapshot, repo_id)
+    check_policy_folder(snapshot)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(folder) as part:
@@ -105,11 +111,12 @@ def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = 
         UserError: a file is missing or damaged, or the critic has other weights.
     """
     try:
+        check_header(algorithm / "networks.safetensors")
         tensors = load_file(algorithm / "networks.safetensors")
         critic = {k.removeprefix(CRITIC): v for k, v in tensors.items() if k.startswith(CRITIC)}
         learner.method.critic.load_state_dict(critic)
         if trust_region:
-            learner.load_scalars(json.loads((algorithm / "scalars.json").read_text()))
+            learner.load_scalars(read_json(algorithm / "scalars.json"))
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{algorithm} does not fit this run's critic: {reason}") from None
@@ -119,7 +126,7 @@ def _lay_out(snapshot: Path, folder: Path) -> None:
     """Copies, not the cache's links: a checkpoint may be moved."""
     (folder / PRETRAINED).mkdir(parents=True)
     for path in snapshot.iterdir():
-        if path.is_file() and path.name not in (CARD, ".gitattributes"):
+        if path.is_file() and path.suffix in FETCHED:
             shutil.copyfile(path, folder / PRETRAINED / path.name)
     shutil.copytree(snapshot / ALGORITHM, folder / ALGORITHM)
 
@@ -130,20 +137,29 @@ def _snapshot(
     endpoint: str | None,
     token: str | None,
     *,
-    allow: list[str] | None,
+    allow: list[str],
 ) -> Path:
     check_repo_id(repo_id)
     api = connect(endpoint, token)
     with one_sentence(api):
         # Asked first: huggingface_hub would give an older copy where the Hub does not answer.
-        commit = api.model_info(repo_id, revision=revision).sha
+        info = api.model_info(repo_id, revision=revision)
+        if _WHOLE == allow:
+            _say_what_is_left(repo_id, [file.rfilename for file in info.siblings or ()])
         found = api.snapshot_download(
             repo_id,
-            revision=commit,
+            revision=info.sha,
             allow_patterns=allow,
             ignore_patterns=NOT_FETCHED,
         )
     return Path(found)
+
+
+def _say_what_is_left(repo_id: str, paths: list[str]) -> None:
+    """Names what could be taken for a part of the policy."""
+    left = [path for path in paths if Path(path).suffix in (".py", *PICKLED)]
+    if left:
+        print(f"of {repo_id} are not fetched, being code or pickles: {', '.join(sorted(left))}")
 
 
 def _algorithm_of(snapshot: Path, repo_id: str) -> Path:

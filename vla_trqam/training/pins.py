@@ -12,6 +12,7 @@ from typing import Any
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_durably
 from vla_trqam.training.manifest import FileFacts
+from vla_trqam.training.run_folder import BASE_NAME
 
 INPUTS_NAME = "inputs.json"
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -125,7 +126,10 @@ def check_pins(output_dir: Path) -> None:
     if not (output_dir / INPUTS_NAME).is_file():
         print(f"{output_dir} has no {INPUTS_NAME}: what it was begun with cannot be compared")
         return
+    has_copy = (output_dir / BASE_NAME).is_dir()
     for name, pin in read_pins(output_dir).items():
+        if has_copy and name in ("policy", "base"):
+            continue  # it goes on with its own
         if pin.folder is None or (pin.commit is not None and not Path(pin.folder).is_dir()):
             continue  # fetched again, by its commit
         for file, facts in pin.files.items():

@@ -33,8 +33,6 @@ been seen), data in other units nearly all.
 """
 STILL = 0.02
 """Numbers whose normalised standard deviation is below this in every dimension do not move."""
-FLAT = 1e-6
-"""A dimension whose statistics span less does not move in the policy's training data."""
 
 
 def check_shapes(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
@@ -54,17 +52,16 @@ def check_shapes(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
 
 
 def check_cameras(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
-    """Every camera that the policy looks through, with as many channels."""
+    """Every camera that the policy needs, with as many channels."""
     there = {image_key(name): shape for name, shape in replay.cameras.items()}
-    features = policy.host.config.image_features
-    wanted = {key: tuple(f.shape) for key, f in features.items() if "empty_camera" not in key}
-    missing = [key for key in wanted if key not in there]
-    if missing:
+    cameras, features = policy.cameras(there), policy.host.config.image_features
+    if not cameras.fit:
         return Finding.failure(
             "cameras",
-            f"the policy looks through {', '.join(missing)}; the data has {_names(there)}",
+            f"the policy looks through {', '.join(cameras.missing)}; the data has {_names(there)}",
             "data with these cameras, or a --rename_map from its names to the policy's",
         )
+    wanted = {key: tuple(features[key].shape) for key in cameras.seen}
     wrong = [key for key in wanted if there[key][2] != wanted[key][0]]
     if wrong:
         return Finding.failure(
@@ -72,9 +69,12 @@ def check_cameras(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
             ", ".join(f"{key} has {there[key][2]} channels in the data" for key in wrong),
             ", ".join(f"{key} with {wanted[key][0]}" for key in wrong),
         )
-    unused = [key for key in there if key not in wanted]
     found = "; ".join(_camera(key, there[key], wanted[key]) for key in wanted) or "none"
-    return Finding("cameras", found + (f"; not looked at: {_names(unused)}" if unused else ""))
+    if cameras.missing:
+        found += f"; {cameras.instead}: {', '.join(cameras.missing)}"
+    if cameras.unseen:
+        found += f"; not looked at: {', '.join(cameras.unseen)}"
+    return Finding("cameras", found)
 
 
 def _camera(key: str, there: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -107,8 +107,9 @@ def check_statistics(
             notes.append(f"{key} is not normalised")
             continue
         normalized = policy.processors.normalize(key, raw).cpu()
-        problems += _misfits(key, raw, normalized, mode)
-        notes.append(_fit(key, normalized, mode) + _flat(policy, key))
+        judged = [dim for dim in range(raw.shape[1]) if not policy.processors.flat(key)[dim]]
+        problems += _misfits(key, raw, normalized, mode, judged)
+        notes.append(_fit(key, normalized, mode, judged))
     if problems:
         return Finding.failure(
             "statistics",
@@ -123,14 +124,13 @@ def _numbers(
     policy: LeRobotFlowPolicy, replay: FrameReplay, sources: Collection[str] | None
 ) -> dict[str, Tensor]:
     """(N, d) rows of what the policy normalises, in the data's units."""
-    config, episodes, found = policy.host.config, replay.steps.episodes(), {}
+    episodes, found = replay.steps.episodes(), {}
     mine = np.isin(episodes.source, episodes.source if sources is None else list(sources))
-    if config.robot_state_feature is not None:
+    if policy.host.config.robot_state_feature is not None:
         found[STATE_KEY] = _spread_rows(
             replay.steps.observations, mine.repeat(episodes.num_steps + 1)
         )
-    if not getattr(config, "use_relative_actions", False):
-        found[ACTION_KEY] = _spread_rows(replay.steps.actions, mine.repeat(episodes.num_steps))
+    found[ACTION_KEY] = _spread_rows(replay.steps.actions, mine.repeat(episodes.num_steps))
     return found
 
 
@@ -146,43 +146,36 @@ def _mode(policy: LeRobotFlowPolicy, key: str) -> str:
     return str(step.norm_map[step.features[key].type].value)
 
 
-def _misfits(key: str, raw: Tensor, normalized: Tensor, mode: str) -> Iterator[str]:
-    limit = FAR_OUT[mode]
+def _misfits(
+    key: str, raw: Tensor, normalized: Tensor, mode: str, judged: Sequence[int] | None = None
+) -> Iterator[str]:
+    """Of the dimensions that the statistics can judge; None takes all."""
+    limit, judged = FAR_OUT[mode], range(raw.shape[1]) if judged is None else judged
     share = (normalized.abs() > limit).float().mean(dim=0)
-    for dim in (share > ALLOWED_FAR_OUT).nonzero().flatten().tolist():
+    for dim in judged:
+        if float(share[dim]) > ALLOWED_FAR_OUT:
+            yield (
+                f"{key}[{dim}] lies from {raw[:, dim].min():.4g} to {raw[:, dim].max():.4g}, which "
+                f"is for {share[dim]:.0%} of the data more than {limit:g} from the middle of the "
+                f"policy's normalised range ({mode})"
+            )
+    spread = [float(normalized[:, dim].std(correction=0)) for dim in judged]
+    if spread and max(spread) < STILL:
         yield (
-            f"{key}[{dim}] lies from {raw[:, dim].min():.4g} to {raw[:, dim].max():.4g}, which is "
-            f"for {share[dim]:.0%} of the data more than {limit:g} from the middle of the policy's "
-            f"normalised range ({mode})"
-        )
-    spread = normalized.std(dim=0, correction=0)
-    if float(spread.max()) < STILL:
-        yield (
-            f"{key} hardly moves: its normalised standard deviation is at most {spread.max():.2g} "
+            f"{key} hardly moves: its normalised standard deviation is at most {max(spread):.2g} "
             "in any dimension"
         )
 
 
-def _fit(key: str, normalized: Tensor, mode: str) -> str:
+def _fit(key: str, normalized: Tensor, mode: str, judged: Sequence[int]) -> str:
     limit = FAR_OUT[mode]
     share = (normalized.abs() > limit).float().mean(dim=0)
-    dim = int(share.argmax())
-    return f"{key} {mode}, at most {share[dim]:.1%} beyond {limit:g} ({key}[{dim}])"
-
-
-def _flat(policy: LeRobotFlowPolicy, key: str) -> str:
-    """Which dimensions the policy's training data never moved."""
-    assert policy.processors is not None
-    entry = policy.processors.statistics[key]
-    low, high = {
-        "MEAN_STD": ("", "std"),
-        "QUANTILES": ("q01", "q99"),
-        "QUANTILE10": ("q10", "q90"),
-        "MIN_MAX": ("min", "max"),
-    }[_mode(policy, key)]
-    span = entry[high] - entry[low] if low else entry[high]
-    flat = (span.flatten().abs() < FLAT).nonzero().flatten().tolist()
-    return f", no spread in {', '.join(f'{key}[{dim}]' for dim in flat)}" if flat else ""
+    still = [f"{key}[{dim}]" for dim in range(normalized.shape[1]) if dim not in judged]
+    note = f"; not judged, for its statistics have no spread: {', '.join(still)}" if still else ""
+    if not judged:
+        return f"{key} {mode}{note}"
+    dim = max(judged, key=lambda d: float(share[d]))
+    return f"{key} {mode}, at most {share[dim]:.1%} beyond {limit:g} ({key}[{dim}]){note}"
 
 
 @dataclass(frozen=True)

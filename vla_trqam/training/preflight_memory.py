@@ -303,7 +303,8 @@ def measure_disk(
 ) -> Disk:
     """Each process has a replay like this one.
 
-    A checkpoint holds what is trained, Adam's moments and the critic, but not adapters' base.
+    A checkpoint holds what is trained, Adam's moments and the critic, but not adapters' base; a
+    base that is in no file yet is written once.
     """
     whole = module_bytes(policy.model)
     trained = tensor_bytes(policy.trainable_parameters()) if policy.has_adapters else whole
@@ -314,7 +315,8 @@ def measure_disk(
     room = sum(max(0, f.st_size - f.st_blocks * 512) for f in files)
     if caches and not (replay.path / CACHE_NAME).exists():
         room += memory.prefix * replay.frame_capacity
-    return Disk(num_checkpoints * one + whole, processes * room)
+    base = whole if policy.lacks_base else 0
+    return Disk(num_checkpoints * one + whole + base, processes * room)
 
 
 def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:

@@ -56,6 +56,8 @@ class VLAPolicyConfig:
             on against its own base.
         n_action_steps: actions that are executed of a chunk; null takes the policy's own. Training
             wants whole chunks.
+        tokenizer: local folder of the tokenizer that its preprocessor takes; null for the one that
+            it names, which may be on the Hub and gated.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
         merged: checkpoints are whole policies with the adapters in them, not adapters alone.
         push_to_hub: push the last checkpoint.
@@ -68,6 +70,7 @@ class VLAPolicyConfig:
     device: str | None = None
     adapter: Literal["merge", "continue"] = "merge"
     n_action_steps: int | None = None
+    tokenizer: Path | None = None
     critic_layer: int | None = -1
     merged: bool = False
     push_to_hub: bool = False
@@ -224,6 +227,13 @@ class FinetuneVLAConfig(RunSettings):
             )
         if self.policy.push_to_hub and self.policy.repo_id is None:
             raise UserError("--policy.push_to_hub=true needs --policy.repo_id=USER/NAME")
+        if self.policy.tokenizer is not None and not self.policy.tokenizer.expanduser().is_dir():
+            raise UserError(f"--policy.tokenizer={self.policy.tokenizer} is not a folder")
+        if self.policy.push_to_hub and self.policy.tokenizer is not None:
+            raise UserError(
+                "--policy.push_to_hub=true would push processors that name a folder of this "
+                f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
+            )
         if (self.policy.path is None) != (self.dataset.repo_id is None):
             raise UserError(
                 "--policy.path and --dataset.repo_id go together: without both, the packed policy "
