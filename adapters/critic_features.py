@@ -46,7 +46,7 @@ def layer_index(layer: int, num_layers: int) -> int:
     index = layer + num_layers + 1 if layer < 0 else layer
     if not 0 <= index <= num_layers:
         raise UserError(
-            f"features.layer is {layer}; this policy's prefix has the layers 0 to {num_layers} "
+            f"critic_layer is {layer}; this policy's prefix has the layers 0 to {num_layers} "
             f"(or -1 to {-num_layers - 1}, from the back)"
         )
     return index

@@ -361,8 +361,18 @@ def check_config(family: FlowFamily, config: Any) -> None:
         refusals.append(f"use_relative_actions is true; {RELATIVE}")
     if config.action_feature is None:
         refusals.append(f"output_features has no {ACTION!r}")
+    refusals += _empty_flows(family, config)
     if refusals:
         raise UserError(f"config of a {config.type} policy: " + "; ".join(refusals))
+
+
+def _empty_flows(family: FlowFamily, config: Any) -> Iterator[str]:
+    """A sentence for each size of the flow that leaves nothing of it."""
+    sizes = {"chunk length": family.chunk_shape(config)[0]}
+    sizes["number of flow steps"] = family.num_flow_steps(config)
+    for name, size in sizes.items():
+        if size < 1:
+            yield f"the {name} is {size}; it must be at least 1"
 
 
 def check_adapters(family: FlowFamily, model: PeftModel) -> None:

@@ -326,6 +326,9 @@ def adapter_base(checkpoint: Checkpoint, revision: str | None = None) -> Checkpo
 
 
 def _with_adapters(host: PreTrainedPolicy, checkpoint: Checkpoint) -> PeftModel:
+    # peft would ask the Hub for them.
+    if not (checkpoint.folder / ADAPTERS).is_file():
+        raise UserError(f"{checkpoint.source} has no {ADAPTERS}")
     try:
         model = PeftModel.from_pretrained(host, str(checkpoint.folder), is_trainable=True)
     except Exception as error:
@@ -344,4 +347,7 @@ def _merged(model: PeftModel) -> PreTrainedPolicy:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:400]
+    """What it says, and what is behind it: draccus tells what was wrong in the cause alone."""
+    text = " ".join(str(error).split())
+    cause = " ".join(str(getattr(error, "__cause__", None) or "").split())
+    return (text if cause in text else f"{text} ({cause})")[:400]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def with_lora(
     host.config.pretrained_path = base
     try:
         model = host.wrap_with_peft(peft_cli_overrides=overrides)
-    except ValueError as error:
-        raise UserError(f"peft.target_modules: {error}") from None
+    except (ValueError, re.error) as error:
+        raise UserError(f"peft.target_modules={settings.target_modules}: {error}") from None
     assert isinstance(model, PeftModel)
     return model
 

@@ -140,11 +140,11 @@ class MLPFlowPolicy(FlowPolicy):
         Raises:
             UserError: a file is missing or unreadable, or its keys or shapes are not the config's.
         """
-        policy = cls(_read_config(Path(directory) / CONFIG_NAME))
+        config = _read_config(Path(directory) / CONFIG_NAME)
         path = Path(directory) / WEIGHTS_NAME
         tensors = _read_weights(path)
-        expected = {k: v for k, v in policy.state_dict().items() if k.startswith(SAVED)}
-        _check_weights(path, tensors, expected)
+        _check_weights(path, tensors, _saved_shapes(config))
+        policy = cls(config)
         policy.load_state_dict(tensors, strict=False)
         policy.reset_base()
         return policy
@@ -156,8 +156,17 @@ def _read_config(path: Path) -> MLPFlowConfig:
         raise UserError(f'{path}: "type" is not "mlp_flow"; this is not an MLP flow policy')
     try:
         return MLPFlowConfig(**{**fields, "hidden_dims": tuple(fields["hidden_dims"])})
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, UserError) as error:
         raise UserError(f"{path} does not describe an MLP flow policy: {error}") from None
+
+
+def _saved_shapes(config: MLPFlowConfig) -> dict[str, torch.Size]:
+    """Of the saved tensors; nothing is allocated for them."""
+    with torch.device("meta"):
+        tuned = VelocityMLP(config).state_dict()
+    shapes = {f"tuned.{name}": value.shape for name, value in tuned.items()}
+    vectors = ("observation_mean", "observation_std")
+    return shapes | dict.fromkeys(vectors, torch.Size([config.observation_dim]))
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -170,15 +179,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _check_weights(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_weights(path: Path, tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
     missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
     if missing or extra:
         raise UserError(
             f"{path} has other weights than its config: missing {missing}, extra {extra}"
         )
-    for key, value in expected.items():
-        if tensors[key].shape != value.shape:
+    for key, shape in expected.items():
+        if tensors[key].shape != shape:
             raise UserError(
                 f"{path}: {key} has shape {tuple(tensors[key].shape)}; the config says "
-                f"{tuple(value.shape)}"
+                f"{tuple(shape)}"
             )
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise UserError(f"{path}: {key} has a number that is not finite")

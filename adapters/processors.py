@@ -182,6 +182,7 @@ class Processors:
             if feature.type is FeatureType.ACTION:
                 after = self.action_statistics.get(key, {})
                 yield from _entry_problems("postprocessor", key, mode, after)
+                yield from _disagreements(key, mode, self.statistics.get(key, {}), after)
 
     @property
     def unnormalizer(self) -> UnnormalizerProcessorStep:
@@ -222,6 +223,20 @@ def _entry_problems(
     if len(set(lengths)) > 1:
         found = " and ".join(map(str, lengths))
         yield f"the {where} has {' and '.join(NEEDED[mode])} of {key} with {found} numbers"
+
+
+def _disagreements(
+    key: str, mode: NormalizationMode, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """Actions must be put back by the numbers that they are normalised by."""
+    for name in NEEDED[mode]:
+        there, back = before.get(name), after.get(name)
+        if there is None or back is None or there.shape != back.shape:
+            continue
+        if name == "std" and bool((there < 0).any()):
+            yield f"the preprocessor has a negative std of {key}"
+        if bool((there.isfinite() & back.isfinite() & (there != back)).any()):
+            yield f"the {name} of {key} in the postprocessor is not that in the preprocessor"
 
 
 def _only_step(pipeline: Any, kind: type) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vla_trqam.errors import UserError
 from vla_trqam.gelu import tanh_gelu, tanh_gelu_, tanh_gelu_slope_
 from vla_trqam.policy import PathFields
 from vla_trqam.precision import own_precision
@@ -42,6 +43,13 @@ class MLPFlowConfig:
     hidden_dims: tuple[int, ...] = (256, 256, 256)
     layer_norm: bool = False
     num_flow_steps: int = 10
+
+    def __post_init__(self) -> None:
+        sizes = {"observation_dim": self.observation_dim, "action_dim": self.action_dim}
+        sizes |= {"chunk_length": self.chunk_length, "num_flow_steps": self.num_flow_steps}
+        for name, size in (*sizes.items(), *(("hidden_dims", w) for w in self.hidden_dims)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise UserError(f"{name} has {size!r}; it must be a whole number of at least 1")
 
 
 @dataclass

@@ -30,7 +30,12 @@ from vla_trqam.training.metrics import (
 END_SHARE = 1 / 10
 MOST_POINTS = 150
 # Settings that may differ between runs without making them other experiments.
-INCIDENTAL = frozenset({"output_dir", "resume", "seed", "num_threads", "eval.num_workers"})
+INCIDENTAL = frozenset(
+    {
+        *("output_dir", "resume", "seed", "num_threads", "on_divergence"),
+        *("eval.num_workers", "eval.chunk_deadline"),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.training.alarms import Alarms, q_range, reward_range
 from vla_trqam.training.checkpoints import PRETRAINED
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import StateStore
@@ -145,12 +146,13 @@ def _set_up(
         short_chunks=config.dataset.short_chunks,
         reward=reward,
     )
-    phases = _phases(config, policy, draw)
+    phases, everything = _phases(config, policy, draw), draw()
     pool = RolloutPool(
         file.env_args,
         chunk_length=policy.chunk_shape[0],
         num_workers=config.eval.num_workers or usable_cores(),
         max_episode_steps=config.eval.max_episode_steps,
+        chunk_deadline=config.eval.chunk_deadline,
         obs_keys=config.dataset.obs_keys,
     )
     run = Run(
@@ -165,8 +167,10 @@ def _set_up(
         save_freq=config.save_freq,
         device=device,
         save_policy=policy.save_pretrained,
+        alarms=Alarms(q_range(reward_range(everything, rolls_out=True), config.discount)),
+        on_divergence=config.on_divergence,
     )
-    return run, phases, draw()
+    return run, phases, everything
 
 
 def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlowPolicy:
@@ -209,9 +213,15 @@ def _phases(
     """Pretraining, offline and online updates, as far as the settings want them."""
     # The critic's, the offline and the online updates are the same learner's.
     method = cache(lambda: _make_method(config, policy))
+
+    def renew() -> None:
+        method.cache_clear()
+        policy.behaviour = None  # as before the method began to train it
+
     off_policy = partial(
         Phase,
         make_learner=method,
+        renew=renew,
         batch_size=config.batch_size,
         evaluate_every=config.evaluate_every,
     )
@@ -228,6 +238,7 @@ def _phases(
                 batch_size=config.batch_size,
                 episodes_before=lambda done: () if done else config.base_seeds(),
                 moves_policy=False,
+                renew=renew,
             )
         )
     if config.offline.steps:

@@ -30,6 +30,7 @@ from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.training.alarms import Alarms, q_range, reward_range
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
 from vla_trqam.training.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
@@ -189,6 +190,8 @@ def _set_up(
         device=device,
         save_policy=partial(policy.save_pretrained, merged=config.policy.merged),
         team=team,
+        alarms=Alarms(_q_range(config, everything, team)),
+        on_divergence=config.on_divergence,
     )
     return run, phases, everything
 
@@ -237,6 +240,16 @@ def _all_rewards(
         return None
     parts = team.gather(asdict(RewardSummary.of(replay, everything)))
     return RewardSummary.joined([RewardSummary(**part) for part in parts])
+
+
+def _q_range(
+    config: FinetuneVLAConfig, everything: ChunkSampler[Any], team: Team
+) -> tuple[float, float] | None:
+    """What Q can be, by the rewards of all processes."""
+    rolls_out = config.num_training_episodes > 0
+    parts = team.gather(list(reward_range(everything, rolls_out=rolls_out)))
+    lowest, highest = min(low for low, _ in parts), max(high for _, high in parts)
+    return q_range((lowest, highest), config.discount)
 
 
 def _preflight(
@@ -301,6 +314,7 @@ def _start_simulators(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> R
         chunk_length=policy.chunk_shape[0],
         num_workers=config.eval.num_workers or usable_cores(),
         max_episode_steps=config.eval.max_episode_steps,
+        chunk_deadline=config.eval.chunk_deadline,
         obs_keys=STATE_KEYS,
         cameras=CameraSettings(config.env.cameras, config.env.image_size, config.env.shadows),
     )

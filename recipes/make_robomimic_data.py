@@ -138,10 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         make(parse(arguments))
     except UserError as error:
-        print(f"make_robomimic_data: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("make_robomimic_data: interrupted; nothing was written.", file=sys.stderr)
+        print("interrupted; nothing was written.", file=sys.stderr)
         return 130
     return 0
 

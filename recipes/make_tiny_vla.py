@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -49,18 +49,26 @@ from vla_trqam.envs.render_demos import RenderedDemo, initial_scenes, render_dem
 from vla_trqam.envs.robomimic_images import CameraSettings, RobomimicImageEnv
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
+from vla_trqam.training.settings import refuse_below
 
 DEMOS = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
 CAMERAS = CameraSettings(("agentview",), image_size=96, shadows=False)
 CHUNK, STRIDE, CONTROL_FREQUENCY, FLOW_STEPS = 8, 4, 20, 5
 WIDTH, PATCH = 64, 12
 FIRST_SCENE_SEED = 7_000_000
+AT_LEAST_ONE = ("pose_steps", "clone_steps", "episodes", "num_workers", "num_threads")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """The flags.
+
+    Raises:
+        UserError: an unknown one, or a value that cannot be.
+    """
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to make: policy/ and dataset/")
@@ -74,7 +82,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, default=2, help="simulator processes")
     add("--num_threads", type=int, default=2, help="torch's threads")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    refuse_below({name: getattr(options, name) for name in AT_LEAST_ONE}, 1)
+    refuse_below({name: getattr(options, name) for name in ("scenes", "seed")}, 0)
+    return options
 
 
 def make(options: argparse.Namespace) -> None:
@@ -85,8 +96,9 @@ def make(options: argparse.Namespace) -> None:
     """
     if options.output.exists():
         raise UserError(f"{options.output} exists already; name another --output")
-    rendered = render_demos(options.demos, CAMERAS, every=1, num_workers=options.num_workers)
     total = len(read_robomimic(options.demos).demos)
+    read_robomimic(options.demos, filter_key=options.filter_key)  # refused before the rendering
+    rendered = render_demos(options.demos, CAMERAS, every=1, num_workers=options.num_workers)
     demos = list(tqdm(rendered, total=total, desc="demonstrations", unit="episode"))
     with written_whole(options.output) as part:
         part.mkdir(parents=True)
@@ -258,14 +270,19 @@ def bar(name: str, steps: int) -> Iterator[Progress]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the recipe; returns the exit code."""
-    options = parse(arguments)
-    torch.set_num_threads(options.num_threads)
     try:
+        options = parse(arguments)
+        torch.set_num_threads(options.num_threads)
         make(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists every flag")
 
 
 if __name__ == "__main__":

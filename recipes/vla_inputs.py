@@ -39,7 +39,13 @@ def own_device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.dev
     """The device of this process."""
     own = accelerator.device
     # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
-    return torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
+    try:
+        device = torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--policy.device={config.policy.device} is not here: {reason}") from None
+    return device
 
 
 def checked_inputs(
@@ -67,6 +73,7 @@ def checked_inputs(
         say(note)
     _check_simulator(config, reader, policy)
     _check_base(config, policy)
+    reader.check_cameras()
     if team.is_main and not config.resume:
         assert config.output_dir is not None
         write_pins(config.output_dir, sources_of(config, packed, reader))
@@ -224,9 +231,14 @@ def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
     return LeRobotConfig(
         repo_id=data.repo_id or "local/packed",
         root=data.root if data.repo_id or packed is None else packed / "dataset",
+        revision=data.revision,
         episodes=data.episodes,
         reward=data.reward,
+        kind=data.kind,
         success_labels=data.success_labels,
+        instruction=data.instruction,
+        task_changes=data.task_changes,
+        tolerance_s=data.tolerance_s,
         rename_map=config.rename_map,
     )
 
@@ -254,6 +266,12 @@ def _load_policy(
         say=say,
     )
     if knobs.n_action_steps is not None:
+        length = policy.chunk_shape[0]
+        if knobs.n_action_steps > length:
+            raise UserError(
+                f"--policy.n_action_steps={knobs.n_action_steps} is more than the {length} actions "
+                "of the policy's chunks"
+            )
         policy.host.config.n_action_steps = knobs.n_action_steps
         policy.host.reset()  # its queue of actions has that length
     assert policy.processors is not None, "load_policy brings processors"

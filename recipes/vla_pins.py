@@ -28,7 +28,7 @@ def take_pinned_commits(config: FinetuneVLAConfig) -> str | None:
     commits = {name: pin.commit for name, pin in read_pins(config.output_dir).items()}
     if commits.get("policy"):
         config.policy.revision = commits["policy"]
-    if commits.get("dataset") and hasattr(config.dataset, "revision"):
+    if commits.get("dataset"):
         config.dataset.revision = commits["dataset"]
     return commits.get("base")
 
@@ -71,7 +71,7 @@ def _files(folder: Path) -> tuple[str, ...]:
 def _dataset(config: FinetuneVLAConfig, packed: Path | None, reader: LeRobotReader) -> Source:
     """Without the videos of cameras that nobody looks through."""
     asked, root = config.dataset.repo_id or "packed", _local_dataset(config, packed)
-    commit = getattr(reader, "revision", None)
+    commit = reader.revision
     if root is None or commit is not None:
         return Source("dataset", asked, None, commit=commit)
     original = {new: old for old, new in config.rename_map.items()}

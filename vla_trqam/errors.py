@@ -1,5 +1,12 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions with a sentence for the user."""
 
 
 class UserError(ValueError):
     """Bad input. The message is one sentence: what is wrong, where, and what would be right."""
+
+
+class DivergenceError(FloatingPointError):
+    """Training found a number that is not finite; nothing has moved by it.
+
+    The message is the beginning of a sentence: which number, and where.
+    """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vla_trqam.errors import UserError
+from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.time_grid import TimeGrid
 
 
@@ -55,9 +55,10 @@ class TrustRegionConfig:
     kl_clip: float | None = 2.0
 
     def __post_init__(self) -> None:
-        if not self.kl_budget > 0.0:
+        if not 0.0 < self.kl_budget < math.inf:
             raise UserError(
-                f"kl_budget is {self.kl_budget}; the KL budget must be a positive number of nats"
+                f"kl_budget is {self.kl_budget}; the KL budget must be a positive, finite number "
+                "of nats"
             )
         if not 0.0 < self.lam_min <= self.lam_init <= self.lam_max:
             raise UserError(
@@ -92,15 +93,16 @@ class TrustRegion:
         """One dual step with this batch's estimate ``D_hat``, in the budget's unit.
 
         Raises:
-            FloatingPointError: the clipped estimate is not finite; lambda would never recover.
+            DivergenceError: the estimate is not finite. NaN would stay in lambda; infinity, clipped
+                like a large KL, would lower lambda as long as the average is below the budget.
         """
         config = self.config
+        if not math.isfinite(kl_estimate):
+            raise DivergenceError(
+                f"training has diverged: the path KL is {kl_estimate} at lambda {self.lam:.3g}"
+            )
         limit = float("inf") if config.kl_clip is None else config.kl_clip * config.kl_budget
         clipped = min(kl_estimate, limit)
-        if not math.isfinite(clipped):
-            raise FloatingPointError(
-                f"the path KL is {kl_estimate} at lambda {self.lam:.3g}: training has diverged"
-            )
         self.kl_ema += config.kl_ema_rate * (clipped - self.kl_ema)
         lam = self.lam + config.dual_step_size * (self.kl_ema - config.kl_budget)
         self.lam = min(max(lam, config.lam_min), config.lam_max)

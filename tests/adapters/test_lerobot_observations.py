@@ -108,7 +108,7 @@ def test_layers_are_counted_as_in_transformers(kind: str) -> None:
     assert not torch.allclose(features[0], features[1])
     assert not torch.allclose(features[1], features[2])
     for layer in (3, -4):
-        with pytest.raises(UserError, match=f"features.layer is {layer}"):
+        with pytest.raises(UserError, match=f"critic_layer is {layer}"):
             load_policy(folder, features=CriticFeatures(layer))
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -250,3 +251,42 @@ def test_second_replay_in_a_folder_is_refused(replay: FrameReplay) -> None:
     with pytest.raises(UserError, match="already holds a replay"):
         create(replay.path)
     assert FrameReplay.open(replay.path).num_episodes == 4
+
+
+def test_a_task_that_changes_is_told_in_each_row(tmp_path: Path) -> None:
+    tasks = (*["reach"] * 3, *["lift"] * 5)
+    changing = dataclasses.replace(frame_episode(0, 7, terminated=True), task=tasks)
+    steady = frame_episode(1, 4, terminated=False, task="lift")
+    replay = create(tmp_path / "replay", tasks_of_rows=True)
+    for episode in (steady, changing, steady):
+        replay.add_episode(episode, source="demonstrations")
+    replay.truncate_to(2)
+    replay.close()
+    again = FrameReplay.open(tmp_path / "replay")
+    assert again.observation_at(np.arange(13))["task"] == ["lift"] * 5 + list(tasks)
+    assert again.observation_at(np.array([12, 5]))["task"] == ["lift", "reach"]
+    assert again.task_of_episodes() == ["lift", "reach"]
+    assert again.tasks() == ["lift", "reach"]
+
+
+def test_tasks_that_a_replay_cannot_hold_are_refused(tmp_path: Path) -> None:
+    episode = frame_episode(0, 3, terminated=True)
+    replay = create(tmp_path / "replay")
+    with pytest.raises(UserError, match="has a task that changes; create the replay with tasks_of"):
+        replay.add_episode(dataclasses.replace(episode, task=("a", "a", "b", "b")), source="x")
+    with pytest.raises(UserError, match="has 3 tasks, not one for each of 4 rows"):
+        replay.add_episode(dataclasses.replace(episode, task=("a", "a", "a")), source="x")
+    replay.add_episode(dataclasses.replace(episode, task=("a",) * 4), source="x")
+    assert replay.observation_at(np.arange(4))["task"] == ["a"] * 4
+
+
+def test_a_replay_from_before_tasks_could_change_opens(
+    replay: FrameReplay, episodes: list[FrameEpisode]
+) -> None:
+    replay.close()
+    path = replay.path / "frames.json"
+    header = json.loads(path.read_text())
+    assert header.pop("tasks_of_rows") is False
+    path.write_text(json.dumps(header))
+    assert not (replay.path / "row_tasks.npy").exists()
+    assert_holds(FrameReplay.open(replay.path), episodes)

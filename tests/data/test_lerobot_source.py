@@ -160,11 +160,11 @@ def test_the_parts_of_a_dataset_are_its_episodes(replay: FrameReplay, tmp_path: 
 def test_interrupted_writing_leaves_no_half_dataset(
     replay: FrameReplay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: FrameReplay) -> list[str]:
+    def interrupt(self: FrameReplay, rows: np.ndarray) -> list[str]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FrameReplay, "task_of_episodes", interrupt)
+        patch.setattr(FrameReplay, "task_of_rows", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     assert not (tmp_path / "set").exists()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vla_trqam.envs import rollout, worker
+from vla_trqam.envs import pool_worker, worker
 from vla_trqam.envs.chunked import ChunkEnv
 from vla_trqam.envs.robomimic import env_meta_for
 from vla_trqam.envs.rollout import RolloutPool
@@ -49,13 +49,15 @@ class ThreadInsteadOfProcess:
     def kill(self):
         self.thread.join()
 
-    wait = kill
+    def wait(self, timeout=None):
+        self.thread.join(timeout)
+        return 0
 
 
 @pytest.fixture
 def in_thread(monkeypatch):
     stand_in = SimpleNamespace(Popen=ThreadInsteadOfProcess, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(rollout, "subprocess", stand_in)
+    monkeypatch.setattr(pool_worker, "subprocess", stand_in)
 
 
 @pytest.fixture(scope="module")

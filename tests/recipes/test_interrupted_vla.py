@@ -8,7 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from toy_deaths import dies_at_call, dies_at_update, signalled_at_update
+from toy_deaths import (
+    dies_at_call,
+    dies_at_update,
+    diverges_at_update,
+    signalled_at_update,
+)
 from toy_files import differences
 from toy_images import NUM_DEMOS, ImageToyPool, images_state
 from toy_task import Killed
@@ -17,6 +22,7 @@ from vla_runs import (
     forgetful_pool,
     full,
     killed,
+    main,
     no_conclusion,
     resume,
     tiny,
@@ -41,6 +47,7 @@ __all__ = [  # fixtures
     "without_simulator",
 ]
 pytestmark = pytest.mark.slow
+ROLLBACK = "--on_divergence=rollback"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +101,23 @@ def test_a_killed_run_goes_on_to_the_same_bits(when, tiny, no_conclusion, whole,
         tiny(tmp_path / "run")
     assert resume(tmp_path / "run") == 0
     assert differences(images_state(tmp_path / "run"), without_conclusion(whole.state)) == []
+
+
+def test_a_rollback_reaches_what_the_resume_of_a_stopped_run_does(
+    tiny, no_conclusion, tmp_path, monkeypatch, capsys
+):
+    """In an online update: back before its round, whose episodes and features are made anew."""
+    # Counted by the critic's, which moves most often: 3 in the warm-up and 3 for each other update.
+    diverges_at_update(monkeypatch, CachedOffPolicy, 3 + 3 * 5)
+    assert tiny(tmp_path / "rolled", ROLLBACK) == 0
+    assert capsys.readouterr().err.count("with 0.5 of the step sizes") == 1
+    assert tiny(tmp_path / "stopped") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert " in online update 3; the last good checkpoint is " in said
+    assert main("--resume=true", f"--output_dir={tmp_path / 'stopped'}", ROLLBACK) == 0
+    one, other = (images_state(tmp_path / name) for name in ("rolled", "stopped"))
+    assert differences(one, other) == []
+    assert json.loads(one["algorithm/scalars.json"])["step_factor"] == 0.5
 
 
 def test_full_fine_tuning_resumes_to_the_same_bits(tiny, no_conclusion, full, tmp_path):

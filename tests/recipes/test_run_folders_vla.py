@@ -1,5 +1,6 @@
 """The recipes for LeRobot's policies on a toy task: failures, other inputs, more updates."""
 
+import json
 import shlex
 import shutil
 
@@ -20,6 +21,7 @@ from vla_runs import (
 )
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.recipes import finetune_vla
+from vla_trqam.recipes.vla_pins import take_pinned_commits
 
 from vla_trqam.training.cached_learners import CachedOffPolicy
 from vla_trqam.training.config import saved_config
@@ -111,7 +113,9 @@ def test_a_resumed_run_takes_the_commits_of_its_beginning(tiny, no_conclusion, t
     with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 3)):
         tiny(folder)
     path, commit = folder / "inputs.json", "0123456789abcdef0123456789abcdef01234567"
-    path.write_text(path.read_text().replace('"commit": null', f'"commit": "{commit}"'))
+    pins = json.loads(path.read_text())
+    pins["policy"]["commit"] = commit
+    path.write_text(json.dumps(pins))
 
     def load(*arguments, revision, **settings):
         asked.append(revision)
@@ -123,3 +127,9 @@ def test_a_resumed_run_takes_the_commits_of_its_beginning(tiny, no_conclusion, t
     assert asked == [commit]
     saved = saved_config(FinetuneVLAConfig, folder / "config.yaml")
     assert saved.policy.revision is None
+    pins["dataset"]["commit"] = commit[::-1]
+    pins["base"] = pins["policy"] | {"commit": commit[1:] + "0"}
+    path.write_text(json.dumps(pins))
+    config = FinetuneVLAConfig(output_dir=folder, resume=True)
+    assert take_pinned_commits(config) == commit[1:] + "0"
+    assert (config.policy.revision, config.dataset.revision) == (commit, commit[::-1])

@@ -16,7 +16,7 @@ import torch
 from distributed_worker import Place, fork_two
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import ProcessException
-from toy_deaths import dies_at_update, signalled_at_update
+from toy_deaths import dies_at_update, diverges_at_update, signalled_at_update
 from toy_files import differences, metrics_lines
 from toy_images import NUM_DEMOS, ImageToyPool, images_state
 from vla_runs import files, forgetful_pool, main, without_simulator
@@ -133,6 +133,25 @@ def test_each_process_has_its_part_of_the_episodes(two):
     half = NUM_DEMOS // 2
     assert tasks == [["dataset"] * half + ["critic", "online", "online"]] * 2
     assert seen[0] != seen[1]
+
+
+def diverging(patch: pytest.MonkeyPatch, rank: int) -> None:
+    if rank == 1:
+        diverges_at_update(patch, CachedOffPolicy, 3 + 3 * 5)  # the third online one
+
+
+def test_what_diverges_on_one_process_rolls_both_back(files, tmp_path):
+    flags = [*files.flags(), "--on_divergence=rollback"]
+    rolled = two_run(tmp_path / "run", *flags, prepare=diverging)
+    assert [rolled.status(0), rolled.status(1)] == [0, 0]
+    first, second = rolled.weights(0), rolled.weights(1)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert rolled.said(0).count("with 0.5 of the step sizes") == 1
+    assert rolled.said(1) == ""
+    scalars = json.loads(rolled.state()["0 algorithm/scalars.json"])
+    assert scalars["step_factor"] == 0.5
+    steps = [line["step"] for line in metrics_lines(rolled.folder) if "kl_estimate" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
 
 
 def interrupted(patch: pytest.MonkeyPatch, rank: int) -> None:

@@ -34,7 +34,7 @@ from vla_runs import (
 from vla_trqam.recipes import vla_inputs
 
 from vla_trqam.data.frame_replay import FrameReplay, image_key
-from vla_trqam.data.lerobot_source import LeRobotReader
+from vla_trqam.data.lerobot_pictures import Pictures
 from vla_trqam.training.cached_learners import CachedOffPolicy
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
@@ -62,13 +62,13 @@ def test_a_camera_that_nobody_looks_through_is_not_opened(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    decode, opened = LeRobotReader._decode, set()
+    decode, opened = Pictures.decode, set()
 
-    def watched(reader: LeRobotReader, camera: str, *arguments: Any) -> Any:
+    def watched(pictures: Pictures, camera: str, *arguments: Any) -> Any:
         opened.add(camera)
-        return decode(reader, camera, *arguments)
+        return decode(pictures, camera, *arguments)
 
-    monkeypatch.setattr(LeRobotReader, "_decode", watched)
+    monkeypatch.setattr(Pictures, "decode", watched)
     assert tiny(tmp_path / "run", f"--dataset.root={two_cameras}") == 0
     assert opened == {CAMERA}
     assert f"not looked through, and never opened: {image_key(BROKEN)}" in capsys.readouterr().out

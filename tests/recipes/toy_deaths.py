@@ -1,6 +1,8 @@
 """Ways for a run to end early."""
 
+import math
 import os
+from dataclasses import replace
 
 from toy_task import Killed
 
@@ -44,3 +46,17 @@ def dies_at_call(patch, owner, name, number):
         return function(*arguments)
 
     patch.setattr(owner, name, mortal)
+
+
+def diverges_at_update(monkeypatch, learner, done):
+    """A loss of NaN after so many updates, also of a resumed run, while the steps are whole."""
+    update = learner.update
+
+    def diverging(self, batch, generator):
+        moments = self.optimizer.state.values()
+        taken = max((int(state["step"]) for state in moments), default=0)
+        if taken == done and self.step_factor == 1.0:
+            batch = replace(batch, chunk_return=batch.chunk_return * math.nan)
+        update(self, batch, generator)
+
+    monkeypatch.setattr(learner, "update", diverging)

@@ -106,6 +106,7 @@ class ImageToyPool:
         max_episode_steps: int,
         obs_keys: Sequence[str],
         cameras: CameraSettings,
+        chunk_deadline: float = 120.0,
     ) -> None:
         self.chunk_length, self.max_episode_steps = chunk_length, max_episode_steps
         self.cameras = cameras.names

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 from update_problems import BATCH, batch_of, method_of, noise_of
 
 from vla_trqam.data.transitions import TransitionBatch
-from vla_trqam.errors import UserError
+from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 from vla_trqam.training.distributed import (
     FailedElsewhereError,
@@ -139,6 +139,23 @@ def with_an_unused_weight(place: Place) -> dict[str, Tensor]:
     return run_updates(place, method)
 
 
+def spoilt_on_one_rank(place: Place) -> dict[str, Tensor]:
+    """A row of the last rank makes all of them stop, with nothing moved, and go on alike."""
+    method, stops = place.method(), 0
+    method.update(*place.share(0))
+    before = trained(method, [])
+    bad, noise = batch_with_short_chunks(1), noise_of(1)
+    bad.chunk_return[BATCH - 1] = torch.nan
+    bad.valid[BATCH - 1], bad.terminated[BATCH - 1] = True, True
+    for update in (method.update, method.update_critic):
+        try:
+            update(*rows_of(bad, noise, place.rows))
+        except DivergenceError:
+            stops += 1
+    kept = all(torch.equal(value, before[name]) for name, value in trained(method, []).items())
+    return run_updates(place, method) | {"stops": torch.tensor([stops, kept]).double()}
+
+
 def team_work(place: Place) -> dict[str, Tensor]:
     """What a recipe asks of its team; the same tensors on every rank."""
     team = place.team
@@ -216,6 +233,7 @@ SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {
         sharded,
         started_apart,
         with_an_unused_weight,
+        spoilt_on_one_rank,
         team_work,
     )
 }

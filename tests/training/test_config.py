@@ -194,7 +194,7 @@ def test_a_configuration_names_no_python_object_to_make(presets, tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml cannot be read: could not determine a con"):
         parse_config(Outer, presets, [f"--config_path={path}"])
     with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
-        resumed_config(Outer(output_dir=tmp_path), "config.yaml", [])
+        resumed_config(Outer(output_dir=tmp_path), "config.yaml", [], refuse_nothing)
     presets.write_text(f"default: {{name: {HOSTILE.format(marker=marker)}}}\n")
     with pytest.raises(UserError, match=r"presets\.yaml cannot be read"):
         parse_config(Outer, presets, [])

@@ -85,6 +85,11 @@ def test_the_team_shares_work_gathers_it_and_tells_of_failures(two: Path) -> Non
     assert found["any"].tolist() == [True, False]
 
 
+def test_both_ranks_stop_for_a_bad_row_of_one_before_anything_has_moved(two: Path) -> None:
+    for rank in (0, 1):
+        assert of_rank(two, "spoilt_on_one_rank", rank)["stops"].tolist() == [2.0, 1.0]
+
+
 def test_lambda_has_moved_and_the_ranks_shares_differ(two: Path) -> None:
     """Otherwise the comparisons above would show nothing."""
     assert abs(float(of_rank(two, "updates", 0)["lam"]) - CONFIG.lam_init) > 0.01

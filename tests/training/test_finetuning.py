@@ -9,16 +9,14 @@ import pytest
 import torch
 from toy_files import metrics_lines
 from toy_learners import make_cloning, make_off_policy
+from toy_run import chunks, filled_replay, make_run, phase
 from toy_task import ToyPool, homing_policy, roll_out
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
 from vla_trqam.training.critic_check import check_critic
-from vla_trqam.training.episode_store import StateStore
-from vla_trqam.training.finetuning import METRICS_NAME, Phase, Run
-from vla_trqam.training.generators import Generators
+from vla_trqam.training.finetuning import METRICS_NAME
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.metrics import MetricsLog
 
@@ -27,22 +25,8 @@ SEEDS = (900, 901, 902)
 
 @pytest.fixture
 def replay(tmp_path):
-    buffer = ReplayBuffer.create(
-        tmp_path / "replay", observation_dim=3, action_dim=2, capacity=1000
-    )
-    for seed in range(5):
-        episode = roll_out(homing_policy(2, 0.2), seed, 12)
-        buffer.add_episode(
-            episode.observations,
-            episode.actions,
-            episode.rewards,
-            terminated=episode.terminated,
-            truncated=episode.truncated,
-            source="dataset",
-            success=episode.success,
-        )
-    yield buffer
-    buffer.close()
+    with filled_replay(tmp_path / "replay") as buffer:
+        yield buffer
 
 
 @pytest.fixture
@@ -54,27 +38,7 @@ def learner():
 def run(tmp_path, replay, learner):
     ToyPool.rounds, ToyPool.before_run = [], None
     with MetricsLog(tmp_path / METRICS_NAME) as metrics:
-        yield Run(
-            output_dir=tmp_path,
-            policy=learner.method.policy,
-            store=StateStore(replay),
-            pool=ToyPool({}, max_episode_steps=10),
-            generators=Generators.seeded(0, torch.device("cpu")),
-            metrics=metrics,
-            evaluation_seeds=SEEDS,
-            log_freq=2,
-            save_freq=100,
-            device=torch.device("cpu"),
-            save_policy=learner.method.policy.save_pretrained,
-        )
-
-
-def phase(run, learner, name="offline", steps=4, **settings):
-    return Phase(name, steps, lambda: learner, chunks(run.store.replay), 8, **settings)
-
-
-def chunks(replay):
-    return replay.sampler(chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec())
+        yield make_run(tmp_path, replay, learner, metrics, evaluation_seeds=SEEDS)
 
 
 def test_rollouts_join_the_replay_before_the_update_that_asks_for_them(run, learner):

@@ -5,6 +5,8 @@ Added to the folder of `vla_trqam.data.replay`, whose header alone decides what 
     frames.json              cameras with their (height, width, channels), capacity, task texts
     frame_rows.npy           int64, one number a row of observations.npy: see `FrameIndex`
     episode_tasks.npy        int64, one number an episode: the position of its task's text
+    row_tasks.npy            int64, likewise of each row of observations.npy, where the task may
+                             change within an episode
     images.<camera>.npy      uint8 (height, width, channels), one row a frame, each frame once
     cache.json               the cached features: fingerprint, how many frames have them, shapes
     cache.<name>.npy         one feature, one row a frame; int16 bits where it is bfloat16
@@ -39,12 +41,14 @@ class FrameHeader:
         frame_capacity: largest number of frames.
         step_capacity: largest number of steps, as in the replay's header.
         tasks: the texts; an episode holds the position of its own.
+        tasks_of_rows: whether each row holds one too.
     """
 
     cameras: dict[str, ImageShape]
     frame_capacity: int
     step_capacity: int
     tasks: tuple[str, ...] = ()
+    tasks_of_rows: bool = False
 
     def write(self, folder: Path) -> None:
         """Replace the file in one step."""
@@ -80,10 +84,13 @@ class FrameHeader:
             image_array(name): ((self.frame_capacity, *shape), np.uint8)
             for name, shape in self.cameras.items()
         }
-        return images | {
+        numbers: dict[str, ArraySpec] = {
             "frame_rows": ((2 * self.step_capacity,), np.int64),
             "episode_tasks": ((self.step_capacity,), np.int64),
         }
+        if self.tasks_of_rows:
+            numbers["row_tasks"] = ((2 * self.step_capacity,), np.int64)
+        return images | numbers
 
 
 def image_array(camera: str) -> str:

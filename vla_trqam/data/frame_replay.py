@@ -58,7 +58,7 @@ class FrameEpisode:
         terminated: the task ended the episode at s_T. Wins when both ends are true.
         truncated: a time limit ended it.
         success: the task was solved.
-        task: what the policy is told to do.
+        task: what the policy is told to do; or T + 1 texts, what it is told in s_0..s_T.
     """
 
     states: np.ndarray
@@ -69,7 +69,7 @@ class FrameEpisode:
     terminated: bool
     truncated: bool
     success: bool
-    task: str
+    task: str | tuple[str, ...]
 
 
 class FrameReplay:
@@ -92,6 +92,7 @@ class FrameReplay:
         cameras: Mapping[str, ImageShape],
         capacity: int,
         frame_capacity: int | None = None,
+        tasks_of_rows: bool = False,
     ) -> FrameReplay:
         """Make an empty replay in the folder `path`, which must not hold one yet.
 
@@ -102,6 +103,7 @@ class FrameReplay:
             cameras: name -> (height, width, channels); names without the `observation.images.`.
             capacity: largest number of steps. Disk space is taken only as episodes come.
             frame_capacity: largest number of frames; twice the steps if None, which always fits.
+            tasks_of_rows: room for tasks that change within an episode.
 
         Raises:
             UserError: a size is not positive, or the folder already holds a replay.
@@ -115,7 +117,7 @@ class FrameReplay:
         for name in cameras:
             if "/" in name:
                 raise UserError(f"The camera name {name!r} holds a '/', which files cannot bear.")
-        header = FrameHeader(dict(cameras), frames, capacity)
+        header = FrameHeader(dict(cameras), frames, capacity, tasks_of_rows=tasks_of_rows)
         if capacity >= 1 and not (folder / HEADER_NAME).exists():
             folder.mkdir(parents=True, exist_ok=True)
             for name, spec in header.arrays().items():
@@ -178,9 +180,25 @@ class FrameReplay:
         return self._columns[image_array(camera)].rows[: self.num_frames]
 
     def task_of_episodes(self) -> list[str]:
-        """One text an episode."""
+        """One text an episode, its first."""
         ids = self._columns["episode_tasks"].rows[: self.num_episodes]
         return [self._header.tasks[i] for i in ids]
+
+    def task_of_rows(self, rows: np.ndarray) -> list[str]:
+        """One text for each of these rows of `steps.observations`."""
+        if self._header.tasks_of_rows:
+            ids = self._columns["row_tasks"].rows.take(rows)
+        else:
+            episode = np.searchsorted(self._first_rows(), rows, side="right") - 1
+            ids = self._columns["episode_tasks"].rows.take(episode)
+        return [self._header.tasks[i] for i in ids]
+
+    def tasks(self) -> list[str]:
+        """Every text that a policy is told in some row, sorted."""
+        if not self._header.tasks_of_rows:
+            return sorted(set(self.task_of_episodes()))
+        ids = self._columns["row_tasks"].rows[: self.steps.num_steps + self.num_episodes]
+        return sorted(self._header.tasks[i] for i in np.unique(ids))
 
     def add_episode(self, episode: FrameEpisode, *, source: str) -> None:
         """Append a whole episode; it counts as soon as this returns.
@@ -192,13 +210,15 @@ class FrameReplay:
         self._check(episode)
         self.steps.claim()
         first_frame, first_row = self.num_frames, self.steps.num_steps + self.num_episodes
-        self._add_task(episode.task)
+        ids = self._task_ids(episode.task)
         for camera, images in episode.images.items():
             self._columns[image_array(camera)].write(first_frame, images)
         numbers = FrameIndex.number(episode.observed, first_frame)
         self._columns["frame_rows"].write(first_row, numbers)
-        task = np.array([self._header.tasks.index(episode.task)])
-        self._columns["episode_tasks"].write(self.num_episodes, task)
+        self._columns["episode_tasks"].write(self.num_episodes, ids[:1])
+        if self._header.tasks_of_rows:
+            every = np.broadcast_to(ids, episode.observed.shape)
+            self._columns["row_tasks"].write(first_row, every)
         self.steps.add_episode(
             episode.states,
             episode.actions,
@@ -220,8 +240,6 @@ class FrameReplay:
                 on the device, which moves a quarter of the bytes.
         """
         frames = self.frame_index.frames(rows)
-        episode = np.searchsorted(self._first_rows(), rows, side="right") - 1
-        tasks = self._columns["episode_tasks"].rows.take(episode)
         state = self.steps.observations.take(rows, axis=0)
         observation: FrameObservation = {STATE_KEY: torch.from_numpy(state)}
         for camera in self._header.cameras:
@@ -229,7 +247,7 @@ class FrameReplay:
             if image_dtype == "float32":
                 image = image.float() / 255
             observation[image_key(camera)] = image.contiguous()
-        observation[TASK_KEY] = [self._header.tasks[i] for i in tasks]
+        observation[TASK_KEY] = self.task_of_rows(rows)
         return observation
 
     def sampler(
@@ -314,11 +332,16 @@ class FrameReplay:
         """Each episode's first row of `steps.observations`."""
         return self.steps.episodes().first_observation
 
-    def _add_task(self, task: str) -> None:
-        if task not in self._header.tasks:
-            header = replace(self._header, tasks=(*self._header.tasks, task))
+    def _task_ids(self, task: str | tuple[str, ...]) -> np.ndarray:
+        """Positions of the texts, (1,) or (T + 1,); new ones join the header."""
+        texts = (task,) if isinstance(task, str) else task
+        new = [text for text in dict.fromkeys(texts) if text not in self._header.tasks]
+        if new:
+            header = replace(self._header, tasks=(*self._header.tasks, *new))
             header.write(self.path)
             self._header = header
+        known = {text: number for number, text in enumerate(self._header.tasks)}
+        return np.array([known[text] for text in texts], dtype=np.int64)
 
     def _check(self, episode: FrameEpisode) -> None:
         where = f"Episode {self.num_episodes} of the replay {self.path}"
@@ -328,6 +351,8 @@ class FrameReplay:
             raise UserError(f"{where} has observed of {found}, not bool {rows}.")
         if not episode.observed[0]:
             raise UserError(f"{where} has no frame at its first step.")
+        if not isinstance(episode.task, str):
+            self._check_tasks(where, episode.task, rows)
         frames = int(episode.observed.sum())
         if episode.images.keys() != self._header.cameras.keys():
             raise UserError(
@@ -346,6 +371,14 @@ class FrameReplay:
                 f"The replay {self.path} is full: it holds {self.num_frames} of "
                 f"{self._header.frame_capacity} frames and {frames} more do not fit. "
                 "Create it with a larger frame_capacity."
+            )
+
+    def _check_tasks(self, where: str, tasks: tuple[str, ...], rows: tuple[int]) -> None:
+        if len(tasks) != rows[0]:
+            raise UserError(f"{where} has {len(tasks)} tasks, not one for each of {rows[0]} rows.")
+        if len(set(tasks)) > 1 and not self._header.tasks_of_rows:
+            raise UserError(
+                f"{where} has a task that changes; create the replay with tasks_of_rows."
             )
 
 

@@ -1,4 +1,4 @@
-"""What the columns of a LeRobotDataset say about rewards and ends; numpy only.
+"""What the columns of a LeRobotDataset say about rewards and ends.
 
 Row t of a column `next.*` tells the outcome of action t. LeRobot's own recorders set `next.done` at
 either end of an episode, so that column alone cannot tell termination from a time limit.
@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from vla_trqam.data.sampling import RewardKind
 from vla_trqam.errors import UserError
 
 REWARD, DONE, TERMINATED, TRUNCATED, SUCCESS = (
@@ -24,6 +25,9 @@ FINAL_OBSERVATION = "is_final_observation"
 FRAME_IS_NEW = "frame_is_new"
 """Column of ours, bool: False where the images repeat those of an earlier row. (LeRobot takes any
 name with "image" in it for a camera's when it checks statistics.)"""
+
+LABELS = (REWARD, DONE, TERMINATED, TRUNCATED, SUCCESS, FINAL_OBSERVATION, FRAME_IS_NEW)
+"""Every column that says something about rewards and ends, or about the rows themselves."""
 
 RewardSource = Literal["column", "success", "terminal_success"]
 REWARD_SOURCES: dict[RewardSource, str] = {
@@ -202,6 +206,40 @@ def read_success_labels(path: Path) -> list[bool]:
             "episode."
         )
     return labels
+
+
+def reward_values(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The reward column of an episode, without the row that only shows a final observation."""
+    if FINAL_OBSERVATION not in rows:
+        return rows[REWARD]
+    return rows[REWARD][~rows[FINAL_OBSERVATION].astype(bool)]
+
+
+def check_rewards(where: str, outcome: Outcome, plan: LabelPlan, kind: RewardKind) -> None:
+    """Refuse rewards from which the critic's cannot be made, before anything is decoded.
+
+    Args:
+        where: the episode, for messages.
+        outcome: of the episode.
+        plan: of the dataset.
+        kind: what the critic is to maximise, `--dataset.kind`.
+
+    Raises:
+        UserError: they are from the reward column, not all 0 or 1, and `kind` wants that.
+    """
+    strange = np.flatnonzero((outcome.rewards != 0) & (outcome.rewards != 1))
+    if plan.reward != "column" or kind == "column" or not strange.size:
+        return
+    instead = (
+        f"--dataset.reward=success takes them from {SUCCESS}"
+        if SUCCESS in plan.columns
+        else "--dataset.success_labels=FILE.json takes them from one label an episode"
+    )
+    raise UserError(
+        f"{where}, frame {strange[0]} has the {REWARD} {outcome.rewards[strange[0]]:g}, and "
+        f"--dataset.kind={kind} is made from rewards of 0 and 1: {instead}, and "
+        "--dataset.kind=column maximises the column as it is."
+    )
 
 
 def _found_reward(

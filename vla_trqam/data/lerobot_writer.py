@@ -110,7 +110,7 @@ def _frames(replay: FrameReplay, episode: int) -> Iterator[dict[str, Any]]:
     new = replay.frame_index.known(rows)
     frames = replay.frame_index.frames(rows)
     final = not terminated and bool(new[-1])
-    task = replay.task_of_episodes()[episode]
+    tasks = replay.task_of_rows(rows)
     for t in range(num_steps + final):
         is_final, is_end = t == num_steps, t >= num_steps - 1
         taken = step + min(t, num_steps - 1)
@@ -128,7 +128,7 @@ def _frames(replay: FrameReplay, episode: int) -> Iterator[dict[str, Any]]:
                 STATE_KEY: np.array(replay.steps.observations[rows[t]]),
                 "action": np.array(replay.steps.actions[taken]),
                 REWARD: np.array([reward], np.float32),
-                "task": task,
+                "task": tasks[t],
             }
             | {name: np.array([bool(flag)]) for name, flag in flags.items()}
             | {image_key(name): np.array(replay.images(name)[frames[t]]) for name in replay.cameras}

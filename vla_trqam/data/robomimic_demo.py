@@ -178,6 +178,8 @@ def _read_array(
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         raise UserError(f"{where}: '{key}' is {array[tuple(bad[0])]} at step {bad[0][0]}.")
+    if 0 in array.shape[1:]:
+        raise UserError(f"{where}: '{key}' has no columns.")
     return array
 
 

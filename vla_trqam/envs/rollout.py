@@ -1,24 +1,27 @@
 """Episodes from several simulator processes; an episode is a function of its seed and the policy.
 
+A process that dies or hangs is therefore replaced, and its episode played again from the start: the
+numbers are the same.
+
 Each worker gets its next chunk on its own. A lock-step vector environment (`make_vector_env`) makes
 every worker wait for the slowest one and for the others' resets, and its policy sees batches whose
 size, and so whose rounding, depends on the number of workers.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import os
-import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from itertools import count
+from multiprocessing.connection import wait
 from typing import Any, Self
 
 import numpy as np
 
 from vla_trqam.envs.env_meta import LOW_DIM_KEYS, TASK_DESCRIPTIONS, check_env_meta
+from vla_trqam.envs.pool_worker import Deadlines, LostWorkerError, Worker
 from vla_trqam.envs.robomimic_images import CameraSettings
 from vla_trqam.envs.worker import EnvSettings, FrameSettings
 from vla_trqam.errors import UserError
@@ -30,13 +33,6 @@ Observations are (N, O) float32; with cameras `{"agent_pos": (N, O) float32, "pi
 (N, height, width, 3) uint8}, "task": N texts}`, as LeRobot's environments have it.
 
 The seed and the index let a policy draw the same noise for the same chunk of the same episode."""
-
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
 
 
 @dataclass(frozen=True)
@@ -74,12 +70,17 @@ class Episode:
 
 @dataclass
 class _Unfinished:
-    """An episode under way."""
+    """An episode under way, or about to begin."""
 
     position: int
     seed: int
+    losses: int = 0
     chunks: list[dict[str, Any]] = field(default_factory=list)
     images: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    def lost(self) -> _Unfinished:
+        """The same from its start, after its process was lost once more."""
+        return _Unfinished(self.position, self.seed, self.losses + 1)
 
     def finish(self, observation: np.ndarray, terminated: bool, truncated: bool) -> Episode:
         """The whole episode, given what its last chunk led to."""
@@ -101,49 +102,7 @@ class _Unfinished:
         )
 
 
-class _Worker:
-    """One process and the connection to it."""
-
-    def __init__(self, settings: EnvSettings) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vla_trqam.envs.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | dict.fromkeys(_THREAD_VARIABLES, "1"),
-                start_new_session=True,  # Ctrl-C is for the trainer, which then closes the pool
-            )
-        self.connection = Connection(ours.detach())
-        self.episode: _Unfinished | None = None
-        self.spaces: tuple[int, int] | None = None
-        self.connection.send(("make", settings))
-
-    def await_start(self) -> tuple[int, int]:
-        """Observation size O and action size A, once the environment is made."""
-        if self.spaces is None:
-            _, observation_size, action_size = self.receive()
-            self.spaces = observation_size, action_size
-        return self.spaces
-
-    def receive(self) -> tuple[Any, ...]:
-        """The next reply; failures over there are raised here."""
-        try:
-            reply: tuple[Any, ...] = self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            code = self._process.wait()
-            raise RuntimeError(f"a simulator process ended with exit code {code}") from error
-        if reply[0] == "user_error":
-            raise UserError(reply[1])
-        if reply[0] == "error":
-            raise RuntimeError(f"a simulator process failed:\n{reply[1]}")
-        return reply
-
-    def stop(self) -> None:
-        """End the process at once; it holds nothing that needs saving."""
-        self.connection.close()
-        self._process.kill()
-        self._process.wait()
+_Crew = list[Worker[_Unfinished]]
 
 
 class _Schedule:
@@ -153,36 +112,63 @@ class _Schedule:
         self,
         policy: ChunkPolicy,
         seeds: Sequence[int],
-        chunk_shape: tuple[int, int],
+        chunk_length: int,
         task: str,
         frames: FrameSettings | None,
         on_episode: Callable[[Episode], None] | None,
     ) -> None:
         self._policy, self._task = policy, task
-        self._chunk_shape = chunk_shape
+        self._chunk_length = chunk_length
         self._frames = frames
         self._on_episode = on_episode
         self._waiting = deque(_Unfinished(i, int(seed)) for i, seed in enumerate(seeds))
         self._finished: dict[int, Episode] = {}
         self._delivered: list[Episode] = []
 
-    def run(self, workers: Sequence[_Worker]) -> list[Episode]:
-        for worker in workers:
-            self._assign(worker)
-        while busy := {w.connection: w for w in workers if w.episode is not None}:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                self._handle(busy[connection])
+    def run(self, workers: _Crew) -> list[Episode]:
+        """Plays all episodes; workers that are lost are replaced in the list."""
+        for number in range(len(workers)):
+            self._attend(workers, number, self._assign)
+        while busy := {w.connection: i for i, w in enumerate(workers) if w.job is not None}:
+            left = min(workers[number].seconds_left for number in busy.values())
+            ready = wait(list(busy), timeout=left)
+            for connection, number in busy.items():
+                work = self._handle if connection in ready else Worker.check_deadline
+                self._attend(workers, number, work)
         return self._delivered
 
-    def _assign(self, worker: _Worker) -> None:
-        worker.episode = self._waiting.popleft() if self._waiting else None
-        if worker.episode is not None:
-            worker.connection.send(("reset", worker.episode.seed, self._frames))
+    def _attend(
+        self, workers: _Crew, number: int, work: Callable[[Worker[_Unfinished]], None]
+    ) -> None:
+        """Does the work; a worker that is lost over it gets a successor with the same episode."""
+        worker = workers[number]
+        try:
+            work(worker)
+        except LostWorkerError as loss:
+            episode = worker.job
+            assert episode is not None
+            chunk = f"at chunk {len(episode.chunks)} of"
+            at = {"make": "at its start for", "reset": "at the reset of"}.get(worker.request, chunk)
+            worker.job = episode.lost()
+            doing = f"{at} the episode of seed {episode.seed}"
+            workers[number] = worker.replaced(loss, doing, worker.job.losses)
 
-    def _handle(self, worker: _Worker) -> None:
-        kind, observation, images, *rest = worker.receive()
-        episode = worker.episode
+    def _assign(self, worker: Worker[_Unfinished]) -> None:
+        worker.job = self._waiting.popleft() if self._waiting else None
+        self._begin(worker)
+
+    def _begin(self, worker: Worker[_Unfinished]) -> None:
+        """The reset, where the worker has an episode; one that is starting gets it later."""
+        if worker.job is not None and worker.spaces is not None:
+            worker.ask("reset", worker.job.seed, self._frames)
+
+    def _handle(self, worker: Worker[_Unfinished]) -> None:
+        kind, *reply = worker.receive()
+        if kind == "spaces":
+            self._begin(worker)
+            return
+        observation, images, *rest = reply
+        episode = worker.job
         assert episode is not None
         if images or kind == "observation":
             episode.images.append(images)
@@ -192,22 +178,31 @@ class _Schedule:
             episode.chunks.append(info)
             ended = terminated or truncated
         if not ended:
-            worker.connection.send(("chunk", self._chunk(observation, images, episode)))
+            worker.ask("chunk", self._chunk(observation, images, worker))
             return
-        self._assign(worker)  # before the bookkeeping, so that the worker does not wait for it
-        self._deliver(episode.position, episode.finish(observation, terminated, truncated))
+        try:
+            self._assign(worker)  # before the bookkeeping, so that the worker does not wait for it
+        finally:  # lost over its next episode, the worker has played this one
+            self._deliver(episode.position, episode.finish(observation, terminated, truncated))
 
     def _chunk(
-        self, observation: np.ndarray, images: dict[str, np.ndarray], episode: _Unfinished
+        self,
+        observation: np.ndarray,
+        images: dict[str, np.ndarray],
+        worker: Worker[_Unfinished],
     ) -> np.ndarray:
+        episode, spaces = worker.job, worker.spaces
+        assert episode is not None
+        assert spaces is not None
+        wanted = 1, self._chunk_length, spaces[1]
         seed, index = np.array([episode.seed]), np.array([len(episode.chunks)])
         state = observation[None]
         seen = state if not images else self._seen(state, images)
         chunk = np.asarray(self._policy(seen, seed, index), dtype=np.float32)
-        if chunk.shape != (1, *self._chunk_shape) or not np.isfinite(chunk).all():
+        if chunk.shape != wanted or not np.isfinite(chunk).all():
             raise ValueError(
                 f"the policy returned {chunk.shape} for episode seed {episode.seed}; it must be "
-                f"{(1, *self._chunk_shape)} finite numbers"
+                f"{wanted} finite numbers"
             )
         return chunk[0]
 
@@ -244,6 +239,7 @@ class RolloutPool:
         obs_keys: Sequence[str] = LOW_DIM_KEYS,
         fast_step: bool = True,
         cameras: CameraSettings | None = None,
+        chunk_deadline: float = 120.0,
     ) -> None:
         """Start the workers.
 
@@ -255,9 +251,12 @@ class RolloutPool:
             obs_keys: observation keys, in the order of concatenation.
             fast_step: see `RobomimicEnv`.
             cameras: what the policy sees beside `obs_keys`, rendered where it decides.
+            chunk_deadline: seconds for the steps of one chunk, after which the process counts as
+                hanging.
 
         Raises:
-            UserError: a number below 1, or `env_meta` cannot be honoured.
+            UserError: a number below 1, a deadline that is not positive, or `env_meta` cannot be
+                honoured.
         """
         numbers = {
             "chunk_length": chunk_length,
@@ -268,6 +267,7 @@ class RolloutPool:
             if number < 1:
                 raise UserError(f"{name} is {number}; it must be at least 1.")
         check_env_meta(env_meta)
+        self._deadlines = Deadlines(chunk_deadline)
         self._num_workers = num_workers
         self._settings = EnvSettings(
             env_meta=dict(env_meta),
@@ -281,17 +281,25 @@ class RolloutPool:
         name = str(env_meta["env_name"])
         self.task_description = TASK_DESCRIPTIONS.get(name, name)
         self._workers = self._start(num_workers)
-        self._recorders: list[_Worker] = []
+        self._recorders: _Crew = []
 
     @property
     def observation_size(self) -> int:
         """O; waits for the workers' start."""
-        return self._workers[0].await_start()[0]
+        return self._spaces()[0]
 
     @property
     def action_size(self) -> int:
         """A; waits for the workers' start."""
-        return self._workers[0].await_start()[1]
+        return self._spaces()[1]
+
+    def _spaces(self) -> tuple[int, int]:
+        for losses in count(1):
+            try:
+                return self._workers[0].await_start()
+            except LostWorkerError as loss:
+                self._workers[0] = self._workers[0].replaced(loss, "at its start", losses)
+        raise AssertionError("unreachable")
 
     def run(
         self,
@@ -311,9 +319,10 @@ class RolloutPool:
             on_episode: called in the order of `seeds`, as soon as all earlier ones are done.
 
         Raises:
-            UserError: the task cannot be made as asked.
+            UserError: the task cannot be made as asked, or the processes that play one of the
+                episodes die or hang again and again; once or twice, they are replaced.
             ValueError: the policy returns something other than finite (1, H, A) numbers.
-            RuntimeError: a worker died or failed; its traceback is in the message.
+            RuntimeError: a worker failed; its traceback is in the message.
         """
         try:
             return self._run(self._workers, policy, seeds, None, on_episode)
@@ -366,13 +375,13 @@ class RolloutPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, count: int, *, rendering: bool = False) -> list[_Worker]:
+    def _start(self, number: int, *, rendering: bool = False) -> _Crew:
         settings = dataclasses.replace(self._settings, render_offscreen=rendering)
-        return [_Worker(settings) for _ in range(count)]
+        return [Worker(settings, self._deadlines) for _ in range(number)]
 
     def _run(
         self,
-        workers: Sequence[_Worker],
+        workers: _Crew,
         policy: ChunkPolicy,
         seeds: Sequence[int],
         frames: FrameSettings | None,
@@ -382,7 +391,12 @@ class RolloutPool:
             return []
         if not workers:
             raise RuntimeError("this RolloutPool is closed")
-        action_sizes = [worker.await_start()[1] for worker in workers]
-        chunk_shape = (self._settings.chunk_length, action_sizes[0])
-        schedule = _Schedule(policy, seeds, chunk_shape, self.task_description, frames, on_episode)
+        schedule = _Schedule(
+            policy,
+            seeds,
+            self._settings.chunk_length,
+            self.task_description,
+            frames,
+            on_episode,
+        )
         return schedule.run(workers)

@@ -7,7 +7,8 @@ step, measures the KL and moves lambda.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
@@ -26,6 +27,7 @@ from vla_trqam.losses import (
     td_loss,
     td_target,
 )
+from vla_trqam.methods.finite import Terms, check_finite, measured
 from vla_trqam.methods.parallel import Ranks, clipped, whole, whole_moments
 from vla_trqam.methods.results import (
     CriticLossOutput,
@@ -86,6 +88,9 @@ class TRQAMConfig(TrustRegionConfig):
         for name in ("actor_lr", "critic_lr", "max_grad_norm"):
             if not getattr(self, name) > 0.0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("actor_lr", "critic_lr"):
+            if getattr(self, name) == math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be finite")
         if not 0.0 < self.time_shift <= 1.0:
             raise UserError(f"time_shift is {self.time_shift}; it must be in (0, 1], in units of h")
         if not 0.0 <= self.base_ema_rate <= 1.0:
@@ -268,6 +273,19 @@ class TRQAM:
             [{"params": actor, "lr": config.actor_lr}, {"params": critics, "lr": config.critic_lr}],
             fused=True,
         )
+        self._step_factor = 1.0
+
+    @property
+    def step_factor(self) -> float:
+        """What the config's step sizes, the actor's and the critic's, are multiplied by."""
+        return self._step_factor
+
+    @step_factor.setter
+    def step_factor(self, factor: float) -> None:
+        self._step_factor = factor
+        sizes = self.config.actor_lr, self.config.critic_lr
+        for group, size in zip(self.optimizer.param_groups, sizes, strict=True):
+            group["lr"] = factor * size
 
     def _distribute(self) -> None:
         """The same weights on every rank, or a part of them."""
@@ -301,6 +319,9 @@ class TRQAM:
             batch: of chunks; this rank's.
             noise: of the update.
             next_action: see :meth:`TRQAMLoss.critic_loss`.
+
+        Raises:
+            DivergenceError: on every rank, before anything has moved.
         """
         (share,) = self.ranks.shares([len(batch)])
         self.optimizer.zero_grad(set_to_none=True)
@@ -311,6 +332,7 @@ class TRQAM:
         parameters = list(self.critic.online.parameters())
         self.ranks.average_gradients(parameters)
         norm = clipped(parameters, self.config.max_grad_norm)
+        self._checked({"the loss": ([output.loss], [share])}, [norm])
         self.critic.update_target()
         # Adam leaves alone what has no gradient.
         self.optimizer.step()
@@ -333,6 +355,7 @@ class TRQAM:
 
         Raises:
             ValueError: see :meth:`Ranks.shares`.
+            DivergenceError: on every rank, before anything has moved.
         """
         lam = self.trust_region.lam
         shares = self.ranks.shares([len(batch) for batch, _ in parts])
@@ -343,15 +366,29 @@ class TRQAM:
         ]
         self.ranks.average_gradients(p for group in self._clip_groups for p in group)
         norms = [clipped(group, self.config.max_grad_norm) for group in self._clip_groups]
+        # Averaged over ranks before lambda moves: it is the same on every rank, to the bit.
+        found = self._checked(
+            {
+                "the path KL": ([output.kl_per_step.sum() for output in outputs], shares),
+                "the loss": ([output.loss for output in outputs], shares),
+            },
+            norms,
+        )
         # The targets follow the weights as they were before this step, as in the authors' code.
         self.critic.update_target()
         self.policy.update_base(self.config.base_ema_rate)
         self.optimizer.step()
-        local = sum(w * float(o.kl_per_step.sum()) for w, o in zip(shares, outputs, strict=True))
-        # Averaged before lambda moves: it is the same on every rank, to the bit.
-        kl = self.trust_region.in_budget_units(self.ranks.mean([local])[0])
+        kl = self.trust_region.in_budget_units(found["the path KL"])
         self.trust_region.update(kl)
         return UpdateResult(outputs, shares, lam, kl, norms, self.policy.executed, self.ranks)
+
+    def _checked(self, sums: Mapping[str, Terms], norms: Sequence[Tensor]) -> dict[str, float]:
+        """The numbers of an update, all finite, before anything has moved."""
+        names = ["the actor's gradient norm", "the critic's gradient norm"][-len(norms) :]
+        terms = {name: ([norm], [1.0]) for name, norm in zip(names, norms, strict=True)}
+        found = measured(self.ranks, {**sums, **terms})
+        check_finite(found, f"at lambda {self.trust_region.lam:.3g}")
+        return found
 
     def _backward(
         self, batch: TransitionBatch, noise: UpdateNoise, lam: float, share: float, *, last: bool

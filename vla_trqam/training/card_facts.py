@@ -128,8 +128,8 @@ def find_checkpoint(run: Path, name: str = "last") -> Path:
         raise UserError(f"{run} has no checkpoint yet; there is nothing to push")
     if name != "last":
         found = run / CHECKPOINTS / name
-        if not found.is_dir() or name.startswith("."):
-            there = sorted(path.name for path in found.parent.glob("[!.]*") if path.is_dir())
+        there = sorted(path.name for path in (run / CHECKPOINTS).glob("[!.]*") if path.is_dir())
+        if name not in there:
             raise UserError(f"--checkpoint={name} is none of {', '.join(there)}")
     return found
 

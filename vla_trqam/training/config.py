@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -15,6 +16,7 @@ import yaml
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
+from vla_trqam.training.divergence import OnDivergence
 from vla_trqam.training.flag_help import help_text
 
 Settings = dict[str, Any]
@@ -64,8 +66,10 @@ class Resumable(Protocol):
     resume: bool
     checkpoint: str | None
     num_threads: int | None
+    on_divergence: OnDivergence
 
 
+ALLOWED = {"--resume", "--output_dir", "--num_threads", "--checkpoint", "--on_divergence"}
 MoreUpdates = Callable[[Any, Mapping[str, int]], None]
 """Refuses numbers of updates, by flag, that a run with these settings cannot be gone on with."""
 
@@ -86,9 +90,9 @@ def resumed_config[C: Resumable](
     """
     if config.output_dir is None:
         raise UserError("--resume=true needs --output_dir, the folder of the run to go on with")
-    given = given_flags(arguments) - {"--resume", "--output_dir", "--num_threads", "--checkpoint"}
+    given = given_flags(arguments)
     growing = {flag for flag in config.GROWING if f"--{flag}" in given}
-    others = given - {f"--{flag}" for flag in growing}
+    others = given - ALLOWED - {f"--{flag}" for flag in growing}
     if others:
         more = " and ".join(f"--{flag}" for flag in config.GROWING)
         raise UserError(
@@ -103,6 +107,8 @@ def resumed_config[C: Resumable](
     saved.resume, saved.output_dir = True, config.output_dir
     saved.checkpoint = config.checkpoint
     saved.num_threads = config.num_threads or saved.num_threads
+    if "--on_divergence" in given:
+        saved.on_divergence = config.on_divergence
     return saved
 
 
@@ -124,7 +130,11 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; there is no run to go on with")
-    return _decode(config_class, _flatten(_read_yaml(path), _known_flags(config_class)))
+    try:
+        return _decode(config_class, _flatten(_read_yaml(path), _known_flags(config_class)))
+    except UserError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise UserError(f"{where}{error}") from None
 
 
 def dump_config(config: Any, path: Path) -> None:
@@ -146,10 +156,7 @@ def _decode[C](config_class: type[C], settings: Settings) -> C:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists every flag"
             raise UserError(f"--{name} is not a setting; {hint}")
-        if value is None and type(None) not in get_args(known[name]):
-            raise UserError(f"--{name} needs a value; null is none")
-        if get_origin(known[name]) is tuple and not isinstance(value, list):
-            raise UserError(f"--{name}={value} must be a list, like [{value}]")
+        _check_kind(name, value, known[name])
     try:
         decoded: C = draccus.decode(config_class, _nest(settings))
     except Exception as error:  # draccus wraps whatever a value's own check raised
@@ -160,6 +167,18 @@ def _decode[C](config_class: type[C], settings: Settings) -> C:
             raise cause from None
         raise UserError(f"a setting has a bad value: {' '.join(str(error).split())}") from None
     return decoded
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Refuses what draccus would take for something else, or refuse without saying how."""
+    kinds = [hint, *get_args(hint)]
+    if value is None and type(None) not in kinds:
+        raise UserError(f"--{name} needs a value; null is none")
+    if isinstance(value, bool) and bool not in kinds:
+        raise UserError(f"--{name} needs a value; {str(value).lower()} is none")
+    lists = any(get_origin(kind) is tuple for kind in kinds)
+    if lists and not isinstance(value, list) and value is not None:
+        raise UserError(f"--{name}={value} must be a list, like [{value}]")
 
 
 def _known_flags(config_class: type, prefix: str = "") -> dict[str, Any]:
@@ -234,10 +253,22 @@ def _section(presets: Path, name: str) -> Settings:
     return section
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML of which nothing is silently lost: PyYAML takes the last of several equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        named = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name, count in Counter(named).items():
+            if count > 1:
+                mark = node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is set twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str | Path) -> Settings:
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping")

@@ -25,6 +25,9 @@ class EpisodeStore(Protocol):
     def flush(self) -> None:
         """Waits until the disk itself has all of them."""
 
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes."""
+
 
 class StateStore:
     """Episodes of states."""
@@ -52,6 +55,10 @@ class StateStore:
     def flush(self) -> None:
         """Waits until the disk itself has all of them."""
         self.replay.flush()
+
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes."""
+        self.replay.truncate_to(num_episodes)
 
 
 class FrameStore:
@@ -97,6 +104,10 @@ class FrameStore:
         if self.cache is not None:
             self.cache.flush()
         self.replay.flush()
+
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes, and their features."""
+        self.replay.truncate_to(num_episodes)
 
     def _observed(self, episode: Episode) -> np.ndarray:
         """(T + 1,) bool: where the policy decided, and where the limit cut."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ import torch
 
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
 from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
-from vla_trqam.errors import UserError
+from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.acting import chunk_policy
+from vla_trqam.training.alarms import Alarms
 from vla_trqam.training.checkpoints import (
     Position,
     forget_checkpoints,
@@ -27,6 +29,7 @@ from vla_trqam.training.checkpoints import (
     save_checkpoint,
 )
 from vla_trqam.training.distributed import Team
+from vla_trqam.training.divergence import OnDivergence, not_finite, smaller_factor
 from vla_trqam.training.episode_store import EpisodeStore
 from vla_trqam.training.evaluation import Outcome
 from vla_trqam.training.generators import Generators
@@ -55,6 +58,7 @@ class Phase:
         finish: called when the phase is over.
         moves_policy: whether its updates count as the run's: those that move the tuned field away
             from its base.
+        renew: called where the run goes back to before this phase: it makes the next learner new.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Phase:
     evaluate_every: int = 0
     finish: Callable[[Learner], None] = lambda _: None
     moves_policy: bool = True
+    renew: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -85,6 +90,9 @@ class Run:
         device: where batches go.
         save_policy: writes the policy's part of a checkpoint into a folder.
         team: the processes of the run, which all call what is here.
+        alarms: told as they begin, and logged.
+        on_divergence: what becomes of a run with numbers that are not finite.
+        step_factor: what the learners' step sizes are multiplied by, after rollbacks.
     """
 
     output_dir: Path
@@ -99,6 +107,9 @@ class Run:
     device: torch.device
     save_policy: Callable[[Path], None]
     team: Team = field(default_factory=Team)
+    alarms: Alarms = field(default_factory=Alarms)
+    on_divergence: OnDivergence = "stop"
+    step_factor: float = 1.0
     step: int = 0
     wall_clock: dict[str, float] = field(default_factory=dict)
 
@@ -108,8 +119,20 @@ class Run:
         Raises:
             Interrupted: the guard was asked to stop; everything up to here is saved.
             UserError: the checkpoint is damaged, or of another run.
+            DivergenceError: a number is not finite, and there is no rollback.
         """
+        while True:
+            try:
+                return self._train(phases, guard)
+            except DivergenceError as error:
+                if self.on_divergence == "stop":
+                    raise
+                self._roll_back(error, phases)
+
+    def _train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Learner:
         checkpoint = last_checkpoint(self.output_dir)
+        if self.metrics is not None:
+            self.alarms.restart(self.metrics.records())
         position = None if checkpoint is None else read_position(checkpoint)
         names = [phase.name for phase in phases]
         if position is not None and position.phase not in names:
@@ -129,6 +152,7 @@ class Run:
                     position.step,
                     dict(position.wall_clock),
                 )
+            learner.step_factor = self.step_factor
             self._train_phase(phase, learner, start, guard)
         assert learner is not None, "a run has at least one phase"
         return learner
@@ -136,6 +160,30 @@ class Run:
     def _load(self, checkpoint: Path, learner: Learner) -> None:
         rank = self.team.rank
         self.team.together(lambda: load_checkpoint(checkpoint, learner, self.generators, rank))
+        # A checkpoint from before a rollback has the larger one.
+        self.step_factor = min(self.step_factor, learner.step_factor)
+
+    def _roll_back(self, error: DivergenceError, phases: Sequence[Phase]) -> None:
+        """Replay and log as at the last checkpoint, for the next :meth:`_train` to go on from.
+
+        Raises:
+            DivergenceError: there is none, or it has been done too often.
+        """
+        checkpoint = self.team.together(lambda: last_checkpoint(self.output_dir))
+        if checkpoint is None:
+            raise error
+        self.step_factor = smaller_factor(self.step_factor, error)
+        position = read_position(checkpoint)
+        kept = position.replay_episodes[self.team.rank]
+        self.team.together(lambda: self.store.truncate_to(kept))
+        if self.metrics is not None:
+            self.metrics.cut_back(position.metrics_lines)
+        names = [phase.name for phase in phases]
+        for phase in phases[names.index(position.phase) + 1 :]:
+            phase.renew()
+        if self.team.is_main:
+            sentence = f"{error}: back to {checkpoint}, with {self.step_factor:g} of the step sizes"
+            print(sentence, file=sys.stderr, flush=True)
 
     def _train_phase(
         self, phase: Phase, learner: Learner, start: int, guard: InterruptGuard
@@ -146,7 +194,7 @@ class Run:
                 self._evaluate(phase, 0, progress)
             for done in range(start, phase.num_steps):
                 self._collect(phase, done, progress)
-                with self.timed(phase.name):
+                with self.timed(phase.name), _named(f"{phase.name} update {done + 1}"):
                     rows = self.team.batch_share(phase.batch_size)
                     batch = phase.sampler.sample(rows, self.generators.replay)
                     batch = batch.to(self.device)
@@ -182,9 +230,14 @@ class Run:
             return
         seconds = self.wall_clock[phase.name]
         values = learner.metrics() | {"updates_per_s": done / seconds if seconds else 0.0}
+        if self.step_factor != 1.0:
+            values["step_factor"] = self.step_factor
         step = self.step if phase.moves_policy else done
-        self._record(step, phase.name, values)
+        looked = self.alarms.look(values)
+        self._record(step, phase.name, values | looked.numbers)
         progress.update(done, values)
+        for sentence in looked.sentences:
+            progress.write(sentence)
 
     def _evaluate(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
         if not phase.evaluate_every or done % phase.evaluate_every:
@@ -238,6 +291,7 @@ class Run:
         return self.pool
 
     def _save(self, phase: Phase, learner: Learner, done: int) -> None:
+        self._check_weights(phase, learner, done)
         position = Position(
             phase=phase.name,
             phase_step=done,
@@ -268,6 +322,13 @@ class Run:
         if self.metrics is not None:
             self.metrics.sync()
 
+    def _check_weights(self, phase: Phase, learner: Learner, done: int) -> None:
+        found = [name for name in self.team.gather(not_finite(learner)) if name is not None]
+        if found:
+            raise DivergenceError(
+                f"training has diverged: {found[0]} is not finite after {phase.name} update {done}"
+            )
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to the wall clock under a name."""
@@ -277,6 +338,15 @@ class Run:
         finally:
             spent = time.perf_counter() - start
             self.wall_clock[name] = self.wall_clock.get(name, 0.0) + spent
+
+
+@contextmanager
+def _named(update: str) -> Iterator[None]:
+    """Adds to a divergence where it happened."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(f"{error} in {update}") from error
 
 
 def success_rate(outcomes: Sequence[Outcome]) -> float:

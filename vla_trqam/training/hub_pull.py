@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from vla_trqam.adapters.policy_gate import PICKLED, check_policy_folder
 from vla_trqam.data.foreign import check_header, read_json
@@ -114,12 +117,36 @@ def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = 
         check_header(algorithm / "networks.safetensors")
         tensors = load_file(algorithm / "networks.safetensors")
         critic = {k.removeprefix(CRITIC): v for k, v in tensors.items() if k.startswith(CRITIC)}
+        _check_finite(critic)
         learner.method.critic.load_state_dict(critic)
-        if trust_region:
-            learner.load_scalars(read_json(algorithm / "scalars.json"))
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{algorithm} does not fit this run's critic: {reason}") from None
+    if trust_region:
+        _load_trust_region(algorithm / "scalars.json", learner)
+
+
+def _check_finite(critic: dict[str, Tensor]) -> None:
+    wrong = [name for name, value in critic.items() if not bool(torch.isfinite(value).all())]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has a number that is not finite")
+
+
+def _load_trust_region(path: Path, learner: OffPolicy) -> None:
+    scalars = read_json(path)
+    try:
+        wrong = [f"{k} is {v!r}" for k, v in scalars.items() if not _is_amount(v)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}; it must be a finite number and not negative")
+        learner.load_scalars(scalars)
+        learner.step_factor = 1.0  # a smaller one is the former run's
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not the state of a trust region: {reason}") from None
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and 0.0 <= value < math.inf
 
 
 def _lay_out(snapshot: Path, folder: Path) -> None:

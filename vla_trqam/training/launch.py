@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.errors import UserError
+from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.distributed import (
     FailedElsewhereError,
@@ -24,6 +24,7 @@ from vla_trqam.training.distributed import (
     launched_processes,
     make_accelerator,
 )
+from vla_trqam.training.divergence import what_to_do
 from vla_trqam.training.interruption import Interrupted, how_to_go_on, stops_as_ctrl_c
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.run_folder import CONFIG_NAME
@@ -66,8 +67,13 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
         if config is not None or launched_first():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"error: {error}; a smaller step size or budget may hold it", file=sys.stderr)
+    except DivergenceError as error:
+        if not launched_first():
+            time.sleep(MAIN_ENDS_WITHIN)
+            return 1
+        folder = None if config is None else config.output_dir
+        choice = getattr(config, "on_divergence", "stop")
+        print(f"error: {error}; {what_to_do(folder, choice)}", file=sys.stderr)
         return 1
     except (OSError, SafetensorError) as error:
         if FULL_DISK not in str(error):

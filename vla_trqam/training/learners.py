@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,16 +15,26 @@ from vla_trqam.critic import ema_update
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
-from vla_trqam.methods.parallel import shard_like
+from vla_trqam.methods.finite import check_finite, measured
+from vla_trqam.methods.parallel import Ranks, shard_like
 from vla_trqam.methods.trqam import TRQAM, CriticUpdateResult, UpdateNoise, UpdateResult
 from vla_trqam.policy import FlowPolicy
+
+STEP_FACTOR = "step_factor"
 
 
 class Learner(Protocol):
     """One update at a time, and everything that moves as named tensors and numbers."""
 
+    step_factor: float
+    """What its step sizes are multiplied by; 1 unless the run rolled back."""
+
     def update(self, batch: TransitionBatch, generator: torch.Generator) -> None:
-        """Takes one gradient step."""
+        """Takes one gradient step.
+
+        Raises:
+            DivergenceError: before the weights have moved.
+        """
 
     def metrics(self) -> dict[str, float]:
         """The last update's logged quantities."""
@@ -59,8 +70,8 @@ class BehaviourCloningConfig:
     ema_rate: float = 0.005
 
     def __post_init__(self) -> None:
-        if not self.lr > 0.0:
-            raise UserError(f"lr is {self.lr}; it must be positive")
+        if not 0.0 < self.lr < math.inf:
+            raise UserError(f"lr is {self.lr}; it must be positive and finite")
         if not 0.0 < self.ema_rate <= 1.0:
             raise UserError(f"ema_rate is {self.ema_rate}; it must be in (0, 1]")
 
@@ -75,6 +86,7 @@ class BehaviourCloning:
         self._average = copy.deepcopy(policy)
         self._done = 0
         self._loss = torch.zeros(())
+        self.step_factor = 1.0
         self._optimizer = torch.optim.Adam(policy.trainable_parameters(), lr=config.lr, fused=True)
 
     @property
@@ -90,9 +102,17 @@ class BehaviourCloning:
         velocity = self.policy.velocity(x_tau, noise.bc_tau, context)
         loss = flow_matching_loss(velocity, target, batch.valid)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.config.lr * (1.0 - self._done / self._num_steps)
+            left = 1.0 - self._done / self._num_steps
+            group["lr"] = self.step_factor * self.config.lr * left
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        gradients = [p.grad for p in self.policy.trainable_parameters() if p.grad is not None]
+        norms = torch._foreach_norm(gradients)
+        sums = {
+            "the behaviour-cloning loss": ([loss], [1.0]),
+            "the norm of its gradient": (norms, [1.0] * len(norms)),
+        }
+        check_finite(measured(Ranks(), sums))
         self._optimizer.step()
         self._done += 1
         # A young average forgets its random start: the mean of all weights so far is at most 1/n.
@@ -114,11 +134,12 @@ class BehaviourCloning:
 
     def scalars(self) -> dict[str, float]:
         """Steps done."""
-        return {"done": self._done}
+        return {"done": self._done} | _factor_of(self)
 
     def load_scalars(self, values: Mapping[str, float]) -> None:
         """Restores :meth:`scalars`."""
         self._done = int(values["done"])
+        self.step_factor = float(values.get(STEP_FACTOR, 1.0))
 
 
 class OffPolicy:
@@ -134,6 +155,15 @@ class OffPolicy:
     def optimizer(self) -> torch.optim.Optimizer:
         """The method's."""
         return self.method.optimizer
+
+    @property
+    def step_factor(self) -> float:
+        """The method's."""
+        return self.method.step_factor
+
+    @step_factor.setter
+    def step_factor(self, factor: float) -> None:
+        self.method.step_factor = factor
 
     def update(self, batch: TransitionBatch, generator: torch.Generator) -> None:
         """One update of the method."""
@@ -159,11 +189,12 @@ class OffPolicy:
 
     def scalars(self) -> dict[str, float]:
         """The trust region's state."""
-        return self.method.trust_region.state_dict()
+        return self.method.trust_region.state_dict() | _factor_of(self)
 
     def load_scalars(self, values: Mapping[str, float]) -> None:
         """Restores :meth:`scalars`."""
         self.method.trust_region.load_state_dict(dict(values))
+        self.step_factor = float(values.get(STEP_FACTOR, 1.0))
 
 
 class CriticWarmup(OffPolicy):
@@ -182,6 +213,11 @@ class CriticWarmup(OffPolicy):
         """The update's own."""
         assert self._critic_result is not None, "metrics() before the first update()"
         return self._critic_result.metrics()
+
+
+def _factor_of(learner: Learner) -> dict[str, float]:
+    """As a number to save, of a run that rolled back."""
+    return {} if learner.step_factor == 1.0 else {STEP_FACTOR: learner.step_factor}
 
 
 def module_tensors(learner: Learner, *, own: bool = False) -> dict[str, Tensor]:
@@ -234,6 +270,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         UserError: there is no such parameter, or it has another shape.
     """
     parameters = list(_parameters(optimizer))
+    optimizer.state.clear()  # a parameter that had not moved yet has none
     for name, value in tensors.items():
         number, key = name.split(".", 1)
         if int(number) >= len(parameters):

@@ -86,18 +86,22 @@ class MetricsLog:
         cls, path: Path, num_lines: int, *, clock: Callable[[], float] = time.monotonic
     ) -> Self:
         """Go on after the first `num_lines` lines; what was logged beyond is dropped."""
+        return cls._reopen(path, cls._kept(path, num_lines), clock)
+
+    @staticmethod
+    def _kept(path: Path, num_lines: int) -> list[bytes]:
         lines = _complete_lines(path)
         if len(lines) < num_lines:
             raise UserError(
                 f"{path} has {len(lines)} complete lines, but the checkpoint was saved after"
                 f" {num_lines}: the file was cut or belongs to another run"
             )
-        return cls._reopen(path, lines[:num_lines], clock)
+        return lines[:num_lines]
 
     @classmethod
     def _reopen(cls, path: Path, kept: list[bytes], clock: Callable[[], float]) -> Self:
         elapsed = float(_parse_line(path, len(kept), kept[-1])["time"]) if kept else 0.0
-        os.truncate(path, sum(len(line) + 1 for line in kept))
+        os.truncate(path, _size(kept))
         log = cls.__new__(cls)
         log._begin(path, num_lines=len(kept), elapsed=elapsed, clock=clock)
         return log
@@ -137,6 +141,16 @@ class MetricsLog:
     def sync(self) -> None:
         """Wait until the disk itself has every line: survives a power cut, not just a kill."""
         os.fsync(self._file.fileno())
+
+    def cut_back(self, num_lines: int) -> None:
+        """Go on after the first `num_lines` lines, as a resumed run; the clock runs on."""
+        kept = self._kept(self.path, num_lines)
+        os.truncate(self.path, _size(kept))  # the file is open for appending: at its new end
+        self.num_lines = num_lines
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The lines written so far, as they can be read back."""
+        return _records(self.path)
 
     def close(self) -> None:
         """Close the file."""
@@ -290,6 +304,10 @@ def _complete_lines(path: Path) -> list[bytes]:
         return path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: it is where a run writes its metrics") from None
+
+
+def _size(lines: list[bytes]) -> int:
+    return sum(len(line) + 1 for line in lines)
 
 
 def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:

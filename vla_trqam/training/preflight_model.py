@@ -51,7 +51,7 @@ def check_observation(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding
     # Of a host that is given sizes which it cannot take.
     except (RuntimeError, ValueError) as error:
         return Finding.failure("observation", f"the policy does not take it: {error}", right)
-    tasks = sorted(set(replay.task_of_episodes()))
+    tasks = replay.tasks()
     found = f"{features.shape[1]} features for the critic; instructions: {len(tasks)}"
     if not bool(torch.isfinite(features).all()):
         return Finding.failure("observation", f"{found}; some features are not finite", right)

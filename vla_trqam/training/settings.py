@@ -13,6 +13,7 @@ from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.training.divergence import OnDivergence, check_on_divergence
 from vla_trqam.training.learners import BehaviourCloningConfig
 
 # Initial states: evaluation seeds lie below, those of training above.
@@ -158,6 +159,8 @@ class EvalConfig:
         first_seed: of the initial states; training uses others.
         max_episode_steps: control steps (20 a second) until an episode is cut.
         num_workers: simulator processes; None for one a core.
+        chunk_deadline: seconds for the steps of one chunk; a simulator process that takes longer
+            is replaced, and its episode played again from the start.
         episodes_during_training: initial states (others) of the evaluations in between.
         videos: episodes filmed; None for two where off-screen rendering works, else none.
     """
@@ -166,6 +169,7 @@ class EvalConfig:
     first_seed: int = 10_000
     max_episode_steps: int = 150
     num_workers: int | None = None
+    chunk_deadline: float = 120.0
     episodes_during_training: int = 50
     videos: int | None = None
 
@@ -188,6 +192,7 @@ class RunSettings(ABC):
     evaluate_every: int
     log_freq: int
     save_freq: int
+    on_divergence: OnDivergence
     num_threads: int | None
     critic: CriticConfig
     method: MethodConfig
@@ -261,6 +266,7 @@ class RunSettings(ABC):
 
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
+        check_on_divergence(self.on_divergence)
         self.method_config()
         if self.checkpoint is not None and not self.resume:
             raise UserError(
@@ -292,6 +298,11 @@ class RunSettings(ABC):
         refuse_below(not_negative | self._not_negative(), 0)
 
     def _check_rates(self) -> None:
+        if not 0.0 < self.eval.chunk_deadline < float("inf"):
+            raise UserError(
+                f"--eval.chunk_deadline={self.eval.chunk_deadline} must be a positive number of "
+                "seconds"
+            )
         if not 0.0 < self.discount < 1.0:
             raise UserError(f"--discount={self.discount} must lie between 0 and 1")
         if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:
@@ -339,6 +350,8 @@ class FinetuneRobomimicConfig(RunSettings):
         evaluate_every: updates between evaluations during training; 0 for none.
         log_freq: updates between lines of ``metrics.jsonl``.
         save_freq: updates between checkpoints.
+        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
+            its last checkpoint with half the step sizes ("rollback", at most five times).
         num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
         policy: the policy.
@@ -362,6 +375,7 @@ class FinetuneRobomimicConfig(RunSettings):
     evaluate_every: int = 3000
     log_freq: int = 100
     save_freq: int = 1000
+    on_divergence: OnDivergence = "stop"
     num_threads: int | None = None
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -402,6 +416,9 @@ class FinetuneRobomimicConfig(RunSettings):
             )
         if self.dataset.path is not None and self.dataset.name is not None:
             raise UserError("--dataset.path and --dataset.name are both given; choose one")
+        keys = self.dataset.obs_keys
+        if len(set(keys)) < len(keys):
+            raise UserError(f"--dataset.obs_keys=[{', '.join(keys)}] has an observation twice")
         if self.eval.max_episode_steps < self.policy.chunk_length:
             raise UserError(
                 f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "

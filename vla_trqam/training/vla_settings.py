@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vla_trqam.data.lerobot_labels import RewardSource
+from vla_trqam.data.lerobot_rows import TaskChanges
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import Task
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.training.divergence import OnDivergence
 from vla_trqam.training.settings import (
     CriticConfig,
     EvalConfig,
@@ -28,19 +30,29 @@ class VLADatasetConfig:
     Attributes:
         repo_id: of the dataset, on the Hub or of ``root``.
         root: its local folder; null looks where LeRobot does, and then on the Hub.
+        revision: branch, tag or commit on the Hub; null for the newest v3 tag.
         episodes: numbers of those to read; null for all.
         reward: where rewards come from; null takes what there is.
         success_labels: a JSON list, one label for each episode of the dataset.
         kind: what the critic maximises.
+        instruction: a column of texts that holds the policy's instruction; null for the tasks.
+        task_changes: where the task changes within an episode: "refuse", tell the policy the
+            episode's "first", or each "frame" its own.
+        tolerance_s: seconds that a frame's timestamp may be off its number, and a video's frame off
+            the timestamp.
         short_chunks: chunks that the episode's end cuts short.
     """
 
     repo_id: str | None = None
     root: Path | None = None
+    revision: str | None = None
     episodes: tuple[int, ...] | None = None
     reward: RewardSource | None = None
     success_labels: Path | None = None
     kind: RewardKind = "success_minus_one"
+    instruction: str | None = None
+    task_changes: TaskChanges = "refuse"
+    tolerance_s: float = 1e-4
     short_chunks: ShortChunks = "pad"
 
 
@@ -151,6 +163,8 @@ class FinetuneVLAConfig(RunSettings):
         evaluate_every: updates between evaluations during training; 0 for none.
         log_freq: updates between lines of ``metrics.jsonl``.
         save_freq: updates between checkpoints.
+        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
+            its last checkpoint with half the step sizes ("rollback", at most five times).
         num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
         rename_map: from the dataset's cameras to those that the policy looks through, like
@@ -179,6 +193,7 @@ class FinetuneVLAConfig(RunSettings):
     evaluate_every: int = 0
     log_freq: int = 10
     save_freq: int = 250
+    on_divergence: OnDivergence = "stop"
     num_threads: int | None = None
     dataset: VLADatasetConfig = field(default_factory=VLADatasetConfig)
     rename_map: dict[str, str] = field(default_factory=dict)
@@ -200,6 +215,8 @@ class FinetuneVLAConfig(RunSettings):
         return {
             "micro_batches": self.micro_batches,
             "peft.r": self.peft.r,
+            "peft.lora_alpha": self.peft.lora_alpha,
+            "policy.n_action_steps": self.policy.n_action_steps,
             "critic.batch_size": self.critic.batch_size,
             "critic.next_actions": self.critic.next_actions,
             "env.image_size": self.env.image_size,
