@@ -130,6 +130,6 @@ def test_a_resumed_run_takes_the_commits_of_its_beginning(tiny, no_conclusion, t
     pins["dataset"]["commit"] = commit[::-1]
     pins["base"] = pins["policy"] | {"commit": commit[1:] + "0"}
     path.write_text(json.dumps(pins))
-    config = FinetuneVLAConfig(output_dir=folder, resume=True)
-    assert take_pinned_commits(config) == commit[1:] + "0"
-    assert (config.policy.revision, config.dataset.revision) == (commit, commit[::-1])
+    saved.resume = True
+    assert take_pinned_commits(saved) == commit[1:] + "0"
+    assert (saved.policy.revision, saved.dataset.revision) == (commit, commit[::-1])
