@@ -74,6 +74,7 @@ def load_policy(
     limits: Limits | None = None,
     device: str | None = None,
     revision: str | None = None,
+    base_revision: str | None = None,
     overrides: Sequence[str] = (),
     processor_overrides: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: Path | None = None,
@@ -92,6 +93,7 @@ def load_policy(
             statistics' actions.
         device: where to; None takes the config's.
         revision: branch, tag or commit on the Hub.
+        base_revision: the same of an adapter's base; None takes the one that the adapter names.
         overrides: fields of the policy's config as ``--name=value``, as ``lerobot-train`` takes
             them after ``--policy``.
         processor_overrides: by step name, as LeRobot's ``preprocessor_overrides``, for example
@@ -110,9 +112,8 @@ def load_policy(
     check_config(family, config)
     processors = load_processors(checkpoint, config, processor_overrides, tokenizer)
     model: PreTrainedPolicy | PeftModel
-    base: Checkpoint | None
-    if (checkpoint.folder / ADAPTER_CONFIG).is_file():
-        base = _adapter_base(checkpoint)
+    base = adapter_base(checkpoint, base_revision)
+    if base is not None:
         model = _with_adapters(load_host(base, config), checkpoint)
         if adapter == "merge":
             model, base = _merged(model), None
@@ -301,14 +302,25 @@ def _no_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None, error: Excepti
     )
 
 
-def _adapter_base(checkpoint: Checkpoint) -> Checkpoint:
+def adapter_base(checkpoint: Checkpoint, revision: str | None = None) -> Checkpoint | None:
+    """The base that a checkpoint adapts; None for one that is no adapter.
+
+    Args:
+        checkpoint: on this machine.
+        revision: of the base on the Hub; None takes the one that the adapter names.
+
+    Raises:
+        UserError: the adapter does not name its base, or it cannot be had.
+    """
     path = checkpoint.folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
     fields = read_json(path)
     name = fields.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{path} does not say which policy it adapts (base_model_name_or_path)")
     try:
-        return fetch(name, fields.get("revision"))
+        return fetch(name, revision or fields.get("revision"))
     except UserError as error:
         raise UserError(f"{path} adapts {name}: {error}") from None
 

@@ -1,8 +1,8 @@
 """Makes a π0 or π0.5 policy better with TRQAM; without arguments a tiny one, in Robomimic Lift.
 
-accelerate launch recipes/finetune_pi0.py
-accelerate launch recipes/finetune_pi0.py --policy.path=USER/PI0 --dataset.repo_id=USER/DATA
-accelerate launch recipes/finetune_pi0.py --resume=true --output_dir=outputs/...
+accelerate launch -q recipes/finetune_pi0.py
+accelerate launch -q recipes/finetune_pi0.py --policy.path=USER/PI0 --dataset.repo_id=USER/DATA
+accelerate launch -q recipes/finetune_pi0.py --resume=true --output_dir=outputs/...
 """
 
 import sys

@@ -1,13 +1,12 @@
 """Makes a flow policy better in a Robomimic task: pretraining, offline and online TRQAM, report.
 
-accelerate launch recipes/finetune_robomimic.py
-accelerate launch recipes/finetune_robomimic.py --preset=full --dataset.path=can.hdf5
-accelerate launch recipes/finetune_robomimic.py --resume=true --output_dir=outputs/...
+accelerate launch -q recipes/finetune_robomimic.py
+accelerate launch -q recipes/finetune_robomimic.py --preset=full --dataset.path=can.hdf5
+accelerate launch -q recipes/finetune_robomimic.py --resume=true --output_dir=outputs/...
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,14 +18,13 @@ import numpy as np
 import torch
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
-from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.alarms import Alarms, q_range, reward_range
-from vla_trqam.training.checkpoints import check_output_dir
+from vla_trqam.training.checkpoints import PRETRAINED
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import StateStore
 from vla_trqam.training.finetuning import Phase, Run
@@ -34,7 +32,10 @@ from vla_trqam.training.generators import Generators
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
 from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
-from vla_trqam.training.offline_data import pretraining_demos, read_dataset
+from vla_trqam.training.more_updates import check_resumed
+from vla_trqam.training.offline_data import pretraining_demos, read_dataset, reopen_replay
+from vla_trqam.training.own_folder import own_folder
+from vla_trqam.training.pins import Source, write_pins
 from vla_trqam.training.run_folder import (
     BASE_NAME,
     CONFIG_NAME,
@@ -60,26 +61,39 @@ def read_config(arguments: Sequence[str]) -> FinetuneRobomimicConfig:
     """The settings of a new run, or those of the run that is resumed."""
     config = parse_config(FinetuneRobomimicConfig, PRESETS, arguments)
     if config.resume:
-        return resumed_config(config, CONFIG_NAME, arguments)
+        check = partial(check_resumed, config, restart=_restart)
+        return resumed_config(config, CONFIG_NAME, arguments, check)
     refuse_idle_flags(config, given_flags(arguments))
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     config.output_dir = config.output_dir or Path("outputs/finetune_robomimic") / stamp
     return config
 
 
+def _restart(_: FinetuneRobomimicConfig, checkpoint: Path) -> list[str]:
+    """How a new run begins at a checkpoint's policy; the recipe takes no critic."""
+    return [f"--policy.path={checkpoint / PRETRAINED}"]
+
+
 def finetune(config: FinetuneRobomimicConfig) -> None:
     """The whole run.
 
     Raises:
-        UserError: the settings, the data or the folder do not work; no folder is made then.
+        UserError: the settings, the data or the folder do not work; no folder is left then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
     device = prepare_torch(config).device
-    assert config.output_dir is not None
-    check_output_dir(config.output_dir, resume=config.resume)
+    with own_folder(config):
+        _finetune(config, device)
+
+
+def _finetune(config: FinetuneRobomimicConfig, device: torch.device) -> None:
     file = read_dataset(config.dataset)
-    pretraining_demos(config, file)  # refused here, before there is a folder
+    pretraining_demos(config, file)  # refused here, before anything is trained
     policy = _make_policy(config, file).to(device)
+    if not config.resume:
+        assert config.output_dir is not None
+        data = Source("dataset", str(file.path), file.path.parent, (file.path.name,))
+        write_pins(config.output_dir, [data])  # of a given policy the run has a copy
     reward = RewardSpec(config.dataset.reward)
     with ExitStack() as stack:
         run, phases, everything = _set_up(config, file, policy, reward, device, stack)
@@ -117,36 +131,30 @@ def _set_up(
     """
     output_dir = config.output_dir
     assert output_dir is not None
-    try:
-        replay, metrics = open_folder(
-            config,
-            output_dir,
-            reopen=ReplayBuffer.open,
-            begin=partial(begin_robomimic, config, file, policy),
-        )
-        stack.callback(replay.close)
-        assert metrics is not None, "this is the main process"
-        stack.enter_context(metrics)
-        draw = partial(
-            replay.sampler,
-            chunk_length=policy.chunk_shape[0],
-            discount=config.discount,
-            short_chunks=config.dataset.short_chunks,
-            reward=reward,
-        )
-        phases, everything = _phases(config, policy, draw), draw()
-        pool = RolloutPool(
-            file.env_args,
-            chunk_length=policy.chunk_shape[0],
-            num_workers=config.eval.num_workers or usable_cores(),
-            max_episode_steps=config.eval.max_episode_steps,
-            chunk_deadline=config.eval.chunk_deadline,
-            obs_keys=config.dataset.obs_keys,
-        )
-    except UserError:
-        if not config.resume:
-            shutil.rmtree(output_dir, ignore_errors=True)
-        raise
+    replay, metrics = open_folder(
+        output_dir,
+        reopen=partial(reopen_replay, config, file),
+        begin=partial(begin_robomimic, config, file, policy),
+    )
+    stack.callback(replay.close)
+    assert metrics is not None, "this is the main process"
+    stack.enter_context(metrics)
+    draw = partial(
+        replay.sampler,
+        chunk_length=policy.chunk_shape[0],
+        discount=config.discount,
+        short_chunks=config.dataset.short_chunks,
+        reward=reward,
+    )
+    phases, everything = _phases(config, policy, draw), draw()
+    pool = RolloutPool(
+        file.env_args,
+        chunk_length=policy.chunk_shape[0],
+        num_workers=config.eval.num_workers or usable_cores(),
+        max_episode_steps=config.eval.max_episode_steps,
+        chunk_deadline=config.eval.chunk_deadline,
+        obs_keys=config.dataset.obs_keys,
+    )
     run = Run(
         output_dir=output_dir,
         policy=policy,

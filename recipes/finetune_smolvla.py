@@ -1,9 +1,10 @@
 r"""Makes a SmolVLA policy better with TRQAM.
 
-accelerate launch recipes/finetune_smolvla.py --policy.path=USER/SMOLVLA --dataset.repo_id=USER/DATA
-accelerate launch recipes/finetune_smolvla.py --preset=lift --policy.path=lift_smolvla/policy \
+accelerate launch -q recipes/finetune_smolvla.py --policy.path=USER/SMOLVLA \
+    --dataset.repo_id=USER/DATA
+accelerate launch -q recipes/finetune_smolvla.py --preset=lift --policy.path=lift_smolvla/policy \
     --dataset.repo_id=local/lift --dataset.root=lift_smolvla/dataset  # of make_tiny_vla.py
-accelerate launch recipes/finetune_smolvla.py --resume=true --output_dir=outputs/...
+accelerate launch -q recipes/finetune_smolvla.py --resume=true --output_dir=outputs/...
 """
 
 import sys

@@ -7,7 +7,6 @@ beside the replay; an update of the policy evaluates the action expert alone.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -29,12 +28,11 @@ from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
 from vla_trqam.envs.rollout import RolloutPool
-from vla_trqam.errors import UserError
 from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.training.alarms import Alarms, q_range, reward_range
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
-from vla_trqam.training.checkpoints import last_checkpoint
+from vla_trqam.training.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.episode_store import FrameStore
@@ -42,7 +40,9 @@ from vla_trqam.training.finetuning import Phase, Run
 from vla_trqam.training.hub_pull import find_algorithm, load_algorithm
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
+from vla_trqam.training.more_updates import check_resumed
 from vla_trqam.training.next_actions import NextActions, NumberedFeatures
+from vla_trqam.training.own_folder import own_folder
 from vla_trqam.training.preflight import PreflightReport, RewardSummary, Share, preflight
 from vla_trqam.training.preflight_outliers import check_outliers
 from vla_trqam.training.run_folder import CONFIG_NAME, open_folder, save_settings
@@ -76,17 +76,30 @@ def read_config(recipe: Path, packed: Path | None, arguments: Sequence[str]) -> 
     presets, preset = recipe.with_suffix(".yaml"), "own" if own else "default"
     config = parse_config(FinetuneVLAConfig, presets, arguments, preset=preset)
     if config.resume:
-        return resumed_config(config, CONFIG_NAME, arguments)
+        check = partial(check_resumed, config, restart=partial(_restart, packed))
+        return resumed_config(config, CONFIG_NAME, arguments, check)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     config.output_dir = config.output_dir or Path("outputs") / recipe.stem / stamp
     return config
+
+
+def _restart(packed: Path | None, config: FinetuneVLAConfig, checkpoint: Path) -> list[str]:
+    """How a new run begins at a checkpoint's policy and critic."""
+    flags = [f"--policy.path={checkpoint / PRETRAINED}", f"--critic.path={checkpoint}"]
+    if config.peft.method == "lora" and not config.policy.merged:
+        flags.append("--policy.adapter=continue")
+    if config.critic.warmup_steps:
+        flags.append("--critic.warmup_steps=0")
+    if config.dataset.repo_id is None and packed is not None:
+        flags += ["--dataset.repo_id=local/packed", f"--dataset.root={packed / 'dataset'}"]
+    return flags
 
 
 def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
     """The whole run.
 
     Raises:
-        UserError: the settings, policy, data or folder do not work; no folder is made then.
+        UserError: the settings, policy, data or folder do not work; no folder is left then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
     accelerator = prepare_torch(config, several=True)
@@ -94,6 +107,15 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
     team.together(lambda: check_accelerator(accelerator))
     # The folder's name is of the time, and so the main process's.
     config.output_dir = Path(team.on_main(lambda: str(config.output_dir)))
+    with own_folder(config, team):
+        _finetune(config, packed, accelerator, team)
+        if config.policy.push_to_hub:
+            team.on_main(lambda: push(config))
+
+
+def _finetune(
+    config: FinetuneVLAConfig, packed: Path | None, accelerator: Accelerator, team: Team
+) -> None:
     device = own_device(config, accelerator)
     reader, policy = team.together(lambda: checked_inputs(config, packed, device, team))
     team.together(lambda: PreflightReport((check_outliers(policy, reader),)).raise_on_failure())
@@ -115,8 +137,6 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
             seeds={"training": config.seed},
             kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
         )
-    if config.policy.push_to_hub:
-        team.on_main(lambda: push(config))
 
 
 def _set_up(
@@ -133,33 +153,27 @@ def _set_up(
     output_dir = config.output_dir
     assert output_dir is not None
     device, team = next(policy.trainable_parameters()).device, Team(accelerator)
-    try:
-        replay, metrics = open_folder(
-            config,
-            output_dir,
-            reopen=FrameReplay.open,
-            begin=partial(_begin, config, reader, team, policy),
-            team=team,
-        )
-        stack.callback(replay.close)
-        if metrics is not None:
-            stack.enter_context(metrics)
-        features = FeatureCache(
-            replay, lambda seen: _pack(policy, seen), fingerprint=prefix_fingerprint(policy)
-        )
-        draw = partial(_sampler, config, policy, replay, features)
-        everything = draw(None)
-        learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
-        rewards = _all_rewards(replay, everything, team)
-        team.together(lambda: _preflight(config, policy, replay, everything, rewards, team))
-        learner()  # what it cannot be made of is refused here
-        team.together(features.update)
-        phases = _phases(config, draw, learner, team)
-        pool = team.together(lambda: _start_simulators(config, policy))
-    except UserError:
-        if team.is_main and not config.resume:
-            shutil.rmtree(output_dir, ignore_errors=True)
-        raise
+    replay, metrics = open_folder(
+        output_dir,
+        reopen=partial(_reopen, config, reader, policy.chunk_shape[0]),
+        begin=partial(_begin, config, reader, team, policy),
+        team=team,
+    )
+    stack.callback(replay.close)
+    if metrics is not None:
+        stack.enter_context(metrics)
+    features = FeatureCache(
+        replay, lambda seen: _pack(policy, seen), fingerprint=prefix_fingerprint(policy)
+    )
+    draw = partial(_sampler, config, policy, replay, features)
+    everything = draw(None)
+    learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
+    rewards = _all_rewards(replay, everything, team)
+    team.together(lambda: _preflight(config, policy, replay, everything, rewards, team))
+    learner()  # what it cannot be made of is refused here
+    team.together(features.update)
+    phases = _phases(config, draw, learner, team)
+    pool = team.together(lambda: _start_simulators(config, policy))
     run = Run(
         output_dir=output_dir,
         policy=policy,
@@ -196,14 +210,28 @@ def _begin(
     give_base(config, policy, path.parent, writes=team.is_main)
     if team.is_main:
         save_settings(config, path.parent)
+    more_steps, more_frames = _room_for_rollouts(config, chunk_length)
+    replay = reader.create_replay(path, more_steps=more_steps, more_frames=more_frames)
+    reader.load_into(replay, source="dataset", say=print if team.is_main else lambda _: None)
+    return replay
+
+
+def _reopen(
+    config: FinetuneVLAConfig, reader: LeRobotReader, chunk_length: int, path: Path
+) -> FrameReplay:
+    """The replay of a run that is gone on with, which may have got more rollouts to come."""
+    more_steps, more_frames = _room_for_rollouts(config, chunk_length)
+    replay = FrameReplay.open(path)
+    replay.grow(reader.num_rows + more_steps, reader.num_frames + more_frames)
+    return replay
+
+
+def _room_for_rollouts(config: FinetuneVLAConfig, chunk_length: int) -> tuple[int, int]:
+    """Steps and frames that all rollouts of the training take at most."""
     episodes, limit = config.num_training_episodes, config.eval.max_episode_steps
     # A frame for every decision, and one where the limit cuts.
     decisions = -(-limit // chunk_length) + 1
-    replay = reader.create_replay(
-        path, more_steps=episodes * limit, more_frames=episodes * decisions
-    )
-    reader.load_into(replay, source="dataset", say=print if team.is_main else lambda _: None)
-    return replay
+    return episodes * limit, episodes * decisions
 
 
 def _all_rewards(

@@ -16,16 +16,18 @@ from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import camera_names, load_policy
 from vla_trqam.adapters.lora import LoRASettings
+from vla_trqam.recipes.vla_pins import sources_of, take_pinned_commits
 
 from vla_trqam.data.frame_replay import IMAGE_PREFIX, FrameReplay, image_key
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
 from vla_trqam.envs.robomimic_images import ACTION_DIM, STATE_DIM
 from vla_trqam.errors import UserError
-from vla_trqam.files import written_whole
-from vla_trqam.training.checkpoints import check_output_dir, last_checkpoint
+from vla_trqam.files import written_durably
+from vla_trqam.training.checkpoints import last_checkpoint
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.hub import push_checkpoint
 from vla_trqam.training.hub_access import check_push
+from vla_trqam.training.pins import write_pins
 from vla_trqam.training.run_folder import BASE_NAME, REPLAY_NAME
 from vla_trqam.training.vla_settings import FinetuneVLAConfig
 
@@ -54,16 +56,15 @@ def checked_inputs(
     Raises:
         UserError: see :func:`finetune`.
     """
-    assert config.output_dir is not None
-    check_output_dir(config.output_dir, resume=config.resume)
     _check_sizes(config, team)
     if team.is_main:
         _check_push(config)
+    base_revision = take_pinned_commits(config)
     say = print if team.is_main else _say_nothing
     given = _given_policy(config, packed)
     data = replace(_dataset(config, packed), looked_through=_looked_through(config, given))
     reader = LeRobotReader(data).part(team.rank, team.size)
-    policy = _load_policy(config, given, device, say)
+    policy = _load_policy(config, given, base_revision, device, say)
     # Before anything is decoded.
     check_against_dataset(policy, reader.features)
     for note in policy.cameras(
@@ -73,6 +74,9 @@ def checked_inputs(
     _check_simulator(config, reader, policy)
     _check_base(config, policy)
     reader.check_cameras()
+    if team.is_main and not config.resume:
+        assert config.output_dir is not None
+        write_pins(config.output_dir, sources_of(config, packed, reader))
     return reader, policy
 
 
@@ -93,7 +97,7 @@ def give_base(
         return
     folder = (output_dir / BASE_NAME).resolve()
     if writes:
-        with written_whole(folder) as part:
+        with written_durably(folder) as part:
             policy.save_base(part)
         print(
             f"the policy with its adapters merged in is the base: {folder}, which must stay there"
@@ -242,6 +246,7 @@ def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
 def _load_policy(
     config: FinetuneVLAConfig,
     given: tuple[str, str | None],
+    base_revision: str | None,
     device: torch.device,
     say: Callable[[str], None],
 ) -> LeRobotFlowPolicy:
@@ -256,6 +261,7 @@ def _load_policy(
         limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
         device=str(device),
         revision=revision,
+        base_revision=base_revision,
         tokenizer=knobs.tokenizer,
         say=say,
     )

@@ -76,6 +76,9 @@ def test_a_run_is_not_gone_on_with_if_its_policy_has_become_hostile(
     name_a_class(policy, marker)
     capsys.readouterr()
     assert resume(run) == 2
+    assert "is not the one that the run in" in sentence(capsys)
+    (run / "inputs.json").unlink()  # as older versions left a run: the gate is there as well
+    assert resume(run) == 2
     assert "names the class 'subprocess.Popen'" in sentence(capsys)
     assert nothing_ran(marker)
     assert (run / "checkpoints/last").exists()

@@ -151,13 +151,15 @@ def interrupt_twice(*_):
     time.sleep(10)
 
 
-def test_ctrl_c_before_anything_is_written_says_so(tiny, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_before_the_first_checkpoint_says_so(tiny, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune_robomimic, "read_dataset", interrupt)
     assert tiny(tmp_path / "run") == 130
-    assert capsys.readouterr().err == "stopped before anything was written\n"
+    said = "stopped before the first checkpoint: nothing is kept, begin again\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_resumes_to_its_conclusion(tiny, resume, no_conclusion, tmp_path):

@@ -35,6 +35,7 @@ from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.training import checkpoints
 from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
+from vla_trqam.training.manifest import write_manifest
 
 __all__ = [  # fixtures
     "files",
@@ -144,10 +145,12 @@ def test_a_run_in_another_precision_is_not_gone_on_with(tiny, tmp_path, capsys):
     path = tmp_path / "run/checkpoints/last/training_state/position.json"
     position = json.loads(path.read_text())
     path.write_text(json.dumps(position | {"precision": "bf16"}))
+    write_manifest(path.parents[1])
     assert resume(tmp_path / "run") == 2
     said = capsys.readouterr().err
     assert "is of a run with mixed_precision bf16, this one is launched with no" in said
     path.write_text(json.dumps(position))
+    write_manifest(path.parents[1])
     assert resume(tmp_path / "run") == 0
 
 
@@ -163,7 +166,7 @@ def test_the_report_of_a_resumed_run_shows_the_command_that_began_it(
         resume(tmp_path / "run")
     assert resume(tmp_path / "run") == 0
     report = (tmp_path / "run/report.md").read_text()
-    assert "accelerate launch finetune_pi0.py --begun=here" in report
+    assert "accelerate launch -q finetune_pi0.py --begun=here" in report
     assert "finetune_pi0.py --resume=true" not in report
     assert differences(images_state(tmp_path / "run"), whole.state) == []
 

@@ -9,7 +9,6 @@ from vla_trqam.errors import UserError
 from vla_trqam.training import checkpoints
 from vla_trqam.training.checkpoints import (
     Position,
-    check_output_dir,
     last_checkpoint,
     load_checkpoint,
     read_position,
@@ -37,7 +36,8 @@ def trained(seed=0):
 def test_a_checkpoint_has_the_layout_that_is_promised(tmp_path):
     path = save(tmp_path)
     assert path == tmp_path / "checkpoints" / "000003"
-    assert {p.name for p in path.iterdir()} == {"pretrained_model", "training_state", "algorithm"}
+    folders = {"pretrained_model", "training_state", "algorithm"}
+    assert {p.name for p in path.iterdir()} == folders | {"manifest.json"}
     assert last_checkpoint(tmp_path) == path.resolve()
     assert {p.suffix for p in path.rglob("*") if p.is_file()} == {".json", ".safetensors"}
 
@@ -116,12 +116,3 @@ def test_a_position_that_says_nothing_is_refused(tmp_path):
     path.write_text(json.dumps({"phase": "offline"}))
     with pytest.raises(UserError, match=r"position\.json does not say"):
         read_position(path.parents[1])
-
-
-def test_only_a_new_run_wants_an_empty_folder(tmp_path):
-    check_output_dir(tmp_path / "new", resume=False)
-    check_output_dir(tmp_path, resume=False)
-    (tmp_path / "file").write_text("x")
-    check_output_dir(tmp_path, resume=True)
-    with pytest.raises(UserError, match="is in use"):
-        check_output_dir(tmp_path, resume=False)

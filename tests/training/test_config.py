@@ -1,5 +1,7 @@
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -43,11 +45,14 @@ class Outer:
         widths: of layers.
     """
 
+    GROWING: ClassVar[Mapping[str, str]] = {"inner.a": "offline"}
+
     name: str = "x"
     folder: Path | None = None
     widths: tuple[int, ...] = (1, 2)
     output_dir: Path | None = None
     resume: bool = False
+    checkpoint: str | None = None
     num_threads: int | None = None
     inner: Inner = field(default_factory=Inner)
 
@@ -98,7 +103,7 @@ def test_a_mistake_is_named(flags, words, presets):
 
 
 def test_what_is_written_reads_back(presets, tmp_path):
-    config = Outer("z", Path("/a b"), (7,), None, False, 2, Inner(1e-7, 3, 4))
+    config = Outer("z", Path("/a b"), (7,), None, False, None, 2, Inner(1e-7, 3, 4))
     dump_config(config, tmp_path / "config.yaml")
     assert saved_config(Outer, tmp_path / "config.yaml") == config
     assert parse_config(Outer, presets, [f"--config_path={tmp_path / 'config.yaml'}"]) == config
@@ -118,10 +123,35 @@ def test_a_resumed_run_keeps_its_settings_but_may_have_other_threads(tmp_path):
     dump_config(Outer(name="first", num_threads=1), tmp_path / "config.yaml")
     asked = Outer(resume=True, output_dir=tmp_path, num_threads=3)
     arguments = ["--resume=true", f"--output_dir={tmp_path}", "--num_threads", "3"]
-    found = resumed_config(asked, "config.yaml", arguments)
+    found = resumed_config(asked, "config.yaml", arguments, refuse_nothing)
     assert found == Outer("first", output_dir=tmp_path, resume=True, num_threads=3)
-    with pytest.raises(UserError, match="leave out --name"):
-        resumed_config(asked, "config.yaml", [*arguments, "--name=second"])
+    with pytest.raises(UserError, match=r"but for more of --inner.a; leave out --name"):
+        resumed_config(asked, "config.yaml", [*arguments, "--name=second"], refuse_nothing)
+
+
+def refuse_nothing(*_):
+    pass
+
+
+def test_a_resumed_run_may_have_more_updates_and_another_checkpoint(tmp_path):
+    dump_config(Outer(name="first", inner=Inner(0.1, 3)), tmp_path / "config.yaml")
+    looked_at = []
+    asked = Outer(resume=True, output_dir=tmp_path, checkpoint="000500", inner=Inner(0.9, 7, 8))
+    arguments = ["--resume=true", "--checkpoint=000500", "--inner.a=7"]
+    found = resumed_config(asked, "config.yaml", arguments, lambda *a: looked_at.append(a))
+    assert found.inner == Inner(0.1, 7, 2)
+    assert found.checkpoint == "000500"
+    ((saved, wanted),) = looked_at
+    assert saved.inner == Inner(0.1, 3, 2)
+    assert wanted == {"inner.a": 7}
+
+
+@pytest.mark.parametrize("flag", ["checkpoint", "name", "folder"])
+def test_a_text_that_looks_like_a_number_stays_as_it_is_written(flag, presets):
+    for text in ("000500", "0o17", "1e3", "12:30:00", "2026-01-01", "[1]"):
+        config = parse_config(Outer, presets, [f"--{flag}={text}"])
+        assert str(getattr(config, flag)) == text
+    assert parse_config(Outer, presets, ["--checkpoint=null"]).checkpoint is None
 
 
 def test_the_meaning_of_a_flag_is_what_the_docstring_says():
@@ -164,7 +194,7 @@ def test_a_configuration_names_no_python_object_to_make(presets, tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml cannot be read: could not determine a con"):
         parse_config(Outer, presets, [f"--config_path={path}"])
     with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
-        resumed_config(Outer(output_dir=tmp_path), "config.yaml", [])
+        resumed_config(Outer(output_dir=tmp_path), "config.yaml", [], refuse_nothing)
     presets.write_text(f"default: {{name: {HOSTILE.format(marker=marker)}}}\n")
     with pytest.raises(UserError, match=r"presets\.yaml cannot be read"):
         parse_config(Outer, presets, [])

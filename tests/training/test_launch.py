@@ -44,7 +44,7 @@ def test_alone_there_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
     assert (launched_processes(), launched_here(), launched_first()) == (1, 1, True)
-    assert launcher() == ["accelerate", "launch"]
+    assert launcher() == ["accelerate", "launch", "-q"]
 
 
 def test_the_command_to_go_on_with_keeps_the_launchers_precision(monkeypatch, second_of_four):
@@ -55,9 +55,9 @@ def test_the_command_to_go_on_with_keeps_the_launchers_precision(monkeypatch, se
     assert launcher() == [*precise, "torchrun", "--nproc_per_node=4"]
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     many = ["--multi_gpu", "--num_processes=4", "--mixed_precision=bf16"]
-    assert launcher() == ["accelerate", "launch", *many]
+    assert launcher() == ["accelerate", "launch", "-q", *many]
     monkeypatch.delenv("LOCAL_RANK")
-    assert launcher() == ["accelerate", "launch", "--mixed_precision=bf16"]
+    assert launcher() == ["accelerate", "launch", "-q", "--mixed_precision=bf16"]
 
 
 def test_a_launchers_processes_share_the_cores(second_of_four, monkeypatch):

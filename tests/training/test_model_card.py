@@ -173,7 +173,7 @@ def test_the_eval_command_repeats_the_evaluation(run: Path):
 
 def test_the_command_to_go_on_with_is_the_runs_own_recipe(run: Path):
     assert (
-        "accelerate launch recipes/finetune_pi0.py --policy.path=alice/lift"
+        "accelerate launch -q recipes/finetune_pi0.py --policy.path=alice/lift"
         " --critic.path=alice/lift --dataset.repo_id=lab/rollouts" in card_of(run)
     )
 

@@ -53,7 +53,8 @@ def checkpoint_state(output_dir: Path) -> dict[str, Any]:
     state: dict[str, Any] = {
         str(path.relative_to(last)): path.read_bytes()
         for path in saved
-        if path.name != "position.json"  # holds the wall clock
+        # The one holds the wall clock, the other its checksum.
+        if path.name not in ("position.json", "manifest.json")
     }
     state["checkpoint"] = last.resolve().name
     state["metrics"] = metrics_lines(output_dir)

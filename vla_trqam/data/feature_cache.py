@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_trqam.data.frame_files import CacheHeader
+from vla_trqam.data.frame_files import CacheHeader, cache_array
 from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
 from vla_trqam.data.replay_files import ArraySpec, Column
 from vla_trqam.data.sampling import Observer
@@ -77,6 +77,14 @@ class FeatureCache(Observer[FrameObservation]):
             self._compute_batch(first, rows[first : first + batch_size])
         return len(rows) - before
 
+    def flush(self) -> None:
+        """Force everything written to the disk itself; the replay's own `flush` does the headers.
+
+        Otherwise a power cut could leave a header that counts rows which are not there.
+        """
+        for column in self._columns.values():
+            column.sync()
+
     def known(self, rows: np.ndarray) -> np.ndarray:
         """(N,) bool: whether a frame was taken."""
         return self._replay.frame_index.known(rows)
@@ -131,12 +139,12 @@ class FeatureCache(Observer[FrameObservation]):
 
     def _start(self, header: CacheHeader) -> None:
         for name, spec in self._arrays(header).items():
-            Column.allocate(self._replay.path, f"cache.{name}", spec)
+            Column.allocate(self._replay.path, cache_array(name), spec)
         self._header, self._columns = header, self._mapped(header)
 
     def _mapped(self, header: CacheHeader) -> dict[str, Column]:
         return {
-            name: Column(self._replay.path, f"cache.{name}", spec)
+            name: Column(self._replay.path, cache_array(name), spec)
             for name, spec in self._arrays(header).items()
         }
 

@@ -173,6 +173,17 @@ class CacheHeader:
             return None
 
 
+def cached_arrays(folder: Path) -> list[str]:
+    """Names of the arrays of cached features, one row a frame."""
+    header = CacheHeader.read(folder)
+    return [] if header is None else [cache_array(name) for name in header.features]
+
+
+def cache_array(feature: str) -> str:
+    """Name of the array that holds a cached feature."""
+    return f"cache.{feature}"
+
+
 def limit_cache(folder: Path, num_frames: int) -> None:
     """Forget cached features from frame `num_frames` on, which others will overwrite."""
     header = CacheHeader.read(folder)

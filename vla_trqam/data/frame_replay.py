@@ -19,6 +19,7 @@ from vla_trqam.data.frame_files import (
     FrameHeader,
     FrameIndex,
     ImageShape,
+    cached_arrays,
     image_array,
     limit_cache,
 )
@@ -137,7 +138,7 @@ class FrameReplay:
         """
         steps = ReplayBuffer.open(path)
         header = FrameHeader.read(steps.path)
-        if header.step_capacity != steps.capacity:
+        if header.step_capacity < steps.capacity:  # more: it was killed as it grew
             raise UserError(f"{steps.path / FRAMES_NAME} belongs to another replay.")
         return cls(steps, header)
 
@@ -293,6 +294,26 @@ class FrameReplay:
             first_row = self._first_rows()[num_episodes]
             limit_cache(self.path, int(self._frame_rows()[first_row]))
         self.steps.truncate_to(num_episodes)
+
+    def grow(self, capacity: int, frame_capacity: int) -> None:
+        """Make room for more steps and frames; see `ReplayBuffer.grow`.
+
+        Samplers and caches that were made before do not know of it.
+        """
+        steps = max(capacity, self.steps.capacity)
+        frames = max(frame_capacity, self.frame_capacity)
+        if (steps, frames) == (self.steps.capacity, self.frame_capacity):
+            return
+        self.steps.claim()
+        header = replace(self._header, frame_capacity=frames, step_capacity=steps)
+        for name, (shape, _) in header.arrays().items():
+            Column.extend(self.path, name, shape[0])
+        for name in cached_arrays(self.path):
+            Column.extend(self.path, name, frames)
+        header.write(self.path)
+        self._header = header
+        self._columns = {n: Column(self.path, n, spec) for n, spec in header.arrays().items()}
+        self.steps.grow(steps)
 
     def flush(self) -> None:
         """Force everything written to the disk itself."""

@@ -30,6 +30,7 @@ from vla_trqam.data.sampling import (
     VectorObserver,
 )
 from vla_trqam.errors import UserError
+from vla_trqam.files import sync
 
 __all__ = ["ChunkSampler", "Episodes", "MixedSampler", "ReplayBuffer", "ReplayStats", "RewardSpec"]
 
@@ -260,10 +261,30 @@ class ReplayBuffer:
         self._replace_header(num_episodes, num_steps, self._header.sources)
         self.revision += 1
 
+    def grow(self, capacity: int) -> None:
+        """Make room for more steps; a number below the present one changes nothing.
+
+        Raises:
+            UserError: another process writes, or a file cannot grow.
+        """
+        if capacity <= self.capacity:
+            return
+        self.claim()
+        header = replace(self._header, capacity=capacity)
+        for name, (shape, _) in header.arrays().items():
+            Column.extend(self.path, name, shape[0])
+        # Last: until then the replay is the smaller one, whose rows are where they were.
+        header.write(self.path)
+        self._header = header
+        self._columns = {n: Column(self.path, n, spec) for n, spec in header.arrays().items()}
+
     def flush(self) -> None:
         """Force everything written to the disk itself: survives a power cut, not just a kill."""
         for column in self._columns.values():
             column.sync()
+        for header in self.path.glob("*.json"):
+            sync(header)
+        sync(self.path)
 
     def close(self) -> None:
         """Give up the lock on writing. Reading goes on working."""

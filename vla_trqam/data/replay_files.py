@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -12,7 +12,7 @@ from typing import TextIO
 import numpy as np
 
 from vla_trqam.errors import UserError
-from vla_trqam.files import written_whole
+from vla_trqam.files import sync, written_whole
 
 HEADER_NAME = "replay.json"
 FORMAT = "vla_trqam.replay"
@@ -99,12 +99,16 @@ class Column:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{self.path} is missing or damaged ({error}).") from error
         shape, dtype = spec
-        if mapped.shape != shape or mapped.dtype != dtype:
+        # More rows than the header says are of a replay that was killed as it grew.
+        same = mapped.shape[1:] == shape[1:] and mapped.ndim == len(shape)
+        if not same or len(mapped) < shape[0] or mapped.dtype != dtype:
             raise UserError(
                 f"{self.path} holds {mapped.dtype} {mapped.shape}, but the header says "
                 f"{np.dtype(dtype)} {shape}."
             )
-        self.rows = np.asarray(mapped)  # the subclass memmap costs microseconds an index
+        self.rows = np.asarray(
+            mapped[: shape[0]]
+        )  # the subclass memmap costs microseconds an index
         self._offset = mapped.offset
         self._row_bytes = mapped.itemsize * int(np.prod(shape[1:], dtype=np.int64))
 
@@ -114,6 +118,35 @@ class Column:
         shape, dtype = spec
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
+    @staticmethod
+    def extend(folder: Path, name: str, num_rows: int) -> None:
+        """Give a file more rows, sparse and full of zeros; those that it has stay where they are.
+
+        Raises:
+            UserError: the file's header has no room for the larger number.
+        """
+        path = folder / f"{name}.npy"
+        with path.open("r+b") as file:
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            begin = file.tell()
+            if num_rows <= shape[0]:
+                return
+            described = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": fortran_order,
+                "shape": (num_rows, *shape[1:]),
+            }
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, described)
+            if header.tell() != begin:  # numpy leaves room for more digits, older ones did not
+                raise UserError(f"{path} cannot be given {num_rows} rows: its header is full.")
+            row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+            # First the rows, then the number of them: a kill in between leaves the file as it was.
+            file.truncate(begin + num_rows * row_bytes)
+            file.seek(0)
+            file.write(header.getvalue())
+
     def write(self, row: int, values: np.ndarray) -> None:
         """Write rows from `row` on; `values` has the shape of that many rows."""
         with open(self.path, "r+b") as file:
@@ -122,8 +155,7 @@ class Column:
 
     def sync(self) -> None:
         """Wait until the disk itself has everything written."""
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(self.path)
 
 
 class WriteLock:

@@ -1,7 +1,8 @@
 """Checkpoints: ``checkpoints/000100/{pretrained_model,training_state,algorithm}`` and ``last``.
 
 Safetensors and JSON only. A checkpoint is written beside its final name and renamed when it is
-whole, so that a kill leaves the one before.
+whole and on the disk itself, so that a kill or a power cut leaves the one before. Its
+``manifest.json`` has the checksums of its files, which loading verifies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla_trqam.errors import UserError
-from vla_trqam.files import written_whole
+from vla_trqam.files import discard, written_durably
 from vla_trqam.training.distributed import Team
 from vla_trqam.training.generators import Generators
 from vla_trqam.training.learners import (
@@ -28,6 +29,7 @@ from vla_trqam.training.learners import (
     module_tensors,
     optimizer_tensors,
 )
+from vla_trqam.training.manifest import damage, write_manifest
 
 CHECKPOINTS = "checkpoints"
 LAST = "last"
@@ -58,21 +60,6 @@ class Position:
     precision: str
 
 
-def check_output_dir(output_dir: Path, *, resume: bool) -> None:
-    """Refuses a folder that a new run would overwrite.
-
-    Raises:
-        UserError: it is a file, or something is in it and the run is new.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir={output_dir} is a file; a run needs a folder")
-    if not resume and output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(
-            f"{output_dir} is in use; choose another --output_dir, or go on with that run "
-            "by --resume=true"
-        )
-
-
 def save_checkpoint(
     output_dir: Path,
     name: str,
@@ -93,7 +80,7 @@ def save_checkpoint(
     team.together(lambda: None if team.is_main else _write_rank(others, team, learner, generators))
 
     def write() -> None:
-        with written_whole(final) as part:
+        with written_durably(final) as part:
             for folder in (PRETRAINED, TRAINING, ALGORITHM):
                 (part / folder).mkdir(parents=True)
             save_policy(part / PRETRAINED)
@@ -106,6 +93,7 @@ def save_checkpoint(
             _write_json(training / "position.json", asdict(position))
             for rank in others.glob("*"):
                 rank.rename(training / rank.name)
+            write_manifest(part)
         shutil.rmtree(others, ignore_errors=True)
         _point(final.with_name(LAST), name)
 
@@ -115,7 +103,7 @@ def save_checkpoint(
 
 def _write_rank(folder: Path, team: Team, learner: Learner, generators: Generators) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / _rank_name(team.rank)) as own:
+    with written_durably(folder / _rank_name(team.rank)) as own:
         own.mkdir()
         save_file(module_tensors(learner, own=True), own / NETWORKS)
         _write_generators(own, generators)
@@ -139,7 +127,7 @@ def forget_checkpoints(output_dir: Path, prefix: str, *, keep: str) -> None:
     """Deletes the checkpoints whose names begin so, but for the one named ``keep``."""
     for path in (output_dir / CHECKPOINTS).glob(f"{prefix}*"):
         if path.name != keep:
-            shutil.rmtree(path)
+            discard(path)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -148,8 +136,58 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     if last.is_dir():
         return last.resolve()
     # A kill between the first checkpoint and its link, or a copy that left the link out.
-    whole = [path for path in last.parent.glob("[!.]*") if path.is_dir()]
-    return max(whole, key=_age, default=None)
+    return max(all_checkpoints(output_dir), key=_age, default=None)
+
+
+def all_checkpoints(output_dir: Path) -> list[Path]:
+    """Every checkpoint of a run, in the order of their names."""
+    found = (output_dir / CHECKPOINTS).glob("[!.]*")
+    return sorted(path for path in found if path.is_dir() and path.name != LAST)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuses a checkpoint one of whose files is not what was written.
+
+    Raises:
+        UserError: with the file, and the newest checkpoint that is whole and how to take it.
+    """
+    wrong = damage(checkpoint)
+    if wrong is None:
+        return
+    others = [path for path in all_checkpoints(checkpoint.parents[1]) if path != checkpoint]
+    good = max((path for path in others if _is_good(path)), key=_age, default=None)
+    if good is None:
+        raise UserError(f"{wrong}, and no other checkpoint of the run is whole: begin a new run")
+    raise UserError(
+        f"{wrong}; the newest whole checkpoint is {good.name}: "
+        f"--resume=true --checkpoint={good.name} goes on from it"
+    )
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        read_position(checkpoint)
+    except UserError:
+        return False
+    return damage(checkpoint) is None
+
+
+def take_checkpoint(output_dir: Path, name: str) -> list[Path]:
+    """Makes a checkpoint the last one, and returns those that came after it.
+
+    Raises:
+        UserError: there is none of that name, or it is damaged.
+    """
+    known = {path.name: path for path in all_checkpoints(output_dir)}
+    if name not in known:
+        there = ", ".join(known) or "none"
+        raise UserError(
+            f"--checkpoint={name} is not in {output_dir / CHECKPOINTS}: there are {there}"
+        )
+    check_whole(known[name])
+    own = _age(known[name])
+    _point(output_dir / CHECKPOINTS / LAST, name)
+    return [path for path in known.values() if not _is_good(path) or _age(path) > own]
 
 
 def read_position(checkpoint: Path) -> Position:
@@ -173,6 +211,8 @@ def load_checkpoint(
     Raises:
         UserError: a file is missing or damaged, or of another run's names or shapes.
     """
+    if rank == 0:
+        check_whole(checkpoint)
     training, algorithm = checkpoint / TRAINING, checkpoint / ALGORITHM
     own = training / _rank_name(rank) if rank else training
     try:
@@ -189,13 +229,14 @@ def load_checkpoint(
         raise UserError(f"{checkpoint} does not fit this run: {detail}") from None
 
 
-def _age(checkpoint: Path) -> tuple[int, int]:
+def _age(checkpoint: Path) -> tuple[int, float, int]:
     position = read_position(checkpoint)
-    return position.step, position.phase_step
+    # Updates of the phases before the policy's own are counted anew in each.
+    return position.step, sum(position.wall_clock.values()), position.phase_step
 
 
 def _point(link: Path, target: str) -> None:
-    with written_whole(link) as part:
+    with written_durably(link) as part:
         part.symlink_to(target)
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -36,20 +37,20 @@ def parse_config[C](
         UserError: an unknown preset, flag or value.
         SystemExit: ``--help``, after the list of flags.
     """
+    known = _known_flags(config_class)
     if "--help" in arguments or "-h" in arguments:
         others = [item for item in arguments if item not in ("--help", "-h")]
-        preset = str(_read_flags(others).get("preset", preset))
-        section = _flatten(_section(presets, preset), _known_flags(config_class))
+        preset = str(_read_flags(others, known).get("preset", preset))
+        section = _flatten(_section(presets, preset), known)
         program, names = Path(sys.argv[0]).name, list(_read_yaml(presets))
         print(help_text(_decode(config_class, section), program, presets, names, preset))
         raise SystemExit(0)
-    flags = _read_flags(arguments)
+    flags = _read_flags(arguments, known)
     if {"config_path", "preset"} <= flags.keys():
         raise UserError("--config_path and --preset are both given; choose one")
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     source = _section(presets, name) if config_path is None else _read_yaml(str(config_path))
-    settings = _flatten(source, _known_flags(config_class))
-    return _decode(config_class, settings | flags)
+    return _decode(config_class, _flatten(source, known) | flags)
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:
@@ -60,19 +61,29 @@ def given_flags(arguments: Sequence[str]) -> set[str]:
 class Resumable(Protocol):
     """The settings that a resumed run may be given."""
 
+    GROWING: ClassVar[Mapping[str, str]]
     output_dir: Path | None
     resume: bool
+    checkpoint: str | None
     num_threads: int | None
     on_divergence: OnDivergence
 
 
-def resumed_config[C: Resumable](config: C, name: str, arguments: Sequence[str]) -> C:
+ALLOWED = {"--resume", "--output_dir", "--num_threads", "--checkpoint", "--on_divergence"}
+MoreUpdates = Callable[[Any, Mapping[str, int]], None]
+"""Refuses numbers of updates, by flag, that a run with these settings cannot be gone on with."""
+
+
+def resumed_config[C: Resumable](
+    config: C, name: str, arguments: Sequence[str], check_more: MoreUpdates
+) -> C:
     """The settings of the run in ``config.output_dir``, to go on with it.
 
     Args:
         config: what the command line alone gives.
         name: the configuration's file in the run's folder.
         arguments: the command line.
+        check_more: looks at the numbers of updates that the command line gives.
 
     Raises:
         UserError: there is no such run, or the command line has other settings.
@@ -80,15 +91,35 @@ def resumed_config[C: Resumable](config: C, name: str, arguments: Sequence[str])
     if config.output_dir is None:
         raise UserError("--resume=true needs --output_dir, the folder of the run to go on with")
     given = given_flags(arguments)
-    others = given - {"--resume", "--output_dir", "--num_threads", "--on_divergence"}
+    growing = {flag for flag in config.GROWING if f"--{flag}" in given}
+    others = given - ALLOWED - {f"--{flag}" for flag in growing}
     if others:
-        raise UserError(f"a resumed run keeps its settings; leave out {', '.join(sorted(others))}")
+        more = " and ".join(f"--{flag}" for flag in config.GROWING)
+        raise UserError(
+            f"a resumed run keeps its settings, but for more of {more}; leave out "
+            f"{', '.join(sorted(others))}"
+        )
     saved = saved_config(type(config), config.output_dir / name)
+    asked = _flatten(settings_of(config), _known_flags(type(config)))
+    wanted = {flag: asked[flag] for flag in config.GROWING if flag in growing}
+    check_more(saved, wanted)
+    saved = with_settings(saved, wanted)
     saved.resume, saved.output_dir = True, config.output_dir
+    saved.checkpoint = config.checkpoint
     saved.num_threads = config.num_threads or saved.num_threads
     if "--on_divergence" in given:
         saved.on_divergence = config.on_divergence
     return saved
+
+
+def with_settings[C](config: C, changes: Settings) -> C:
+    """The same settings but for these, by dotted name.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    known = _known_flags(type(config))
+    return _decode(type(config), _flatten(settings_of(config), known) | changes)
 
 
 def saved_config[C](config_class: type[C], path: Path) -> C:
@@ -164,8 +195,11 @@ def _known_flags(config_class: type, prefix: str = "") -> dict[str, Any]:
     return flags
 
 
-def _read_flags(arguments: Sequence[str]) -> Settings:
-    """``--name=value`` and ``--name value``; values are YAML, a name alone means true."""
+def _read_flags(arguments: Sequence[str], known: Mapping[str, Any]) -> Settings:
+    """``--name=value`` and ``--name value``; values are YAML, a name alone means true.
+
+    A setting that is a text or a path keeps what looks like a number as it is written: 000500.
+    """
     flags: Settings = {}
     items = list(arguments)
     while items:
@@ -179,7 +213,15 @@ def _read_flags(arguments: Sequence[str]) -> Settings:
             flags[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             flags[name] = text
+        if _is_text(known.get(name)) and flags[name] is not None:
+            flags[name] = flags[name] if isinstance(flags[name], str) else text
     return flags
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a setting is a text or a path, or may be null besides."""
+    kinds = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
+    return kinds - {type(None)} in ({str}, {Path})
 
 
 def _flatten(section: Settings, known: Collection[str], prefix: str = "") -> Settings:

@@ -73,14 +73,17 @@ def launched_first() -> bool:
 
 
 def launcher() -> list[str]:
-    """The command that starts as many processes as there are, before a recipe's name."""
+    """The command that starts as many processes as there are, before a recipe's name.
+
+    ``-q`` keeps accelerate from printing a traceback of its own below a recipe's sentence.
+    """
     count = launched_processes()
     precision = os.environ.get(PRECISION, "no")
     if count > 1 and not torch.accelerator.is_available():
         set_precision = [] if precision == "no" else ["env", f"{PRECISION}={precision}"]
         return [*set_precision, "torchrun", f"--nproc_per_node={count}"]
     flags = ["--multi_gpu", f"--num_processes={count}"] if count > 1 else []
-    return ["accelerate", "launch", *flags] + (
+    return ["accelerate", "launch", "-q", *flags] + (
         [] if precision == "no" else [f"--mixed_precision={precision}"]
     )
 

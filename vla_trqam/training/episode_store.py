@@ -22,6 +22,9 @@ class EpisodeStore(Protocol):
     def add(self, episode: Episode, *, source: str) -> None:
         """Appends a whole episode."""
 
+    def flush(self) -> None:
+        """Waits until the disk itself has all of them."""
+
     def truncate_to(self, num_episodes: int) -> None:
         """Forgets all but the first episodes."""
 
@@ -48,6 +51,10 @@ class StateStore:
             source=source,
             success=episode.success,
         )
+
+    def flush(self) -> None:
+        """Waits until the disk itself has all of them."""
+        self.replay.flush()
 
     def truncate_to(self, num_episodes: int) -> None:
         """Forgets all but the first episodes."""
@@ -91,6 +98,12 @@ class FrameStore:
         self.replay.add_episode(frames, source=source)
         if self.cache is not None:
             self.cache.update()
+
+    def flush(self) -> None:
+        """Waits until the disk itself has all of them, and of their features."""
+        if self.cache is not None:
+            self.cache.flush()
+        self.replay.flush()
 
     def truncate_to(self, num_episodes: int) -> None:
         """Forgets all but the first episodes, and their features."""

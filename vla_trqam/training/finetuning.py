@@ -302,6 +302,7 @@ class Run:
             precision=self.team.precision,
         )
         name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
+        self.team.together(self._sync)
         save_checkpoint(
             self.output_dir,
             name,
@@ -314,6 +315,12 @@ class Run:
         if self.team.is_main and not phase.moves_policy:
             # Nobody evaluates these: the newest is for going on.
             forget_checkpoints(self.output_dir, f"{phase.name}_", keep=name)
+
+    def _sync(self) -> None:
+        """What a checkpoint counts on is on the disk before it."""
+        self.store.flush()
+        if self.metrics is not None:
+            self.metrics.sync()
 
     def _check_weights(self, phase: Phase, learner: Learner, done: int) -> None:
         found = [name for name in self.team.gather(not_finite(learner)) if name is not None]

@@ -25,7 +25,7 @@ from vla_trqam.training.distributed import (
     make_accelerator,
 )
 from vla_trqam.training.divergence import what_to_do
-from vla_trqam.training.interruption import Interrupted, how_to_go_on
+from vla_trqam.training.interruption import Interrupted, how_to_go_on, stops_as_ctrl_c
 from vla_trqam.training.memory import keep_freed_memory
 from vla_trqam.training.run_folder import CONFIG_NAME
 from vla_trqam.training.settings import CriticConfig
@@ -55,8 +55,9 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
     """
     config = None
     try:
-        config = read()
-        work(config)
+        with stops_as_ctrl_c():
+            config = read()
+            work(config)
     except FailedElsewhereError:
         # The launcher stops all processes as soon as one ends, and the main one has yet to tell.
         time.sleep(MAIN_ENDS_WITHIN)

@@ -138,6 +138,10 @@ class MetricsLog:
         self._file.flush()
         self.num_lines += 1
 
+    def sync(self) -> None:
+        """Wait until the disk itself has every line: survives a power cut, not just a kill."""
+        os.fsync(self._file.fileno())
+
     def cut_back(self, num_lines: int) -> None:
         """Go on after the first `num_lines` lines, as a resumed run; the clock runs on."""
         kept = self._kept(self.path, num_lines)

@@ -227,7 +227,7 @@ def _go_on(facts: RunFacts, repo_id: str) -> str:
     if facts.is_adapter:
         flags.append("--policy.adapter=continue")
     flags.append(f"--dataset.repo_id={facts.dataset or 'USER/DATA'}")
-    train = shlex.join(["accelerate", "launch", facts.recipe, *flags])
+    train = shlex.join(["accelerate", "launch", "-q", facts.recipe, *flags])
     return "\n\n".join([*lines, f"```bash\n{pull}\n{train}\n```"])
 
 

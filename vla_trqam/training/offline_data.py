@@ -75,7 +75,7 @@ def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path
         path,
         observation_dim=file.observation_dim,
         action_dim=file.action_dim,
-        capacity=file.num_steps + config.num_training_episodes * config.eval.max_episode_steps,
+        capacity=_capacity(config, file),
     )
     cloned = set(pretraining_demos(config, file))
     parts = {
@@ -87,3 +87,15 @@ def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path
             summary = load_into_replay(file.select(names), replay, source=source)
             print(f"{source}: {summary.describe()}")
     return replay
+
+
+def reopen_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
+    """The replay of a run that is gone on with, which may have got more rollouts to come."""
+    replay = ReplayBuffer.open(path)
+    replay.grow(_capacity(config, file))
+    return replay
+
+
+def _capacity(config: FinetuneRobomimicConfig, file: RobomimicFile) -> int:
+    """Steps of the file and of all rollouts of the training."""
+    return file.num_steps + config.num_training_episodes * config.eval.max_episode_steps

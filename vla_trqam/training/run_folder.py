@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Protocol
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.errors import UserError
-from vla_trqam.files import written_whole
+from vla_trqam.files import set_aside, written_durably
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.checkpoints import last_checkpoint, read_position
 from vla_trqam.training.config import Resumable, dump_config
@@ -25,6 +24,7 @@ from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
 COMMAND_NAME = "command.txt"
+SET_ASIDE = "before_restart_"
 
 
 class Replay(Protocol):
@@ -35,7 +35,6 @@ class Replay(Protocol):
 
 
 def open_folder[R: Replay](
-    config: Resumable,
     output_dir: Path,
     *,
     reopen: Callable[[Path], R],
@@ -44,25 +43,24 @@ def open_folder[R: Replay](
 ) -> tuple[R, MetricsLog | None]:
     """Replay and log of a new run, or those of the run to go on with, back at its checkpoint.
 
-    Every process of the run calls it and gets a replay of its own; the main one gets the log.
+    Every process of the run calls it, within :func:`own_folder`, and gets a replay of its own; the
+    main one gets the log.
 
     Args:
-        config: a dataclass of every setting; saved when a run begins.
         output_dir: the run's folder.
         reopen: opens the replay at a path.
         begin: makes and fills one there, after whatever else a new run needs.
         team: the processes.
 
     Raises:
-        UserError: the folder cannot be made, what is in it is damaged, or the run was begun with
-            another number of processes or in another precision.
+        UserError: what is in it is damaged, or the run was begun with another number of processes
+            or in another precision.
     """
     team = team or Team()
     replay_path = output_dir / (f"{REPLAY_NAME}_{team.rank}" if team.rank else REPLAY_NAME)
     checkpoint = team.together(lambda: last_checkpoint(output_dir))
     if checkpoint is not None:
         return team.together(lambda: _go_on(checkpoint, reopen, replay_path, team))
-    team.on_main(lambda: _clear(output_dir))
     replay = team.together(lambda: begin(replay_path))
     return replay, MetricsLog(output_dir / METRICS_NAME) if team.is_main else None
 
@@ -80,7 +78,7 @@ def _go_on[R: Replay](
     if position.precision != team.precision:
         raise UserError(
             f"{checkpoint} is of a run with mixed_precision {position.precision}, this one is "
-            f"launched with {team.precision}: `accelerate launch "
+            f"launched with {team.precision}: `accelerate launch -q "
             f"--mixed_precision={position.precision}` goes on with it"
         )
     replay = reopen(replay_path)
@@ -92,17 +90,6 @@ def _go_on[R: Replay](
     return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
 
 
-def _clear(output_dir: Path) -> None:
-    """Makes the folder of a new run; what one left there before its first checkpoint goes."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir={output_dir} cannot be made: {error.strerror}") from None
-    (output_dir / METRICS_NAME).unlink(missing_ok=True)
-    for replay in output_dir.glob(f"{REPLAY_NAME}*"):
-        shutil.rmtree(replay)
-
-
 def save_settings(config: Resumable, output_dir: Path) -> None:
     """Writes the command and ``config.yaml``, with which the run can be resumed from then on.
 
@@ -111,7 +98,8 @@ def save_settings(config: Resumable, output_dir: Path) -> None:
     if not config.resume:
         command = shlex.join([*launcher(), *sys.argv])
         (output_dir / COMMAND_NAME).write_text(command + "\n")
-    dump_config(replace(config, resume=False), output_dir / CONFIG_NAME)  # type: ignore[type-var]
+    saved = replace(config, resume=False, checkpoint=None)  # type: ignore[type-var]
+    dump_config(saved, output_dir / CONFIG_NAME)
 
 
 def command_of(output_dir: Path) -> str:
@@ -132,10 +120,11 @@ def begin_robomimic(
     """What a new run of the Robomimic recipe begins with; returns its filled replay."""
     output_dir = replay.parent
     if config.policy.path is None:
-        shutil.rmtree(output_dir / BASE_NAME, ignore_errors=True)
+        # Of a run that lost its checkpoints: this one makes its own.
+        set_aside([output_dir / BASE_NAME], output_dir, SET_ASIDE)
     elif not config.resume:
         # Before the settings: a run that can be resumed has its copy.
-        with written_whole(output_dir / BASE_NAME) as part:
+        with written_durably(output_dir / BASE_NAME) as part:
             policy.save_pretrained(part)
     save_settings(config, output_dir)
     return fill_replay(config, file, replay)

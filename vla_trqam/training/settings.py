@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import LOW_DIM_KEYS
@@ -175,8 +175,17 @@ class EvalConfig:
 
 
 class RunSettings(ABC):
-    """What the settings of every run have: a method, and initial states for each purpose."""
+    """What the settings of every run have: a method, and initial states for each purpose.
 
+    ``GROWING`` has the numbers of updates that a resumed run may be given more of, by flag, and
+    their phases, in order.
+    """
+
+    GROWING: ClassVar[Mapping[str, str]] = {}
+
+    output_dir: Path | None
+    resume: bool
+    checkpoint: str | None
     seed: int
     batch_size: int
     discount: float
@@ -259,6 +268,11 @@ class RunSettings(ABC):
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
         self.method_config()
+        if self.checkpoint is not None and not self.resume:
+            raise UserError(
+                f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
+                "--output_dir, the folder of its run"
+            )
 
     def _check_numbers(self) -> None:
         at_least_one = {
@@ -329,6 +343,7 @@ class FinetuneRobomimicConfig(RunSettings):
     Attributes:
         output_dir: the run's folder; null for a new one named after the time.
         resume: go on with the run in ``output_dir``, whose settings it keeps.
+        checkpoint: the one of that run to go on from, like 000500; null for its last.
         seed: of all that is random in training; the evaluation does not depend on it.
         batch_size: chunks a batch of the offline and online updates.
         discount: gamma, per control step.
@@ -349,8 +364,11 @@ class FinetuneRobomimicConfig(RunSettings):
         eval: the evaluations.
     """
 
+    GROWING: ClassVar[Mapping[str, str]] = {"offline.steps": "offline", "online.steps": "online"}
+
     output_dir: Path | None = None
     resume: bool = False
+    checkpoint: str | None = None
     seed: int = 0
     batch_size: int = 128
     discount: float = 0.99

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vla_trqam.data.lerobot_labels import RewardSource
 from vla_trqam.data.lerobot_rows import TaskChanges
@@ -152,6 +153,7 @@ class FinetuneVLAConfig(RunSettings):
     Attributes:
         output_dir: the run's folder; null for a new one named after the time.
         resume: go on with the run in ``output_dir``, whose settings it keeps.
+        checkpoint: the one of that run to go on from, like 000500; null for its last.
         seed: of all that is random in training; the evaluation does not depend on it.
         steps: updates of the policy from the dataset, before the online ones.
         base_episodes: episodes of the base policy that join the replay first.
@@ -177,8 +179,11 @@ class FinetuneVLAConfig(RunSettings):
         eval: the evaluations.
     """
 
+    GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
+
     output_dir: Path | None = None
     resume: bool = False
+    checkpoint: str | None = None
     seed: int = 0
     steps: int = 1000
     base_episodes: int = 0

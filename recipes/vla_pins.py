@@ -1,0 +1,94 @@
+"""Which files a run of a LeRobot policy is trained on, and their commits on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vla_trqam.adapters.loading import adapter_base, fetch
+
+from vla_trqam.data.frame_replay import image_key
+from vla_trqam.data.lerobot_source import LeRobotReader
+from vla_trqam.training.pins import Source, commit_of, read_pins
+from vla_trqam.training.vla_settings import FinetuneVLAConfig
+
+# Weights, configs, processors with their statistics, tokenizers; not the card.
+OF_A_POLICY = (".json", ".safetensors", ".model", ".txt", ".jinja")
+INFO = "meta/info.json"
+
+
+def take_pinned_commits(config: FinetuneVLAConfig) -> str | None:
+    """A resumed run takes the commits of its beginning, wherever a branch has moved.
+
+    Returns:
+        That of an adapter's base, which no setting names.
+    """
+    if not config.resume:
+        return None
+    assert config.output_dir is not None
+    commits = {name: pin.commit for name, pin in read_pins(config.output_dir).items()}
+    if commits.get("policy"):
+        config.policy.revision = commits["policy"]
+    if commits.get("dataset"):
+        config.dataset.revision = commits["dataset"]
+    return commits.get("base")
+
+
+def sources_of(
+    config: FinetuneVLAConfig, packed: Path | None, reader: LeRobotReader
+) -> list[Source]:
+    """Policy, an adapter's base, tokenizer, dataset and labels of a new run."""
+    found = _policies(config, packed)
+    tokenizer = config.policy.tokenizer
+    if tokenizer is not None:
+        folder = Path(tokenizer).expanduser()
+        found.append(Source("tokenizer", str(tokenizer), folder, _files(folder)))
+    found.append(_dataset(config, packed, reader))
+    labels = config.dataset.success_labels
+    if labels is not None:
+        found.append(Source("success labels", str(labels), labels.parent, (labels.name,)))
+    return found
+
+
+def _policies(config: FinetuneVLAConfig, packed: Path | None) -> list[Source]:
+    path = config.policy.path or str(packed and packed / "policy")
+    checkpoint = fetch(path, config.policy.revision)
+    found = [_policy("policy", path, checkpoint.folder)]
+    base = adapter_base(checkpoint)
+    if base is not None:
+        found.append(_policy("base", base.source, base.folder))
+    return found
+
+
+def _policy(name: str, asked: str, folder: Path) -> Source:
+    return Source(name, asked, folder, _files(folder), commit_of(folder))
+
+
+def _files(folder: Path) -> tuple[str, ...]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix in OF_A_POLICY)
+    return tuple(path.name for path in paths if path.is_file())
+
+
+def _dataset(config: FinetuneVLAConfig, packed: Path | None, reader: LeRobotReader) -> Source:
+    """Without the videos of cameras that nobody looks through."""
+    asked, root = config.dataset.repo_id or "packed", _local_dataset(config, packed)
+    commit = reader.revision
+    if root is None or commit is not None:
+        return Source("dataset", asked, None, commit=commit)
+    original = {new: old for old, new in config.rename_map.items()}
+    names = [image_key(name) for name in reader.cameras]
+    videos = [root / "videos" / original.get(name, name) for name in names]
+    paths = [path for part in (root / "meta", root / "data", *videos) for path in part.rglob("*")]
+    files = sorted(str(path.relative_to(root)) for path in paths if path.is_file())
+    return Source("dataset", asked, root, tuple(files))
+
+
+def _local_dataset(config: FinetuneVLAConfig, packed: Path | None) -> Path | None:
+    """The dataset's folder of this machine, as LeRobot looks for it; None for the Hub's."""
+    if config.dataset.repo_id is None:
+        return None if packed is None else packed / "dataset"
+    if config.dataset.root is not None:
+        return config.dataset.root
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    own = Path(HF_LEROBOT_HOME) / config.dataset.repo_id
+    return own if (own / INFO).is_file() else None
