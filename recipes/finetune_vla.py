@@ -10,7 +10,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +19,12 @@ import torch
 from accelerate import Accelerator
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, own_device, push
+from vla_trqam.recipes.vla_preflight import (
+    all_rewards,
+    check_data,
+    check_machine,
+    room_for_rollouts,
+)
 
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
@@ -43,8 +48,6 @@ from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, u
 from vla_trqam.training.more_updates import check_resumed
 from vla_trqam.training.next_actions import NextActions, NumberedFeatures
 from vla_trqam.training.own_folder import own_folder
-from vla_trqam.training.preflight import PreflightReport, RewardSummary, Share, preflight
-from vla_trqam.training.preflight_outliers import check_outliers
 from vla_trqam.training.run_folder import CONFIG_NAME, open_folder, save_settings
 from vla_trqam.training.showcase import conclude
 from vla_trqam.training.vla_settings import FinetuneVLAConfig
@@ -118,7 +121,7 @@ def _finetune(
 ) -> None:
     device = own_device(config, accelerator)
     reader, policy = team.together(lambda: checked_inputs(config, packed, device, team))
-    team.together(lambda: PreflightReport((check_outliers(policy, reader),)).raise_on_failure())
+    team.together(lambda: check_machine(config, reader, policy, team))
     with ExitStack() as stack:
         parts = _set_up(config, reader, policy, accelerator, stack)
         run, phases, everything = parts
@@ -168,8 +171,8 @@ def _set_up(
     draw = partial(_sampler, config, policy, replay, features)
     everything = draw(None)
     learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
-    rewards = _all_rewards(replay, everything, team)
-    team.together(lambda: _preflight(config, policy, replay, everything, rewards, team))
+    rewards = all_rewards(replay, everything, team)
+    team.together(lambda: check_data(config, policy, replay, everything, rewards, team))
     learner()  # what it cannot be made of is refused here
     team.together(features.update)
     phases = _phases(config, draw, learner, team)
@@ -210,7 +213,7 @@ def _begin(
     give_base(config, policy, path.parent, writes=team.is_main)
     if team.is_main:
         save_settings(config, path.parent)
-    more_steps, more_frames = _room_for_rollouts(config, chunk_length)
+    more_steps, more_frames = room_for_rollouts(config, chunk_length)
     replay = reader.create_replay(path, more_steps=more_steps, more_frames=more_frames)
     reader.load_into(replay, source="dataset", say=print if team.is_main else lambda _: None)
     return replay
@@ -220,28 +223,10 @@ def _reopen(
     config: FinetuneVLAConfig, reader: LeRobotReader, chunk_length: int, path: Path
 ) -> FrameReplay:
     """The replay of a run that is gone on with, which may have got more rollouts to come."""
-    more_steps, more_frames = _room_for_rollouts(config, chunk_length)
+    more_steps, more_frames = room_for_rollouts(config, chunk_length)
     replay = FrameReplay.open(path)
     replay.grow(reader.num_rows + more_steps, reader.num_frames + more_frames)
     return replay
-
-
-def _room_for_rollouts(config: FinetuneVLAConfig, chunk_length: int) -> tuple[int, int]:
-    """Steps and frames that all rollouts of the training take at most."""
-    episodes, limit = config.num_training_episodes, config.eval.max_episode_steps
-    # A frame for every decision, and one where the limit cuts.
-    decisions = -(-limit // chunk_length) + 1
-    return episodes * limit, episodes * decisions
-
-
-def _all_rewards(
-    replay: FrameReplay, everything: ChunkSampler[Any], team: Team
-) -> RewardSummary | None:
-    """Of all processes: the episodes of one may all fail."""
-    if team.size == 1:
-        return None
-    parts = team.gather(asdict(RewardSummary.of(replay, everything)))
-    return RewardSummary.joined([RewardSummary(**part) for part in parts])
 
 
 def _q_range(
@@ -252,38 +237,6 @@ def _q_range(
     parts = team.gather(list(reward_range(everything, rolls_out=rolls_out)))
     lowest, highest = min(low for low, _ in parts), max(high for _, high in parts)
     return q_range((lowest, highest), config.discount)
-
-
-def _preflight(
-    config: FinetuneVLAConfig,
-    policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
-    everything: ChunkSampler[Any],
-    rewards: RewardSummary | None,
-    team: Team,
-) -> None:
-    """Prints what was found.
-
-    Raises:
-        UserError: something cannot work.
-    """
-    assert config.output_dir is not None
-    report = preflight(
-        policy,
-        replay,
-        everything,
-        critic=make_critic(config.critic, policy, config.seed),
-        share=Share(team.batch_share(config.batch_size), config.micro_batches, team.size),
-        output_dir=config.output_dir,
-        execution_horizon=policy.host.config.n_action_steps,
-        num_checkpoints=-(-(config.steps + config.online.steps) // config.save_freq) + 1,
-        sources=["dataset"],
-        rewards=rewards,
-        resumed=config.resume or config.policy.adapter == "continue",
-    )
-    if team.is_main:
-        print("\n".join(report.lines()))
-    report.raise_on_failure()
 
 
 def _pack(policy: LeRobotFlowPolicy, seen: Any) -> dict[str, torch.Tensor]:

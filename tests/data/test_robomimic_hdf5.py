@@ -222,6 +222,10 @@ def without_rewards(file: h5py.File) -> None:
         (with_value("data/demo_2/actions", 5, np.nan), "'actions' is nan at step 5"),
         (with_value("data/demo_2/obs/object", 3, np.inf), "demo_2/obs: 'object' is inf at step 3"),
         (with_value("data/demo_2/rewards", 1, np.nan), "demo_2: 'rewards' is nan at step 1"),
+        (
+            with_value("data/demo_2/obs/object", 3, 1e8),
+            r"demo_2: column \d+ of its observations is 1e\+08 at step 3, where .* median",
+        ),
         (without_rewards, "none of the 12 demos succeeds: the largest of the 'rewards' is 0"),
         (lambda file: file["data"].attrs.__delitem__("env_args"), "no attribute 'env_args'"),
         (put_attribute("data", "env_args", "{not json"), "'env_args' is not JSON"),

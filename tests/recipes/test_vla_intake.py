@@ -35,6 +35,7 @@ from vla_trqam.recipes import vla_inputs
 
 from vla_trqam.data.frame_replay import FrameReplay, image_key
 from vla_trqam.data.lerobot_pictures import Pictures
+from vla_trqam.training import preflight_memory
 from vla_trqam.training.cached_learners import CachedOffPolicy
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
@@ -218,4 +219,28 @@ def test_a_tokenizer_folder_that_is_not_there_is_refused(
     assert tiny(tmp_path / "run", f"--policy.tokenizer={tmp_path / 'gone'}") == 2
     said = capsys.readouterr().err
     assert f"--policy.tokenizer={tmp_path / 'gone'} is not a folder" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("short", ["disk", "memory"])
+def test_what_the_machine_lacks_is_told_before_anything_is_decoded(
+    short: str,
+    tiny: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def decoded(*_: Any) -> None:
+        raise AssertionError("nothing may be decoded")
+
+    monkeypatch.setattr(Pictures, "decode", decoded)
+    free = shutil.disk_usage(tmp_path)
+    if short == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=1000))
+    else:
+        monkeypatch.setattr(preflight_memory, "available_memory", lambda _: 1000)
+    assert tiny(tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: training cannot work, one thing to change first: - {short}: ")
+    assert "1000 B" in error
     assert not (tmp_path / "run").exists()

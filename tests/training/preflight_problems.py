@@ -6,6 +6,7 @@ import copy
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.lerobot_rows import RowNumbers
+from vla_trqam.training.preflight_disk import ReplayPlan
 
 STATE, ACTION, EXECUTED, STEPS = 5, 3, 4, 8
 KINDS = ("tiny_pi0", "tiny_pi05", "smolvla", "multi_task_dit")
@@ -103,3 +106,34 @@ def make_replay(
         )
         replay.add_episode(episode, source=source)
     return replay
+
+
+def reader_of(replay: FrameReplay) -> Any:
+    """What a dataset's reader would tell of the replay's episodes before it decodes them."""
+    steps = replay.steps
+    lengths = steps.episodes().num_steps
+    last = np.cumsum(lengths + 1) - 1
+    rows = RowNumbers(
+        states=np.delete(steps.observations, last, axis=0),
+        actions=steps.actions,
+        episodes=np.arange(len(lengths)).repeat(lengths),
+        frames=np.concatenate([np.arange(length) for length in lengths]),
+    )
+    return SimpleNamespace(
+        tasks=replay.tasks(),
+        first_observation=lambda: replay.observation_at(np.array([0])),
+        row_numbers=lambda: rows,
+    )
+
+
+def plan_of(replay: FrameReplay, path: Path, *, next_actions: int = 2) -> ReplayPlan:
+    """The replay as it was planned, in a folder of its own."""
+    return ReplayPlan(
+        path=path,
+        steps=replay.steps.capacity,
+        frames=replay.frame_capacity,
+        state_dim=STATE,
+        action_dim=ACTION,
+        cameras=replay.cameras,
+        next_actions=next_actions,
+    )

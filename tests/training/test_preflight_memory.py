@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from preflight_problems import make_policy, make_replay
+from preflight_problems import ACTION, EXECUTED, STATE, make_policy, make_replay, plan_of, reader_of
 from torch import nn
 
-from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.training import preflight_disk as disk
 from vla_trqam.training import preflight_memory as memory
 from vla_trqam.training.preflight_report import Finding
 
@@ -113,7 +114,7 @@ def test_processes_share_a_cpus_memory_and_have_an_accelerator_each() -> None:
 @pytest.mark.slow
 def test_memory_counts_adam_and_the_critic(policy: Any, tmp_path: Path) -> None:
     replay, critic = make_replay(tmp_path / "replay"), nn.Linear(10, 10)
-    dry = memory.dry_pass(policy, replay)
+    dry = memory.dry_pass(policy, reader_of(replay).first_observation())
     alone, both = (memory.measure_memory(policy, c, dry) for c in (None, critic))
     trained = sum(p.numel() for p in policy.trainable_parameters())
     assert alone.gradients == 4 * trained
@@ -139,29 +140,42 @@ def test_free_memory_is_what_the_system_and_a_containers_limit_leave(tmp_path: P
     assert memory._cgroup_room(tmp_path / "none") is None
 
 
-@pytest.mark.slow
-def test_disk_counts_checkpoints_the_replays_rest_and_a_cache_to_come(
-    policy: Any, tmp_path: Path
-) -> None:
-    replay = make_replay(tmp_path / "replay")
-    dry = memory.dry_pass(policy, replay)
-    needs = memory.measure_memory(policy, None, dry)
+def test_next_actions_lie_in_memory_and_are_told() -> None:
+    needs = replace(NEEDS, next_actions=700)
+    assert needs.of(memory.Share(1)) == NEEDS.of(memory.Share(1)) + 700
+    failure = memory.check_memory(needs, 1000, memory.Share(1), "cpu")
+    assert not failure.ok
+    assert "next actions 700 B" in failure.found
+    assert failure.remedy == "fewer --critic.next_actions, or fewer --dataset.episodes"
+    assert memory.check_memory(needs, 1060, memory.Share(1), "cpu").ok
 
-    def disk(count: int, caches: bool, processes: int = 1) -> memory.Disk:
-        return memory.measure_disk(
-            policy, replay, None, needs, num_checkpoints=count, caches=caches, processes=processes
+
+@pytest.mark.slow
+def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "replay")
+    dry = memory.dry_pass(policy, reader_of(replay).first_observation())
+    plan = plan_of(replay, tmp_path / "not" / "yet", next_actions=3)
+    chunks = 3 * plan.frames * EXECUTED * ACTION * 4
+    assert plan.next_action_bytes(policy) == chunks
+    needs = memory.measure_memory(policy, None, dry, chunks)
+
+    def needed(count: int, processes: int = 1, plan: disk.ReplayPlan = plan) -> disk.Disk:
+        return disk.measure_disk(
+            policy, plan, None, needs, num_checkpoints=count, processes=processes
         )
 
     trained = sum(p.numel() for p in policy.trainable_parameters()) * 4
-    assert disk(3, False).checkpoints - disk(2, False).checkpoints == trained * 3
+    assert needed(3).checkpoints - needed(2).checkpoints == trained * 3 + chunks
+    assert needed(1, 2).checkpoints - needed(1).checkpoints == chunks
     whole = memory.module_bytes(policy.model)
-    assert disk(0, False).checkpoints == whole
+    assert needed(0).checkpoints == whole
     policy.source = None  # adapters were merged into it: the run's folder gets the base
-    assert disk(0, False).checkpoints == whole * (2 if policy.has_adapters else 1)
+    assert needed(0).checkpoints == whole * (2 if policy.has_adapters else 1)
     policy.source = "somewhere"
-    assert disk(2, False, 3) == memory.Disk(disk(2, False).checkpoints, 3 * disk(0, False).replay)
-    assert disk(0, True).replay - disk(0, False).replay == dry.prefix * replay.frame_capacity
-    frame = 32 * 32 * 3
-    assert disk(0, False).replay > (replay.frame_capacity - replay.num_frames - 2) * frame
-    FeatureCache(replay, policy.packed, fingerprint="one").update()
-    assert disk(0, True).replay > disk(0, False).replay * 0.99
+    assert needed(0, 3).replay == 3 * needed(0).replay
+    frame = 32 * 32 * 3 + dry.prefix
+    assert needed(0).replay == plan.frames * frame + plan.steps * 4 * (STATE + ACTION + 1)
+    # A run that is gone on with has written a part of it.
+    there = replace(plan, path=replay.path)
+    assert 0 < there.there < 10**6
+    assert needed(0, plan=there).replay == needed(0).replay - there.there

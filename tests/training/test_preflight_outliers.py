@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from vla_trqam.data.lerobot_source import RowNumbers
-from vla_trqam.training.preflight_outliers import check_outliers, outlier_limits
+from vla_trqam.data.lerobot_rows import RowNumbers
+from vla_trqam.data.outliers import outliers
+from vla_trqam.training.preflight_outliers import check_outliers, policy_scale
 
 ROWS = 60
 
 
 def far(numbers: np.ndarray, scale: list[float] | None) -> list[list[int]]:
-    middle, limits = outlier_limits(numbers, None if scale is None else np.array(scale))
-    found: list[list[int]] = np.argwhere(~(np.abs(numbers - middle) <= limits)).tolist()
-    return found
+    found = outliers(numbers, None if scale is None else np.array(scale))
+    return [[row, dim] for row, dim, _ in found]
 
 
 def normal(std: float, rows: int = ROWS) -> np.ndarray:
@@ -98,3 +98,26 @@ def test_sound_rows_pass() -> None:
     finding = check_outliers(policy(0.5), reader(normal(0.5), normal(0.5)))
     assert finding.ok
     assert finding.found == "none in 60 rows"
+
+
+@pytest.mark.parametrize(
+    ("mode", "entry", "scale"),
+    [
+        ("MEAN_STD", {"mean": [3.0], "std": [0.2]}, 0.2),
+        ("MIN_MAX", {"min": [-1.0], "max": [5.0]}, 3.0),
+        ("QUANTILES", {"q01": [0.0], "q99": [1.0]}, 0.5),
+        ("QUANTILE10", {"q10": [2.0], "q90": [3.0]}, 0.5),
+        ("IDENTITY", {"mean": [3.0], "std": [0.2]}, None),
+    ],
+)
+def test_the_policys_scale_is_one_unit_of_its_normalised_numbers(
+    mode: str, entry: dict[str, list[float]], scale: float | None
+) -> None:
+    step = SimpleNamespace(
+        norm_map={"ACTION": SimpleNamespace(value=mode)},
+        features={"action": SimpleNamespace(type="ACTION")},
+    )
+    known = {"action": {name: torch.tensor(value) for name, value in entry.items()}}
+    policy: Any = SimpleNamespace(processors=SimpleNamespace(statistics=known, normalizer=step))
+    found = policy_scale(policy, "action")
+    assert found is None if scale is None else found == pytest.approx([scale])

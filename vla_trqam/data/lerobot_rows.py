@@ -47,6 +47,23 @@ class EpisodeRows:
 
 
 @dataclass(frozen=True)
+class RowNumbers:
+    """What a dataset's table says of its rows without any image.
+
+    Attributes:
+        states: (N, S) float32.
+        actions: (N, A) float32.
+        episodes: (N,) numbers of the episodes in the dataset.
+        frames: (N,) numbers of the rows in their episodes.
+    """
+
+    states: np.ndarray
+    actions: np.ndarray
+    episodes: np.ndarray
+    frames: np.ndarray
+
+
+@dataclass(frozen=True)
 class RowsWanted:
     """What is read of the tables, and what must hold.
 

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 
-from vla_trqam.data.frame_replay import STATE_KEY, FrameEpisode, FrameReplay, image_key
+from vla_trqam.data.frame_replay import (
+    STATE_KEY,
+    TASK_KEY,
+    FrameEpisode,
+    FrameObservation,
+    FrameReplay,
+    image_key,
+)
 from vla_trqam.data.lerobot_episodes import EpisodeTable
 from vla_trqam.data.lerobot_hub import find_dataset
 from vla_trqam.data.lerobot_labels import (
@@ -33,6 +41,7 @@ from vla_trqam.data.lerobot_pictures import Pictures
 from vla_trqam.data.lerobot_rows import (
     TASK_CHANGES,
     EpisodeRows,
+    RowNumbers,
     RowsWanted,
     TaskChanges,
     read_rows,
@@ -77,23 +86,6 @@ class LeRobotConfig:
     task_changes: TaskChanges = "refuse"
     tolerance_s: float = 1e-4
     rename_map: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-@dataclass(frozen=True)
-class RowNumbers:
-    """What a dataset's table says of its rows without any image.
-
-    Attributes:
-        states: (N, S) float32.
-        actions: (N, A) float32.
-        episodes: (N,) numbers of the episodes in the dataset.
-        frames: (N,) numbers of the rows in their episodes.
-    """
-
-    states: np.ndarray
-    actions: np.ndarray
-    episodes: np.ndarray
-    frames: np.ndarray
 
 
 class LeRobotReader:
@@ -162,6 +154,24 @@ class LeRobotReader:
     def num_frames(self) -> int:
         """Rows whose images are their own: what is decoded, at most."""
         return int(sum(_new(rows).sum() for rows in self._rows))
+
+    @property
+    def tasks(self) -> list[str]:
+        """What the policy is told in these episodes, each text once."""
+        whole = self.config.task_changes == "frame"
+        told = (text for rows in self._rows for text in (rows.told if whole else rows.told[:1]))
+        return sorted(set(told))
+
+    def first_observation(self) -> FrameObservation:
+        """What is seen first, in LeRobot's raw format, but for its pictures: they are black."""
+        first = self._rows[0]
+        seen: FrameObservation = {
+            STATE_KEY: torch.from_numpy(first.columns[STATE_KEY][:1].astype(np.float32)),
+            TASK_KEY: [first.told[0]],
+        }
+        for name, (height, width, channels) in self.cameras.items():
+            seen[image_key(name)] = torch.zeros(1, channels, height, width)
+        return seen
 
     def row_numbers(self) -> RowNumbers:
         """States and actions of every row to read, by the dataset's own episode numbers."""

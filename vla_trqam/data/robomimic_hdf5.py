@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from vla_trqam.data.hdf5_safety import Allowance, attribute, child, texts
+from vla_trqam.data.outliers import outliers
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_demo import (
     SUCCESS_REWARD,
@@ -145,9 +147,25 @@ def read_robomimic(
             filter_keys = tuple(key for key, members in masks.items() if name in members)
             read.append(read_demo(demo, where, tuple(obs_keys), filter_keys, allowance))
             _check_same_widths(read[-1], read[0], obs_keys, where)
+    _check_outliers(path, read)
     if require_success:
         _check_any_success(path, read)
     return RobomimicFile(path, env_args, tuple(obs_keys), tuple(read))
+
+
+def _check_outliers(path: Path, demos: Sequence[RobomimicDemo]) -> None:
+    found = outliers(np.concatenate([demo.observations for demo in demos]), None)
+    if not found:
+        return
+    row, column, middle = found[0]
+    firsts = np.cumsum([0, *(len(demo.observations) for demo in demos)])
+    number = int(np.searchsorted(firsts, row, side="right")) - 1
+    value = demos[number].observations[row - firsts[number], column]
+    raise UserError(
+        f"{path}: {demos[number].name}: column {column} of its observations is {value:.4g} at step "
+        f"{row - firsts[number]}, where the file's median is {middle:.4g}; leave the demo out by "
+        "--dataset.filter_key, or mend it"
+    )
 
 
 def load_into_replay(file: RobomimicFile, replay: ReplayBuffer, *, source: str) -> LoadSummary:

@@ -1,4 +1,8 @@
-"""What is looked at before the first step, so that a run that cannot work does not start."""
+"""What is looked at before the first step, so that a run that cannot work does not start.
+
+First what needs no picture of the dataset (:func:`preflight_machine`), before a folder is made;
+then, when it is decoded, what is in it (:func:`preflight`).
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,70 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.errors import UserError
 from vla_trqam.training import preflight_data as data
+from vla_trqam.training import preflight_disk as disk
 from vla_trqam.training import preflight_memory as memory
 from vla_trqam.training import preflight_model as model
-from vla_trqam.training.next_actions import NumberedFeatures
 from vla_trqam.training.preflight_data import RewardSummary
+from vla_trqam.training.preflight_disk import ReplayPlan
 from vla_trqam.training.preflight_memory import Share
+from vla_trqam.training.preflight_outliers import check_outliers
 from vla_trqam.training.preflight_report import Finding, PreflightReport
 
 if TYPE_CHECKING:
     from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+    from vla_trqam.data.lerobot_source import LeRobotReader
 
-__all__ = ["Finding", "PreflightReport", "RewardSummary", "Share", "preflight"]
+__all__ = [
+    "Finding",
+    "PreflightReport",
+    "ReplayPlan",
+    "RewardSummary",
+    "Share",
+    "preflight",
+    "preflight_machine",
+]
+
+
+def preflight_machine(
+    policy: LeRobotFlowPolicy,
+    reader: LeRobotReader,
+    plan: ReplayPlan,
+    *,
+    critic: nn.Module | None = None,
+    share: Share,
+    output_dir: Path,
+    num_checkpoints: int,
+) -> PreflightReport:
+    """Looks at policy, tables and machine before anything is decoded; changes nothing.
+
+    Args:
+        policy: on its device.
+        reader: of the dataset; none of its pictures is looked at.
+        plan: what the replay will hold.
+        critic: with its target; counts towards memory and disk.
+        share: of an update, that this process has.
+        output_dir: of the run.
+        num_checkpoints: still to be written and kept.
+
+    Returns:
+        All findings; print `lines()` and call `raise_on_failure()`.
+    """
+    machine = _Machine(policy, reader, plan, critic, share, output_dir, num_checkpoints)
+    takes = ("observation",)
+    return _run(
+        [
+            _Check("outliers", lambda: check_outliers(policy, reader)),
+            _Check("parameters", lambda: memory.check_parameters(policy)),
+            _Check("observation", machine.check_observation),
+            _Check("gradient", machine.check_gradient, takes),
+            _Check("memory", machine.check_memory, takes),
+            _Check("disk", machine.check_disk, takes),
+        ]
+    )
 
 
 def preflight(
@@ -33,27 +85,18 @@ def preflight(
     replay: FrameReplay,
     sampler: ChunkSampler[Any],
     *,
-    critic: nn.Module | None = None,
-    share: Share,
-    output_dir: Path,
     execution_horizon: int,
-    num_checkpoints: int,
     sources: Collection[str] | None = None,
     rewards: RewardSummary | None = None,
     resumed: bool = False,
 ) -> PreflightReport:
-    """Looks at policy, data and machine; changes nothing.
+    """Looks at the policy and its data; changes nothing.
 
     Args:
         policy: on its device.
         replay: the data to begin with.
-        sampler: of the chunks to train on, with their reward; a `FeatureCache` as its observer
-            counts towards the disk.
-        critic: with its target; counts towards memory and disk.
-        share: of an update, that this process has.
-        output_dir: of the run.
+        sampler: of the chunks to train on, with their reward.
         execution_horizon: actions executed of each chunk.
-        num_checkpoints: that the run keeps.
         sources: of the replay that were given to the run. Its own rollouts may leave what the
             policy's statistics know, data in other units may not. None judges all.
         rewards: of all processes' replays; None for those of this one.
@@ -67,24 +110,20 @@ def preflight(
     """
     if replay.num_episodes == 0:
         raise UserError(f"The replay {replay.path} is empty: training begins with data.")
-    machine = _Machine(policy, replay, sampler, critic, share, output_dir, num_checkpoints)
     seen = ("dimensions", "cameras", "statistics")
-    passes = (*seen, "observation")
-    checks = [
-        _Check("dimensions", lambda: data.check_shapes(policy, replay)),
-        _Check("cameras", lambda: data.check_cameras(policy, replay)),
-        _Check("statistics", lambda: data.check_statistics(policy, replay, sources), seen[:1]),
-        _Check("reward", lambda: data.check_reward(rewards or RewardSummary.of(replay, sampler))),
-        _Check("chunks", lambda: data.check_chunks(policy, replay, sampler, execution_horizon)),
-        _Check("parameters", lambda: memory.check_parameters(policy)),
-        _Check("observation", lambda: model.check_observation(policy, replay), seen),
-        _Check("time direction", lambda: model.check_time_direction(policy, replay), passes),
-        _Check("base", lambda: model.check_base(policy, replay, resumed=resumed), passes),
-        _Check("gradient", machine.check_gradient, passes),
-        _Check("memory", machine.check_memory, passes),
-        _Check("disk", machine.check_disk, passes),
-    ]
-    return _run(checks)
+    return _run(
+        [
+            _Check("dimensions", lambda: data.check_shapes(policy, replay)),
+            _Check("cameras", lambda: data.check_cameras(policy, replay)),
+            _Check("statistics", lambda: data.check_statistics(policy, replay, sources), seen[:1]),
+            _Check(
+                "reward", lambda: data.check_reward(rewards or RewardSummary.of(replay, sampler))
+            ),
+            _Check("chunks", lambda: data.check_chunks(policy, replay, sampler, execution_horizon)),
+            _Check("time direction", lambda: model.check_time_direction(policy, replay), seen),
+            _Check("base", lambda: model.check_base(policy, replay, resumed=resumed), seen),
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -115,8 +154,8 @@ class _Machine:
     """What the run asks of the machine; measured once for memory and disk."""
 
     policy: LeRobotFlowPolicy
-    replay: FrameReplay
-    sampler: ChunkSampler[Any]
+    reader: LeRobotReader
+    plan: ReplayPlan
     critic: nn.Module | None
     share: Share
     output_dir: Path
@@ -124,11 +163,16 @@ class _Machine:
 
     @cached_property
     def dry(self) -> memory.DryPass:
-        return memory.dry_pass(self.policy, self.replay)
+        return memory.dry_pass(self.policy, self.reader.first_observation())
 
     @cached_property
     def memory(self) -> memory.Memory:
-        return memory.measure_memory(self.policy, self.critic, self.dry)
+        chunks = self.plan.next_action_bytes(self.policy)
+        return memory.measure_memory(self.policy, self.critic, self.dry, chunks)
+
+    def check_observation(self) -> Finding:
+        seen = self.reader.first_observation()
+        return model.check_observation(self.policy, seen, self.reader.tasks)
 
     def check_gradient(self) -> Finding:
         return memory.check_gradient(self.dry, self.policy)
@@ -139,13 +183,12 @@ class _Machine:
         return memory.check_memory(self.memory, available, self.share, device.type)
 
     def check_disk(self) -> Finding:
-        disk = memory.measure_disk(
+        needs = disk.measure_disk(
             self.policy,
-            self.replay,
+            self.plan,
             self.critic,
             self.memory,
             num_checkpoints=self.num_checkpoints,
-            caches=isinstance(self.sampler.observer, FeatureCache | NumberedFeatures),
             processes=self.share.processes,
         )
-        return memory.check_disk(disk, self.replay.path, self.output_dir)
+        return disk.check_disk(needs, self.plan.path, self.output_dir)

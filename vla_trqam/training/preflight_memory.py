@@ -1,8 +1,7 @@
-"""What training will take of memory and disk, and what there is."""
+"""What training will take of memory, and what there is."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.data.frame_files import CACHE_NAME
-from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.training.preflight_model import first_observations, path_fields
+from vla_trqam.data.frame_replay import FrameObservation
+from vla_trqam.training.preflight_model import path_fields, prepared
 from vla_trqam.training.preflight_report import Finding
 
 if TYPE_CHECKING:
@@ -86,6 +84,7 @@ class Memory:
         optimizer: Adam's two moments.
         activations: what one update's path keeps for the backward pass, for one sample.
         prefix: one encoded observation.
+        next_actions: the chunks kept at every frame that the replay has room for.
     """
 
     weights: int
@@ -93,11 +92,12 @@ class Memory:
     optimizer: int
     activations: int
     prefix: int
+    next_actions: int = 0
 
     @property
     def fixed(self) -> int:
         """What comes on top of the weights, whatever the batch."""
-        return self.gradients + self.optimizer
+        return self.gradients + self.optimizer + self.next_actions
 
     @property
     def prefixes(self) -> int:
@@ -147,9 +147,9 @@ class DryPass:
     finite: bool
 
 
-def dry_pass(policy: LeRobotFlowPolicy, replay: FrameReplay) -> DryPass:
-    """Takes it; no gradient stays on the parameters."""
-    observation = first_observations(policy, replay, 1)
+def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation) -> DryPass:
+    """Takes it with one raw observation; no gradient stays on the parameters."""
+    observation = prepared(policy, seen)
     context = policy.encode(observation)
     not_counted = {t.untyped_storage().data_ptr() for t in policy.parameters()}
     with saved_bytes(not_counted) as saved:
@@ -175,7 +175,9 @@ def check_gradient(dry: DryPass, policy: LeRobotFlowPolicy) -> Finding:
     return Finding.failure("gradient", found, "finite gradients for adapters or expert")
 
 
-def measure_memory(policy: LeRobotFlowPolicy, critic: nn.Module | None, dry: DryPass) -> Memory:
+def measure_memory(
+    policy: LeRobotFlowPolicy, critic: nn.Module | None, dry: DryPass, next_actions: int = 0
+) -> Memory:
     """By part; the critic's activations and what a pass frees on its way are not counted."""
     trained = [policy, *([] if critic is None else [critic])]
     gradients = tensor_bytes(p for m in trained for p in m.parameters() if p.requires_grad)
@@ -185,6 +187,7 @@ def measure_memory(policy: LeRobotFlowPolicy, critic: nn.Module | None, dry: Dry
         optimizer=ADAM_STATES * gradients,
         activations=dry.activations,
         prefix=dry.prefix,
+        next_actions=next_actions,
     )
 
 
@@ -213,6 +216,7 @@ def check_memory(memory: Memory, available: int | None, share: Share, device: st
     parts = {
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
+        "next actions": memory.next_actions,
         f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
         f"prefixes of {share.rows}": share.rows * memory.prefixes,
     }
@@ -240,6 +244,8 @@ def _smaller(memory: Memory, room: int, share: Share) -> str:
     rows = (room - memory.fixed - memory.activations) // max(memory.prefixes, 1)
     if rows >= 1:
         return f"--batch_size={rows * share.processes} --micro_batches={rows}"
+    if 2 * memory.next_actions > memory.fixed:
+        return "fewer --critic.next_actions, or fewer --dataset.episodes"
     return "adapters instead of full training, or a larger device"
 
 
@@ -276,69 +282,3 @@ def _cgroup_room(folder: Path) -> int | None:
     droppable = dict(line.split() for line in stat.read_text().splitlines())
     cached = int(droppable.get("inactive_file", 0)) + int(droppable.get("active_file", 0))
     return int(limit.read_text()) - int(used.read_text()) + cached
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes still to be written.
-
-    Attributes:
-        checkpoints: all that a run keeps, and one whole policy exported at the end.
-        replay: up to the replay's capacity, cached prefixes among it.
-    """
-
-    checkpoints: int
-    replay: int
-
-
-def measure_disk(
-    policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
-    critic: nn.Module | None,
-    memory: Memory,
-    *,
-    num_checkpoints: int,
-    caches: bool,
-    processes: int = 1,
-) -> Disk:
-    """Each process has a replay like this one.
-
-    A checkpoint holds what is trained, Adam's moments and the critic, but not adapters' base; a
-    base that is in no file yet is written once.
-    """
-    whole = module_bytes(policy.model)
-    trained = tensor_bytes(policy.trainable_parameters()) if policy.has_adapters else whole
-    critics = 0 if critic is None else module_bytes(critic)
-    one = trained + critics + memory.optimizer
-    files = [path.stat() for path in replay.path.iterdir() if path.is_file()]
-    # Sparse files: what was never written has no blocks yet.
-    room = sum(max(0, f.st_size - f.st_blocks * 512) for f in files)
-    if caches and not (replay.path / CACHE_NAME).exists():
-        room += memory.prefix * replay.frame_capacity
-    base = whole if policy.lacks_base else 0
-    return Disk(num_checkpoints * one + whole + base, processes * room)
-
-
-def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:
-    """Free space where checkpoints and replay go."""
-    output = _existing(output_dir)
-    shared = output.stat().st_dev == replay.stat().st_dev
-    needs = {output: disk.checkpoints + (disk.replay if shared else 0)}
-    needs |= {} if shared else {replay: disk.replay}
-    free = {folder: shutil.disk_usage(folder).free for folder in needs}
-    free_words = ", ".join(f"{in_words(free[folder])} at {folder}" for folder in needs)
-    written = f"checkpoints {in_words(disk.checkpoints)}, replay up to {in_words(disk.replay)} more"
-    found = f"{written}; free {free_words}"
-    short = [folder for folder in needs if needs[folder] > free[folder]]
-    if short:
-        lacking = ", ".join(f"{in_words(needs[f])} free at {f}" for f in short)
-        return Finding.failure(
-            "disk", found, f"{lacking}, or fewer --dataset.episodes and a larger --save_freq"
-        )
-    return Finding("disk", found)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the first one above it that exists."""
-    folder = folder.resolve()
-    return next(path for path in (folder, *folder.parents) if path.exists())

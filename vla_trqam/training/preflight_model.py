@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
 from vla_trqam.policy import PathFields
 from vla_trqam.sde import sample_ode, sample_path_and_next_action
 from vla_trqam.time_grid import TimeGrid
@@ -33,25 +33,31 @@ def device_of(policy: LeRobotFlowPolicy) -> torch.device:
     return next(policy.host.parameters()).device
 
 
+def prepared(policy: LeRobotFlowPolicy, seen: FrameObservation) -> dict[str, Any]:
+    """Raw observations as the policy's preprocessor gives them."""
+    assert policy.processors is not None
+    return policy.processors.observe(seen)
+
+
 def first_observations(
     policy: LeRobotFlowPolicy, replay: FrameReplay, count: int
 ) -> dict[str, Any]:
     """The replay's first observations as the policy's preprocessor gives them."""
-    assert policy.processors is not None
     rows = replay.frame_index.rows_of_frames()[:count]
-    return policy.processors.observe(replay.observation_at(rows))
+    return prepared(policy, replay.observation_at(rows))
 
 
 @torch.no_grad()
-def check_observation(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
-    """The policy takes the replay's observations."""
+def check_observation(
+    policy: LeRobotFlowPolicy, seen: FrameObservation, tasks: Sequence[str]
+) -> Finding:
+    """The policy takes raw observations like this one, told any of these tasks."""
     right = "images, state and instruction as in the policy's training"
     try:
-        features = policy.features(policy.encode(first_observations(policy, replay, BATCH)))
+        features = policy.features(policy.encode(prepared(policy, seen)))
     # Of a host that is given sizes which it cannot take.
     except (RuntimeError, ValueError) as error:
         return Finding.failure("observation", f"the policy does not take it: {error}", right)
-    tasks = replay.tasks()
     found = f"{features.shape[1]} features for the critic; instructions: {len(tasks)}"
     if not bool(torch.isfinite(features).all()):
         return Finding.failure("observation", f"{found}; some features are not finite", right)

@@ -57,16 +57,21 @@ def open_folder[R: Replay](
             or in another precision.
     """
     team = team or Team()
-    replay_path = output_dir / (f"{REPLAY_NAME}_{team.rank}" if team.rank else REPLAY_NAME)
+    path = replay_path(output_dir, team)
     checkpoint = team.together(lambda: last_checkpoint(output_dir))
     if checkpoint is not None:
-        return team.together(lambda: _go_on(checkpoint, reopen, replay_path, team))
-    replay = team.together(lambda: begin(replay_path))
+        return team.together(lambda: _go_on(checkpoint, reopen, path, team))
+    replay = team.together(lambda: begin(path))
     return replay, MetricsLog(output_dir / METRICS_NAME) if team.is_main else None
 
 
+def replay_path(output_dir: Path, team: Team) -> Path:
+    """The folder of this process's replay."""
+    return output_dir / (f"{REPLAY_NAME}_{team.rank}" if team.rank else REPLAY_NAME)
+
+
 def _go_on[R: Replay](
-    checkpoint: Path, reopen: Callable[[Path], R], replay_path: Path, team: Team
+    checkpoint: Path, reopen: Callable[[Path], R], path: Path, team: Team
 ) -> tuple[R, MetricsLog | None]:
     position = read_position(checkpoint)
     begun = len(position.replay_episodes)
@@ -81,12 +86,12 @@ def _go_on[R: Replay](
             f"launched with {team.precision}: `accelerate launch -q "
             f"--mixed_precision={position.precision}` goes on with it"
         )
-    replay = reopen(replay_path)
+    replay = reopen(path)
     replay.truncate_to(position.replay_episodes[team.rank])
     if not team.is_main:
         return replay, None
     print(f"going on from {checkpoint}")
-    log = replay_path.with_name(METRICS_NAME)
+    log = path.with_name(METRICS_NAME)
     return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
 
 
