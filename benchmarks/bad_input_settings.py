@@ -19,7 +19,7 @@ ROBOMIMIC_FLAGS: tuple[Flags, ...] = (
     (("--trqam=5",), "a number for a group of settings", ("--trqam",)),
     (("--batch_size",), "no value where a number is needed", ("--batch_size", "true")),
     (("--batch_size=true",), "true for a number", ("--batch_size", "true")),
-    (("--dataset.filter_key=yes",), "a word that is true in YAML", ("--dataset.filter_key",)),
+    (("--dataset.filter_key=yes",), "a filter key that is not there", ("filter key 'yes'",)),
     (("--batch_size=many",), "a word for a number", ("batch_size", "many")),
     (("--batch_size=2.5",), "a fraction for a whole number", ("batch_size", "2.5")),
     (("--batch_size=[4,8]",), "a list for a number", ("batch_size", "[4, 8]")),

@@ -209,7 +209,7 @@ def test_the_loader_runs_no_code_of_a_tokenizer(
         step["config"]["tokenizer_name"] = "someone/tokens"
 
     change(folder / BEFORE, name_it)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be had"):
         load_policy(
             folder, processor_overrides={"tokenizer_processor": {"tokenizer_name": str(model)}}
         )

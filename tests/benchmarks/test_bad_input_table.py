@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import bad_input
 import pytest
 from bad_input import ROWS, Answer, answer, table
 from bad_input_place import Command, Originals, Place, Row, robomimic
@@ -54,7 +55,14 @@ def test_a_row_that_gets_something_else_is_told(
     assert f"**{got.problems[0]}" in table([row], [got])
 
 
-def test_a_folder_that_is_left_behind_is_told(originals: Originals) -> None:
+def test_a_folder_that_is_left_behind_is_told(
+    originals: Originals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaves_a_folder(_: Command) -> int:
+        Path("run").mkdir()
+        return 2
+
+    monkeypatch.setattr(bad_input, "run_main", leaves_a_folder)
     got = answer(Row("x", "nothing is wrong", _sound, ()), originals)
     assert any(each.startswith("left behind: run") for each in got.problems)
 

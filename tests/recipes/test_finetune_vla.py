@@ -113,6 +113,7 @@ def test_a_whole_run_leaves_report_plots_evaluation_and_a_checkpoint(whole):
     assert {path.name for path in last.iterdir()} == {
         "pretrained_model",
         "training_state",
+        "manifest.json",
         "algorithm",
     }
     policy = {path.name for path in (last / "pretrained_model").iterdir()}

@@ -32,7 +32,7 @@ __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("place", ["_begin", "_preflight", "_make_learner", "_start_simulators"])
+@pytest.mark.parametrize("place", ["_begin", "check_data", "_make_learner", "_start_simulators"])
 def test_whatever_fails_before_the_first_checkpoint_leaves_no_folder(
     place, tiny, tmp_path, monkeypatch
 ):

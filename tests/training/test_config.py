@@ -119,6 +119,21 @@ def test_a_half_written_configuration_never_bears_the_name(tmp_path, monkeypatch
     assert not (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("lines", [1, 3, -1])
+def test_a_configuration_that_is_cut_short_is_not_filled_up_with_defaults(tmp_path, lines):
+    path = tmp_path / "config.yaml"
+    dump_config(Outer(name="first"), path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    with pytest.raises(UserError, match=r"config.yaml is cut short"):
+        saved_config(Outer, path)
+
+
+def test_a_configuration_of_a_version_without_marks_is_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("name: first\ninner: {a: 3}\n")
+    assert saved_config(Outer, path) == Outer("first", inner=Inner(a=3))
+
+
 def test_a_resumed_run_keeps_its_settings_but_may_have_other_threads(tmp_path):
     dump_config(Outer(name="first", num_threads=1), tmp_path / "config.yaml")
     asked = Outer(resume=True, output_dir=tmp_path, num_threads=3)

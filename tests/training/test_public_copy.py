@@ -171,7 +171,7 @@ def test_nothing_that_arrives_at_the_hub_names_a_folder_or_the_machine(
     if command is GIVEN:
         assert "recipes/finetune_pi0.py '--dataset.root=<lift>'" in report["provenance"]["command"]
         assert report["provenance"]["command"] in arrived["README.md"].decode()
-        assert "accelerate launch recipes/finetune_pi0.py" in arrived["README.md"].decode()
+        assert "accelerate launch -q recipes/finetune_pi0.py" in arrived["README.md"].decode()
 
 
 @SENDS_DEPRECATED

@@ -20,6 +20,8 @@ from vla_trqam.training.divergence import OnDivergence
 from vla_trqam.training.flag_help import help_text
 
 Settings = dict[str, Any]
+YAML_START, YAML_END = b"---\n", b"\n...\n"
+"""Of a document that :func:`dump_config` wrote; older ones have neither."""
 
 
 def parse_config[C](
@@ -130,6 +132,7 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; there is no run to go on with")
+    _check_end(path)
     try:
         return _decode(config_class, _flatten(_read_yaml(path), _known_flags(config_class)))
     except UserError as error:
@@ -137,10 +140,17 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
         raise UserError(f"{where}{error}") from None
 
 
+def _check_end(path: Path) -> None:
+    """What is cut away would be taken for a setting that an older version did not have."""
+    content = path.read_bytes()
+    if content.startswith(YAML_START) and not content.endswith(YAML_END):
+        raise UserError(f"{path} is cut short: its last line is not the end that was written")
+
+
 def dump_config(config: Any, path: Path) -> None:
     """Writes a configuration that ``--config_path`` reads back; a kill leaves none, not half."""
     with written_whole(path) as part:
-        part.write_text(yaml.safe_dump(settings_of(config)))
+        part.write_text(yaml.safe_dump(settings_of(config), explicit_start=True, explicit_end=True))
 
 
 def settings_of(config: Any) -> Settings:
