@@ -42,7 +42,7 @@ def accidents(tmp_path, monkeypatch):
 
     def order(*wanted, num_workers=2, start=60.0):
         plan.write_text(json.dumps(wanted))
-        limits = Deadlines(DEADLINE, reset=DEADLINE, start=start)
+        limits = Deadlines(DEADLINE, start=start)
         monkeypatch.setattr("vla_trqam.envs.rollout.Deadlines", lambda chunk: limits)
         return make_pool(num_workers)
 

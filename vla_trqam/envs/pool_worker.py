@@ -29,8 +29,6 @@ MAX_REPLACEMENTS = 3
 fourth time is the task's own."""
 START_DEADLINE = 600.0
 """Seconds for imports, the model and compiled code: 8 to 30 on an idle machine."""
-RESET_DEADLINE = 300.0
-"""Seconds for an initial state, and where it is filmed for the first frame."""
 _GRACE = 10.0
 """Seconds in which a process whose connection ended may end by itself, for its exit code."""
 _THREAD_VARIABLES = (
@@ -54,13 +52,11 @@ class Deadlines:
     """Seconds that a worker may take to answer.
 
     Attributes:
-        chunk: the actions of a chunk.
-        reset: an initial state.
+        chunk: an initial state, or the actions of a chunk.
         start: the environment's making.
     """
 
     chunk: float
-    reset: float = RESET_DEADLINE
     start: float = START_DEADLINE
 
     def __post_init__(self) -> None:
@@ -71,7 +67,7 @@ class Deadlines:
 
     def of(self, request: str) -> float:
         """The one of a request."""
-        return {"make": self.start, "reset": self.reset, "chunk": self.chunk}[request]
+        return self.start if request == "make" else self.chunk
 
 
 class Worker(Generic[Job]):  # noqa: UP046 (mypy of the class attribute)

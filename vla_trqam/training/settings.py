@@ -159,8 +159,8 @@ class EvalConfig:
         first_seed: of the initial states; training uses others.
         max_episode_steps: control steps (20 a second) until an episode is cut.
         num_workers: simulator processes; None for one a core.
-        chunk_deadline: seconds for the steps of one chunk; a simulator process that takes longer
-            is replaced, and its episode played again from the start.
+        chunk_deadline: seconds for a reset or the steps of a chunk; a simulator process that takes
+            longer is replaced, and its episode played again from the start.
         episodes_during_training: initial states (others) of the evaluations in between.
         videos: episodes filmed; None for two where off-screen rendering works, else none.
     """
