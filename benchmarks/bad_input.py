@@ -29,6 +29,7 @@ from bad_input_policy import ROWS as POLICY_ROWS
 from bad_input_settings import ROWS as SETTINGS_ROWS
 
 ROWS = (*SETTINGS_ROWS, *HDF5_ROWS, *DATASET_ROWS, *POLICY_ROWS, *FOLDER_ROWS, *HUB_ROWS)
+REPOSITORY = Path(__file__).resolve().parents[1]
 ERROR = "error: "
 
 
@@ -110,7 +111,7 @@ def shown(sentence: str, place: Place) -> str:
     names |= {str(place / name): f"<{name}>" for name in ("run", "policy", "dataset")}
     names |= {str(POLICY): "<packed policy>", str(DATASET): "<packed dataset>"}
     names |= {str(place.originals.hdf5): "<demos>", str(place.root): "<folder>"}
-    names |= {str(place.originals.root): "<originals>"}
+    names |= {str(place.originals.root): "<originals>", str(REPOSITORY): "<repository>"}
     for path in sorted(names, key=len, reverse=True):
         sentence = sentence.replace(path, names[path])
     return sentence

@@ -197,8 +197,11 @@ def read_position(checkpoint: Path) -> Position:
         UserError: the file is missing or damaged.
     """
     path = checkpoint / TRAINING / "position.json"
+    values = _read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not say where a run stands: it is no JSON object")
     try:
-        return Position(**_read_json(path))
+        return Position(**values)
     except TypeError as error:
         raise UserError(f"{path} does not say where a run stands: {error}") from None
 
