@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from vla_trqam.adapters.processors import Limits, Processors
 from vla_trqam.adapters.weights import verify_adapters, verify_policy
 
 from vla_trqam.data.foreign import read_json
+from vla_trqam.data.lerobot_hub import commit_of
 from vla_trqam.errors import UserError
 
 PREPROCESSOR = "policy_preprocessor.json"
@@ -43,7 +43,6 @@ PREPROCESSOR = "policy_preprocessor.json"
 NOT_FETCHED = ["training_state/*", "algorithm/*", "checkpoints/*", "*.mp4", "*.py"]
 NOT_FETCHED += [f"*{suffix}" for suffix in PICKLED]
 
-COMMIT = re.compile("[0-9a-f]{40}")
 TOKENIZER = "tokenizer_processor"
 """LeRobot's name for the step that every supported policy tokenizes with."""
 
@@ -163,8 +162,7 @@ def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
             f"{path} is not a folder here, and the Hugging Face Hub did not give it: "
             f"{type(error).__name__}: {reason[0]}"
         ) from None
-    # The Hub's cache names the folder after the commit.
-    commit = Path(found).name if COMMIT.fullmatch(Path(found).name) else revision
+    commit = commit_of(Path(found)) or revision
     return _looked_at(Checkpoint(Path(found), str(path), commit))
 
 

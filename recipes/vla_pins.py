@@ -7,8 +7,9 @@ from pathlib import Path
 from vla_trqam.adapters.loading import adapter_base, fetch
 
 from vla_trqam.data.frame_replay import image_key
+from vla_trqam.data.lerobot_hub import commit_of
 from vla_trqam.data.lerobot_source import LeRobotReader
-from vla_trqam.training.pins import Source, commit_of, read_pins
+from vla_trqam.training.pins import Source, read_pins
 from vla_trqam.training.vla_settings import FinetuneVLAConfig
 
 # Weights, configs, processors with their statistics, tokenizers; not the card.

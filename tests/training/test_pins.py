@@ -5,9 +5,10 @@ import os
 
 import pytest
 
+from vla_trqam.data.lerobot_hub import commit_of
 from vla_trqam.errors import UserError
 from vla_trqam.training import pins
-from vla_trqam.training.pins import Source, check_pins, commit_of, read_pins, write_pins
+from vla_trqam.training.pins import Source, check_pins, read_pins, write_pins
 
 
 @pytest.fixture

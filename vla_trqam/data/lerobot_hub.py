@@ -6,6 +6,7 @@ LeRobot and huggingface_hub are imported inside functions: they cost seconds.
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from vla_trqam.data.lerobot_safety import CONVERTER, INFO_NAME
 from vla_trqam.errors import UserError
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 NEWEST_VERSION = "v3.0"
 
@@ -141,3 +144,9 @@ def _not_given(repo_id: str, revision: str | None, error: BaseException) -> User
 def _first_line(error: Any) -> str:
     text = (str(error).strip() or "no reason").splitlines()[0]
     return f"{type(error).__name__}: {text}"
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder in the Hub's cache; None for any other folder."""
+    known = folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name)
+    return folder.name if known else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from vla_trqam.training.manifest import FileFacts
 from vla_trqam.training.run_folder import BASE_NAME
 
 INPUTS_NAME = "inputs.json"
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,6 @@ class Pin:
     folder: str | None
     commit: str | None
     files: dict[str, PinnedFile] = field(default_factory=dict)
-
-
-def commit_of(folder: Path) -> str | None:
-    """The commit of a folder in the Hub's cache; None for any other folder."""
-    known = folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name)
-    return folder.name if known else None
 
 
 def write_pins(output_dir: Path, sources: Iterable[Source]) -> None:
