@@ -233,10 +233,19 @@ class LeRobotFlowPolicy(FlowPolicy):
         with self.base.host() as host:
             return self.family.velocity(host, x, tau, context.condition).float()
 
-    def path_fields(self, context: Encoding, next_context: Encoding) -> PathFields:
-        """Both fields along a path in few, large calls."""
-        condition, next_condition = context.condition, next_context.condition
-        return LeRobotPathFields(self.host, self.base, self.family, condition, next_condition)
+    def path_fields(
+        self, context: Encoding, next_context: Encoding, *, keep_activations: bool = True
+    ) -> PathFields:
+        """Both fields along a path, what their evaluations share computed once."""
+        return LeRobotPathFields(
+            self,
+            self.host,
+            self.base,
+            self.family,
+            context.condition,
+            next_context.condition,
+            keep_activations=keep_activations,
+        )
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The adapters', or the action expert's."""

@@ -121,8 +121,12 @@ class MLPFlowPolicy(FlowPolicy):
         """Makes the present tuned field the base."""
         self.base.load_state_dict(self.tuned.state_dict())
 
-    def path_fields(self, context: Tensor, next_context: Tensor) -> PathFields:
-        """All evaluations of an update in one pass a step."""
+    def path_fields(
+        self, context: Tensor, next_context: Tensor, *, keep_activations: bool = True
+    ) -> PathFields:
+        """All evaluations of a step in few products; without kept activations the plain way."""
+        if not keep_activations:
+            return super().path_fields(context, next_context, keep_activations=False)
         return MLPPathFields(self.tuned, self.base, context, next_context, self.num_flow_steps)
 
     def save_pretrained(self, directory: Path) -> None:

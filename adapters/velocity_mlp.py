@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,7 @@ class Tape:
             ],
         )
 
-    def __getitem__(self, index: int | tuple[int | slice, ...]) -> Tape:
+    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> Tape:
         """The evaluations at this index of the array, as views."""
         return Tape(
             [t[index] for t in self.inputs],
@@ -197,30 +198,57 @@ def _same_weights(first: VelocityMLP, second: VelocityMLP) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-class _Workspace:
-    """What a layer of the stacked networks needs for a moment, (networks, rows, width) each.
+class _Stack:
+    """Networks of one shape, each applied to as many rows, in one batched product a layer.
 
-    One set a width, used again by every layer and step: it stays in the processor's cache.
+    What a layer needs for a moment, (networks, rows, width) each, is one set a width, used again by
+    every layer and step: it stays in the processor's cache.
     """
 
-    def __init__(self, layers: Sequence[_StackedLayer], rows: int) -> None:
-        self._sets: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for layer in layers[:-1]:
-            networks, _, width = layer.weight.shape
+    def __init__(self, networks: Sequence[VelocityMLP], rows: int) -> None:
+        self._layers = [
+            _StackedLayer.of(networks, index) for index in range(len(networks[0].layers))
+        ]
+        self._work: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for layer in self._layers[:-1]:
+            count, _, width = layer.weight.shape
             new = layer.weight.new_empty
-            shape = networks, rows, width
-            self._sets[width] = new(shape), new(shape), new(shape)
+            shape = count, rows, width
+            self._work[width] = new(shape), new(shape), new(shape)
 
-    def of(self, layer: _StackedLayer) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for the pre-activation, its sigmoid and its activation."""
-        return self._sets[layer.weight.shape[-1]]
+    def forward(self, inputs: Tensor, tape: Tape | None) -> Tensor:
+        """(networks, rows, in) -> (networks, rows, H * A).
+
+        Args:
+            inputs: ``concat(s, x, tau)``.
+            tape: gets the activations of the first rows, as many as it has room for.
+        """
+        rows, h = 0 if tape is None else tape.inputs[0].shape[1], inputs
+        for index, layer in enumerate(self._layers[:-1]):
+            z, sigmoid, value = self._work[layer.weight.shape[-1]]
+            if tape is not None:
+                tape.inputs[index].copy_(h[:, :rows])
+            torch.baddbmm(layer.bias, h, layer.weight, out=z)
+            h = tanh_gelu_(z, sigmoid, value)
+            if tape is not None:
+                tanh_gelu_slope_(z[:, :rows], sigmoid[:, :rows], h[:, :rows], tape.slopes[index])
+            if layer.norm is not None:
+                h, *statistics = _layer_norm(value, layer.norm)
+                if tape is not None:
+                    kept = (value, *statistics)
+                    for stored, found in zip(tape.normed[index], kept, strict=True):
+                        stored.copy_(found[:, :rows])
+        if tape is not None:
+            tape.inputs[-1].copy_(h[:, :rows])
+        return torch.baddbmm(self._layers[-1].bias, h, self._layers[-1].weight)
 
 
 class MLPPathFields(PathFields):
-    """All evaluations of a step in one pass over the two stacked networks.
+    """All evaluations of a step in one or two products a layer, activations kept for gradients.
 
-    Each network has two blocks of rows: the base at the adjoint's time and at the path's, the tuned
-    field at the path's states and at the next action's. The first blocks keep what gradients need.
+    The tuned field is wanted at the path's states and at the next action's; the base at the path's
+    states, and where the adjoint asks at another time, there a second time: then both networks have
+    two blocks of rows, and are one stack.
     """
 
     _BASE, _TUNED = range(2)
@@ -237,51 +265,63 @@ class MLPPathFields(PathFields):
         # Equal weights are one function, but two places of one batched product may round apart (by
         # alignment, by where threads split it), and the KL of equal fields is exactly 0.
         self._base_is_tuned = _same_weights(tuned, base)
-        self._layers = [_StackedLayer.of([base, tuned], i) for i in range(len(tuned.layers))]
         batch, width = features.shape
         self._inputs = features.new_empty(2, 2, batch, tuned.layers[0].in_features)
         self._inputs[..., :width] = features
         self._inputs[self._TUNED, 1, :, :width] = next_features
         self._columns = slice(width, -1)
-        self._work = _Workspace(self._layers, 2 * batch)
         self._tape = Tape.empty(tuned, (2, num_flow_steps, batch))
         self._tuned_values: list[Tensor] = []
         self._base_values: list[Tensor] = []
 
+    @cached_property
+    def _together(self) -> _Stack:
+        return _Stack([self._base_network, self._tuned_network], 2 * self._inputs.shape[2])
+
+    @cached_property
+    def _apart(self) -> tuple[_Stack, _Stack]:
+        batch = self._inputs.shape[2]
+        return _Stack([self._base_network], batch), _Stack([self._tuned_network], 2 * batch)
+
     @torch.no_grad()
     def evaluate(
-        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float
+        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`PathFields.evaluate`."""
         inputs = self._inputs
         inputs[..., self._columns] = x.flatten(1)
         inputs[self._TUNED, 1, :, self._columns] = next_x.flatten(1)
         inputs[..., -1] = tau
-        inputs[self._BASE, 0, :, -1] = adjoint_tau
-        step = len(self._tuned_values)
         with own_precision(x):
-            values = self._forward(inputs.flatten(1, 2), self._tape[:, step]).view(2, 2, *x.shape)
-        tuned, following = values[self._TUNED]
-        base = tuned if self._base_is_tuned else values[self._BASE, 1]
+            if adjoint_tau is None or adjoint_tau == tau:
+                tuned, base, following = self._evaluate_apart(wants_jacobian=adjoint_tau == tau)
+            else:
+                inputs[self._BASE, 0, :, -1] = adjoint_tau
+                tuned, base, following = self._evaluate_together()
+        tuned, base, following = (value.view_as(x) for value in (tuned, base, following))
+        if self._base_is_tuned:
+            base = tuned
         self._tuned_values.append(tuned)
         self._base_values.append(base)
         return tuned, base, following
 
-    def _forward(self, inputs: Tensor, tape: Tape) -> Tensor:
-        """The stacked networks' values; the first blocks' activations go to the tape."""
-        rows, h = inputs.shape[1] // 2, inputs
-        for index, layer in enumerate(self._layers[:-1]):
-            tape.inputs[index].copy_(h[:, :rows])
-            z, sigmoid, value = self._work.of(layer)
-            torch.baddbmm(layer.bias, h, layer.weight, out=z)
-            h = tanh_gelu_(z, sigmoid, value)
-            tanh_gelu_slope_(z[:, :rows], sigmoid[:, :rows], h[:, :rows], tape.slopes[index])
-            if layer.norm is not None:
-                h, *statistics = _layer_norm(value, layer.norm)
-                for stored, found in zip(tape.normed[index], (value, *statistics), strict=True):
-                    stored.copy_(found[:, :rows])
-        tape.inputs[-1].copy_(h[:, :rows])
-        return torch.baddbmm(self._layers[-1].bias, h, self._layers[-1].weight)
+    def _evaluate_together(self) -> tuple[Tensor, Tensor, Tensor]:
+        tape = self._tape[:, len(self._tuned_values)]
+        values = self._together.forward(self._inputs.flatten(1, 2), tape)
+        (_, base), (tuned, following) = (pair.chunk(2) for pair in values)
+        return tuned, base, following
+
+    def _evaluate_apart(self, *, wants_jacobian: bool) -> tuple[Tensor, Tensor, Tensor]:
+        tape, inputs = self._tape[:, len(self._tuned_values)], self._inputs
+        base_stack, tuned_stack = self._apart
+        (base,) = base_stack.forward(
+            inputs[self._BASE, :1], tape[: self._TUNED] if wants_jacobian else None
+        )
+        (both,) = tuned_stack.forward(
+            inputs[self._TUNED].flatten(0, 1).unsqueeze(0), tape[self._TUNED :]
+        )
+        tuned, following = both.chunk(2)
+        return tuned, base, following
 
     def tuned(self) -> Tensor:
         """See :meth:`PathFields.tuned`; its backward pass is one over the stacked path."""

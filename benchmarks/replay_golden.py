@@ -74,6 +74,7 @@ class Comparison:
 def _method_config(golden: GoldenFile) -> TRQAMConfig:
     get = golden.setting
     common: dict[str, Any] = {
+        "scheme": "shifted_euler",
         "shared_optimizer": True,
         "train_base": True,
         "actor_lr": get("lr"),

@@ -1,13 +1,16 @@
-"""The lean adjoint: carries ``-grad Q`` back along a path through the base field only."""
+"""The adjoint: carries ``-grad Q`` back along a path, through the base field only or in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vla_trqam.time_grid import TimeGrid
+from vla_trqam.time_grid import TimeGrid, per_step
+
+AdjointKind = Literal["lean", "scalar"]
 
 Pullback = Callable[[int, Tensor], Tensor]
 """``pullback(i, a)``: the vector-Jacobian product ``a^T d v_base / dx`` at the i-th state."""
@@ -17,21 +20,47 @@ Pullback = Callable[[int, Tensor], Tensor]
 def lean_adjoint(terminal_adjoint: Tensor, base_pullback: Pullback, grid: TimeGrid) -> Tensor:
     r"""Solves ``da/dtau = -a^T d/dx [2 v_base(x, tau) - x / tau]``, ``a(1) = -grad Q`` backwards.
 
-    Adjoint Matching, eq. 38-39, discretised as the exact adjoint of the Euler chain:
-    ``a_i = a_{i+1} + h (2 J_i^T a_{i+1} - a_{i+1} / (tau_i + d))``.
+    Adjoint Matching, eq. 38-39, discretised as the exact adjoint of the base's chain:
+    ``a_i = A_i a_{i+1} + B_i J_i^T a_{i+1}``.
 
     Args:
         terminal_adjoint: ``a_K``, (B, H, A).
         base_pullback: ``(i, a) -> J_i^T a`` with ``J_i = d v_base / dx`` at ``X_i``.
-        grid: the times.
+        grid: the chain's steps.
 
     Returns:
-        ``a_0 .. a_{K-1}``, (K, B, H, A), aligned with the states of the path.
+        For every step the adjoint that the grid pairs with it, (K, B, H, A): ``a_1 .. a_K``, or
+        ``a_0 .. a_{K-1}``.
     """
-    h = grid.step_size
-    adjoint = terminal_adjoint.new_empty((grid.num_flow_steps, *terminal_adjoint.shape))
+    paired = terminal_adjoint.new_empty((grid.num_flow_steps, *terminal_adjoint.shape))
     a = terminal_adjoint
     for i in reversed(range(grid.num_flow_steps)):
-        torch.mul(a, 1.0 - h / grid.shifted_tau(i), out=adjoint[i])
-        a = adjoint[i].add_(base_pullback(i, a), alpha=2.0 * h)
-    return adjoint
+        if grid.pairs_with_next:
+            paired[i] = a
+            if i == 0:
+                break
+        before = torch.mul(a, grid.steps[i].keep)
+        a = before.add_(base_pullback(i, a), alpha=grid.steps[i].gain)
+        if not grid.pairs_with_next:
+            paired[i] = a
+    return paired
+
+
+def scalar_adjoint(terminal_adjoint: Tensor, grid: TimeGrid) -> Tensor:
+    r"""``a_i = tau_i a_K``: the lean adjoint of a base whose velocity does not depend on x.
+
+    SQAM's closed form (arXiv 2610.10437): it solves ``da/dtau = a / tau``. In the shifted Euler
+    chain with a whole step's shift it is the exact adjoint of such a base at any K, in the
+    posterior chain as K grows. No vector-Jacobian product is needed.
+
+    Args:
+        terminal_adjoint: ``a_K``, (B, H, A).
+        grid: the chain's steps.
+
+    Returns:
+        As :func:`lean_adjoint`.
+    """
+    ahead = int(grid.pairs_with_next)
+    taus = [grid.tau(i + ahead) for i in range(grid.num_flow_steps)]
+    repeated = terminal_adjoint.expand(len(taus), *terminal_adjoint.shape)
+    return per_step(taus, repeated) * repeated

@@ -12,24 +12,31 @@ def adjoint_matching_loss(
 ) -> Tensor:
     r"""TRQAM's regression of the field onto the adjoint.
 
-    ``L = E_b sum_i || 2 (v_tuned - v_base)_i / sigma_i + sigma_i a_i ||^2`` with
-    ``sigma_i = g_i / sqrt(lam)``; its minimiser is ``v_tuned - v_base = -g^2 a / (2 lam)``. With
-    ``lam = 1`` and the adjoint multiplied by beta it is QAM's loss:
-    ``L_TRQAM(lam) = lam L_QAM(1/lam)``.
+    ``L = E_b sum_i lam / (h V_i) || B_i (v_tuned - v_base)_i + (V_i / lam) a_i ||^2``; its minimiser
+    is ``v_tuned - v_base = -V a / (lam B)``. With ``sigma_i = g_i / sqrt(lam)`` and ``g^2 = 2 V / B``
+    the same is ``B / (2 h) || 2 (v_tuned - v_base) / sigma + sigma a ||^2``, where the first factor
+    is 1 in the authors' scheme. With ``lam = 1`` and the adjoint multiplied by beta it is QAM's
+    loss: ``L_TRQAM(lam) = lam L_QAM(1/lam)``. Where V is 0 the fields must agree: the target is 0,
+    and the weight divides by :attr:`~vla_trqam.time_grid.Step.loss_variance`.
 
     Args:
         control_gap: ``v_tuned - v_base`` along the path, (K, B, H, A); gradients flow through it.
-        adjoint: the lean adjoint, (K, B, H, A); a target, it carries no gradient.
-        grid: the times and ``g``.
+        adjoint: for every step the adjoint paired with it, (K, B, H, A); a target, it carries no
+            gradient.
+        grid: the chain's steps.
         lam: the trust region's lambda.
 
     Returns:
         The loss, a scalar.
     """
     assert control_gap.shape == adjoint.shape, (control_gap.shape, adjoint.shape)
-    sigma = per_step((grid.noise_scales_squared(adjoint) / lam).sqrt(), adjoint)
-    target = (0.5 * sigma.square()) * adjoint.detach()
-    residual = (control_gap + target) * (2.0 / sigma)
+    steps, h = grid.steps, grid.step_size
+    scales = per_step([s.noise_scale_squared for s in steps], adjoint)
+    noisy = per_step([float(s.noisy) for s in steps], adjoint)
+    factors = per_step([(s.gain / (2.0 * h)) ** 0.5 for s in steps], adjoint)
+    sigma = (scales / lam).sqrt()
+    target = (0.5 * sigma.square() * noisy) * adjoint.detach()
+    residual = (control_gap + target) * (2.0 / sigma * factors)
     return residual.square().sum() / residual.shape[1]
 
 

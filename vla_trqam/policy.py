@@ -9,12 +9,14 @@ may do it faster as long as the numbers stay the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vla_trqam.errors import UserError
 from vla_trqam.time_grid import full_tau
@@ -24,24 +26,36 @@ Context = Any
 
 
 class PathFields:
-    """The fields along one path of the memoryless SDE, every evaluation made once.
+    """The fields along one path of the memoryless chain, every evaluation made once.
 
-    The values are of the path's dtype, float32, whatever the network's is.
+    Where the adjoint asks for the base's Jacobian at the time of the path, the evaluation that gave
+    the base's value gives it too. The values are of the path's dtype, float32, whatever the
+    network's is.
 
     Args:
         policy: whose fields.
         context: of the path's observations.
         next_context: of the observations whose next action is sampled beside the path.
+        keep_activations: keep what gradients need of every step, or compute it again, one step at
+            a time, when they are asked for: the same numbers in 1/K of the memory.
     """
 
-    def __init__(self, policy: FlowPolicy, context: Context, next_context: Context) -> None:
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        context: Context,
+        next_context: Context,
+        *,
+        keep_activations: bool = True,
+    ) -> None:
         self._policy, self._context, self._next_context = policy, context, next_context
-        self._points: list[tuple[Tensor, float]] = []
+        self._keep_activations = keep_activations
+        self._points: list[JacobianPoint] = []
         self._tuned: list[Tensor] = []
         self._base: list[Tensor] = []
 
     def evaluate(
-        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float
+        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step's evaluations, without gradient.
 
@@ -49,24 +63,27 @@ class PathFields:
             x: the path's state, (B, H, A).
             next_x: the state of the next action's ODE, (B, H, A).
             tau: the time of both.
-            adjoint_tau: the time at which :meth:`base_pullback` is asked for at ``x``.
+            adjoint_tau: the time at which :meth:`base_pullback` is asked for at ``x``; None if it
+                is not.
 
         Returns:
             ``v_theta(x, tau)``, ``v_base(x, tau)``, and ``v_theta(next_x, tau)`` of the next
             observation.
         """
-        policy, time = self._policy, full_tau(tau, x)
+        # A copy: the sampler writes the next state into the same storage, and a graph may need
+        # this one.
+        state = x.clone()
         with torch.enable_grad():
-            # A copy: the sampler writes the next state into the same storage, and the graph may
-            # need this one.
-            tuned = policy.velocity(x.clone(), time, self._context).to(x.dtype)
+            tuned = self._trained_value(state, tau)
+        point = JacobianPoint.at(
+            state, tau, adjoint_tau, self._base_value, keep=self._keep_activations
+        )
         with torch.no_grad():
-            base = policy.base_velocity(x, time, self._context).to(x.dtype)
-            following = policy.velocity(next_x, time, self._next_context).to(x.dtype)
-        self._points.append((x, adjoint_tau))
+            following = self._next_value(next_x, tau)
+        self._points.append(point)
         self._tuned.append(tuned)
-        self._base.append(base)
-        return tuned.detach(), base, following
+        self._base.append(point.value)
+        return tuned.detach(), point.value, following
 
     def tuned(self) -> Tensor:
         """``v_theta`` at all states in order, (K, B, H, A), with the graph to its parameters."""
@@ -77,13 +94,68 @@ class PathFields:
         return torch.stack(self._base)
 
     def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
-        """``a^T d v_base / dx`` at the state of a step and the adjoint's time, (B, H, A)."""
-        x, tau = self._points[step]
-        with torch.enable_grad():
-            point = x.detach().requires_grad_(True)
-            value = self._policy.base_velocity(point, full_tau(tau, point), self._context)
-            value = value.to(x.dtype)
-        (gradient,) = torch.autograd.grad(value, point, cotangent)
+        """``a^T d v_base / dx`` at the state of a step and the adjoint's time, (B, H, A).
+
+        At most once a step.
+        """
+        return self._points[step].pullback(cotangent, self._base_value)
+
+    def _trained_value(self, x: Tensor, tau: float) -> Tensor:
+        if self._keep_activations:
+            return self._tuned_value(x, tau)
+        value: Tensor = checkpoint(self._tuned_value, x, tau, use_reentrant=False)
+        return value
+
+    def _tuned_value(self, x: Tensor, tau: float) -> Tensor:
+        return self._policy.velocity(x, full_tau(tau, x), self._context).to(x.dtype)
+
+    def _base_value(self, x: Tensor, tau: float) -> Tensor:
+        return self._policy.base_velocity(x, full_tau(tau, x), self._context).to(x.dtype)
+
+    def _next_value(self, x: Tensor, tau: float) -> Tensor:
+        return self._policy.velocity(x, full_tau(tau, x), self._next_context).to(x.dtype)
+
+
+FieldValue = Callable[[Tensor, float], Tensor]
+"""``v(x, tau)`` at one time for the whole batch."""
+
+
+@dataclass
+class JacobianPoint:
+    """A state of the path at which the base's value, and perhaps its Jacobian, is wanted.
+
+    Attributes:
+        x: the state, (B, H, A).
+        value: ``v_base(x, tau)``, without gradient.
+        adjoint_tau: the time of the Jacobian; None if it is not wanted.
+        graph: the value with the graph to ``x``, where it serves both.
+    """
+
+    x: Tensor
+    value: Tensor
+    adjoint_tau: float | None
+    graph: Tensor | None
+
+    @classmethod
+    def at(
+        cls, x: Tensor, tau: float, adjoint_tau: float | None, base: FieldValue, *, keep: bool
+    ) -> JacobianPoint:
+        """Evaluates the base, with a graph where it is wanted and kept."""
+        shared = keep and adjoint_tau == tau
+        with torch.set_grad_enabled(shared):
+            point = x.detach().requires_grad_(shared)
+            value = base(point, tau)
+        return cls(point, value.detach(), adjoint_tau, value if shared else None)
+
+    def pullback(self, cotangent: Tensor, base: FieldValue) -> Tensor:
+        """``a^T d v_base / dx``."""
+        assert self.adjoint_tau is not None, "nobody said that this Jacobian would be wanted"
+        value, self.graph = self.graph, None
+        if value is None:
+            self.x = self.x.detach().requires_grad_(True)
+            with torch.enable_grad():
+                value = base(self.x, self.adjoint_tau)
+        (gradient,) = torch.autograd.grad(value, self.x, cotangent)
         return gradient
 
 
@@ -190,6 +262,8 @@ class FlowPolicy(nn.Module, ABC):
     def update_base(self, rate: float) -> None:
         """Moves ``v_base`` towards a training base; a frozen base stays as it is."""
 
-    def path_fields(self, context: Context, next_context: Context) -> PathFields:
+    def path_fields(
+        self, context: Context, next_context: Context, *, keep_activations: bool = True
+    ) -> PathFields:
         """Both fields along one path, and the tuned one along the next action's ODE."""
-        return PathFields(self, context, next_context)
+        return PathFields(self, context, next_context, keep_activations=keep_activations)

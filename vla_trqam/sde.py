@@ -1,27 +1,24 @@
-"""Sampling from a velocity field: the memoryless SDE and the ODE."""
+"""Sampling from a velocity field: the memoryless chain and the ODE."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vla_trqam.policy import PathFields
-from vla_trqam.time_grid import AdjointTime, TimeGrid, adjoint_tau, full_tau
+from vla_trqam.time_grid import Step, TimeGrid, full_tau
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``v(x, tau)`` with x (B, H, A) and tau (B,), returning (B, H, A)."""
 
-FinalStep = Literal["noiseless_base", "sde"]
-
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One path of the memoryless SDE for every sample of a batch.
+    """One path of the memoryless chain for every sample of a batch.
 
     Attributes:
         x: X at ``tau_0 .. tau_K``, (K + 1, B, H, A); carries no gradient.
@@ -50,34 +47,31 @@ def sample_memoryless_sde(
     grid: TimeGrid,
     *,
     base_velocity: Velocity | None = None,
-    final_step: FinalStep = "noiseless_base",
 ) -> Trajectory:
-    r"""Euler-Maruyama on ``dX = (2 v - X / tau) dtau + g(tau) dW`` (Adjoint Matching, eq. 23).
+    r"""The chain that discretises ``dX = (2 v - X / tau) dtau + g(tau) dW``.
 
-    On the grid ``X_{i+1} = X_i + h (2 v(X_i, tau_i) - X_i / (tau_i + d)) + sqrt(h) g_i eps_i``.
+    Adjoint Matching, eq. 23: ``X_{i+1} = A_i X_i + B_i v(X_i, tau_i) + sqrt(V_i) eps_i``.
 
     Args:
         velocity: the tuned field.
         x_0: standard normal, (B, H, A).
         noise: standard normal increments ``eps``, (K, B, H, A).
-        grid: the times and ``g``.
-        base_velocity: needed by ``final_step="noiseless_base"``.
-        final_step: ``"noiseless_base"`` takes the last step as ``X + h v_base(X, tau_{K-1})`` (the
-            authors' code); ``"sde"`` treats it as any other.
+        grid: the chain's steps.
+        base_velocity: needed where the grid has a noiseless step.
 
     Returns:
         The path; it carries no gradient.
     """
     assert noise.shape == (grid.num_flow_steps, *x_0.shape), (noise.shape, x_0.shape)
     x = _path_from(x_0, grid)
-    for i in range(grid.num_flow_steps):
-        tau = full_tau(grid.tau(i), x_0)
-        if final_step == "noiseless_base" and i == grid.num_flow_steps - 1:
-            if base_velocity is None:
-                raise ValueError('final_step="noiseless_base" needs base_velocity')
-            _noiseless_step(x, i, base_velocity(x[i], tau), grid)
+    for i, step in enumerate(grid.steps):
+        tau = full_tau(step.tau, x_0)
+        if not step.noiseless:
+            _sde_step(x, i, velocity(x[i], tau), noise[i], step)
+        elif base_velocity is None:
+            raise ValueError("a chain with a noiseless step needs base_velocity")
         else:
-            _sde_step(x, i, velocity(x[i], tau), noise[i], grid)
+            _noiseless_step(x, i, base_velocity(x[i], tau), grid)
     return Trajectory(x, grid)
 
 
@@ -89,8 +83,7 @@ def sample_path_and_next_action(
     next_x_0: Tensor,
     grid: TimeGrid,
     *,
-    final_step: FinalStep = "noiseless_base",
-    adjoint_time: AdjointTime = "next",
+    jacobians: bool = True,
 ) -> tuple[Trajectory, Tensor]:
     """:func:`sample_memoryless_sde` and, on the same grid, :func:`sample_ode` of the next action.
 
@@ -99,22 +92,21 @@ def sample_path_and_next_action(
         x_0: start of the path, (B, H, A).
         noise: its increments, (K, B, H, A).
         next_x_0: start of the next action's ODE, (B, H, A).
-        grid: the times and ``g``.
-        final_step: see :func:`sample_memoryless_sde`.
-        adjoint_time: see :func:`~vla_trqam.time_grid.adjoint_tau`.
+        grid: the chain's steps.
+        jacobians: whether the adjoint will ask the fields for vector-Jacobian products.
 
     Returns:
         The path, and the next action (B, H, A); neither carries a gradient.
     """
     assert noise.shape == (grid.num_flow_steps, *x_0.shape), (noise.shape, x_0.shape)
     x, next_x = _path_from(x_0, grid), next_x_0
-    for i in range(grid.num_flow_steps):
-        times = grid.tau(i), adjoint_tau(grid, i, adjoint_time)
-        tuned, base, following = fields.evaluate(x[i], next_x, *times)
-        if final_step == "noiseless_base" and i == grid.num_flow_steps - 1:
+    for i, step in enumerate(grid.steps):
+        adjoint_tau = step.adjoint_tau if jacobians else None
+        tuned, base, following = fields.evaluate(x[i], next_x, step.tau, adjoint_tau)
+        if step.noiseless:
             _noiseless_step(x, i, base, grid)
         else:
-            _sde_step(x, i, tuned, noise[i], grid)
+            _sde_step(x, i, tuned, noise[i], step)
         next_x = torch.add(next_x, following, alpha=grid.step_size)
     return Trajectory(x, grid), next_x
 
@@ -125,11 +117,10 @@ def _path_from(x_0: Tensor, grid: TimeGrid) -> Tensor:
     return x
 
 
-def _sde_step(x: Tensor, i: int, velocity: Tensor, noise: Tensor, grid: TimeGrid) -> None:
-    h = grid.step_size
-    torch.mul(x[i], 1.0 - h / grid.shifted_tau(i), out=x[i + 1])
-    x[i + 1].add_(velocity, alpha=2.0 * h)
-    x[i + 1].add_(noise, alpha=math.sqrt(h * grid.noise_scale_squared(i)))
+def _sde_step(x: Tensor, i: int, velocity: Tensor, noise: Tensor, step: Step) -> None:
+    torch.mul(x[i], step.keep, out=x[i + 1])
+    x[i + 1].add_(velocity, alpha=step.gain)
+    x[i + 1].add_(noise, alpha=math.sqrt(step.variance))
 
 
 def _noiseless_step(x: Tensor, i: int, velocity: Tensor, grid: TimeGrid) -> None:

@@ -14,15 +14,17 @@ from vla_trqam.time_grid import TimeGrid
 def path_kl_per_step(control_gap: Tensor, grid: TimeGrid) -> Tensor:
     r"""Each flow step's share of the path-space KL, in nats per chunk, (K,).
 
-    Girsanov for two memoryless SDEs whose drifts differ by ``2 (v_tuned - v_base)``:
-    ``(2 h / g_i^2) E_b || v_tuned - v_base ||^2``. It does not depend on lambda.
+    Two Gaussian steps of the same noise whose fields differ: ``B_i^2 / (2 V_i) E_b || v_tuned -
+    v_base ||^2``, exact for the sampled chain where it takes the step with noise (Girsanov as K
+    grows). It does not depend on lambda.
 
     Args:
         control_gap: ``v_tuned - v_base`` along the path, (K, B, H, A).
-        grid: the times and ``g``.
+        grid: the chain's steps.
     """
     squared = control_gap.detach().flatten(2).square().sum(dim=2).mean(dim=1)
-    return squared * (2.0 * grid.step_size) / grid.noise_scales_squared(squared)
+    gains = squared.new_tensor([step.gain * step.noisy for step in grid.steps])
+    return squared * gains / squared.new_tensor([step.noise_scale_squared for step in grid.steps])
 
 
 def path_kl(control_gap: Tensor, grid: TimeGrid) -> Tensor:

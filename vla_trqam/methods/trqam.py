@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.adjoint import lean_adjoint
+from vla_trqam.adjoint import AdjointKind, lean_adjoint, scalar_adjoint
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
@@ -35,9 +35,16 @@ from vla_trqam.methods.results import (
     LossOutput,
     UpdateResult,
 )
-from vla_trqam.policy import FlowPolicy
-from vla_trqam.sde import FinalStep, sample_ode, sample_path_and_next_action
-from vla_trqam.time_grid import AdjointTime, TimeGrid
+from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.sde import sample_ode, sample_path_and_next_action
+from vla_trqam.time_grid import (
+    AdjointTime,
+    FinalStep,
+    Posterior,
+    Scheme,
+    ShiftedEuler,
+    TimeGrid,
+)
 from vla_trqam.trust_region import TrustRegion, TrustRegionConfig, path_kl_per_step
 
 if TYPE_CHECKING:
@@ -55,14 +62,34 @@ __all__ = [
 ]
 
 
+SchemeName = Literal["posterior", "shifted_euler"]
+
+CHOICES = {
+    "scheme": SchemeName,
+    "adjoint": AdjointKind,
+    "final_step": FinalStep,
+    "adjoint_time": AdjointTime,
+}
+SCHEME_KNOBS = {
+    "posterior": ("last_step_weight",),
+    "shifted_euler": ("time_shift", "final_step", "adjoint_time"),
+}
+
+
 @dataclass(frozen=True)
 class TRQAMConfig(TrustRegionConfig):
     """Knobs of TRQAM beside the trust region's.
 
     Attributes:
-        time_shift: see :class:`~vla_trqam.time_grid.TimeGrid`.
-        final_step: see :func:`~vla_trqam.sde.sample_memoryless_sde`.
-        adjoint_time: see :func:`~vla_trqam.time_grid.adjoint_tau`.
+        scheme: the chain: "posterior", or the authors' "shifted_euler"; see
+            :mod:`~vla_trqam.time_grid`.
+        adjoint: "lean", through the base's Jacobians, or "scalar", without them; see
+            :mod:`~vla_trqam.adjoint`.
+        last_step_weight: see :class:`~vla_trqam.time_grid.Posterior`.
+        time_shift: see :class:`~vla_trqam.time_grid.ShiftedEuler`.
+        final_step: likewise.
+        adjoint_time: likewise.
+        keep_activations: see :class:`~vla_trqam.policy.PathFields`.
         actor_lr: Adam's step size for the tuned field (and a training base).
         critic_lr: Adam's step size for the critic.
         max_grad_norm: global-norm clip.
@@ -73,9 +100,13 @@ class TRQAMConfig(TrustRegionConfig):
         base_ema_rate: rate of that EMA.
     """
 
+    scheme: SchemeName = "posterior"
+    adjoint: AdjointKind = "lean"
+    last_step_weight: float = 1.0
     time_shift: float = 1.0
     final_step: FinalStep = "noiseless_base"
     adjoint_time: AdjointTime = "next"
+    keep_activations: bool = True
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
     max_grad_norm: float = 1.0
@@ -91,14 +122,31 @@ class TRQAMConfig(TrustRegionConfig):
         for name in ("actor_lr", "critic_lr"):
             if getattr(self, name) == math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite")
-        if not 0.0 < self.time_shift <= 1.0:
-            raise UserError(f"time_shift is {self.time_shift}; it must be in (0, 1], in units of h")
         if not 0.0 <= self.base_ema_rate <= 1.0:
             raise UserError(f"base_ema_rate is {self.base_ema_rate}; it must be in [0, 1]")
-        for name, choices in (("final_step", FinalStep), ("adjoint_time", AdjointTime)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 known = " or ".join(map(repr, get_args(choices)))
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {known}")
+        self._refuse_idle_knobs()
+        self.chain  # noqa: B018 (checks the scheme's own knobs)
+
+    def _refuse_idle_knobs(self) -> None:
+        defaults = {field.name: field.default for field in fields(TRQAMConfig)}
+        for scheme, names in SCHEME_KNOBS.items():
+            changed = [name for name in names if getattr(self, name) != defaults[name]]
+            if changed and self.scheme != scheme:
+                raise UserError(
+                    f"{changed[0]} is {getattr(self, changed[0])!r}, but it belongs to the {scheme} "
+                    f"scheme and scheme is {self.scheme!r}; set scheme to {scheme!r}, or leave it out"
+                )
+
+    @property
+    def chain(self) -> Scheme:
+        """How the memoryless SDE is discretised."""
+        if self.scheme == "posterior":
+            return Posterior(self.last_step_weight)
+        return ShiftedEuler(self.time_shift, self.adjoint_time, self.final_step)
 
     @property
     def adjoint_scale(self) -> float:
@@ -140,7 +188,8 @@ class TRQAMLoss(nn.Module):
     def __init__(self, policy: FlowPolicy, critic: Critic, config: TRQAMConfig) -> None:
         super().__init__()
         self.policy, self.critic, self.config = policy, critic, config
-        self.grid = TimeGrid(policy.num_flow_steps, config.time_shift)
+        self.grid = TimeGrid(policy.num_flow_steps, config.chain)
+        self.grid.steps  # noqa: B018 (refuses a grid that is too coarse)
 
     def forward(self, batch: TransitionBatch, noise: UpdateNoise, lam: float) -> LossOutput:
         """Algorithm 2 up to the gradient step."""
@@ -149,15 +198,16 @@ class TRQAMLoss(nn.Module):
         next_context = policy.encode(batch.next_observation)
         features = policy.features(context)
 
-        fields = policy.path_fields(context, next_context)
+        fields = policy.path_fields(
+            context, next_context, keep_activations=self.config.keep_activations
+        )
         trajectory, next_action = sample_path_and_next_action(
             fields,
             noise.sde_x_0,
             noise.sde_steps,
             noise.next_action,
             grid,
-            final_step=self.config.final_step,
-            adjoint_time=self.config.adjoint_time,
+            jacobians=self.config.adjoint == "lean",
         )
         next_action = policy.executed(next_action)
 
@@ -165,7 +215,7 @@ class TRQAMLoss(nn.Module):
 
         gradient, _ = critic.action_gradient(features, trajectory.x_1, policy.executed)
         terminal_adjoint = -self.config.adjoint_scale * gradient
-        adjoint = lean_adjoint(terminal_adjoint, fields.base_pullback, grid)
+        adjoint = self._adjoint(terminal_adjoint, fields)
 
         control_gap = fields.tuned() - fields.base()
         am = adjoint_matching_loss(control_gap, adjoint, grid, lam)
@@ -183,6 +233,11 @@ class TRQAMLoss(nn.Module):
             terminal_adjoint=terminal_adjoint,
             next_action=next_action,
         )
+
+    def _adjoint(self, terminal_adjoint: Tensor, fields: PathFields) -> Tensor:
+        if self.config.adjoint == "scalar":
+            return scalar_adjoint(terminal_adjoint, self.grid)
+        return lean_adjoint(terminal_adjoint, fields.base_pullback, self.grid)
 
     def critic_loss(
         self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
 from vla_trqam.policy import PathFields
 from vla_trqam.sde import sample_ode, sample_path_and_next_action
-from vla_trqam.time_grid import TimeGrid
+from vla_trqam.time_grid import ShiftedEuler, TimeGrid
 from vla_trqam.training.preflight_report import Finding
 
 if TYPE_CHECKING:
@@ -151,10 +151,13 @@ def check_base(policy: LeRobotFlowPolicy, replay: FrameReplay, *, resumed: bool)
 
 def path_fields(policy: LeRobotFlowPolicy, context: Any, batch_size: int) -> PathFields:
     """Both fields along a path from fixed noise."""
-    grid, device = TimeGrid(policy.num_flow_steps), device_of(policy)
+    # The states are of any chain; this one may have a single step.
+    grid, device = TimeGrid(policy.num_flow_steps, ShiftedEuler()), device_of(policy)
     with seeded(device):
         shape = grid.num_flow_steps + 2, batch_size, *policy.chunk_shape
         noise = torch.randn(shape, device=device)
     fields = policy.path_fields(context, context)
-    sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid)
+    sample_path_and_next_action(
+        fields, noise[0], noise[2:], noise[1], grid, jacobians=False
+    )
     return fields
