@@ -309,6 +309,7 @@ def _make_learner(
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,
         batch_size=team.batch_share(knobs.batch_size),
+        redraws=knobs.redraws,
         num_micro_batches=config.micro_batches,
     )
     assert config.output_dir is not None

@@ -45,6 +45,7 @@ class CachedOffPolicy(OffPolicy):
         sampler: of the critic's batches, whose observations are numbered features.
         critic_updates: of the critic alone, after each update of the policy.
         batch_size: of the critic's batches.
+        redraws: frames whose oldest next action is drawn anew after each update of the policy.
         num_micro_batches: the policy's update takes its batch in so many parts, in less memory.
     """
 
@@ -59,11 +60,13 @@ class CachedOffPolicy(OffPolicy):
         *,
         critic_updates: int,
         batch_size: int,
+        redraws: int = 0,
         num_micro_batches: int = 1,
     ) -> None:
         super().__init__(method)
         self.next_actions, self.sampler = next_actions, sampler
         self.critic_updates, self.batch_size = critic_updates, batch_size
+        self.redraws = redraws
         self.num_micro_batches = num_micro_batches
         self._trained = TrainedWeights(method.policy)
 
@@ -76,10 +79,18 @@ class CachedOffPolicy(OffPolicy):
         frames = batch.next_observation[FRAME]
         chunks = torch.cat([output.next_action for output in self._result.outputs])
         self.next_actions.put(frames, chunks, generator)
+        self.next_actions.policy_moved()
+        if self.redraws:
+            self.next_actions.redraw(self.redraws, generator)
         for _ in range(self.critic_updates):
             drawn = self.sampler.sample(self.batch_size, generator).to(frames.device)
             own = replace(drawn, action=self.method.policy.from_robot(drawn.action))
             cached_critic_update(self.method, self.next_actions, own, generator)
+
+    def metrics(self) -> dict[str, float]:
+        """The method's, and how old the next actions are."""
+        age = self.next_actions.mean_age
+        return super().metrics() | ({} if age is None else {"next_action_age": age})
 
     def modules(self) -> Mapping[str, nn.Module]:
         """What is trained of the policy, the critic, and the next actions."""

@@ -24,7 +24,7 @@ from vla_trqam.time_grid import TimeGrid
 
 FRAME = "frame"
 """The number of the frame in an observation of :class:`NumberedFeatures`."""
-CHUNKS = "chunks"
+CHUNKS, DRAWN, UPDATES = "chunks", "drawn", "updates"
 
 
 class NumberedFeatures(Observer[FrameObservation]):
@@ -76,6 +76,11 @@ class NextActions(nn.Module):
         self.num_known = 0
         self.chunks: Tensor
         self.register_buffer(CHUNKS, torch.zeros(shape, device=device))
+        self.drawn: Tensor  # the policy's updates when a chunk was drawn
+        self.register_buffer(DRAWN, torch.zeros(shape[:2], dtype=torch.int64, device=device))
+        self.updates: Tensor  # of the policy, so far
+        self.register_buffer(UPDATES, torch.zeros((), dtype=torch.int64, device=device))
+        self._ages_known = True
 
     @torch.no_grad()
     def fill(self, generator: torch.Generator, *, batch_size: int = 256) -> int:
@@ -84,7 +89,9 @@ class NextActions(nn.Module):
         first = self.num_known
         for start in range(first, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            self.chunks[start : start + len(part)] = self._draw(part, generator)
+            drawn = self._draw(part, generator, self.chunks.shape[1])
+            self.chunks[start : start + len(part)] = drawn
+            self.drawn[start : start + len(part)] = self.updates
         self.num_known = max(first, len(rows))
         return self.num_known - first
 
@@ -94,14 +101,36 @@ class NextActions(nn.Module):
 
     def put(self, frames: Tensor, chunks: Tensor, generator: torch.Generator) -> None:
         """Newer chunks (B, H, a) take the place of random older ones at these frames (B,)."""
-        self.chunks[frames, self._slots(frames, generator)] = chunks
+        slots = self._slots(frames, generator)
+        self.chunks[frames, slots] = chunks
+        self.drawn[frames, slots] = self.updates
+
+    def redraw(self, count: int, generator: torch.Generator) -> None:
+        """Draws the oldest chunk of each of the frames whose chunks are the oldest, anew."""
+        oldest, slots = self.drawn[: self.num_known].min(dim=1)
+        frames = oldest.topk(min(count, self.num_known), largest=False).indices
+        rows = self._replay.frame_index.rows_of_frames()[frames.cpu().numpy()]
+        self.chunks[frames, slots[frames]] = self._draw(rows, generator, 1)[:, 0]
+        self.drawn[frames, slots[frames]] = self.updates
+
+    def policy_moved(self) -> None:
+        """The policy took a step: everything drawn before is one update older."""
+        self.updates += 1
+
+    @property
+    def mean_age(self) -> float | None:
+        """The policy's updates since a kept chunk was drawn, on average; None if not known."""
+        if not self._ages_known or self.num_known == 0:
+            return None
+        return float(self.updates - self.drawn[: self.num_known].double().mean())
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """The chunks of the frames that have some; the buffer has room for all to come."""
-        known = self.chunks[: self.num_known]
-        destination[prefix + CHUNKS] = known if keep_vars else known.detach()
+        """Of the frames that have chunks; the buffers have room for all to come."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in (CHUNKS, DRAWN):
+            destination[prefix + name] = destination[prefix + name][: self.num_known]
 
     def _load_from_state_dict(
         self,
@@ -123,20 +152,25 @@ class NextActions(nn.Module):
             return
         self.num_known = len(saved)
         self.chunks[: self.num_known] = saved
+        # Checkpoints from before the ages were kept have none.
+        self._ages_known = prefix + DRAWN in state_dict
+        if self._ages_known:
+            self.drawn[: self.num_known] = state_dict[prefix + DRAWN]
+            self.updates.copy_(state_dict[prefix + UPDATES])
 
     def _slots(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randint(
             self.chunks.shape[1], frames.shape, generator=generator, device=generator.device
         )
 
-    def _draw(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        """(N, M, H, a)."""
+    def _draw(self, rows: np.ndarray, generator: torch.Generator, count: int) -> Tensor:
+        """So many chunks at every row: (N, count, H, a)."""
         (policy,) = self._policy
         device = self.chunks.device
         observed = self._observer.at(rows)
         context = policy.encode({k: v.to(device) for k, v in observed.items()})  # type: ignore[union-attr]
         drawn = []
-        for _ in range(self.chunks.shape[1]):
+        for _ in range(count):
             x_0 = torch.empty((len(rows), *policy.chunk_shape), device=device)
             x_0.normal_(generator=generator)
             x_1 = sample_ode(

@@ -118,6 +118,8 @@ class VLACriticConfig(CriticConfig):
         updates_per_step: of the critic alone, after each update of the policy.
         batch_size: of these.
         next_actions: chunks of the policy kept at every frame for the TD targets.
+        redraws: frames whose oldest next action is drawn anew after each update of the policy,
+            beside those of its batch.
     """
 
     path: str | None = None
@@ -125,6 +127,7 @@ class VLACriticConfig(CriticConfig):
     updates_per_step: int = 20
     batch_size: int = 256
     next_actions: int = 8
+    redraws: int = 0
 
 
 @dataclass
@@ -228,6 +231,7 @@ class FinetuneVLAConfig(RunSettings):
             "base_episodes": self.base_episodes,
             "critic.warmup_steps": self.critic.warmup_steps,
             "critic.updates_per_step": self.critic.updates_per_step,
+            "critic.redraws": self.critic.redraws,
         }
 
     def _check_choices(self) -> None:
