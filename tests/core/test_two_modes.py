@@ -63,9 +63,7 @@ def sampled(field: Velocity, grid: TimeGrid, generator: torch.Generator) -> Tens
     """The share of 40,000 samples in every bin."""
     noise = torch.randn(STEPS + 1, 40_000, 1, 1, generator=generator)
     with torch.no_grad():
-        path = sample_memoryless_sde(
-            field, noise[0], noise[1:], grid, base_velocity=BASE.velocity
-        )
+        path = sample_memoryless_sde(field, noise[0], noise[1:], grid, base_velocity=BASE.velocity)
     counts, _ = torch.histogram(path.x_1.flatten(), torch.linspace(-LIMIT, LIMIT, BINS + 1))
     return counts / counts.sum()
 
