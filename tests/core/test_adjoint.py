@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -192,5 +193,5 @@ def test_in_the_posterior_chain_the_scalar_adjoint_tends_to_that_of_a_base_witho
         lean = lean_adjoint(terminal, lambda i, a: torch.zeros_like(a), grid)
         gaps.append(float((lean - scalar_adjoint(terminal, grid)).abs().max()))
     assert gaps[0] < 0.35
-    assert all(after < before / 2.5 for before, after in zip(gaps, gaps[1:], strict=False))
+    assert all(after < before / 2.5 for before, after in itertools.pairwise(gaps))
     assert gaps[-1] < 0.02

@@ -30,7 +30,6 @@ from vla_trqam.methods.trqam import TRQAM, SchemeName, TRQAMConfig, UpdateNoise
 from vla_trqam.sde import sample_ode
 from vla_trqam.trust_region import path_kl
 
-
 SCHEME_NAMES = get_args(SchemeName)
 
 
