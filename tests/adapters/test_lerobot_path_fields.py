@@ -146,7 +146,10 @@ def test_the_pullback_in_bfloat16_is_the_float32_models(adjoint_tau: float) -> N
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(kind: str) -> None:
+@pytest.mark.parametrize("adjoint_tau", [0.3, 0.4])
+def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(
+    kind: str, adjoint_tau: float
+) -> None:
     """As in a run with mixed precision."""
     for policy, moves in ((make_policy(kind, lora=True), False), (moved(kind), True)):
         with torch.autocast("cpu", torch.bfloat16):
@@ -155,9 +158,10 @@ def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(kin
                 policy.path_fields(context, context),
                 PathFields(policy, context, context),
             )
-            for ours, theirs in zip(
-                evaluated(fields, states), evaluated(plain, states), strict=True
-            ):
+            evaluations = (
+                f.evaluate(states[0], states[1], 0.3, adjoint_tau) for f in (fields, plain)
+            )
+            for ours, theirs in zip(*evaluations, strict=True):
                 assert float((ours - theirs).norm() / theirs.norm()) < 0.03
             pulled, expected = (f.base_pullback(0, states[2]) for f in (fields, plain))
             tuned, base = fields.tuned(), fields.base()
@@ -165,3 +169,22 @@ def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(kin
         assert torch.equal(tuned, base) != moves
         tuned.sum().backward()
         assert all(p.grad is not None for p in policy.trainable_parameters())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_under_autocast_what_is_not_kept_is_computed_again_with_the_same_gradient(
+    kind: str,
+) -> None:
+    policy, gradients = moved(kind), []
+    parameters = list(policy.trainable_parameters())
+    for keep in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            context, states = policy.encode(observation(kind)), points(policy, 3)
+            fields = policy.path_fields(context, context, keep_activations=keep)
+            for i in range(2):
+                fields.evaluate(states[i], states[2], i / 2, i / 2)
+            loss = fields.tuned().square().sum()
+        gradients.append(torch.autograd.grad(loss, parameters))
+    for kept, again in zip(*gradients, strict=True):
+        assert float(kept.abs().max()) > 0
+        assert float((kept - again).norm() / kept.norm()) < 0.01
