@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("contract", "lerobot_contract")
+pytest.register_assert_rewrite("contract", "path_contract", "lerobot_contract")

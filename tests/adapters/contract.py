@@ -3,6 +3,7 @@
     class TestMyPolicy(FlowPolicyContract):
         def make_policy(self) -> FlowPolicy: ...
         def observation(self, batch_size: int, seed: int) -> Any: ...
+        def evaluations(self, policy): ...
         def host_actions(self, policy, observation, noise): ...
         def host_behaviour_loss(self, policy, observation, action, noise, tau): ...
         def load(self, directory): ...
@@ -13,50 +14,33 @@ MLP, a policy with LoRA and a policy inside another library to the same promises
 
 import copy
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from path_contract import BATCH, PathContract
 from torch import Tensor
 
-from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
-from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
-from vla_trqam.policy import FlowPolicy, PathFields
-from vla_trqam.sde import Trajectory, sample_ode, sample_path_and_next_action
-from vla_trqam.time_grid import TimeGrid, full_tau
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.time_grid import full_tau
 
-BATCH = 3
+__all__ = ["BATCH", "FlowPolicyContract"]
 
 
-class FlowPolicyContract(ABC):
-    """The suite; its tolerances are for float32 and a policy may widen them.
+class FlowPolicyContract(PathContract):
+    """The suite, that of a path's fields included.
 
     Attributes:
-        rtol, atol: between two ways to compute the same numbers in the policy's own precision.
-        exact: the precision in which finite differences are taken.
-        difference_step, difference_rtol, difference_atol: their step, and how close they come.
         trains_base: whether the base can keep training by behaviour cloning.
         reload_is_exact: whether a saved policy acts the same to the bit, or up to the tolerances.
     """
 
-    rtol, atol = 1e-4, 1e-5
-    exact = torch.float64
-    difference_step, difference_rtol, difference_atol = 1e-5, 1e-6, 1e-8
     trains_base = False
     reload_is_exact = True
-
-    @abstractmethod
-    def make_policy(self) -> FlowPolicy:
-        """A fresh policy, the same at every call, whose tuned field is its base."""
-
-    @abstractmethod
-    def observation(self, batch_size: int, seed: int) -> Any:
-        """What :meth:`FlowPolicy.encode` takes."""
 
     @abstractmethod
     def host_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
@@ -80,25 +64,6 @@ class FlowPolicyContract(ABC):
     @abstractmethod
     def load(self, directory: Path) -> FlowPolicy:
         """The saved policy, read by what users read it with."""
-
-    def in_precision(self, policy: FlowPolicy, observation: Any) -> tuple[FlowPolicy, Any]:
-        """Policy and observation in :attr:`exact`."""
-        return policy.to(self.exact), observation.to(self.exact)
-
-    @pytest.fixture
-    def policy(self) -> FlowPolicy:
-        return self.make_policy()
-
-    @pytest.fixture
-    def moved(self) -> FlowPolicy:
-        """A policy whose tuned field has left its base."""
-        policy = self.make_policy()
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in policy.trainable_parameters():
-                step = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(0.1 * step)
-        return policy
 
     # The two fields.
 
@@ -182,57 +147,6 @@ class FlowPolicyContract(ABC):
         assert torch.equal(policy.executed(far), expected)
         assert torch.equal(policy.executed(far, clip=False), policy.real_actions(far))
 
-    # Derivatives in x.
-
-    def test_the_base_pullback_is_the_finite_difference(self, moved: FlowPolicy) -> None:
-        policy, observation = self.in_precision(moved, self.observation(BATCH, 0))
-        path, fields = self._path(policy, observation)
-        grid = TimeGrid(policy.num_flow_steps)
-        context = policy.encode(observation)
-        generator = torch.Generator().manual_seed(5)
-        for step in (0, grid.num_flow_steps - 1):
-            x = path.states[step]
-            cotangent, direction = (
-                torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2)
-            )
-            tau, size = full_tau(grid.tau(step + 1), x), self.difference_step
-            with torch.no_grad():
-                up = policy.base_velocity(x + size * direction, tau, context)
-                down = policy.base_velocity(x - size * direction, tau, context)
-            expected = ((up - down) / (2 * size) * cotangent).flatten(1).sum(1)
-            pullback = (fields.base_pullback(step, cotangent) * direction).flatten(1).sum(1)
-            torch.testing.assert_close(
-                pullback, expected, rtol=self.difference_rtol, atol=self.difference_atol
-            )
-
-    # The shared evaluations along a path.
-
-    def test_shared_evaluations_are_the_plain_ones(self, moved: FlowPolicy) -> None:
-        observation = self.observation(BATCH, 0)
-        path, fields = self._path(moved, observation)
-        plain_path, plain = self._path(moved, observation, plain=True)
-        self._assert_close(path.x, plain_path.x)
-        self._assert_close(fields.tuned(), plain.tuned())
-        self._assert_close(fields.base(), plain.base())
-        cotangent = torch.randn(path.x_1.shape, generator=torch.Generator().manual_seed(1))
-        for step in range(moved.num_flow_steps):
-            pulled, expected = (f.base_pullback(step, cotangent) for f in (fields, plain))
-            self._assert_close(pulled, expected)
-        assert fields.tuned().requires_grad
-        assert not fields.base().requires_grad
-
-    def test_the_gradient_over_a_recorded_path_is_autograds(self, moved: FlowPolicy) -> None:
-        observation = self.observation(BATCH, 0)
-        _, fields = self._path(moved, observation)
-        _, plain = self._path(moved, observation, plain=True)
-        weight = torch.randn(fields.tuned().shape, generator=torch.Generator().manual_seed(2))
-        parameters = list(moved.trainable_parameters())
-        ours = torch.autograd.grad((fields.tuned() * weight).sum(), parameters)
-        autograds = torch.autograd.grad((plain.tuned() * weight).sum(), parameters)
-        for mine, other in zip(ours, autograds, strict=True):
-            scale = float(other.abs().max())
-            torch.testing.assert_close(mine, other, rtol=self.rtol, atol=self.atol * (1 + scale))
-
     # The host.
 
     def test_euler_on_the_velocity_is_the_hosts_own_sampler(self, moved: FlowPolicy) -> None:
@@ -252,14 +166,6 @@ class FlowPolicyContract(ABC):
         self._assert_close(loss, host)
 
     # Updates.
-
-    def test_the_kl_of_the_first_update_is_exactly_zero(self, policy: FlowPolicy) -> None:
-        method = self._method(policy)
-        first = method.update(*self._data(policy, 0))
-        assert first.kl_estimate == 0.0
-        assert first.output.kl_per_step.tolist() == [0.0] * policy.num_flow_steps
-        second = method.update(*self._data(policy, 1))
-        assert second.kl_estimate > 0.0
 
     def test_updates_never_change_the_base(self, policy: FlowPolicy) -> None:
         x, tau, context = self._point(policy)
@@ -302,62 +208,6 @@ class FlowPolicyContract(ABC):
             assert torch.equal(loaded.velocity(x, tau, context), base)
 
     # What the tests share.
-
-    def _assert_close(self, ours: Tensor, theirs: Tensor) -> None:
-        torch.testing.assert_close(ours, theirs, rtol=self.rtol, atol=self.atol)
-
-    def _noise(self, policy: FlowPolicy, count: int, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(count, BATCH, *policy.chunk_shape, generator=generator)
-
-    def _point(self, policy: FlowPolicy) -> tuple[Tensor, Tensor, Any]:
-        context = policy.encode(self.observation(BATCH, 0))
-        return self._noise(policy, 1)[0], torch.full((BATCH,), 0.3), context
-
-    def _path(
-        self, policy: FlowPolicy, observation: Any, *, plain: bool = False
-    ) -> tuple[Trajectory, PathFields]:
-        """A path by the adapter's shared evaluations, or by the plain ones."""
-        context = policy.encode(observation)
-        following = policy.encode(self._like(observation, self.observation(BATCH, 1)))
-        make = PathFields(policy, context, following) if plain else None
-        fields = make or policy.path_fields(context, following)
-        noise = self._noise(policy, policy.num_flow_steps + 2).to(policy.features(context))
-        grid = TimeGrid(policy.num_flow_steps)
-        path, _ = sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid)
-        return path, fields
-
-    def _like(self, observation: Any, other: Any) -> Any:
-        """`other` in the precision of `observation`, where both are tensors."""
-        return other.to(observation) if isinstance(observation, Tensor) else other
-
-    def _ode_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
-        context, grid = policy.encode(observation), TimeGrid(policy.num_flow_steps)
-        with torch.no_grad():
-            return sample_ode(lambda x, tau: policy.velocity(x, tau, context), noise, grid)
-
-    def _method(self, policy: FlowPolicy, **changes: Any) -> TRQAM:
-        return TRQAM(policy, self._critic(policy), TRQAMConfig(**changes))
-
-    def _critic(self, policy: FlowPolicy) -> Critic:
-        torch.manual_seed(0)
-        real = policy.chunk_shape[0] * int(policy.action_mask.sum())
-        return Critic(CriticEnsemble(policy.feature_dim, real, (16,), 2))
-
-    def _data(self, policy: FlowPolicy, seed: int) -> tuple[TransitionBatch, UpdateNoise]:
-        horizon = policy.chunk_shape[0]
-        generator = torch.Generator().manual_seed(seed)
-        batch = TransitionBatch(
-            observation=self.observation(BATCH, seed),
-            action=self._noise(policy, 1, seed)[0].clamp(-1, 1),
-            chunk_return=torch.randn(BATCH, generator=generator),
-            next_observation=self.observation(BATCH, seed + 50),
-            discount=torch.full((BATCH,), 0.99),
-            terminated=torch.zeros(BATCH, dtype=torch.bool),
-            truncated=torch.zeros(BATCH, dtype=torch.bool),
-            valid=torch.ones(BATCH, horizon, dtype=torch.bool),
-        )
-        return batch, UpdateNoise.draw(batch.action, policy.num_flow_steps, generator)
 
     def _untrained_hash(self, policy: FlowPolicy) -> str:
         """Of every parameter and buffer that training must not move."""

@@ -1,6 +1,7 @@
 """The contract over LeRobot policies: tiny random checkpoints, asked through LeRobot's own API."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -118,6 +119,31 @@ def host_draws(host: Any, noise: Tensor, tau: Tensor | None = None) -> Iterator[
         yield
 
 
+@contextmanager
+def counted_evaluations(policy: LeRobotFlowPolicy) -> Iterator[Counter[str]]:
+    """What is asked of each field along a path, in batches of states."""
+    counts: Counter[str] = Counter()
+    inside: list[bool] = []
+    host, velocities = policy.base.host, policy.family.velocities
+
+    @contextmanager
+    def base_host() -> Iterator[Any]:
+        inside.append(True)
+        with host() as found:
+            yield found
+        inside.pop()
+
+    def counted(model: Any, x: Tensor, tau: Tensor, shared: Any) -> Tensor:
+        counts["base" if inside else "tuned"] += x.shape[1]
+        return velocities(model, x, tau, shared)
+
+    with (
+        mock.patch.object(policy.base, "host", base_host),
+        mock.patch.object(policy.family, "velocities", counted),
+    ):
+        yield counts
+
+
 def host_chunk(host: Any, observation: dict[str, Any], noise: Tensor) -> Tensor:
     """What the robot is given step by step, normalised: (B, H, a)."""
     host.reset()
@@ -156,6 +182,12 @@ class LeRobotContract(FlowPolicyContract):
 
     def observation(self, batch_size: int, seed: int) -> dict[str, Any]:
         return observation(self.kind, batch_size, seed)
+
+    @contextmanager
+    def evaluations(self, policy: FlowPolicy) -> Iterator[Counter[str]]:
+        assert isinstance(policy, LeRobotFlowPolicy)
+        with counted_evaluations(policy) as counts:
+            yield counts
 
     def host_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
         assert isinstance(policy, LeRobotFlowPolicy)

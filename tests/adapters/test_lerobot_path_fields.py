@@ -1,13 +1,17 @@
-"""A path's fields in few, large calls: what the shared contract does not ask."""
-
-from typing import Any
+"""A LeRobot policy's fields along a path: what the shared contract does not ask."""
 
 import pytest
 import torch
 from contract import BATCH
-from lerobot_contract import FAMILIES, checkpoint, make_policy, observation, raw_observation
+from lerobot_contract import (
+    FAMILIES,
+    checkpoint,
+    counted_evaluations,
+    make_policy,
+    observation,
+    raw_observation,
+)
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from vla_trqam.adapters.lerobot_policy import Encoding, LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
@@ -75,48 +79,53 @@ def test_the_hosts_attention_is_its_own_again_afterwards(kind: str) -> None:
     assert torch.equal(policy.velocity(states[0], tau, context), before)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts every operation that reaches the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_path_has_evaluated_is_not_asked_again(kind: str) -> None:
+    policy = moved(kind)
+    context, states = policy.encode(observation(kind)), points(policy, 4)
+    with counted_evaluations(policy) as counts:
+        fields = policy.path_fields(context, context)
+        for i in range(4):
+            fields.evaluate(states[i], states[i], i / 4, i / 4)
+        assert dict(counts) == {"tuned": 8, "base": 4}
+        assert fields.tuned().shape == fields.base().shape == states.shape
+        fields.base_pullback(2, states[0])
+        fields.tuned().sum().backward()
+    assert dict(counts) == {"tuned": 8, "base": 4}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_both_fields_along_a_path_are_one_call_each(kind: str) -> None:
+def test_what_the_evaluations_of_a_path_share_is_computed_once_a_field(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = moved(kind)
-    context, states = policy.encode(observation(kind)), points(policy, 8)
-    counts = []
-    for steps in (2, 8):
-        fields = policy.path_fields(context, context)
-        for i in range(steps):
-            fields.evaluate(states[i], states[i], i / 8, (i + 1) / 8)
-        with _Operations() as operations:
-            assert fields.tuned().shape == (steps, *states.shape[1:])
-            fields.base()
-        counts.append(operations.count)
-    assert counts[1] == counts[0]
+    context, states = policy.encode(observation(kind)), points(policy, 4)
+    share, asked = policy.family.share, []
+    monkeypatch.setattr(policy.family, "share", lambda *args: asked.append(1) or share(*args))
+    fields = policy.path_fields(context, context)
+    for i in range(4):
+        fields.evaluate(states[i], states[i], i / 4, (i + 1) / 4)
+    fields.base_pullback(3, states[0])
+    assert len(asked) == 3  # of the tuned field, of the next action's, and of the base
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("lora", [True, False])
-def test_equal_fields_are_equal_to_the_bit_along_a_path(kind: str, lora: bool) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_equal_fields_are_equal_to_the_bit_along_a_path(kind: str, lora: bool, ahead: int) -> None:
+    """Whether the base's evaluation has a graph, as where its Jacobian is wanted too, or not."""
     policy = make_policy(kind, lora=lora)
     context, states = policy.encode(observation(kind)), points(policy, 4)
     fields = policy.path_fields(context, context)
     for i in range(4):
-        fields.evaluate(states[i], states[i], i / 4, (i + 1) / 4)
+        fields.evaluate(states[i], states[i], i / 4, (i + ahead) / 4)
     assert torch.equal(fields.tuned(), fields.base())
     assert fields.tuned().requires_grad
     assert not fields.base().requires_grad
 
 
-def test_the_pullback_in_bfloat16_is_the_float32_models() -> None:
+@pytest.mark.parametrize("adjoint_tau", [0.3, 0.4])
+def test_the_pullback_in_bfloat16_is_the_float32_models(adjoint_tau: float) -> None:
     """The state and the adjoint stay float32; the network's rounding is all that differs."""
     pulled, values = [], []
     for dtype in ("float32", "bfloat16"):
@@ -127,7 +136,7 @@ def test_the_pullback_in_bfloat16_is_the_float32_models() -> None:
         _move(policy)
         context, states = policy.encode(observation("tiny_pi0")), points(policy, 3)
         fields = policy.path_fields(context, context)
-        found = evaluated(fields, states)
+        found = fields.evaluate(states[0], states[1], 0.3, adjoint_tau)
         gradient = fields.base_pullback(0, states[2])
         assert {t.dtype for t in (*found, gradient, fields.tuned())} == {torch.float32}
         pulled.append(gradient)
@@ -137,7 +146,10 @@ def test_the_pullback_in_bfloat16_is_the_float32_models() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(kind: str) -> None:
+@pytest.mark.parametrize("adjoint_tau", [0.3, 0.4])
+def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(
+    kind: str, adjoint_tau: float
+) -> None:
     """As in a run with mixed precision."""
     for policy, moves in ((make_policy(kind, lora=True), False), (moved(kind), True)):
         with torch.autocast("cpu", torch.bfloat16):
@@ -146,9 +158,10 @@ def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(kin
                 policy.path_fields(context, context),
                 PathFields(policy, context, context),
             )
-            for ours, theirs in zip(
-                evaluated(fields, states), evaluated(plain, states), strict=True
-            ):
+            evaluations = (
+                f.evaluate(states[0], states[1], 0.3, adjoint_tau) for f in (fields, plain)
+            )
+            for ours, theirs in zip(*evaluations, strict=True):
                 assert float((ours - theirs).norm() / theirs.norm()) < 0.03
             pulled, expected = (f.base_pullback(0, states[2]) for f in (fields, plain))
             tuned, base = fields.tuned(), fields.base()
@@ -156,3 +169,22 @@ def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(kin
         assert torch.equal(tuned, base) != moves
         tuned.sum().backward()
         assert all(p.grad is not None for p in policy.trainable_parameters())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_under_autocast_what_is_not_kept_is_computed_again_with_the_same_gradient(
+    kind: str,
+) -> None:
+    policy, gradients = moved(kind), []
+    parameters = list(policy.trainable_parameters())
+    for keep in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            context, states = policy.encode(observation(kind)), points(policy, 3)
+            fields = policy.path_fields(context, context, keep_activations=keep)
+            for i in range(2):
+                fields.evaluate(states[i], states[2], i / 2, i / 2)
+            loss = fields.tuned().square().sum()
+        gradients.append(torch.autograd.grad(loss, parameters))
+    for kept, again in zip(*gradients, strict=True):
+        assert float(kept.abs().max()) > 0
+        assert float((kept - again).norm() / kept.norm()) < 0.01

@@ -1,14 +1,18 @@
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from contract import FlowPolicyContract
+from contract import BATCH, FlowPolicyContract
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vla_trqam.adapters import velocity_mlp
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
@@ -38,6 +42,7 @@ def plain_velocity(policy: FlowPolicy, observation: Tensor, x: Tensor, tau: Tens
 
 class MLPContract(FlowPolicyContract):
     trains_base = True
+    keeps_own_tape = True
     layer_norm = False
     hidden_dims: tuple[int, ...] = (24, 32)
 
@@ -54,6 +59,21 @@ class MLPContract(FlowPolicyContract):
     def observation(self, batch_size: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 + seed)
         return torch.randn(batch_size, OBSERVATION, generator=generator)
+
+    @contextmanager
+    def evaluations(self, policy: FlowPolicy) -> Iterator[Counter[str]]:
+        assert isinstance(policy, MLPFlowPolicy)
+        counts: Counter[str] = Counter()
+        forward, base = velocity_mlp._Stack.forward, policy.base.layers[0].bias
+
+        def counted(stack: Any, inputs: Tensor, tape: Any) -> Tensor:
+            for bias in stack._layers[0].bias:
+                name = "base" if torch.equal(bias[0], base) else "tuned"
+                counts[name] += inputs.shape[1] // BATCH
+            return forward(stack, inputs, tape)
+
+        with mock.patch.object(velocity_mlp._Stack, "forward", counted):
+            yield counts
 
     def host_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
         x = noise

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.sde import FinalStep, Velocity, sample_memoryless_sde, sample_ode
-from vla_trqam.time_grid import TimeGrid
+from vla_trqam.sde import Velocity, sample_memoryless_sde, sample_ode
+from vla_trqam.time_grid import Posterior, ShiftedEuler, TimeGrid
 
 DOUBLE = torch.float64
+SCHEMES = (Posterior(), ShiftedEuler())
+NOISY_TO_THE_END = ShiftedEuler(final_step="sde")
 
 
 def gaussian_gain(tau: float, variance: float) -> float:
@@ -105,17 +107,13 @@ class AffineMap:
         return float(self.path_response[-1].square().sum())
 
 
-def propagate(
-    velocity: Velocity, grid: TimeGrid, base: Velocity, final_step: FinalStep = "noiseless_base"
-) -> AffineMap:
-    """Feeds the library's SDE sampler nothing, then one unit of each of its random numbers."""
+def propagate(velocity: Velocity, grid: TimeGrid, base: Velocity) -> AffineMap:
+    """Feeds the library's sampler of the chain nothing, then one unit of each random number."""
     steps = grid.num_flow_steps
     inputs = torch.cat([torch.zeros(1, steps + 1), torch.eye(steps + 1)]).to(DOUBLE)
     x_0 = inputs[:, 0].view(-1, 1, 1)
     noise = inputs[:, 1:].t().reshape(steps, -1, 1, 1)
-    path = sample_memoryless_sde(
-        velocity, x_0, noise, grid, base_velocity=base, final_step=final_step
-    ).x[:, :, 0, 0]
+    path = sample_memoryless_sde(velocity, x_0, noise, grid, base_velocity=base).x[:, :, 0, 0]
     return AffineMap(path[:, 0], path[:, 1:] - path[:, :1])
 
 

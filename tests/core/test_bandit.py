@@ -1,7 +1,9 @@
 """TRQAM must solve something: one step, one reward, two numbers to choose."""
 
 from functools import cache
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
@@ -80,16 +82,17 @@ def mean_reward(policy: MLPFlowPolicy) -> float:
     return float(reward(action.clamp(-1, 1)).mean())
 
 
-def train(critic_type: type[Critic], kl_budget: float) -> tuple[float, float, TRQAM]:
+def train(
+    critic_type: type[Critic], kl_budget: float, **settings: Any
+) -> tuple[float, float, TRQAM]:
     """Mean reward before and after, and the method."""
     policy = MLPFlowPolicy(SHAPE)
     policy.load_state_dict(pretrained())
     before = mean_reward(policy)
     torch.manual_seed(1)
     critic = critic_type(CriticEnsemble(1, 2, (48, 48), 2), target_rate=0.02)
-    config = TRQAMConfig(
-        kl_budget=kl_budget, lam_init=1.0, dual_step_size=0.05, actor_lr=1e-3, critic_lr=3e-3
-    )
+    rates = {"dual_step_size": 0.05, "actor_lr": 1e-3, "critic_lr": 3e-3}
+    config = TRQAMConfig(kl_budget=kl_budget, lam_init=1.0, **rates | settings)
     method, generator = TRQAM(policy, critic, config), torch.Generator().manual_seed(2)
     for _ in range(UPDATES):
         batch = transitions(generator)
@@ -97,18 +100,28 @@ def train(critic_type: type[Critic], kl_budget: float) -> tuple[float, float, TR
     return before, mean_reward(policy), method
 
 
-def test_trqam_solves_a_bandit() -> None:
-    before, after, _ = train(Critic, kl_budget=3.0)
+CHAINS = [
+    {"scheme": "posterior"},
+    {"scheme": "shifted_euler"},
+    {"scheme": "posterior", "adjoint": "scalar"},
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
+def test_trqam_solves_a_bandit(chain: dict[str, Any]) -> None:
+    before, after, _ = train(Critic, kl_budget=3.0, **chain)
     assert before < -1.0 < SOLVED
     assert after > SOLVED
 
 
-def test_the_same_run_with_the_adjoints_sign_flipped_fails() -> None:
-    before, after, _ = train(FlippedCritic, kl_budget=3.0)
+@pytest.mark.parametrize("chain", CHAINS[:2], ids=str)
+def test_the_same_run_with_the_adjoints_sign_flipped_fails(chain: dict[str, Any]) -> None:
+    before, after, _ = train(FlippedCritic, kl_budget=3.0, **chain)
     assert after < before
 
 
-def test_a_tight_budget_keeps_the_policy_near_its_base() -> None:
-    before, after, method = train(Critic, kl_budget=0.05)
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
+def test_a_tight_budget_keeps_the_policy_near_its_base(chain: dict[str, Any]) -> None:
+    before, after, method = train(Critic, kl_budget=0.05, **chain)
     assert before < after < SOLVED
     assert method.trust_region.lam > method.config.lam_init

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from flow_problems import DOUBLE
+from closed_forms import bayes_moves, moves_of
+from flow_problems import DOUBLE, SCHEMES
 from torch import Tensor
 
 from vla_trqam.losses import (
@@ -12,7 +13,7 @@ from vla_trqam.losses import (
     td_loss,
     td_target,
 )
-from vla_trqam.time_grid import TimeGrid, per_step
+from vla_trqam.time_grid import Posterior, Scheme, ShiftedEuler, TimeGrid, per_step
 
 STEPS, BATCH, CHUNK = 6, 5, (2, 3)
 
@@ -41,29 +42,53 @@ def test_adjoint_matching_equals_the_naive_loop(
     lam: float, shift: float, gap_and_adjoint: tuple[Tensor, Tensor]
 ) -> None:
     gap, adjoint = gap_and_adjoint
-    loss = adjoint_matching_loss(gap, adjoint, TimeGrid(STEPS, shift), lam)
+    loss = adjoint_matching_loss(gap, adjoint, TimeGrid(STEPS, ShiftedEuler(shift)), lam)
     assert float(loss) == pytest.approx(naive_loss(gap, adjoint, lam, shift), rel=1e-12)
 
 
-@pytest.mark.parametrize("lam", [0.03, 0.7, 1.0, 3.0, 300.0])
-def test_trqams_loss_is_lambda_times_qams_at_beta_one_over_lambda(
-    lam: float, gap_and_adjoint: tuple[Tensor, Tensor]
+def bayes_loss(gap: Tensor, adjoint: Tensor, lam: float, last_step_weight: float) -> float:
+    """``lam / (h V) ||B gap + V / lam a||^2``; at the last step the fields are held together."""
+    total, h, moves = 0.0, 1 / STEPS, bayes_moves(STEPS)
+    for i in range(STEPS - 1):
+        residual = moves.gain[i] * gap[i] + moves.variance[i] / lam * adjoint[i]
+        total += lam / (h * moves.variance[i]) * float((residual**2).sum()) / BATCH
+    weight = lam * moves.gain[-2] ** 2 / (h * moves.variance[-2])
+    return total + last_step_weight * weight * float((gap[-1] ** 2).sum()) / BATCH
+
+
+@pytest.mark.parametrize("last_step_weight", [1.0, 0.1])
+@pytest.mark.parametrize("lam", [0.1, 1.0, 7.0])
+def test_the_posterior_chains_loss_equals_the_naive_loop(
+    lam: float, last_step_weight: float, gap_and_adjoint: tuple[Tensor, Tensor]
 ) -> None:
     gap, adjoint = gap_and_adjoint
-    grid = TimeGrid(STEPS)
+    loss = adjoint_matching_loss(gap, adjoint, TimeGrid(STEPS, Posterior(last_step_weight)), lam)
+    expected = bayes_loss(gap, adjoint, lam, last_step_weight)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("lam", [0.03, 0.7, 1.0, 3.0, 300.0])
+def test_trqams_loss_is_lambda_times_qams_at_beta_one_over_lambda(
+    lam: float, scheme: Scheme, gap_and_adjoint: tuple[Tensor, Tensor]
+) -> None:
+    gap, adjoint = gap_and_adjoint
+    grid = TimeGrid(STEPS, scheme)
     trqam = adjoint_matching_loss(gap, adjoint, grid, lam)
     qam = adjoint_matching_loss(gap, adjoint / lam, grid, 1.0)
     assert float(trqam) == pytest.approx(lam * float(qam), rel=1e-13)
 
 
-@pytest.mark.parametrize("shift", [1.0, 0.5])
+@pytest.mark.parametrize("scheme", [*SCHEMES, ShiftedEuler(0.5), Posterior(0.1)])
 @pytest.mark.parametrize("lam", [0.1, 1.0, 7.0])
-def test_the_minimiser_is_the_adjoint_times_half_the_noise_scale_over_lambda(
-    lam: float, shift: float, gap_and_adjoint: tuple[Tensor, Tensor]
+def test_the_minimiser_is_minus_the_adjoint_times_the_variance_over_lambda_and_the_gain(
+    lam: float, scheme: Scheme, gap_and_adjoint: tuple[Tensor, Tensor]
 ) -> None:
+    """In the authors' scheme the factor is half the squared noise scale; without noise it is 0."""
     _, adjoint = gap_and_adjoint
-    grid = TimeGrid(STEPS, shift)
-    best = -per_step(grid.noise_scales_squared(adjoint), adjoint) * adjoint / (2 * lam)
+    grid, moves = TimeGrid(STEPS, scheme), moves_of(scheme, STEPS)
+    best = -per_step(list(moves.variance / (lam * moves.gain)), adjoint) * adjoint
+    assert bool((best[-1] == 0).all()) == isinstance(scheme, Posterior)
     best.requires_grad_(True)
     loss = adjoint_matching_loss(best, adjoint, grid, lam)
     loss.backward()
@@ -76,11 +101,12 @@ def test_the_minimiser_is_the_adjoint_times_half_the_noise_scale_over_lambda(
         assert float(adjoint_matching_loss(best.detach() + step, adjoint, grid, lam)) > 1e-9
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_adjoint_is_a_target_and_gets_no_gradient(
-    gap_and_adjoint: tuple[Tensor, Tensor],
+    scheme: Scheme, gap_and_adjoint: tuple[Tensor, Tensor]
 ) -> None:
     gap, adjoint = (t.requires_grad_(True) for t in gap_and_adjoint)
-    adjoint_matching_loss(gap, adjoint, TimeGrid(STEPS), 2.0).backward()
+    adjoint_matching_loss(gap, adjoint, TimeGrid(STEPS, scheme), 2.0).backward()
     assert gap.grad is not None
     assert adjoint.grad is None
 

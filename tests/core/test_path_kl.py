@@ -5,11 +5,19 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from flow_problems import DOUBLE, gaussian_field, propagate
+from closed_forms import moves_of
+from flow_problems import (
+    DOUBLE,
+    NOISY_TO_THE_END,
+    SCHEMES,
+    AffineMap,
+    gaussian_field,
+    propagate,
+)
 from torch import Tensor
 
 from vla_trqam.sde import Velocity
-from vla_trqam.time_grid import TimeGrid
+from vla_trqam.time_grid import Posterior, Scheme, ShiftedEuler, TimeGrid
 from vla_trqam.trust_region import path_kl, path_kl_per_step
 
 STEPS, BATCH, CHUNK = 8, 5, (2, 3)
@@ -19,7 +27,7 @@ STEPS, BATCH, CHUNK = 8, 5, (2, 3)
 def test_a_constant_offset_costs_twice_h_over_noise_times_its_square(shift: float) -> None:
     offset = torch.randn(CHUNK, dtype=DOUBLE)
     gap = offset.expand(STEPS, BATCH, *CHUNK)
-    grid, h = TimeGrid(STEPS, shift), 1 / STEPS
+    grid, h = TimeGrid(STEPS, ShiftedEuler(shift)), 1 / STEPS
     square = sum(float(v) ** 2 for v in offset.flatten())
     per_step = [
         2 * h * square / (2 * (1 - i * h + shift * h) / (i * h + shift * h)) for i in range(STEPS)
@@ -28,74 +36,112 @@ def test_a_constant_offset_costs_twice_h_over_noise_times_its_square(shift: floa
     assert float(path_kl(gap, grid)) == pytest.approx(sum(per_step), rel=1e-12)
 
 
-def test_the_kl_is_the_batch_mean_of_each_rows_kl() -> None:
-    gap, grid = torch.randn(STEPS, BATCH, *CHUNK, dtype=DOUBLE), TimeGrid(STEPS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_kl_is_the_batch_mean_of_each_rows_kl(scheme: Scheme) -> None:
+    gap, grid = torch.randn(STEPS, BATCH, *CHUNK, dtype=DOUBLE), TimeGrid(STEPS, scheme)
     rows = [float(path_kl(gap[:, b : b + 1], grid)) for b in range(BATCH)]
     assert float(path_kl(gap, grid)) == pytest.approx(np.mean(rows), rel=1e-12)
 
 
-def test_equal_fields_are_at_no_distance_and_the_kl_carries_no_gradient() -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equal_fields_are_at_no_distance_and_the_kl_carries_no_gradient(scheme: Scheme) -> None:
     gap = torch.zeros(STEPS, BATCH, *CHUNK, requires_grad=True)
-    kl = path_kl(gap, TimeGrid(STEPS))
+    kl = path_kl(gap, TimeGrid(STEPS, scheme))
     assert float(kl) == 0.0
     assert not kl.requires_grad
 
 
-@pytest.mark.parametrize("shift", [1.0, 0.5])
-def test_each_step_is_the_kl_of_the_two_gaussian_transitions(shift: float) -> None:
-    """Both chains step to ``x + h (2 v - x / (tau + d))`` with the same covariance ``h g^2``."""
-    grid, h = TimeGrid(STEPS, shift), 1 / STEPS
+@pytest.mark.parametrize(
+    ("scheme", "steps", "nats"),
+    [(ShiftedEuler(), 10, 1.42), (Posterior(), 10, 2.42), (Posterior(), 4, 1.31)],
+)
+def test_what_a_constant_offset_of_one_costs(scheme: Scheme, steps: int, nats: float) -> None:
+    gap = torch.ones(steps, 1, 1, 1, dtype=DOUBLE)
+    assert float(path_kl(gap, TimeGrid(steps, scheme))) == pytest.approx(nats, abs=5e-3)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, ShiftedEuler(0.5)])
+def test_each_step_is_the_kl_of_the_two_gaussian_transitions(scheme: Scheme) -> None:
+    """Both chains step to ``A x + B v`` with the same covariance V; without noise there is none."""
+    grid, moves = TimeGrid(STEPS, scheme), moves_of(scheme, STEPS)
     base, tuned, x = torch.randn(3, STEPS, *CHUNK, dtype=DOUBLE)
     kls = path_kl_per_step((tuned - base).unsqueeze(1), grid)
     for i in range(STEPS):
-        pull = x[i] / ((i + shift) * h)
-        scale = (h * grid.noise_scale_squared(i)) ** 0.5
-        first = torch.distributions.Normal(x[i] + h * (2 * tuned[i] - pull), scale)
-        second = torch.distributions.Normal(x[i] + h * (2 * base[i] - pull), scale)
+        scale = moves.variance[i] ** 0.5
+        if not scale:
+            assert float(kls[i]) == 0.0
+            continue
+        means = (moves.keep[i] * x[i] + moves.gain[i] * field[i] for field in (tuned, base))
+        first, second = (torch.distributions.Normal(mean, scale) for mean in means)
         expected = torch.distributions.kl_divergence(first, second).sum()
         assert float(kls[i]) == pytest.approx(float(expected), rel=1e-10)
 
 
 def shifted_and_stretched(base: Velocity, gain: float, offset: float) -> Velocity:
     def velocity(x: Tensor, tau: Tensor) -> Tensor:
-        return base(x, tau) + gain * x + offset * tau.view(-1, 1, 1)
+        return base(x, tau) + gain * x + offset * (0.5 + tau.view(-1, 1, 1))
 
     return velocity
 
 
-def affine_path_kl(base: Velocity, tuned: Velocity, grid: TimeGrid) -> tuple[float, float]:
-    """The exact path KL of two affine fields and the KL of their chains' ends.
+def affine_path_kl(base: Velocity, tuned: Velocity, grid: TimeGrid) -> float:
+    """The path KL of two affine fields by the library, without sampling.
 
     A gap that is affine in a Gaussian state has ``E gap^2 = mean^2 + slope^2``: the rows of the
     propagation give both, so the library's batch mean is fed each of them as its own row.
     """
-    path = propagate(tuned, grid, base, "sde")
-    steps = grid.num_flow_steps
-    taus = [torch.full((1,), grid.tau(i), dtype=DOUBLE) for i in range(steps)]
-
-    def gap(i: int, x: Tensor) -> Tensor:
-        points = x.view(-1, 1, 1)
-        tau = taus[i].expand(len(points))
-        return (tuned(points, tau) - base(points, tau)).flatten()
-
+    path = propagate(tuned, grid, base)
     rows = []
-    for i in range(steps):
-        mean = gap(i, path.path_mean[i : i + 1])
-        slope = gap(i, path.path_mean[i] + path.path_response[i]) - mean
+    for i, step in enumerate(grid.steps):
+
+        def gap(x: Tensor, at: float = step.tau) -> Tensor:
+            points = x.view(-1, 1, 1)
+            tau = points.new_full((len(points),), at)
+            return (tuned(points, tau) - base(points, tau)).flatten()
+
+        mean = gap(path.path_mean[i : i + 1])
+        slope = gap(path.path_mean[i] + path.path_response[i]) - mean
         rows.append(torch.cat([mean, slope]))
-    gaps = torch.stack(rows).view(steps, -1, 1, 1)
-    kl = float(path_kl(gaps, grid)) * gaps.shape[1]
-    reference = propagate(base, grid, base, "sde")
-    ratio = path.variance / reference.variance
-    shift = (path.mean - reference.mean) ** 2 / reference.variance
-    return kl, 0.5 * (ratio - 1 - np.log(ratio) + shift)
+    gaps = torch.stack(rows).view(len(rows), -1, 1, 1)
+    return float(path_kl(gaps, grid)) * gaps.shape[1]
 
 
+def gaussian_kl(first: AffineMap, second: AffineMap, states: slice) -> float:
+    """KL of the joint laws of some states of two chains, multivariate Gaussians."""
+    shift = (first.path_mean - second.path_mean)[states].numpy()
+    one, other = (m.path_response[states].numpy() for m in (first, second))
+    precision = np.linalg.inv(other @ other.T)
+    logs = [np.linalg.slogdet(r @ r.T).logabsdet for r in (other, one)]
+    trace = np.trace(precision @ one @ one.T)
+    return float(0.5 * (trace - len(shift) + shift @ precision @ shift + logs[0] - logs[1]))
+
+
+# The chains that are sampled as their KL says; the posterior's last state follows from the one
+# before, in both of them alike.
+SAMPLED = [(Posterior(), slice(0, -1)), (NOISY_TO_THE_END, slice(0, None))]
+
+
+@pytest.mark.parametrize(("scheme", "states"), SAMPLED)
+@pytest.mark.parametrize("steps", [2, 4, 10])
+def test_the_path_kl_is_that_of_the_joint_laws_of_the_two_sampled_chains(
+    steps: int, scheme: Scheme, states: slice
+) -> None:
+    base, grid = gaussian_field(0.5), TimeGrid(steps, scheme)
+    for gain, offset in itertools.product([-0.5, 0.0, 0.4], [-1.0, 0.3]):
+        tuned = shifted_and_stretched(base, gain, offset)
+        exact = gaussian_kl(propagate(tuned, grid, base), propagate(base, grid, base), states)
+        assert exact > 1e-3
+        assert affine_path_kl(base, tuned, grid) == pytest.approx(exact, rel=1e-8)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme, _ in SAMPLED])
 @pytest.mark.parametrize("steps", [4, 10, 50])
-def test_proposition_1_the_terminal_kl_is_at_most_the_path_kl(steps: int) -> None:
-    base, grid = gaussian_field(0.5), TimeGrid(steps)
+def test_proposition_1_the_terminal_kl_is_at_most_the_path_kl(steps: int, scheme: Scheme) -> None:
+    base, grid = gaussian_field(0.5), TimeGrid(steps, scheme)
     for gain, offset in itertools.product([-0.5, 0.0, 0.4], [-1.0, 0.0, 0.3]):
-        kl, terminal = affine_path_kl(base, shifted_and_stretched(base, gain, offset), grid)
+        tuned = shifted_and_stretched(base, gain, offset)
+        chains = propagate(tuned, grid, base), propagate(base, grid, base)
+        kl, terminal = affine_path_kl(base, tuned, grid), gaussian_kl(*chains, slice(-1, None))
         assert terminal <= kl + 1e-12
         if gain or offset:
             assert terminal > 0.05 * kl

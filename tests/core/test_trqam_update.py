@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,9 +26,11 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import pessimistic_value
 from vla_trqam.methods.qam import qam_config
-from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
+from vla_trqam.methods.trqam import TRQAM, SchemeName, TRQAMConfig, UpdateNoise
 from vla_trqam.sde import sample_ode
 from vla_trqam.trust_region import path_kl
+
+SCHEME_NAMES = get_args(SchemeName)
 
 
 def test_gradients_reach_the_tuned_field_and_the_online_critic_only() -> None:
@@ -218,19 +220,23 @@ def run(config: TRQAMConfig, updates: int = 3) -> tuple[TRQAM, list[float], list
     return method, losses, [result.kl_estimate for result in results]
 
 
-def test_lambda_one_with_a_frozen_dual_is_qam_to_the_bit() -> None:
-    trqam = run(TRQAMConfig(lam_init=1.0, dual_step_size=0.0))
-    qam = run(qam_config(TRQAMConfig(lam_init=7.0), 1.0))
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_lambda_one_with_a_frozen_dual_is_qam_to_the_bit(scheme: SchemeName) -> None:
+    trqam = run(TRQAMConfig(scheme=scheme, lam_init=1.0, dual_step_size=0.0))
+    qam = run(qam_config(TRQAMConfig(scheme=scheme, lam_init=7.0), 1.0))
     assert same(weights(trqam[0]), weights(qam[0]), "")
     assert trqam[1:] == qam[1:]
 
 
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
 @pytest.mark.parametrize("beta", [0.2, 5.0])
-def test_a_frozen_lambda_is_qam_at_beta_one_over_lambda_for_whole_updates(beta: float) -> None:
+def test_a_frozen_lambda_is_qam_at_beta_one_over_lambda_for_whole_updates(
+    beta: float, scheme: SchemeName
+) -> None:
     """Adam does not see the loss's scale, nor does a clip that always binds."""
-    frozen = TRQAMConfig(lam_init=1 / beta, dual_step_size=0.0, max_grad_norm=1e-2)
-    trqam, trqam_losses, trqam_kls = run(frozen)
-    qam, qam_losses, qam_kls = run(qam_config(TRQAMConfig(max_grad_norm=1e-2), beta))
+    given = TRQAMConfig(scheme=scheme, max_grad_norm=1e-2)
+    trqam, trqam_losses, trqam_kls = run(replace(given, lam_init=1 / beta, dual_step_size=0.0))
+    qam, qam_losses, qam_kls = run(qam_config(given, beta))
     assert trqam_losses == pytest.approx([loss / beta for loss in qam_losses], rel=1e-4)
     assert trqam_kls == pytest.approx(qam_kls, rel=1e-4)
     mine, other = weights(trqam), weights(qam)
@@ -244,9 +250,12 @@ def in_double(value: Any) -> Any:
     return replace(value, **{name: getattr(value, name).double() for name in real})
 
 
-def test_the_loss_on_a_whole_path_is_lambda_times_qams_in_double_precision() -> None:
-    lam, losses = 0.37, []
-    for config, used in ((TRQAMConfig(), lam), (qam_config(TRQAMConfig(), 1 / lam), 1.0)):
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_the_loss_on_a_whole_path_is_lambda_times_qams_in_double_precision(
+    scheme: SchemeName,
+) -> None:
+    lam, losses, given = 0.37, [], TRQAMConfig(scheme=scheme)
+    for config, used in ((given, lam), (qam_config(given, 1 / lam), 1.0)):
         method = method_of(config)
         method.loss.double()
         output = method.loss(in_double(batch_of()), in_double(noise_of()), used)
@@ -324,8 +333,11 @@ def test_the_terminal_adjoint_is_minus_beta_times_the_target_critics_gradient_at
         torch.testing.assert_close(out.terminal_adjoint, -beta * gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_the_logged_kl_is_the_path_kl_of_both_fields_at_the_sampled_states() -> None:
-    method = method_of()
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_the_logged_kl_is_the_path_kl_of_both_fields_at_the_sampled_states(
+    scheme: SchemeName,
+) -> None:
+    method = method_of(TRQAMConfig(scheme=scheme))
     out = method.loss(batch_of(), noise_of(), 1.0)
     policy, context = method.policy, batch_of().observation
     gaps = []

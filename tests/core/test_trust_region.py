@@ -7,6 +7,7 @@ import pytest
 from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.time_grid import ShiftedEuler
 from vla_trqam.trust_region import TrustRegion, TrustRegionConfig
 
 
@@ -119,10 +120,14 @@ BAD_KNOBS: list[dict[str, Any]] = [
     {"kl_ema_rate": 1.1},
     {"kl_clip": 1.0},
     {"kl_clip": math.nan},
-    {"time_shift": 0.0},
-    {"time_shift": 2.0},
-    {"final_step": "noisy"},
-    {"adjoint_time": "later"},
+    {"time_shift": 0.0, "scheme": "shifted_euler"},
+    {"time_shift": 2.0, "scheme": "shifted_euler"},
+    {"final_step": "noisy", "scheme": "shifted_euler"},
+    {"adjoint_time": "later", "scheme": "shifted_euler"},
+    {"scheme": "euler"},
+    {"adjoint": "fat"},
+    {"last_step_weight": 0.0},
+    {"last_step_weight": math.nan},
     {"actor_lr": 0.0},
     {"critic_lr": -1e-4},
     {"max_grad_norm": 0.0},
@@ -137,6 +142,7 @@ def test_a_knob_that_cannot_be_honoured_is_refused_by_name(knobs: dict[str, Any]
         TRQAMConfig(**knobs)
     assert name in str(error.value)
     assert str(value) in str(error.value)
+    assert "belongs to" not in str(error.value)
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
@@ -146,10 +152,13 @@ def test_qam_refuses_a_temperature_that_is_not_positive(beta: float) -> None:
 
 
 def test_qam_is_lambda_frozen_at_one_with_every_other_knob_kept() -> None:
-    given = TRQAMConfig(lam_init=5.0, lam_min=2.0, actor_lr=1e-5, adjoint_time="same")
+    given = TRQAMConfig(
+        lam_init=5.0, lam_min=2.0, actor_lr=1e-5, scheme="shifted_euler", adjoint_time="same"
+    )
     config = qam_config(given, 10.0)
     assert (config.lam_init, config.dual_step_size, config.inverse_temperature) == (1.0, 0.0, 10.0)
     assert (config.actor_lr, config.adjoint_time) == (1e-5, "same")
+    assert config.chain == ShiftedEuler(adjoint_time="same")
     region = TrustRegion(config, 1)
     region.update(100.0)
     assert region.lam == 1.0

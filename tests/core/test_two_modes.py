@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from flow_problems import FunctionPolicy, Mixture
+from flow_problems import SCHEMES, FunctionPolicy, Mixture
 from torch import Tensor, nn
 
 from vla_trqam.adjoint import lean_adjoint
 from vla_trqam.losses import adjoint_matching_loss
 from vla_trqam.sde import Velocity, sample_memoryless_sde, sample_path_and_next_action
-from vla_trqam.time_grid import TimeGrid
+from vla_trqam.time_grid import Scheme, TimeGrid
 
 STEPS, LAM = 40, 0.5
 LIMIT, NODES, BINS = 4.0, 41, 40
@@ -40,8 +40,8 @@ class TabularField(nn.Module):
         return BASE.velocity(x, tau) + (1 - weight) * row[node] + weight * row[node + 1]
 
 
-def train(generator: torch.Generator) -> TabularField:
-    field, grid = TabularField(), TimeGrid(STEPS)
+def train(grid: TimeGrid, generator: torch.Generator) -> TabularField:
+    field = TabularField()
     policy = FunctionPolicy(field, BASE.velocity, (1, 1), STEPS)
     updates, batch = 120, 1024
     optimizer = torch.optim.Adam(field.parameters(), lr=0.1)
@@ -59,13 +59,11 @@ def train(generator: torch.Generator) -> TabularField:
     return field
 
 
-def sampled(field: Velocity, generator: torch.Generator) -> Tensor:
+def sampled(field: Velocity, grid: TimeGrid, generator: torch.Generator) -> Tensor:
     """The share of 40,000 samples in every bin."""
     noise = torch.randn(STEPS + 1, 40_000, 1, 1, generator=generator)
     with torch.no_grad():
-        path = sample_memoryless_sde(
-            field, noise[0], noise[1:], TimeGrid(STEPS), base_velocity=BASE.velocity
-        )
+        path = sample_memoryless_sde(field, noise[0], noise[1:], grid, base_velocity=BASE.velocity)
     counts, _ = torch.histogram(path.x_1.flatten(), torch.linspace(-LIMIT, LIMIT, BINS + 1))
     return counts / counts.sum()
 
@@ -82,18 +80,20 @@ def total_variation(p: Tensor, q: Tensor) -> float:
     return float((p - q).abs().sum() / 2)
 
 
-def test_the_mixtures_field_carries_noise_to_the_mixture() -> None:
-    base = sampled(BASE.velocity, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_mixtures_field_carries_noise_to_the_mixture(scheme: Scheme) -> None:
+    base = sampled(BASE.velocity, TimeGrid(STEPS, scheme), torch.Generator().manual_seed(1))
     assert total_variation(base, tilted(float("inf"))) < BOUND
 
 
 @pytest.mark.slow
-def test_samples_follow_the_base_tilted_by_the_reward_over_lambda() -> None:
-    generator = torch.Generator().manual_seed(0)
-    found = sampled(train(generator), generator)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_samples_follow_the_base_tilted_by_the_reward_over_lambda(scheme: Scheme) -> None:
+    generator, grid = torch.Generator().manual_seed(0), TimeGrid(STEPS, scheme)
+    found = sampled(train(grid, generator), grid, generator)
     assert total_variation(found, tilted(LAM)) < BOUND
     # The bound tells apart: no training at all, and a lambda off by a factor of two either way.
-    untuned = sampled(BASE.velocity, generator)
+    untuned = sampled(BASE.velocity, grid, generator)
     assert total_variation(untuned, tilted(LAM)) > 2 * BOUND
     assert total_variation(found, tilted(LAM / 2)) > 2 * BOUND
     assert total_variation(found, tilted(LAM * 2)) > 2 * BOUND

@@ -25,7 +25,7 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.errors import UserError
 from vla_trqam.methods.parallel import Ranks, whole
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
-from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.policy import PathFields
 from vla_trqam.training.distributed import Team, micro_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
@@ -163,8 +163,10 @@ class LibraryPolicy(MLPFlowPolicy):
         self.base = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, HORIZON * ACTION))  # type: ignore[assignment]
         self.base.requires_grad_(False)
 
-    def path_fields(self, context: Tensor, next_context: Tensor) -> PathFields:
-        return FlowPolicy.path_fields(self, context, next_context)
+    def path_fields(
+        self, context: Tensor, next_context: Tensor, *, keep_activations: bool = True
+    ) -> PathFields:
+        return PathFields(self, context, next_context, keep_activations=keep_activations)
 
 
 def test_fields_that_autocast_rounds_give_float32_paths_and_gradients() -> None:
