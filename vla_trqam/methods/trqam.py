@@ -137,8 +137,9 @@ class TRQAMConfig(TrustRegionConfig):
             changed = [name for name in names if getattr(self, name) != defaults[name]]
             if changed and self.scheme != scheme:
                 raise UserError(
-                    f"{changed[0]} is {getattr(self, changed[0])!r}, but it belongs to the {scheme} "
-                    f"scheme and scheme is {self.scheme!r}; set scheme to {scheme!r}, or leave it out"
+                    f"{changed[0]} is {getattr(self, changed[0])!r}, but it belongs to the "
+                    f"{scheme} scheme and scheme is {self.scheme!r}; set scheme to {scheme!r}, or "
+                    "leave it out"
                 )
 
     @property
