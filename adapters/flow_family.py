@@ -81,10 +81,6 @@ class FlowFamily(ABC):
     # The same in many points of the same observations.
 
     @abstractmethod
-    def join(self, first: Any, second: Any) -> Any:
-        """The rows of two conditions in one."""
-
-    @abstractmethod
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
         """What evaluations at so many points of every observation share, for one field's weights.
 
@@ -111,31 +107,6 @@ def rows_of_points(x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Points (B, N, H, A) at times (N,) as rows (B * N, H, A), (B * N,)."""
     assert tau.shape == x.shape[1:2], (x.shape, tau.shape)
     return x.flatten(0, 1), tau.repeat(len(x))
-
-
-def join_rows(first: Tensor, second: Tensor, dim: int) -> Tensor:
-    """Rows of both; what is shorter in ``dim`` gets zeros (False) behind it."""
-    length = max(first.shape[dim], second.shape[dim])
-    return torch.cat([_padded(t, length, dim) for t in (first, second)])
-
-
-def _padded(tensor: Tensor, length: int, dim: int) -> Tensor:
-    missing = length - tensor.shape[dim]
-    if missing == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
-
-
-def join_caches(first: Any, second: Any) -> DynamicCache:
-    """The rows of two caches in one; the shorter prefix is padded behind its end."""
-    return DynamicCache(
-        tuple(
-            (join_rows(a.keys, b.keys, 2), join_rows(a.values, b.values, 2))
-            for a, b in zip(first.layers, second.layers, strict=True)
-        )
-    )
 
 
 def pack_cache(cache: Any) -> dict[str, Tensor]:

@@ -82,10 +82,6 @@ class MultiTaskDiTFamily(FlowFamily):
         """The host's transformer."""
         return host.noise_predictor(x, tau, conditioning_vec=condition)
 
-    def join(self, first: Any, second: Any) -> Any:
-        """Two vectors' rows."""
-        return torch.cat([first, second])
-
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
         """The vector, once a point."""
         return condition.repeat_interleave(points, dim=0)

@@ -16,8 +16,6 @@ from vla_trqam.adapters.flow_family import (
     FlowFamily,
     Observation,
     PrefixPass,
-    join_caches,
-    join_rows,
     pack_cache,
     rows_of_points,
     unpack_cache,
@@ -120,14 +118,6 @@ class PI0Family(FlowFamily):
             **condition.suffix,
         )
         return -u
-
-    def join(self, first: Any, second: Any) -> Any:
-        """The rows of two prefixes; a masked token has no weight."""
-        return _Condition(
-            join_rows(first.pad_masks, second.pad_masks, 1),
-            join_caches(first.cache, second.cache),
-            {key: torch.cat([first.suffix[key], second.suffix[key]]) for key in first.suffix},
-        )
 
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
         """Masks, rotations and the state's rows; nothing here depends on trained weights."""

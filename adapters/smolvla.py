@@ -17,8 +17,6 @@ from vla_trqam.adapters.flow_family import (
     FlowFamily,
     Observation,
     PrefixPass,
-    join_caches,
-    join_rows,
     pack_cache,
     rows_of_points,
     unpack_cache,
@@ -110,12 +108,6 @@ class SmolVLAFamily(FlowFamily):
             timestep=1.0 - tau,
         )
         return -u
-
-    def join(self, first: Any, second: Any) -> Any:
-        """The rows of two prefixes; a masked token has no weight."""
-        return _Condition(
-            join_rows(first.pad_masks, second.pad_masks, 1), join_caches(first.cache, second.cache)
-        )
 
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
         """Masks, rotations, and the prefix's keys and values as the expert projects them."""

@@ -1,4 +1,4 @@
-"""The adjoint: carries ``-grad Q`` back along a path, through the base field only or in one line."""
+"""The adjoint: carries ``-grad Q`` back along a path, by the base field or by the time alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vla_trqam.time_grid import TimeGrid, per_step
+from vla_trqam.time_grid import TimeGrid
 
 AdjointKind = Literal["lean", "scalar"]
 
@@ -32,26 +32,23 @@ def lean_adjoint(terminal_adjoint: Tensor, base_pullback: Pullback, grid: TimeGr
         For every step the adjoint that the grid pairs with it, (K, B, H, A): ``a_1 .. a_K``, or
         ``a_0 .. a_{K-1}``.
     """
-    paired = terminal_adjoint.new_empty((grid.num_flow_steps, *terminal_adjoint.shape))
-    a = terminal_adjoint
-    for i in reversed(range(grid.num_flow_steps)):
-        if grid.pairs_with_next:
-            paired[i] = a
-            if i == 0:
-                break
-        before = torch.mul(a, grid.steps[i].keep)
-        a = before.add_(base_pullback(i, a), alpha=grid.steps[i].gain)
-        if not grid.pairs_with_next:
-            paired[i] = a
-    return paired
+    count, ahead = grid.num_flow_steps, int(grid.pairs_with_next)
+    adjoints = terminal_adjoint.new_empty((count + 1, *terminal_adjoint.shape))
+    adjoints[count] = terminal_adjoint
+    for i in reversed(range(ahead, count)):
+        step, a = grid.steps[i], adjoints[i + 1]
+        torch.mul(a, step.keep, out=adjoints[i])
+        adjoints[i].add_(base_pullback(i, a), alpha=step.gain)
+    return adjoints[ahead : ahead + count]
 
 
 def scalar_adjoint(terminal_adjoint: Tensor, grid: TimeGrid) -> Tensor:
     r"""``a_i = tau_i a_K``: the lean adjoint of a base whose velocity does not depend on x.
 
-    SQAM's closed form (arXiv 2610.10437): it solves ``da/dtau = a / tau``. In the shifted Euler
-    chain with a whole step's shift it is the exact adjoint of such a base at any K, in the
-    posterior chain as K grows. No vector-Jacobian product is needed.
+    SQAM's closed form (arXiv 2610.10437): it solves ``da/dtau = a / tau``. No vector-Jacobian
+    product is needed. It is the exact adjoint of such a base in the shifted Euler chain with a
+    whole step's shift, where ``A_i = tau_i / tau_{i+1}``, at any K; and as K grows in the posterior
+    chain, whose ``A_i`` is larger by ``h^2 / (tau_{i+1} (1 - tau_i))``.
 
     Args:
         terminal_adjoint: ``a_K``, (B, H, A).
@@ -61,6 +58,4 @@ def scalar_adjoint(terminal_adjoint: Tensor, grid: TimeGrid) -> Tensor:
         As :func:`lean_adjoint`.
     """
     ahead = int(grid.pairs_with_next)
-    taus = [grid.tau(i + ahead) for i in range(grid.num_flow_steps)]
-    repeated = terminal_adjoint.expand(len(taus), *terminal_adjoint.shape)
-    return per_step(taus, repeated) * repeated
+    return torch.stack([grid.tau(i + ahead) * terminal_adjoint for i in range(grid.num_flow_steps)])

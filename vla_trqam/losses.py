@@ -12,12 +12,14 @@ def adjoint_matching_loss(
 ) -> Tensor:
     r"""TRQAM's regression of the field onto the adjoint.
 
-    ``L = E_b sum_i lam / (h V_i) || B_i (v_tuned - v_base)_i + (V_i / lam) a_i ||^2``; its minimiser
-    is ``v_tuned - v_base = -V a / (lam B)``. With ``sigma_i = g_i / sqrt(lam)`` and ``g^2 = 2 V / B``
-    the same is ``B / (2 h) || 2 (v_tuned - v_base) / sigma + sigma a ||^2``, where the first factor
-    is 1 in the authors' scheme. With ``lam = 1`` and the adjoint multiplied by beta it is QAM's
-    loss: ``L_TRQAM(lam) = lam L_QAM(1/lam)``. Where V is 0 the fields must agree: the target is 0,
-    and the weight divides by :attr:`~vla_trqam.time_grid.Step.loss_variance`.
+    ``L = E_b sum_i lam / (h V_i) || B_i (v_tuned - v_base)_i + (V_i / lam) a_i ||^2`` with the
+    adjoint ``a_i`` that the grid pairs with step i; its minimiser is ``v_tuned - v_base =
+    -V a / (lam B)``, from which every step's distance weighs as in the path KL, times
+    ``2 lam / h``. With ``sigma_i = g_i / sqrt(lam)`` and ``g^2 = 2 V / B`` the same is
+    ``B / (2 h) || 2 (v_tuned - v_base) / sigma + sigma a ||^2``, where the first factor is 1 in the
+    authors' scheme. With ``lam = 1`` and the adjoint multiplied by beta it is QAM's loss:
+    ``L_TRQAM(lam) = lam L_QAM(1/lam)``. Where V is 0 the fields must agree: the target is 0, and
+    the weight divides by :attr:`~vla_trqam.time_grid.Step.loss_variance`.
 
     Args:
         control_gap: ``v_tuned - v_base`` along the path, (K, B, H, A); gradients flow through it.

@@ -86,24 +86,25 @@ class Scheme(ABC):
 
 @dataclass(frozen=True)
 class Posterior(Scheme):
-    r"""The flow's own posterior: denoise, then noise again (ours; the default).
+    r"""The flow's own posterior: ``x_u`` given ``x_tau`` and the end (ours; the default).
 
-    The field says where a point of the linear path ends, ``x_1 = x + (1 - tau) v``, and with it
-    which noise it came from. Going on to ``u = tau + h`` with as little of that noise as the
-    memoryless process keeps is DDIM's sampler at ``eta = 1`` (Song et al. 2021, eq. 12 and 16) on
-    the linear path: with ``c = tau / u`` and ``S = (1 - tau)^2 - c^2 (1 - u)^2``,
+    Run the other way, the memoryless process noises an action, ``x_tau = c x_u + sqrt(S) eps`` with
+    ``u = tau + h``, ``c = tau / u`` and ``S = (1 - tau)^2 - c^2 (1 - u)^2``, and keeps the linear
+    path's distribution. A step draws ``x_u`` from its posterior given ``x_tau`` and the end that
+    the field points at, ``x_1 = x + (1 - tau) v`` (DDPM, Ho et al. 2020, eq. 7; DDIM at
+    ``eta = 1``, Song et al. 2021, eq. 12 and 16):
 
     ``A = (c (1 - u)^2 + u S) / (1 - tau)^2``, ``B = u S / (1 - tau)``,
     ``V = (1 - u)^2 S / (1 - tau)^2``.
 
     It needs no shift at ``tau = 0``, and its last step is noiseless by itself: there two fields
     that differ have an infinite KL, so the chain takes it with the base, and the loss holds the
-    tuned field to the base's.
+    tuned field to the base's. Why this one: ``docs/method.md``.
 
     Attributes:
         last_step_weight: of that last step's squared difference in the loss, in units of the step
-            before. What acts is the tuned field, there too, and without a target it would follow
-            the earlier steps' corrections as far as the network likes.
+            before's. What acts is the tuned field, there too, and without a target it would follow
+            the earlier steps' corrections as far as the network likes, uncounted by the KL.
     """
 
     last_step_weight: float = 1.0
@@ -152,10 +153,10 @@ class Posterior(Scheme):
 class ShiftedEuler(Scheme):
     r"""Euler-Maruyama on ``dX = (2 v - X / tau) dtau + g dW`` with shifted times.
 
-    In continuous time ``g^2 = 2 (1 - tau) / tau`` (Adjoint Matching, eq. 22-23), infinite at 0. Here
-    both ``tau`` and ``1 - tau`` grow by ``d = time_shift h``: ``g_i^2 = 2 (1 - tau_i + d) /
-    (tau_i + d)`` and ``A = 1 - h / (tau_i + d)``, ``B = 2 h``, ``V = h g_i^2``. With the defaults it
-    is the authors' code, to the digit.
+    In continuous time ``g^2 = 2 (1 - tau) / tau`` (Adjoint Matching, eq. 22-23), infinite at 0.
+    Here both ``tau`` and ``1 - tau`` grow by ``d = time_shift h``: ``g_i^2 = 2 (1 - tau_i + d) /
+    (tau_i + d)`` and ``A = 1 - h / (tau_i + d)``, ``B = 2 h``, ``V = h g_i^2``. With the defaults
+    it is the authors' code, to the digit.
 
     Attributes:
         time_shift: ``d`` in units of h, in (0, 1]; smaller values approach the text.

@@ -37,7 +37,8 @@ class TrustRegionConfig:
     """Knobs of the dual descent.
 
     Attributes:
-        kl_budget: ``eps_KL``; nats per chunk, or per action when ``kl_per_action``.
+        kl_budget: ``eps_KL``; nats per chunk, or per action when ``kl_per_action``, of the chain:
+            with another scheme or number of flow steps they are other nats (docs/method.md).
         kl_per_action: divide the path KL by the chunk length H, as the authors' code does.
         lam_init: lambda before the first update.
         lam_min: the lower bound of lambda.

@@ -311,6 +311,14 @@ def test_a_preset_says_what_the_run_then_does(preset):
     holds(config, section)
 
 
+@pytest.mark.parametrize(
+    ("preset", "scheme"),
+    [("default", "posterior"), ("full", "posterior"), ("paper", "shifted_euler")],
+)
+def test_only_the_paper_preset_takes_the_authors_chain(preset, scheme):
+    assert finetune_robomimic.read_config([f"--preset={preset}"]).trqam.scheme == scheme
+
+
 def test_the_command_line_wins_over_the_preset():
     config = finetune_robomimic.read_config(["--preset=paper", "--trqam.kl_budget", "0.7"])
     assert config.trqam.kl_budget == 0.7

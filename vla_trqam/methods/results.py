@@ -22,8 +22,8 @@ class LossOutput:
         kl_per_step: each flow step's share of the path KL, nats per chunk, (K,).
         q: online Q values of the batch, (E, B).
         target: TD targets, (B,).
-        trajectory: the SDE path.
-        adjoint: the lean adjoint, (K, B, H, A).
+        trajectory: the chain's path.
+        adjoint: for every step the adjoint paired with it, (K, B, H, A).
         terminal_adjoint: ``a_K``, (B, H, A).
         next_action: what is executed of the ODE sample at the next observation, (B, H, real A).
     """

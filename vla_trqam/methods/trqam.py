@@ -81,15 +81,19 @@ class TRQAMConfig(TrustRegionConfig):
     """Knobs of TRQAM beside the trust region's.
 
     Attributes:
-        scheme: the chain: "posterior", or the authors' "shifted_euler"; see
-            :mod:`~vla_trqam.time_grid`.
-        adjoint: "lean", through the base's Jacobians, or "scalar", without them; see
-            :mod:`~vla_trqam.adjoint`.
-        last_step_weight: see :class:`~vla_trqam.time_grid.Posterior`.
-        time_shift: see :class:`~vla_trqam.time_grid.ShiftedEuler`.
-        final_step: likewise.
-        adjoint_time: likewise.
-        keep_activations: see :class:`~vla_trqam.policy.PathFields`.
+        scheme: the chain that training samples: "posterior", or the authors' "shifted_euler"; why,
+            and how their KLs compare, says docs/method.md.
+        adjoint: "lean", through the base's Jacobians, or "scalar", without them: cheaper, and exact
+            where the base's velocity does not depend on the action.
+        last_step_weight: posterior only: how firmly the loss holds the tuned field to the base's in
+            the last flow step, which has no noise; in units of the step before.
+        time_shift: shifted_euler only: by what part of a step, in (0, 1], its times are shifted.
+        final_step: shifted_euler only: how the last flow step is sampled, by the base and without
+            noise, or like any other.
+        adjoint_time: shifted_euler only: whose time the base's Jacobian at a state is taken at, the
+            next step's or its own.
+        keep_activations: keep those of every flow step until its gradients are taken, or compute
+            them again, a step at a time: the same numbers in 1/K of the memory.
         actor_lr: Adam's step size for the tuned field (and a training base).
         critic_lr: Adam's step size for the critic.
         max_grad_norm: global-norm clip.
@@ -137,8 +141,9 @@ class TRQAMConfig(TrustRegionConfig):
             changed = [name for name in names if getattr(self, name) != defaults[name]]
             if changed and self.scheme != scheme:
                 raise UserError(
-                    f"{changed[0]} is {getattr(self, changed[0])!r}, but it belongs to the {scheme} "
-                    f"scheme and scheme is {self.scheme!r}; set scheme to {scheme!r}, or leave it out"
+                    f"{changed[0]} is {getattr(self, changed[0])!r}, but it belongs to the "
+                    f"{scheme} scheme and scheme is {self.scheme!r}; set scheme to {scheme!r}, or "
+                    "leave it out"
                 )
 
     @property
