@@ -163,8 +163,12 @@ class LibraryPolicy(MLPFlowPolicy):
         self.base = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, HORIZON * ACTION))  # type: ignore[assignment]
         self.base.requires_grad_(False)
 
-    def path_fields(self, context: Tensor, next_context: Tensor) -> PathFields:
-        return FlowPolicy.path_fields(self, context, next_context)
+    def path_fields(
+        self, context: Tensor, next_context: Tensor, *, keep_activations: bool = True
+    ) -> PathFields:
+        return FlowPolicy.path_fields(
+            self, context, next_context, keep_activations=keep_activations
+        )
 
 
 def test_fields_that_autocast_rounds_give_float32_paths_and_gradients() -> None:
