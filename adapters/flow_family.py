@@ -37,12 +37,14 @@ class FlowFamily(ABC):
     Attributes:
         trained_parts: dotted names of the modules that fine-tuning may move: the action expert and
             its projections. Nothing in the prefix is among them, so one prefix serves both fields.
+        steps_field: the name of the config's number of flow steps.
         lora_overrides: for LeRobot's ``wrap_with_peft``, beside its default targets.
         without_camera: what the host makes of a camera that an observation lacks; None where it
             needs every camera of its config.
     """
 
     trained_parts: Sequence[str]
+    steps_field: str
     lora_overrides: Mapping[str, Any] = {}
     without_camera: str | None = None
 
@@ -54,9 +56,14 @@ class FlowFamily(ABC):
     def chunk_shape(self, config: Any) -> tuple[int, int]:
         """``(H, A)`` of the flow."""
 
-    @abstractmethod
     def num_flow_steps(self, config: Any) -> int:
         """K of the host's sampler."""
+        steps: int = getattr(config, self.steps_field)
+        return steps
+
+    def set_flow_steps(self, config: Any, count: int) -> None:
+        """Gives the host's sampler another K."""
+        setattr(config, self.steps_field, count)
 
     @abstractmethod
     def masks_padded_steps(self, config: Any) -> bool:

@@ -80,6 +80,8 @@ class LeRobotFlowPolicy(FlowPolicy):
         revision: of the repository.
         limits: what the robot executes at most; by default the range of the statistics' actions,
             or none if they do not hold one.
+        own_flow_steps: K of the base; None takes the config's. Adapters that are gone on with may
+            act with another.
 
     Raises:
         UserError: the config asks for what cannot be honoured, or an adapter lies in the prefix.
@@ -95,6 +97,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         source: str | None = None,
         revision: str | None = None,
         limits: Limits | None = None,
+        own_flow_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -102,6 +105,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         self.source, self.revision = source, revision
         self.critic_features = features or CriticFeatures()
         check_config(family, self.host.config)
+        self._own_flow_steps = own_flow_steps or self.num_flow_steps
         layers = len(family.prefix_layers(self.host))
         layer = self.critic_features.layer
         self._layer = layers if layer is None else layer_index(layer, layers)
@@ -154,6 +158,17 @@ class LeRobotFlowPolicy(FlowPolicy):
     def num_flow_steps(self) -> int:
         """K, from the host's config."""
         return self.family.num_flow_steps(self.host.config)
+
+    @property
+    def own_flow_steps(self) -> int:
+        """K of the base as it was loaded."""
+        return self._own_flow_steps
+
+    def take_flow_steps(self, count: int) -> None:
+        """In the host's config: its sampler takes as many, here and where it is loaded again."""
+        if count < 1:
+            raise UserError(f"the number of flow steps is {count}; it must be at least 1")
+        self.family.set_flow_steps(self.host.config, count)
 
     @property
     def action_mask(self) -> Tensor:
@@ -328,12 +343,18 @@ class LeRobotFlowPolicy(FlowPolicy):
     def save_base(self, directory: Path) -> None:
         """Writes the base, whole, in LeRobot's format; what is trained does not matter.
 
-        Adapters that are saved later name it after :meth:`name_base`.
+        It acts with :attr:`own_flow_steps`. Adapters that are saved later name it after
+        :meth:`name_base`.
         """
         from vla_trqam.adapters.saving import save_base
 
         assert isinstance(self.model, PeftModel), "a base of its own is of adapters"
-        save_base(self.model, directory)
+        taken = self.num_flow_steps
+        self.take_flow_steps(self.own_flow_steps)
+        try:
+            save_base(self.model, directory)
+        finally:
+            self.take_flow_steps(taken)
         if self.processors is not None:
             self.processors.save_pretrained(directory)
 

@@ -111,11 +111,14 @@ def load_policy(
     check_config(family, config)
     processors = load_processors(checkpoint, config, processor_overrides, tokenizer)
     model: PreTrainedPolicy | PeftModel
+    own_flow_steps = None
     base = adapter_base(checkpoint, base_revision)
     if base is not None:
         model = _with_adapters(load_host(base, config), checkpoint)
         if adapter == "merge":
             model, base = _merged(model), None
+        else:
+            own_flow_steps = family.num_flow_steps(read_config(base))
     else:
         model, base = load_host(checkpoint, config), checkpoint
     reconcile(config, processors, checkpoint.source, say)
@@ -129,6 +132,7 @@ def load_policy(
         source=None if base is None else base.source,
         revision=None if base is None else base.revision,
         limits=limits,
+        own_flow_steps=own_flow_steps,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
 
@@ -47,6 +47,7 @@ class MLPFlowPolicy(FlowPolicy):
     ) -> None:
         super().__init__()
         self.config = config
+        self._own_flow_steps = config.num_flow_steps
         size = config.observation_dim
         mean = torch.zeros(size) if observation_mean is None else observation_mean.float()
         std = torch.ones(size) if observation_std is None else observation_std.float()
@@ -72,6 +73,15 @@ class MLPFlowPolicy(FlowPolicy):
     def num_flow_steps(self) -> int:
         """K."""
         return self.config.num_flow_steps
+
+    @property
+    def own_flow_steps(self) -> int:
+        """K of the config that the policy was made with."""
+        return self._own_flow_steps
+
+    def take_flow_steps(self, count: int) -> None:
+        """In the config, which is saved."""
+        self.config = replace(self.config, num_flow_steps=count)
 
     @property
     def feature_dim(self) -> int:

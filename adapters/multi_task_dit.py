@@ -21,6 +21,8 @@ class MultiTaskDiTFamily(FlowFamily):
     """
 
     trained_parts: Sequence[str] = ("noise_predictor",)
+    # By default 100: lower it, an update costs as many passes.
+    steps_field = "num_integration_steps"
     # LeRobot defines no default targets for this policy.
     lora_overrides = {  # noqa: RUF012
         "target_modules": (
@@ -48,10 +50,6 @@ class MultiTaskDiTFamily(FlowFamily):
     def chunk_shape(self, config: Any) -> tuple[int, int]:
         """``(horizon, action dimension)``."""
         return config.horizon, config.action_feature.shape[0]
-
-    def num_flow_steps(self, config: Any) -> int:
-        """``num_integration_steps``, by default 100: lower it, an update costs as many passes."""
-        return config.num_integration_steps
 
     def masks_padded_steps(self, config: Any) -> bool:
         """``do_mask_loss_for_padding``."""

@@ -60,6 +60,7 @@ class PI0Family(FlowFamily):
         "model.action_time_mlp_in",
         "model.action_time_mlp_out",
     )
+    steps_field = "num_inference_steps"
     without_camera = "masked"
 
     def refusals(self, config: Any) -> Iterator[str]:
@@ -69,10 +70,6 @@ class PI0Family(FlowFamily):
     def chunk_shape(self, config: Any) -> tuple[int, int]:
         """``(chunk_size, max_action_dim)``."""
         return config.chunk_size, config.max_action_dim
-
-    def num_flow_steps(self, config: Any) -> int:
-        """``num_inference_steps``."""
-        return config.num_inference_steps
 
     def masks_padded_steps(self, config: Any) -> bool:
         """The host ignores ``action_is_pad``."""

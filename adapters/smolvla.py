@@ -47,6 +47,7 @@ class SmolVLAFamily(FlowFamily):
         "model.action_time_mlp_in",
         "model.action_time_mlp_out",
     )
+    steps_field = "num_steps"
     lora_overrides = {"exclude_modules": ["state_proj"]}  # noqa: RUF012
     # Of the masked pictures there are as many as empty_cameras says, whatever is missing.
     without_camera = "left out"
@@ -64,10 +65,6 @@ class SmolVLAFamily(FlowFamily):
     def chunk_shape(self, config: Any) -> tuple[int, int]:
         """``(chunk_size, max_action_dim)``."""
         return config.chunk_size, config.max_action_dim
-
-    def num_flow_steps(self, config: Any) -> int:
-        """``num_steps``."""
-        return config.num_steps
 
     def masks_padded_steps(self, config: Any) -> bool:
         """The host's loss is a mean over the steps that are not padding."""

@@ -33,6 +33,7 @@ from result_rows import (
     one_kl_unit,
     same_bases,
 )
+from step_columns import bases, note_on_steps, with_base_as_it_came
 
 from vla_trqam.errors import UserError
 from vla_trqam.training.comparison_plots import plot_budget_sweep, plot_comparison
@@ -51,9 +52,9 @@ def seeds_page(runs: Sequence[FinishedRun]) -> Page:
     worst = runs[combined.worst_run]
     below = [run.seed for run in runs if run.evaluation.difference < 0]
     headline = (
-        f"**{runs[0].title}, {_count(runs)}, {len(runs[0].evaluation)} initial states: base "
-        f"{', '.join(percent(rate) for rate in combined.base_rates)}; tuned median "
-        f"{percent(combined.median_tuned_rate)}.** Mean gain {points(combined.difference)} points "
+        f"**{runs[0].title}, {_count(runs)}, {len(runs[0].evaluation)} initial states: "
+        f"{bases(runs)}; tuned median {percent(combined.median_tuned_rate)}.** "
+        f"Mean gain {points(combined.difference)} points "
         f"(95% interval {points_interval(combined.difference_interval)}); the least gain is seed "
         f"{worst.seed}'s, {points(combined.worst_difference)}; below their base: "
         f"{', '.join(f'seed {seed}' for seed in below) or 'none'}."
@@ -78,12 +79,15 @@ def seeds_page(runs: Sequence[FinishedRun]) -> Page:
             "initial states.",
             f"Final KL ({runs[0].kl_unit}): mean estimate over the last tenth of the logged "
             "updates, without the clip that the moving average has.",
+            *note_on_steps(runs),
         ],
         summary={
             "combined": combined.to_json(),
             "seeds": {
                 run.name: {
                     "seed": run.seed,
+                    "base_as_it_came": run.rate_as_it_came,
+                    "flow_steps": None if run.flow_steps is None else asdict(run.flow_steps),
                     "kl_final": float(run.last("kl_estimate").mean()),
                     "lam_final": float(run.values("lam")[-1]),
                     "trust_region": _trust_region(run),
@@ -130,6 +134,7 @@ def methods_page(groups: Groups) -> Page:
             "batches can be ten times as large); its scale goes with 1/λ and with β², so compare "
             "its course, not its size, over methods.",
             same_bases(groups),
+            *note_on_steps(runs),
         ],
         summary={label: [asdict(row) for row in group] for label, group in rows.items()},
         draw=lambda folder: _draw_methods(groups, folder, unit),
@@ -163,6 +168,7 @@ def budgets_page(groups: Groups) -> Page:
             "updates, at the logged lines; success on the final initial states.",
             "`kl_ema` averages estimates clipped at a multiple of the budget (`trqam.kl_clip`); "
             '"unclipped" is the mean of the estimates themselves over the budget.',
+            *note_on_steps(runs),
         ],
         summary={"runs": [asdict(row) for row in rows]},
         draw=lambda folder: _draw_budgets(budgets, folder, runs[0].kl_unit),
@@ -192,57 +198,53 @@ def _seeds_table(runs: Sequence[FinishedRun]) -> str:
                 duration(sum(run.wall_clock.values())),
             ]
         )
-    return table(header, rows)
+    return table(*with_base_as_it_came(header, rows, [run.rate_as_it_came for run in runs]))
 
 
 def _methods_table(rows: Mapping[str, Sequence[MethodRow]]) -> str:
     header = ["", "seed", "base", "tuned", "below its base", "worst evaluation (base's)"]
     header += ["max KL", "final KL", "adjoint loss, first → last", "ratio", "final λ"]
-    return table(
-        header,
+    flat = [(label, row) for label, group in rows.items() for row in group]
+    cells = [
         [
-            [
-                label,
-                str(row.seed),
-                percent(row.base),
-                percent(row.tuned),
-                "**yes**" if row.tuned < row.base else "no",
-                f"{percent(row.worst_evaluation)} ({percent(row.first_evaluation)})",
-                number(row.kl_max),
-                number(row.kl_final),
-                f"{number(row.adjoint_loss_first)} → {number(row.adjoint_loss_last)}",
-                number(row.adjoint_loss_last / row.adjoint_loss_first),
-                number(row.lam_final),
-            ]
-            for label, group in rows.items()
-            for row in group
-        ],
-    )
+            label,
+            str(row.seed),
+            percent(row.base),
+            percent(row.tuned),
+            "**yes**" if row.tuned < row.base else "no",
+            f"{percent(row.worst_evaluation)} ({percent(row.first_evaluation)})",
+            number(row.kl_max),
+            number(row.kl_final),
+            f"{number(row.adjoint_loss_first)} → {number(row.adjoint_loss_last)}",
+            number(row.adjoint_loss_last / row.adjoint_loss_first),
+            number(row.lam_final),
+        ]
+        for label, row in flat
+    ]
+    return table(*with_base_as_it_came(header, cells, [row.as_it_came for _, row in flat]))
 
 
 def _budgets_table(rows: Sequence[BudgetRow]) -> str:
     header = ["budget", "seed", "mean EMA / budget", "least", "largest", "unclipped"]
     header += ["within 20%", "λ on a bound", "holds", "final λ", "base", "tuned"]
-    return table(
-        header,
+    cells = [
         [
-            [
-                f"{row.budget:g}",
-                str(row.seed),
-                f"{row.ratio_mean:.3f}",
-                f"{row.ratio_min:.3f}",
-                f"{row.ratio_max:.3f}",
-                f"{row.unclipped_ratio:.3f}",
-                f"{row.share_within:.0%}",
-                f"{row.share_on_bound:.0%}",
-                "yes" if row.held else "**no**",
-                number(row.lam_final),
-                percent(row.base),
-                percent(row.tuned),
-            ]
-            for row in rows
-        ],
-    )
+            f"{row.budget:g}",
+            str(row.seed),
+            f"{row.ratio_mean:.3f}",
+            f"{row.ratio_min:.3f}",
+            f"{row.ratio_max:.3f}",
+            f"{row.unclipped_ratio:.3f}",
+            f"{row.share_within:.0%}",
+            f"{row.share_on_bound:.0%}",
+            "yes" if row.held else "**no**",
+            number(row.lam_final),
+            percent(row.base),
+            percent(row.tuned),
+        ]
+        for row in rows
+    ]
+    return table(*with_base_as_it_came(header, cells, [row.as_it_came for row in rows]))
 
 
 def _draw_seeds(runs: Sequence[FinishedRun], folder: Path) -> dict[Path, str]:

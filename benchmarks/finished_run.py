@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vla_trqam.errors import UserError
 from vla_trqam.training.evaluation import PairedEvaluation
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.metrics import (
     TRAINING_PHASES,
     Metrics,
@@ -79,6 +80,18 @@ class FinishedRun:
     def seed(self) -> int:
         """The training seed."""
         return int(self.config["seed"])
+
+    @property
+    def flow_steps(self) -> FlowSteps | None:
+        """Of its base as it came and of its tuned policy; None where the numbers are one."""
+        came = self.evaluation.as_it_came
+        return None if came is None else came.flow_steps
+
+    @property
+    def rate_as_it_came(self) -> float | None:
+        """Success of the base with its own number of flow steps; None where all have that."""
+        came = self.evaluation.as_it_came
+        return None if came is None else float(came.success.mean())
 
     @property
     def kl_unit(self) -> str:

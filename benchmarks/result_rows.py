@@ -21,7 +21,9 @@ class MethodRow:
     Attributes:
         run: its name.
         seed: training seed.
-        base: success of its base on the final initial states.
+        as_it_came: success of its base with the base's own number of flow steps, on the final
+            initial states; None where that is the tuned policy's too.
+        base: the same with the tuned policy's number.
         tuned: success of its tuned policy on them.
         first_evaluation: success of the base on the states of the evaluations during training.
         worst_evaluation: least success of the tuned policy on those.
@@ -34,6 +36,7 @@ class MethodRow:
 
     run: str
     seed: int
+    as_it_came: float | None
     base: float
     tuned: float
     first_evaluation: float
@@ -61,7 +64,9 @@ class BudgetRow:
         share_on_bound: share of logged lines with lambda on one of its bounds.
         held: every line is within 20% or has lambda on a bound.
         lam_final: the last lambda.
-        base: success of its base.
+        as_it_came: success of its base with the base's own number of flow steps; None where that is
+            the tuned policy's too.
+        base: the same with the tuned policy's number.
         tuned: success of its tuned policy.
     """
 
@@ -76,6 +81,7 @@ class BudgetRow:
     share_on_bound: float
     held: bool
     lam_final: float
+    as_it_came: float | None
     base: float
     tuned: float
 
@@ -136,6 +142,7 @@ def method_row(run: FinishedRun) -> MethodRow:
     return MethodRow(
         run=run.name,
         seed=run.seed,
+        as_it_came=run.rate_as_it_came,
         base=run.evaluation.base_rate,
         tuned=run.evaluation.tuned_rate,
         first_evaluation=float(evaluations[0]),
@@ -174,6 +181,7 @@ def budget_row(run: FinishedRun, budget: float) -> BudgetRow:
         share_on_bound=region.share_on_lower_bound + region.share_on_upper_bound,
         held=region.held,
         lam_final=region.lam_final,
+        as_it_came=run.rate_as_it_came,
         base=run.evaluation.base_rate,
         tuned=run.evaluation.tuned_rate,
     )

@@ -28,6 +28,7 @@ from vla_trqam.training.checkpoints import PRETRAINED
 from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.training.episode_store import StateStore
 from vla_trqam.training.finetuning import Phase, Run
+from vla_trqam.training.flow_steps import check_own_steps
 from vla_trqam.training.generators import Generators
 from vla_trqam.training.interruption import InterruptGuard
 from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
@@ -90,6 +91,7 @@ def _finetune(config: FinetuneRobomimicConfig, device: torch.device) -> None:
     file = read_dataset(config.dataset)
     pretraining_demos(config, file)  # refused here, before anything is trained
     policy = _make_policy(config, file).to(device)
+    check_own_steps(policy, config.policy.tuned_flow_steps, config.trqam)
     if not config.resume:
         assert config.output_dir is not None
         data = Source("dataset", str(file.path), file.path.parent, (file.path.name,))
@@ -201,6 +203,9 @@ def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlo
 
 
 def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffPolicy:
+    """The learner of a pretrained policy, which takes the tuned one's flow steps from here on."""
+    if config.policy.tuned_flow_steps is not None:
+        policy.take_flow_steps(config.policy.tuned_flow_steps)
     critic = make_critic(config.critic, policy, config.seed)
     return OffPolicy(TRQAM(policy, critic, config.method_config()))
 
@@ -216,7 +221,9 @@ def _phases(
 
     def renew() -> None:
         method.cache_clear()
-        policy.behaviour = None  # as before the method began to train it
+        # As before the method began to train it.
+        policy.behaviour = None
+        policy.take_flow_steps(policy.own_flow_steps)
 
     off_policy = partial(
         Phase,

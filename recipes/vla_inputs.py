@@ -25,6 +25,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.files import written_durably
 from vla_trqam.training.checkpoints import last_checkpoint
 from vla_trqam.training.distributed import Team
+from vla_trqam.training.flow_steps import check_own_steps
 from vla_trqam.training.hub import push_checkpoint
 from vla_trqam.training.hub_access import check_push
 from vla_trqam.training.pins import write_pins
@@ -274,6 +275,9 @@ def _load_policy(
             )
         policy.host.config.n_action_steps = knobs.n_action_steps
         policy.host.reset()  # its queue of actions has that length
+    if knobs.tuned_flow_steps is not None:
+        policy.take_flow_steps(knobs.tuned_flow_steps)
+    check_own_steps(policy, knobs.tuned_flow_steps, config.trqam)
     assert policy.processors is not None, "load_policy brings processors"
     policy.processors.pad_instructions()
     return policy

@@ -170,7 +170,22 @@ class FlowPolicy(nn.Module, ABC):
     @property
     @abstractmethod
     def num_flow_steps(self) -> int:
-        """K, the Euler steps of the policy's own sampler; training uses the same grid."""
+        """K, the Euler steps of the policy's sampler; training uses the same grid."""
+
+    @property
+    def own_flow_steps(self) -> int:
+        """K that the base came with, whatever :meth:`take_flow_steps` made of it since."""
+        return self.num_flow_steps
+
+    def take_flow_steps(self, count: int) -> None:
+        """From now on the policy trains, acts and is saved with so many flow steps.
+
+        Raises:
+            UserError: it cannot, or the number is less than 1.
+        """
+        raise UserError(
+            f"a {type(self).__name__} keeps its own {self.num_flow_steps} flow steps, not {count}"
+        )
 
     @property
     def action_mask(self) -> Tensor:

@@ -207,6 +207,25 @@ class FlowPolicyContract(PathContract):
             base = loaded.base_velocity(x, tau, context)
             assert torch.equal(loaded.velocity(x, tau, context), base)
 
+    def test_another_number_of_flow_steps_acts_here_and_where_it_is_loaded(
+        self, moved: FlowPolicy, tmp_path: Path
+    ) -> None:
+        observation, noise = self.observation(BATCH, 0), self._noise(moved, 1)[0]
+        own, before = moved.num_flow_steps, self._ode_actions(moved, observation, noise)
+        moved.take_flow_steps(2)
+        assert (moved.num_flow_steps, moved.own_flow_steps) == (2, own)
+        actions = self._ode_actions(moved, observation, noise)
+        assert not torch.allclose(actions, before, rtol=1e-3, atol=1e-3)
+        moved.save_pretrained(tmp_path / "policy")
+        loaded = self.load(tmp_path / "policy")
+        assert (loaded.num_flow_steps, loaded.own_flow_steps) == (2, 2)
+        with torch.no_grad():
+            for policy in (moved, loaded):
+                host = self.host_actions(policy, observation, noise)
+                self._assert_close(moved.real_actions(actions), host)
+        with pytest.raises(UserError, match="at least 1"):
+            moved.take_flow_steps(0)
+
     # What the tests share.
 
     def _untrained_hash(self, policy: FlowPolicy) -> str:

@@ -77,8 +77,10 @@ class MLPContract(FlowPolicyContract):
 
     def host_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
         x = noise
-        for i in range(6):
-            x = x + plain_velocity(policy, observation, x, torch.full((len(x),), i / 6)) / 6
+        steps = policy.num_flow_steps
+        for i in range(steps):
+            tau = torch.full((len(x),), i / steps)
+            x = x + plain_velocity(policy, observation, x, tau) / steps
         return x
 
     def host_behaviour_loss(

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from finished_run import read_run, shareable_command
 from matplotlib.figure import Figure
 
 from vla_trqam.errors import UserError
-from vla_trqam.training.evaluation import PairedEvaluation
+from vla_trqam.training.evaluation import BaseAsItCame, PairedEvaluation
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.metrics import MetricsLog
 from vla_trqam.training.report import write_json, write_report
 
@@ -122,6 +124,46 @@ def test_the_page_of_seeds_has_median_and_least_gain_of_hand_counted_outcomes(
     assert row(text, "2")[-1] == "2:01"
     assert row(text, "offline")[1:] == ["1:30"] * 3
     assert summary["combined"]["median_tuned_rate"] == 0.9
+
+
+def with_other_steps(base: int, tuned: int, came: int) -> PairedEvaluation:
+    """The same, with a base that came with 10 flow steps where the others take 4."""
+    first = BaseAsItCame(np.arange(STATES) < came, np.full(STATES, 90), FlowSteps(10, 4))
+    return replace(outcomes(base, tuned), as_it_came=first)
+
+
+@pytest.mark.usefixtures("no_rendering")
+def test_the_page_of_seeds_tells_bases_as_they_came_from_those_that_tuning_began_with(
+    tmp_path: Path,
+) -> None:
+    runs = [
+        make_run(tmp_path / f"s{seed}", seed=seed, evaluation=with_other_steps(10, 18, came))
+        for seed, came in enumerate((8, 12))
+    ]
+    text, summary = collect("seeds", "--runs", *runs, output=tmp_path / "lift")
+    assert (
+        "base as it came (10 flow steps) 40.0%, 60.0%; base with 4 flow steps 50.0%, 50.0%; tuned "
+        "median 90.0%.** Mean gain +40.0 points"
+    ) in text
+    assert row(text, "seed")[1:5] == ["base as it came", "base", "tuned", "difference (points)"]
+    assert row(text, "1")[1:5] == ["60.0%", "50.0%", "90.0%", "+40.0"]
+    assert "a gain is tuning's" in text
+    assert summary["seeds"]["s1"]["base_as_it_came"] == 0.6
+    assert summary["seeds"]["s1"]["flow_steps"] == {"own": 10, "tuned": 4}
+    raw = json.loads((tmp_path / "lift" / "s1.json").read_text())["evaluation"]
+    assert raw["base_as_it_came"]["rate"] == 0.6
+
+
+@pytest.mark.usefixtures("no_rendering")
+def test_pages_that_compare_have_a_column_for_bases_as_they_came(tmp_path: Path) -> None:
+    four = make_run(tmp_path / "four", evaluation=with_other_steps(10, 18, 8))
+    own = make_run(tmp_path / "own")
+    text, _ = collect("methods", f"--group=A={four}", f"--group=B={own}", output=tmp_path / "m")
+    assert row(text, "A", "0")[2:5] == ["40.0%", "50.0%", "90.0%"]
+    assert row(text, "B", "0")[2:5] == ["", "50.0%", "80.0%"]
+    text, _ = collect("budgets", f"--group=0.5={four},{own}", output=tmp_path / "b")
+    assert row(text, "budget")[-3:] == ["base as it came", "base", "tuned"]
+    assert "| 40.0% | 50.0% | 90.0% |" in text
 
 
 @pytest.mark.usefixtures("no_rendering")
@@ -264,12 +306,14 @@ def test_runs_that_cannot_be_used_are_refused_in_one_sentence(
     (unfinished / "report.json").unlink()
     damaged = make_run(tmp_path / "damaged")
     (damaged / "evaluation.json").write_text("{")
+    fewer = make_run(tmp_path / "fewer", evaluation=with_other_steps(10, 12, 9))
     cases: list[tuple[list[Any], str]] = [
         (["seeds", "--runs", tmp_path / "nowhere"], "nowhere is not a folder"),
         (["seeds", "--runs", unfinished], "report.json does not exist"),
         (["seeds", "--runs", damaged], "evaluation.json is not JSON"),
         (["seeds", "--runs", good, good], "the run good is given twice"),
         (["seeds", "--runs", good, elsewhere], "other initial states"),
+        (["seeds", "--runs", good, fewer], "with 4 flow steps where its base came with 10"),
         (["methods", f"--group=A={good}", f"--group=B={elsewhere}"], "other initial states"),
         (["methods", "--group=A"], "LABEL=FOLDER"),
         (["budgets", f"--group=1={good}"], "has the KL budget 0.5, not 1"),

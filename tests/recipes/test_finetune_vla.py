@@ -266,6 +266,7 @@ def test_a_run_starts_with_the_critic_of_a_checkpoint(adapter, tiny, whole, tmp_
     critic = method.critic.state_dict()
     assert all(torch.equal(saved[f"critic.{name}"], critic[name]) for name in critic)
     scalars = json.loads((former / "algorithm/scalars.json").read_text())
+    assert scalars.pop("scheme") == method.config.scheme
     goes_on = method.trust_region.state_dict() == scalars
     assert goes_on == (adapter == "continue")
     if not goes_on:

@@ -1,5 +1,6 @@
 """Success rates, their intervals, and the pairing of base and tuned policy."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,12 +10,14 @@ from scipy import stats
 
 from vla_trqam.errors import UserError
 from vla_trqam.training.evaluation import (
+    BaseAsItCame,
     Interval,
     PairedEvaluation,
     combine_seeds,
     paired_difference_interval,
     wilson_interval,
 )
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.intervals import mcnemar_exact_p, pigeonhole_interval
 
 
@@ -147,6 +150,72 @@ def test_paired_evaluation_survives_json():
         original, copy = getattr(evaluation, name), getattr(again, name)
         assert original.dtype == copy.dtype
         np.testing.assert_array_equal(original, copy)
+
+
+def with_base_as_it_came() -> PairedEvaluation:
+    """Ten states; the base as it came solves the first five, with four flow steps states 2 to 7.
+
+    The tuned policy solves 2 to 9.
+    """
+    state = np.arange(10)
+    return PairedEvaluation(
+        100 + state,
+        (state >= 2) & (state < 8),
+        state >= 2,
+        np.full(10, 50),
+        np.full(10, 40),
+        BaseAsItCame(state < 5, np.full(10, 60), FlowSteps(10, 4)),
+    )
+
+
+def test_the_effect_of_the_flow_steps_is_told_from_that_of_tuning():
+    evaluation = with_base_as_it_came()
+    alone, total = evaluation.by_steps_alone(), evaluation.in_total()
+    assert evaluation.difference == pytest.approx(0.2)
+    assert (alone.base_rate, alone.tuned_rate) == (0.5, 0.6)
+    assert (alone.gained.tolist(), alone.lost.tolist()) == ([105, 106, 107], [100, 101])
+    assert (total.base_rate, total.tuned_rate) == (0.5, 0.8)
+    assert alone.difference + evaluation.difference == pytest.approx(total.difference)
+    assert alone.difference_interval() == paired_difference_interval(3, 3, 2, 2)
+    plain = make_evaluation(1, 1, 1, 1)
+    assert plain.by_steps_alone() is None
+    assert plain.in_total() is None
+
+
+def test_the_base_as_it_came_survives_json_and_files_without_it_are_read():
+    evaluation = with_base_as_it_came()
+    data = json.loads(json.dumps(evaluation.to_json()))
+    entry = data["base_as_it_came"]
+    assert (entry["num_flow_steps"], entry["num_flow_steps_of_base_and_tuned"]) == (10, 4)
+    assert entry["rate"] == 0.5
+    assert entry["interval_95"] == [*dataclasses.astuple(wilson_interval(5, 10))]
+    assert entry["by_steps_alone"]["difference"] == pytest.approx(0.1)
+    assert entry["in_total"]["difference"] == pytest.approx(0.3)
+    again = PairedEvaluation.from_json(data).as_it_came
+    np.testing.assert_array_equal(again.success, evaluation.as_it_came.success)
+    np.testing.assert_array_equal(again.steps, evaluation.as_it_came.steps)
+    assert again.flow_steps == FlowSteps(own=10, tuned=4)
+    assert "base_as_it_came" not in make_evaluation(1, 1, 1, 1).to_json()
+    del data["base_as_it_came"]
+    assert PairedEvaluation.from_json(data).as_it_came is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"success": [True]}, "needs an outcome of each of 10 seeds: success 1, steps 10"),
+        ({"steps": [0.5] * 10}, "steps must be a vector of int64"),
+        ({"num_flow_steps": "ten"}, "ten"),
+    ],
+)
+def test_a_base_as_it_came_of_other_states_is_refused(change, message):
+    data = with_base_as_it_came().to_json()
+    data["base_as_it_came"] |= change
+    with pytest.raises(UserError, match=message):
+        PairedEvaluation.from_json(data)
+    del data["base_as_it_came"]["success"]
+    with pytest.raises(UserError, match=r"base_as_it_came lacks \['success'\]"):
+        PairedEvaluation.from_json(data)
 
 
 def test_json_without_a_raw_field_is_refused_by_name():

@@ -146,3 +146,18 @@ def test_the_budget_is_logged_only_while_the_dual_moves():
     frozen = updated(make_off_policy(dual_step_size=0.0), 1).metrics()
     assert "kl_budget" not in frozen
     assert frozen["lam"] == 3.0
+
+
+def test_a_trust_region_goes_on_in_its_own_scheme_alone():
+    posterior, authors = make_off_policy(), make_off_policy(scheme="shifted_euler")
+    state = {"lam": 1.5, "kl_ema": 0.25}
+    assert posterior.scalars()["scheme"] == "posterior"
+    posterior.load_scalars(state | {"scheme": "posterior"})
+    assert posterior.method.trust_region.state_dict() == state
+    authors.load_scalars(state)  # as it was saved before there was more than one
+    assert authors.method.trust_region.state_dict() == state
+    begun = make_off_policy()
+    for theirs in (state, state | {"scheme": "shifted_euler"}):
+        with pytest.raises(UserError, match="of the shifted_euler scheme and this run is of post"):
+            begun.load_scalars(theirs)
+    assert begun.method.trust_region.lam == begun.method.config.lam_init, "nothing was taken"

@@ -67,6 +67,53 @@ def test_the_card_gives_rates_and_the_published_interval_of_their_difference(run
     assert "The interval of the difference excludes zero." in card
 
 
+def rewrite_report(run: Path, **changes: Any) -> dict[str, Any]:
+    report = json.loads((run / "report.json").read_text())
+    changed = report | changes
+    (run / "report.json").write_text(json.dumps(changed))
+    return dict(report)
+
+
+def with_base_as_it_came(run: Path, own: int, tuned: int, solved: int) -> None:
+    """Its base came with another number of flow steps and then solves the first states alone."""
+    raw = rewrite_report(run)["evaluation"]
+    came = {
+        "num_flow_steps": own,
+        "num_flow_steps_of_base_and_tuned": tuned,
+        "success": [number < solved for number in range(len(raw["seeds"]))],
+        "steps": raw["base_steps"],
+    }
+    steps = {"own": own, "tuned": tuned}
+    rewrite_report(run, evaluation=raw | {"base_as_it_came": came}, flow_steps=steps)
+    path = run / "checkpoints/last/pretrained_model/config.json"
+    path.write_text(json.dumps({"type": "pi0", "license": None, "num_inference_steps": tuned}))
+
+
+def test_the_card_names_both_numbers_of_flow_steps_and_both_effects(run: Path):
+    with_base_as_it_came(run, own=10, tuned=4, solved=16)
+    card = card_of(run)
+    assert "- flow steps from noise to action: 4; its base came with 10" in card
+    assert "| base as it came, 10 flow steps | 32.0% | 20.8% to 45.8% | 16 of 50 |" in card
+    assert "| base, 4 flow steps | 44.0% | 31.2% to 57.7% | 22 of 50 |" in card
+    assert "| tuned, 4 flow steps | 64.0% | 50.1% to 75.9% | 32 of 50 |" in card
+    assert "| gain of tuning | +20.0 points | +5.6 to +32.9 points | 12 gained, 2 lost |" in card
+    assert "| fewer steps alone | +12.0 points | +2.2 to +21.4 points |" in card
+    assert "The interval of the gain of tuning excludes zero. The base came with 10 flow" in card
+    assert "in total, +32.0 points (95% interval +17.8 to +43.9)." in card
+
+
+def test_more_steps_than_the_bases_own_are_not_called_fewer(run: Path):
+    with_base_as_it_came(run, own=2, tuned=4, solved=16)
+    assert "| more steps alone | +12.0 points |" in card_of(run)
+
+
+def test_a_card_without_a_report_has_the_number_of_the_policys_config(tmp_path: Path):
+    run = write_run(tmp_path / "unfinished", finished=False)
+    path = run / "checkpoints/last/pretrained_model/config.json"
+    path.write_text(json.dumps({"type": "smolvla", "num_steps": 4}))
+    assert "- flow steps from noise to action: 4\n" in card_of(run)
+
+
 def test_the_card_tells_budget_realised_kl_its_share_and_lambda(run: Path):
     card = card_of(run)
     assert "| KL budget (nats per chunk) | 0.5 |" in card

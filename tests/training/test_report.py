@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from vla_trqam.training import provenance
-from vla_trqam.training.evaluation import PairedEvaluation
+from vla_trqam.training.evaluation import BaseAsItCame, PairedEvaluation
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.metrics import MetricsLog
 from vla_trqam.training.report import comparison_table, write_json, write_report
 
@@ -64,6 +66,55 @@ def test_the_report_gives_rates_difference_and_their_published_interval(run):
     assert "| difference | +20.0 points | +5.6 to +32.9 points |" in text
     assert "| tuned | 64.0% | 50.1% to 75.9% | 32 of 50 |" in text
     assert "the tuned policy is better" in text
+
+
+def with_base_as_it_came(evaluation, solved):
+    """The same, where the base came with 10 flow steps and then solves the first so many states."""
+    count = len(evaluation)
+    came = BaseAsItCame(np.arange(count) < solved, np.full(count, 9), FlowSteps(10, 4))
+    return replace(evaluation, as_it_came=came)
+
+
+def test_the_report_tells_what_fewer_steps_make_from_what_tuning_makes(run):
+    # The base solves the first 20 states and two of the others, the tuned policy the first 32.
+    evaluation = with_base_as_it_came(make_evaluation(20, 12, 2, 16), 16)
+    text, raw = report(run, evaluation, flow_steps=FlowSteps(10, 4))
+    assert (
+        "**Success: base as it came 32.0%, with the tuned flow steps 44.0% → tuned 64.0%** on 50 "
+        "fixed initial states. The interval of the gain of tuning excludes zero: the tuned policy "
+        "is better. The base came with 10 flow steps: fewer steps alone make +12.0 points (95% "
+        "interval +2.2 to +21.4); with tuning, in total, +32.0 points (95% interval +17.8 to "
+        "+43.9)."
+    ) in text
+    assert "| base as it came, 10 flow steps | 32.0% | 20.8% to 45.8% | 16 of 50 |" in text
+    assert "| base, 4 flow steps | 44.0% | 31.2% to 57.7% | 22 of 50 |" in text
+    assert "| tuned, 4 flow steps | 64.0% | 50.1% to 75.9% | 32 of 50 |" in text
+    assert "| gain of tuning | +20.0 points | +5.6 to +32.9 points | 12 gained, 2 lost |" in text
+    assert "| fewer steps alone | +12.0 points |" in text
+    assert "| in total | +32.0 points |" in text
+    assert raw["flow_steps"] == {"own": 10, "tuned": 4}
+    assert raw["evaluation"]["base_as_it_came"]["rate"] == 0.32
+
+
+def test_no_effect_of_the_steps_is_claimed_where_its_interval_includes_zero(run):
+    text, _ = report(run, with_base_as_it_came(make_evaluation(20, 12, 2, 16), 21))
+    assert re.search(r"fewer steps alone make \+2.0 points \([^)]*\), so no difference is", text)
+
+
+def test_a_report_without_evaluation_names_both_numbers_of_flow_steps(run):
+    path = write_report(
+        run,
+        config={},
+        evaluation=None,
+        metrics_path=run / "metrics.jsonl",
+        wall_clock={},
+        command="x",
+        flow_steps=FlowSteps(5, 2),
+    )
+    text, raw = path.read_text(), json.loads((run / "report.json").read_text())
+    assert "Not evaluated" in text
+    assert "- flow steps: 2; the base came with 5" in text
+    assert raw["flow_steps"] == {"own": 5, "tuned": 2}
 
 
 @pytest.mark.parametrize(

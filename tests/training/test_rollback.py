@@ -252,7 +252,7 @@ def test_an_old_checkpoint_is_of_whole_steps(begin):
     train(run, learner, steps=2)
     assert "step_factor" not in learner.scalars()
     learner.step_factor = 0.25
-    learner.load_scalars({"lam": 1.0, "kl_ema": 0.0})
+    learner.load_scalars({"lam": 1.0, "kl_ema": 0.0, "scheme": learner.method.config.scheme})
     assert learner.step_factor == 1.0
     assert step_sizes(learner) == [LR, LR]
 

@@ -35,6 +35,12 @@ PRESETS = next(
         (["--critic.next_actions=0"], "--critic.next_actions=0 must be at least 1"),
         (["--critic.updates_per_step=-1"], "must not be negative"),
         (["--discount=1"], "--discount=1.0 must lie between 0 and 1"),
+        (["--policy.tuned_flow_steps=0"], "--policy.tuned_flow_steps=0 must be at least 1"),
+        (
+            ["--policy.tuned_flow_steps=1"],
+            "--policy.tuned_flow_steps=1 is too few for the posterior scheme, whose last step has "
+            "no noise: take at least 2 by --policy.tuned_flow_steps, or --trqam.scheme=shifted_eul",
+        ),
         (["--peft.r=0"], "--peft.r=0 must be at least 1"),
         (["--polcy.path=x"], "polcy"),
         (["--method.inverse_temperature=3"], "is QAM's"),

@@ -15,7 +15,11 @@ from vla_trqam.time_grid import TimeGrid
 
 
 def chunk_policy(
-    policy: FlowPolicy, noise_seed: int, *, field: Literal["tuned", "base"] = "tuned"
+    policy: FlowPolicy,
+    noise_seed: int,
+    *,
+    field: Literal["tuned", "base"] = "tuned",
+    num_flow_steps: int | None = None,
 ) -> ChunkPolicy:
     """What a rollout asks for a chunk, see :data:`~vla_trqam.envs.rollout.ChunkPolicy`.
 
@@ -26,9 +30,10 @@ def chunk_policy(
         policy: whose field acts.
         noise_seed: separates the noise of different purposes.
         field: which of the two acts.
+        num_flow_steps: from noise to action; None for the policy's.
     """
     velocity = policy.velocity if field == "tuned" else policy.base_velocity
-    grid = TimeGrid(policy.num_flow_steps)
+    grid = TimeGrid(num_flow_steps or policy.num_flow_steps)
     device = next(policy.trainable_parameters()).device
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from vla_trqam.training.checkpoints import (
     read_position,
 )
 from vla_trqam.training.evaluation import PairedEvaluation
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.metrics import (
     Metrics,
     MetricSeries,
@@ -35,6 +36,8 @@ METRICS, REPORT = "metrics.jsonl", "report.json"
 POLICY_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # The policy type that only this package's own MLP has; LeRobot loads all others.
 MLP_TYPE = "mlp_flow"
+# What policies call their number of flow steps in their configs.
+STEPS_FIELDS = ("num_flow_steps", "num_inference_steps", "num_steps", "num_integration_steps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class RunFacts:
         position: where the run stood.
         kl_final: the KL's moving average at that moment; None without a trust region.
         trust_region: the KL against its budget up to then; None without a trust region.
+        flow_steps: of the base as it came and of the tuned policy; None where no report says it.
         evaluation: of this checkpoint against the base; None where there is none.
         not_evaluated: why there is none, a sentence.
         provenance: command, seeds, versions, commit and machine; None where no report is.
@@ -65,6 +69,7 @@ class RunFacts:
     position: Position
     kl_final: float | None
     trust_region: TrustRegionSummary | None
+    flow_steps: FlowSteps | None
     evaluation: PairedEvaluation | None
     not_evaluated: str
     provenance: dict[str, Any] | None
@@ -77,6 +82,13 @@ class RunFacts:
     def policy_type(self) -> str:
         """LeRobot's name of the policy's architecture."""
         return str(self.policy_config["type"])
+
+    @property
+    def num_flow_steps(self) -> int | None:
+        """K that the policy acts with; None where its config does not say."""
+        return next(
+            (int(self.policy_config[k]) for k in STEPS_FIELDS if k in self.policy_config), None
+        )
 
     @property
     def for_lerobot(self) -> bool:
@@ -165,6 +177,7 @@ def read_facts(run: Path, checkpoint: Path, policy: Path | None = None) -> RunFa
         position=position,
         kl_final=None if trust_region is None else float(kl[-1]),
         trust_region=trust_region,
+        flow_steps=_flow_steps(report),
         evaluation=evaluation,
         not_evaluated=not_evaluated,
         provenance=None if report is None else without_paths(report.get("provenance")),
@@ -187,6 +200,11 @@ def _evaluation(
     if checkpoint.resolve() != final.resolve():
         return None, f"The run compared its last checkpoint, {final.name}, with the base, not this"
     return PairedEvaluation.from_json(report["evaluation"]), ""
+
+
+def _flow_steps(report: dict[str, Any] | None) -> FlowSteps | None:
+    found = (report or {}).get("flow_steps")
+    return None if found is None else FlowSteps(**found)
 
 
 def _until(metrics: Metrics, step: int) -> Metrics:

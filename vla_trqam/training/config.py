@@ -16,12 +16,18 @@ import yaml
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
+from vla_trqam.training.distributed import launched_first
 from vla_trqam.training.divergence import OnDivergence
 from vla_trqam.training.flag_help import help_text
 
 Settings = dict[str, Any]
 YAML_START, YAML_END = b"---\n", b"\n...\n"
 """Of a document that :func:`dump_config` wrote; older ones have neither."""
+FORMER = {"trqam.scheme": "shifted_euler"}
+"""What runs did before there was a setting for it, where the default is something else today."""
+OF_FORMER = "trqam.time_shift"
+"""A setting that every former run's settings have, and that settings written by hand have not,
+unless they mean the former kind."""
 
 
 def parse_config[C](
@@ -51,8 +57,12 @@ def parse_config[C](
     if {"config_path", "preset"} <= flags.keys():
         raise UserError("--config_path and --preset are both given; choose one")
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
-    source = _section(presets, name) if config_path is None else _read_yaml(str(config_path))
-    return _decode(config_class, _flatten(source, known) | flags)
+    if config_path is None:
+        return _decode(config_class, _flatten(_section(presets, name), known) | flags)
+    settings = _flatten(_read_yaml(str(config_path)), known)
+    former = _former(settings, known) if OF_FORMER in settings else {}
+    _tell_former(str(config_path), former.keys() - flags.keys())
+    return _decode(config_class, settings | former | flags)
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:
@@ -101,8 +111,11 @@ def resumed_config[C: Resumable](
             f"a resumed run keeps its settings, but for more of {more}; leave out "
             f"{', '.join(sorted(others))}"
         )
-    saved = saved_config(type(config), config.output_dir / name)
-    asked = _flatten(settings_of(config), _known_flags(type(config)))
+    path = config.output_dir / name
+    saved = saved_config(type(config), path)
+    known = _known_flags(type(config))
+    _tell_former(str(path), _former(_flatten(_read_yaml(path), known), known))
+    asked = _flatten(settings_of(config), known)
     wanted = {flag: asked[flag] for flag in config.GROWING if flag in growing}
     check_more(saved, wanted)
     saved = with_settings(saved, wanted)
@@ -127,17 +140,33 @@ def with_settings[C](config: C, changes: Settings) -> C:
 def saved_config[C](config_class: type[C], path: Path) -> C:
     """Reads what :func:`dump_config` wrote.
 
+    What an older version had no setting for is as it was then (:data:`FORMER`), so that a run goes
+    on as it began.
+
     Raises:
         UserError: the file is missing or is not such a configuration.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; there is no run to go on with")
     _check_end(path)
+    known = _known_flags(config_class)
     try:
-        return _decode(config_class, _flatten(_read_yaml(path), _known_flags(config_class)))
+        settings = _flatten(_read_yaml(path), known)
+        return _decode(config_class, settings | _former(settings, known))
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
+
+
+def _former(settings: Settings, known: Collection[str]) -> Settings:
+    """What former runs did of that for which these settings have nothing."""
+    return {k: v for k, v in FORMER.items() if k in known and k not in settings}
+
+
+def _tell_former(path: str, names: Collection[str]) -> None:
+    # Every process reads the same settings.
+    for name in sorted(names) if launched_first() else ():
+        print(f"{path} is from before there was a {name}: {FORMER[name]}, as it was then")
 
 
 def _check_end(path: Path) -> None:

@@ -36,9 +36,9 @@ def check_on_divergence(value: str) -> None:
 
 def not_finite(learner: Learner) -> str | None:
     """The first weight, moment of the optimizer or number to save that is NaN or infinite."""
-    scalars = (name for name, value in learner.scalars().items() if not math.isfinite(value))
+    numbers = {k: v for k, v in learner.scalars().items() if not isinstance(v, str)}
     return (
-        next(scalars, None)
+        next((name for name, value in numbers.items() if not math.isfinite(value)), None)
         or _first(module_tensors(learner), "weight {}")
         or _first(optimizer_tensors(learner.optimizer), "the optimizer's {}")
     )

@@ -1,11 +1,14 @@
 """Paired evaluation: did the tuned policy become better than its base, and how sure is that?
 
 Both policies face the same fixed initial states (one seed each), so the comparison is paired: what
-counts are the states that one policy solves and the other does not. Rates carry Wilson intervals,
-their difference the square-and-add interval for paired proportions (method 10 of Newcombe 1998,
-"Improved confidence intervals for the difference between binomial proportions based on paired
-data", Statistics in Medicine 17, 2635-2650) and McNemar's exact test. Several training seeds are
-combined with a bootstrap over both training seeds and initial states.
+counts are the states that one policy solves and the other does not. Where training took another
+number of flow steps than the base's own, the base acts with that number too, for a gain of tuning
+is one against it; the base as it came is a third policy (:class:`BaseAsItCame`).
+
+Rates carry Wilson intervals, their difference the square-and-add interval for paired proportions
+(method 10 of Newcombe 1998, "Improved confidence intervals for the difference between binomial
+proportions based on paired data", Statistics in Medicine 17, 2635-2650) and McNemar's exact test.
+Several training seeds are combined with a bootstrap over both training seeds and initial states.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_trqam.envs.rollout import Episode
 from vla_trqam.errors import UserError
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.intervals import (
     Interval,
     mcnemar_exact_p,
@@ -28,6 +32,7 @@ from vla_trqam.training.intervals import (
 )
 
 __all__ = [
+    "BaseAsItCame",
     "CombinedEvaluation",
     "Interval",
     "Outcome",
@@ -59,6 +64,49 @@ class Outcome:
 
 
 RAW_FIELDS = ("seeds", "base_success", "tuned_success", "base_steps", "tuned_steps")
+AS_IT_CAME = "base_as_it_came"
+"""Its entry in ``evaluation.json``."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseAsItCame:
+    """Outcomes of the base with its own number of flow steps, where tuning took another.
+
+    Attributes:
+        success: (N,) bool, on the initial states of the paired evaluation, in their order.
+        steps: (N,) int64, control steps until the episode ended.
+        flow_steps: the two numbers.
+    """
+
+    success: NDArray[np.bool_]
+    steps: NDArray[np.int64]
+    flow_steps: FlowSteps
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "success", _as_vector(self.success, np.bool_, "success"))
+        object.__setattr__(self, "steps", _as_vector(self.steps, np.int64, "steps"))
+
+    def to_json(self, seeds: NDArray[np.int64]) -> dict[str, Any]:
+        """What `json.dump` takes: the raw outcomes, and beside them rate and interval."""
+        interval = wilson_interval(int(self.success.sum()), len(seeds))
+        return {
+            "num_flow_steps": self.flow_steps.own,
+            "num_flow_steps_of_base_and_tuned": self.flow_steps.tuned,
+            "success": self.success.tolist(),
+            "steps": self.steps.tolist(),
+            "rate": float(self.success.mean()),
+            "interval_95": _pair(interval),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BaseAsItCame:
+        """Rebuild from `to_json`; rate and interval are computed again."""
+        fields = ("success", "steps", "num_flow_steps", "num_flow_steps_of_base_and_tuned")
+        missing = [name for name in fields if name not in data]
+        if missing:
+            raise ValueError(f"{AS_IT_CAME} lacks {missing}")
+        success, steps, own, tuned = (data[name] for name in fields)
+        return cls(success, steps, FlowSteps(int(own), int(tuned)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +119,7 @@ class PairedEvaluation:
         tuned_success: (N,) bool.
         base_steps: (N,) int64, control steps until the episode ended.
         tuned_steps: (N,) int64.
+        as_it_came: the base with its own number of flow steps, where the other two take another.
     """
 
     seeds: NDArray[np.int64]
@@ -78,6 +127,7 @@ class PairedEvaluation:
     tuned_success: NDArray[np.bool_]
     base_steps: NDArray[np.int64]
     tuned_steps: NDArray[np.int64]
+    as_it_came: BaseAsItCame | None = None
 
     def __post_init__(self) -> None:
         for name in RAW_FIELDS:
@@ -88,6 +138,10 @@ class PairedEvaluation:
             raise ValueError(f"a paired evaluation needs as many of each, at least one: {sizes}")
         if len(np.unique(self.seeds)) != len(self):
             raise ValueError("an initial state (seed) occurs twice: it would be counted twice")
+        extra = self.as_it_came
+        if extra is not None and not len(extra.success) == len(extra.steps) == len(self):
+            sizes = f"success {len(extra.success)}, steps {len(extra.steps)}"
+            raise ValueError(f"{AS_IT_CAME} needs an outcome of each of {len(self)} seeds: {sizes}")
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -127,6 +181,22 @@ class PairedEvaluation:
         """Seeds that neither policy solves."""
         return self.seeds[~self.base_success & ~self.tuned_success]
 
+    def by_steps_alone(self) -> PairedEvaluation | None:
+        """The base as it came, and as "tuned" the base with the tuned number of flow steps."""
+        return self._after_as_it_came(self.base_success, self.base_steps)
+
+    def in_total(self) -> PairedEvaluation | None:
+        """The base as it came, and the tuned policy."""
+        return self._after_as_it_came(self.tuned_success, self.tuned_steps)
+
+    def _after_as_it_came(
+        self, success: NDArray[np.bool_], steps: NDArray[np.int64]
+    ) -> PairedEvaluation | None:
+        came = self.as_it_came
+        if came is None:
+            return None
+        return PairedEvaluation(self.seeds, came.success, success, came.steps, steps)
+
     def base_interval(self, confidence: float = 0.95) -> Interval:
         """Wilson interval of the base policy's success rate."""
         return wilson_interval(int(self.base_success.sum()), len(self), confidence)
@@ -152,6 +222,8 @@ class PairedEvaluation:
     def to_json(self) -> dict[str, Any]:
         """What `json.dump` takes: the raw outcomes, and beside them the statistics for a reader."""
         raw: dict[str, Any] = {name: getattr(self, name).tolist() for name in RAW_FIELDS}
+        if self.as_it_came is not None:
+            raw[AS_IT_CAME] = self.as_it_came.to_json(self.seeds) | self._differences()
         return raw | {
             "base_rate": self.base_rate,
             "base_interval_95": _pair(self.base_interval()),
@@ -164,6 +236,20 @@ class PairedEvaluation:
             "lost": self.lost.tolist(),
         }
 
+    def _differences(self) -> dict[str, Any]:
+        """Of both effects, for a reader."""
+        found = {}
+        for name, pair in (
+            ("by_steps_alone", self.by_steps_alone()),
+            ("in_total", self.in_total()),
+        ):
+            assert pair is not None, "the base as it came was evaluated"
+            found[name] = {
+                "difference": pair.difference,
+                "difference_interval_95": _pair(pair.difference_interval()),
+            }
+        return found
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PairedEvaluation:
         """Rebuild from `to_json`; only the raw outcomes are read, the rest is computed again.
@@ -175,7 +261,8 @@ class PairedEvaluation:
         if missing:
             raise UserError(f"a paired evaluation lacks {missing}; it has {sorted(data)}")
         try:
-            return cls(**{name: data[name] for name in RAW_FIELDS})
+            came = None if AS_IT_CAME not in data else BaseAsItCame.from_json(data[AS_IT_CAME])
+            return cls(**{name: data[name] for name in RAW_FIELDS}, as_it_came=came)
         except (TypeError, ValueError) as error:
             raise UserError(f"not a paired evaluation: {error}") from error
 

@@ -18,7 +18,7 @@ from vla_trqam.files import written_whole
 from vla_trqam.training.checkpoints import ALGORITHM, PRETRAINED
 from vla_trqam.training.hub import RUN
 from vla_trqam.training.hub_access import check_repo_id, connect, one_sentence
-from vla_trqam.training.learners import OffPolicy
+from vla_trqam.training.learners import SCHEME, OffPolicy
 from vla_trqam.training.model_card import PLOTS
 
 # All that a checkpoint is made of.
@@ -111,7 +111,8 @@ def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = 
             were measured against: false where the pulled policy itself becomes the base.
 
     Raises:
-        UserError: a file is missing or damaged, or the critic has other weights.
+        UserError: a file is missing or damaged, the critic has other weights, or the trust region
+            is of another scheme.
     """
     try:
         check_header(algorithm / "networks.safetensors")
@@ -135,11 +136,14 @@ def _check_finite(critic: dict[str, Tensor]) -> None:
 def _load_trust_region(path: Path, learner: OffPolicy) -> None:
     scalars = read_json(path)
     try:
-        wrong = [f"{k} is {v!r}" for k, v in scalars.items() if not _is_amount(v)]
+        numbers = {name: value for name, value in scalars.items() if name != SCHEME}
+        wrong = [f"{k} is {v!r}" for k, v in numbers.items() if not _is_amount(v)]
         if wrong:
             raise ValueError(f"{wrong[0]}; it must be a finite number and not negative")
         learner.load_scalars(scalars)
         learner.step_factor = 1.0  # a smaller one is the former run's
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not the state of a trust region: {reason}") from None

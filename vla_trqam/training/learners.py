@@ -21,6 +21,11 @@ from vla_trqam.methods.trqam import TRQAM, CriticUpdateResult, UpdateNoise, Upda
 from vla_trqam.policy import FlowPolicy
 
 STEP_FACTOR = "step_factor"
+SCHEME, FORMER_SCHEME = "scheme", "shifted_euler"
+"""What a trust region's state belongs to; where none is named, it is from before there was more
+than one."""
+Scalars = dict[str, float | str]
+"""Numbers by name, and names of what they belong to."""
 
 
 class Learner(Protocol):
@@ -50,11 +55,15 @@ class Learner(Protocol):
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimiser to save."""
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self) -> Scalars:
         """Numbers to save."""
 
-    def load_scalars(self, values: Mapping[str, float]) -> None:
-        """Restores :meth:`scalars`."""
+    def load_scalars(self, values: Mapping[str, float | str]) -> None:
+        """Restores :meth:`scalars`.
+
+        Raises:
+            UserError: they belong to something else.
+        """
 
 
 @dataclass(frozen=True)
@@ -132,11 +141,11 @@ class BehaviourCloning:
         """Policy and average."""
         return {"policy": self.policy, "average": self._average}
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self) -> Scalars:
         """Steps done."""
         return {"done": self._done} | _factor_of(self)
 
-    def load_scalars(self, values: Mapping[str, float]) -> None:
+    def load_scalars(self, values: Mapping[str, float | str]) -> None:
         """Restores :meth:`scalars`."""
         self._done = int(values["done"])
         self.step_factor = float(values.get(STEP_FACTOR, 1.0))
@@ -187,13 +196,25 @@ class OffPolicy:
         """Policy and critic."""
         return {"policy": self.method.policy, "critic": self.method.critic}
 
-    def scalars(self) -> dict[str, float]:
-        """The trust region's state."""
-        return self.method.trust_region.state_dict() | _factor_of(self)
+    def scalars(self) -> Scalars:
+        """The trust region's state, and the scheme in whose units it is."""
+        state = self.method.trust_region.state_dict()
+        return state | _factor_of(self) | {SCHEME: self.method.config.scheme}
 
-    def load_scalars(self, values: Mapping[str, float]) -> None:
-        """Restores :meth:`scalars`."""
-        self.method.trust_region.load_state_dict(dict(values))
+    def load_scalars(self, values: Mapping[str, float | str]) -> None:
+        """Restores :meth:`scalars`.
+
+        Raises:
+            UserError: they are of another scheme, whose KL is in other units.
+        """
+        state = {name: float(values[name]) for name in self.method.trust_region.state_dict()}
+        theirs, own = values.get(SCHEME, FORMER_SCHEME), self.method.config.scheme
+        if theirs != own:
+            raise UserError(
+                f"lambda and its KL are of the {theirs} scheme and this run is of {own}, which has "
+                f"other units: --trqam.scheme={theirs} goes on with them"
+            )
+        self.method.trust_region.load_state_dict(state)
         self.step_factor = float(values.get(STEP_FACTOR, 1.0))
 
 
@@ -215,7 +236,7 @@ class CriticWarmup(OffPolicy):
         return self._critic_result.metrics()
 
 
-def _factor_of(learner: Learner) -> dict[str, float]:
+def _factor_of(learner: Learner) -> Scalars:
     """As a number to save, of a run that rolled back."""
     return {} if learner.step_factor == 1.0 else {STEP_FACTOR: learner.step_factor}
 

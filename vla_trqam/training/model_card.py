@@ -9,10 +9,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from vla_trqam.training.card_facts import RunFacts
-from vla_trqam.training.evaluation import Interval
-from vla_trqam.training.formats import percent, points, points_interval, table
+from vla_trqam.training.formats import percent, table
 from vla_trqam.training.provenance import package_versions
 from vla_trqam.training.report import CAPTIONS
+from vla_trqam.training.success import differences, effect_of_steps, success_table
 
 PLOTS = "plots"
 TINY = "tiny_"
@@ -101,46 +101,41 @@ def _introduction(facts: RunFacts, license_name: str | None) -> str:
         "",
         f"- data: {data if facts.dataset else 'a dataset that is not on the Hub'}",
         f"- updates of the policy: {facts.position.step}",
+        *_flow_steps(facts),
         f"- licence: {license_name or 'that of the base policy, which does not say which'}",
     ]
     return "\n".join(lines)
+
+
+def _flow_steps(facts: RunFacts) -> Iterable[str]:
+    """What the policy acts with, and what its base came with where that is known."""
+    if facts.num_flow_steps is not None:
+        own = facts.flow_steps
+        came = "" if own is None else f"; its base came with {own.own}"
+        yield f"- flow steps from noise to action: {facts.num_flow_steps}{came}"
 
 
 def _success(facts: RunFacts) -> str:
     evaluation = facts.evaluation
     if evaluation is None:
         return f"## Success\n\n**Not evaluated.** {facts.not_evaluated}."
-    count, difference = len(evaluation), evaluation.difference_interval()
-    base, tuned = int(evaluation.base_success.sum()), int(evaluation.tuned_success.sum())
-    rows = [
-        _rate("base", base, count, evaluation.base_interval()),
-        _rate("tuned", tuned, count, evaluation.tuned_interval()),
-        [
-            "difference",
-            f"{points(evaluation.difference)} points",
-            f"{points_interval(difference)} points",
-            f"{len(evaluation.gained)} gained, {len(evaluation.lost)} lost",
-        ],
-    ]
+    named = f"The interval of the {differences(evaluation)[0][0]}"
     claim = (
-        "The interval of the difference excludes zero."
-        if difference.excludes_zero()
-        else "The interval of the difference includes zero: no difference is shown."
+        f"{named} excludes zero."
+        if evaluation.difference_interval().excludes_zero()
+        else f"{named} includes zero: no difference is shown."
     )
+    told = [claim, effect_of_steps(evaluation)]
     return "\n\n".join(
         [
             "## Success",
-            f"{_where(facts)}, base and tuned policy on the same {count} initial states.",
-            table(["", "success", "95% interval", "episodes"], rows),
-            f"{claim} Intervals: Wilson's for the rates, Newcombe's (1998, method 10) for the"
-            f" paired difference. McNemar's exact test: p = {evaluation.mcnemar_p():.2g}.",
+            f"{_where(facts)}, base and tuned policy on the same {len(evaluation)} initial states.",
+            success_table(evaluation),
+            f"{' '.join(filter(None, told))} Intervals: Wilson's for the rates, Newcombe's (1998,"
+            " method 10) for the paired differences."
+            f" McNemar's exact test: p = {evaluation.mcnemar_p():.2g}.",
         ]
     )
-
-
-def _rate(label: str, successes: int, count: int, interval: Interval) -> list[str]:
-    limits = f"{percent(interval.low)} to {percent(interval.high)}"
-    return [label, percent(successes / count), limits, f"{successes} of {count}"]
 
 
 def _trust_region(facts: RunFacts) -> str:

@@ -157,7 +157,5 @@ def path_fields(policy: LeRobotFlowPolicy, context: Any, batch_size: int) -> Pat
         shape = grid.num_flow_steps + 2, batch_size, *policy.chunk_shape
         noise = torch.randn(shape, device=device)
     fields = policy.path_fields(context, context)
-    sample_path_and_next_action(
-        fields, noise[0], noise[2:], noise[1], grid, jacobians=False
-    )
+    sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid, jacobians=False)
     return fields

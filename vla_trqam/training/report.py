@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import quote
 
 from vla_trqam.files import written_whole
-from vla_trqam.training.evaluation import Interval, PairedEvaluation, combine_seeds
+from vla_trqam.training.evaluation import PairedEvaluation, combine_seeds
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.formats import jsonable, percent, points, points_interval, table
 from vla_trqam.training.metrics import (
     Metrics,
@@ -19,6 +20,7 @@ from vla_trqam.training.metrics import (
     summarise_trust_region,
 )
 from vla_trqam.training.provenance import command_line, git_commit, machine, package_versions
+from vla_trqam.training.success import differences, effect_of_steps, success_table
 
 CAPTIONS = {
     "pretraining": "Behaviour-cloning loss of the pretraining",
@@ -48,6 +50,7 @@ def write_report(
     seeds: Mapping[str, int] | None = None,
     command: str | None = None,
     kl_unit: str = "nats",
+    flow_steps: FlowSteps | None = None,
 ) -> Path:
     """Write `report.md` and `report.json`; returns the path of the former.
 
@@ -64,6 +67,7 @@ def write_report(
         seeds: The run's random seeds by purpose; those of the initial states are in `evaluation`.
         command: Command line to record; this process's own unless given.
         kl_unit: Unit of the KL and its budget.
+        flow_steps: Of the base as it came, and of the tuned policy.
     """
     _check_exist([*plots, *videos])
     metrics = read_metrics(metrics_path)
@@ -72,6 +76,7 @@ def write_report(
     raw = {
         "title": title,
         "evaluation": None if evaluation is None else evaluation.to_json(),
+        "flow_steps": None if flow_steps is None else asdict(flow_steps),
         "trust_region": None if trust_region is None else asdict(trust_region),
         "final_metrics": _last_values(metrics),
         "wall_clock_seconds": dict(wall_clock),
@@ -85,7 +90,7 @@ def write_report(
         _trust_region_section(trust_region, kl_unit),
         _time_section(wall_clock),
         _media_section(output_dir, plots, videos),
-        _provenance_section(provenance, evaluation),
+        _provenance_section(provenance, evaluation, flow_steps),
         _config_section(config),
     ]
     write_json(output_dir / "report.json", raw)
@@ -129,45 +134,41 @@ def write_json(path: Path, value: Mapping[str, Any]) -> Path:
 
 def _verdict(evaluation: PairedEvaluation) -> str:
     interval = evaluation.difference_interval()
+    named = f"The interval of the {differences(evaluation)[0][0]}"
     if not interval.excludes_zero():
-        claim = "The interval of the difference includes zero: no difference is shown."
+        claim = f"{named} includes zero: no difference is shown."
     elif evaluation.difference > 0:
-        claim = "The interval of the difference excludes zero: the tuned policy is better."
+        claim = f"{named} excludes zero: the tuned policy is better."
     else:
-        claim = "The interval of the difference excludes zero: the tuned policy is **worse**."
-    return (
-        f"**Success: base {percent(evaluation.base_rate)} → tuned"
-        f" {percent(evaluation.tuned_rate)}** on {len(evaluation)} fixed initial states. {claim}"
-    )
+        claim = f"{named} excludes zero: the tuned policy is **worse**."
+    came = evaluation.as_it_came
+    base = percent(evaluation.base_rate)
+    if came is not None:
+        base = f"as it came {percent(float(came.success.mean()))}, with the tuned flow steps {base}"
+    parts = [
+        f"**Success: base {base} → tuned {percent(evaluation.tuned_rate)}** on {len(evaluation)}"
+        f" fixed initial states. {claim}",
+        effect_of_steps(evaluation),
+    ]
+    return " ".join(part for part in parts if part)
 
 
 def _success_section(evaluation: PairedEvaluation) -> str:
-    count = len(evaluation)
-    difference = f"{points_interval(evaluation.difference_interval())} points"
-    rows = [
-        _rate_row("base", int(evaluation.base_success.sum()), count, evaluation.base_interval()),
-        _rate_row("tuned", int(evaluation.tuned_success.sum()), count, evaluation.tuned_interval()),
-        ["difference", f"{points(evaluation.difference)} points", difference, ""],
-    ]
+    same = "" if evaluation.as_it_came is None else " Gained, lost and the test are tuning's."
     return "\n".join(
         [
             "## Success",
             "",
-            table(["", "success", "95% interval", "episodes"], rows),
+            success_table(evaluation),
             "",
-            "Intervals: Wilson for the rates; Newcombe's method 10 for the paired difference."
-            f" McNemar's exact test: p = {evaluation.mcnemar_p():.2g}.",
+            "Intervals: Wilson for the rates; Newcombe's method 10 for the paired differences."
+            f" McNemar's exact test: p = {evaluation.mcnemar_p():.2g}.{same}",
             "",
             f"- gained: {len(evaluation.gained)}{_seed_list(evaluation.gained)}",
             f"- lost: {len(evaluation.lost)}{_seed_list(evaluation.lost)}",
             f"- kept: {len(evaluation.kept)}; failed by both: {len(evaluation.failed_both)}",
         ]
     )
-
-
-def _rate_row(label: str, successes: int, count: int, interval: Interval) -> list[str]:
-    limits = f"{percent(interval.low)} to {percent(interval.high)}"
-    return [label, percent(successes / count), limits, f"{successes} of {count}"]
 
 
 def _trust_region_section(summary: TrustRegionSummary | None, kl_unit: str) -> str:
@@ -216,11 +217,17 @@ def _provenance(command: str | None, seeds: Mapping[str, int] | None) -> dict[st
     }
 
 
-def _provenance_section(provenance: Mapping[str, Any], evaluation: PairedEvaluation | None) -> str:
+def _provenance_section(
+    provenance: Mapping[str, Any],
+    evaluation: PairedEvaluation | None,
+    steps: FlowSteps | None,
+) -> str:
     lines = [f"- {purpose} seed: {seed}" for purpose, seed in provenance["seeds"].items()]
     if evaluation is not None:
         first, last = int(evaluation.seeds.min()), int(evaluation.seeds.max())
         lines.append(f"- initial states: {len(evaluation)} seeds, {first} to {last}")
+    if steps is not None:
+        lines.append(f"- flow steps: {steps.tuned}; the base came with {steps.own}")
     lines.append(f"- commit: {provenance['commit'] or 'not run from a git checkout'}")
     versions = provenance["versions"].items()
     lines.append("- versions: " + ", ".join(f"{name} {version}" for name, version in versions))

@@ -14,6 +14,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training.divergence import OnDivergence, check_on_divergence
+from vla_trqam.training.flow_steps import check_flow_steps
 from vla_trqam.training.learners import BehaviourCloningConfig
 
 # Initial states: evaluation seeds lie below, those of training above.
@@ -52,7 +53,8 @@ class PolicyConfig:
         chunk_length: H, all of which is executed before the policy is asked again.
         hidden_dims: widths of the hidden layers.
         layer_norm: normalise after every activation.
-        num_flow_steps: K.
+        num_flow_steps: K, the steps from noise to action of the pretrained policy.
+        tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
     """
 
     path: Path | None = None
@@ -60,6 +62,7 @@ class PolicyConfig:
     hidden_dims: tuple[int, ...] = (256, 256, 256)
     layer_norm: bool = False
     num_flow_steps: int = 10
+    tuned_flow_steps: int | None = None
 
 
 @dataclass
@@ -397,6 +400,7 @@ class FinetuneRobomimicConfig(RunSettings):
             "policy.chunk_length": self.policy.chunk_length,
             "policy.hidden_dims": min(self.policy.hidden_dims, default=0),
             "policy.num_flow_steps": self.policy.num_flow_steps,
+            "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
             "pretrain.steps": self.pretrain.steps,
             "pretrain.batch_size": self.pretrain.batch_size,
             "pretrain.num_demos": self.pretrain.num_demos,
@@ -424,6 +428,12 @@ class FinetuneRobomimicConfig(RunSettings):
                 f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
                 f"its first chunk of {self.policy.chunk_length} steps"
             )
+        tuned = self.policy.tuned_flow_steps
+        if tuned is not None:
+            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.trqam)
+        elif self.policy.path is None:
+            own = self.policy.num_flow_steps
+            check_flow_steps(own, f"--policy.num_flow_steps={own}", self.trqam)
         super()._check_choices()
 
 
@@ -439,7 +449,8 @@ def refuse_idle_flags(config: FinetuneRobomimicConfig, flags: set[str]) -> None:
     """
     if config.policy.path is None:
         return
-    idle = sorted(f for f in flags - {"--policy.path"} if f.startswith(("--policy.", "--pretrain")))
+    used = {"--policy.path", "--policy.tuned_flow_steps"}
+    idle = sorted(f for f in flags - used if f.startswith(("--policy.", "--pretrain")))
     if idle:
         raise UserError(
             f"--policy.path={config.policy.path} is a policy that is trained already and has its "

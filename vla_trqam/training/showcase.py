@@ -16,11 +16,13 @@ from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.acting import chunk_policy
 from vla_trqam.training.critic_check import check_critic
-from vla_trqam.training.evaluation import Outcome, PairedEvaluation
+from vla_trqam.training.evaluation import BaseAsItCame, Outcome, PairedEvaluation
 from vla_trqam.training.finetuning import EVALUATION_NOISE, METRICS_NAME, Run
+from vla_trqam.training.flow_steps import FlowSteps
 from vla_trqam.training.plots import plot_q_against_returns, plot_run
 from vla_trqam.training.report import write_json, write_report
 from vla_trqam.training.run_folder import command_of
+from vla_trqam.training.success import success_lines
 
 EVALUATION_NAME = "evaluation.json"
 CONTROL_FREQUENCY = 20  # Hz
@@ -28,15 +30,36 @@ FRAME_EVERY = 2
 DEFAULT_VIDEOS = 2
 
 
-def paired_evaluation(base: Sequence[Outcome], tuned: Sequence[Outcome]) -> PairedEvaluation:
-    """Base and tuned episodes from the same initial states."""
-    assert [e.seed for e in base] == [e.seed for e in tuned], "not the same initial states"
+def paired_evaluation(
+    base: Sequence[Outcome],
+    tuned: Sequence[Outcome],
+    as_it_came: tuple[Sequence[Outcome], FlowSteps] | None = None,
+) -> PairedEvaluation:
+    """Base and tuned episodes from the same initial states.
+
+    Args:
+        base: with the tuned policy's number of flow steps.
+        tuned: of the tuned policy.
+        as_it_came: those of the base with its own number, where that is another, and the numbers.
+    """
+    outcomes = [base, tuned] if as_it_came is None else [base, tuned, as_it_came[0]]
+    seeds = [[e.seed for e in episodes] for episodes in outcomes]
+    assert all(each == seeds[0] for each in seeds), "not the same initial states"
+    came = None
+    if as_it_came is not None:
+        episodes, flow_steps = as_it_came
+        came = BaseAsItCame(
+            np.array([e.success for e in episodes]),
+            np.array([e.num_steps for e in episodes]),
+            flow_steps,
+        )
     return PairedEvaluation(
         seeds=np.array([e.seed for e in base]),
         base_success=np.array([e.success for e in base]),
         tuned_success=np.array([e.success for e in tuned]),
         base_steps=np.array([e.num_steps for e in base]),
         tuned_steps=np.array([e.num_steps for e in tuned]),
+        as_it_came=came,
     )
 
 
@@ -107,19 +130,24 @@ def conclude(
     Without a simulator it draws and reports only, and returns None. Every process of the run calls
     it: all evaluate, the main one does the rest.
 
-    The base is a policy of its own, or None for the base field of the policy in training.
+    The base is a policy of its own, or None for the base field of the policy in training. It acts
+    with the tuned policy's number of flow steps, and where it came with another, with that too.
     """
-    base_actor = (
-        chunk_policy(run.policy, EVALUATION_NOISE, field="base")
-        if base is None
-        else chunk_policy(base, EVALUATION_NOISE)
+    flow_steps = FlowSteps.of(run.policy, base)
+    anchor, field = (run.policy, "base") if base is None else (base, "tuned")
+    own_actor, base_actor = (
+        chunk_policy(anchor, EVALUATION_NOISE, field=field, num_flow_steps=count)
+        for count in (flow_steps.own, flow_steps.tuned)
     )
-    evaluation = None if run.pool is None else _evaluate(run, base_actor, evaluation_seeds)
+    evaluation = None
+    if run.pool is not None:
+        evaluation = _evaluate(run, base_actor, own_actor, flow_steps, evaluation_seeds)
 
     def tell() -> None:
         _tell(run, base_actor, critic, sampler, evaluation, num_videos, facts)
 
     facts = {"config": config, "title": title, "seeds": seeds, "kl_unit": kl_unit}
+    facts |= {"flow_steps": flow_steps}
     run.team.on_main(tell)
     return evaluation
 
@@ -168,27 +196,24 @@ def _tell(
     print(_verdict(evaluation, path))
 
 
-def _evaluate(run: Run, base: ChunkPolicy, seeds: Sequence[int]) -> PairedEvaluation:
+def _evaluate(
+    run: Run,
+    base: ChunkPolicy,
+    as_it_came: ChunkPolicy,
+    flow_steps: FlowSteps,
+    seeds: Sequence[int],
+) -> PairedEvaluation:
     """The final evaluation, written to ``evaluation.json``."""
     with run.timed("final evaluation"):
-        evaluation = paired_evaluation(run.evaluate(seeds, base), run.evaluate(seeds))
+        own = (run.evaluate(seeds, as_it_came), flow_steps) if flow_steps.differ else None
+        evaluation = paired_evaluation(run.evaluate(seeds, base), run.evaluate(seeds), own)
     if run.team.is_main:
         write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     return evaluation
 
 
 def _verdict(evaluation: PairedEvaluation, path: Path) -> str:
-    base, tuned = evaluation.base_interval(), evaluation.tuned_interval()
-    change = evaluation.difference_interval()
-    return (
-        f"\nbase   {evaluation.base_rate:.1%} (95% interval {base.low:.1%} to {base.high:.1%})\n"
-        f"tuned  {evaluation.tuned_rate:.1%} (95% interval {tuned.low:.1%} to {tuned.high:.1%})\n"
-        f"gain   {100 * evaluation.difference:+.1f} points "
-        f"(95% interval {100 * change.low:+.1f} to {100 * change.high:+.1f}) on "
-        f"{len(evaluation)} initial states; {len(evaluation.gained)} gained, "
-        f"{len(evaluation.lost)} lost\n"
-        f"report {path}"
-    )
+    return "\n".join(["", *success_lines(evaluation), f"report {path}"])
 
 
 def _interesting(evaluation: PairedEvaluation) -> list[int]:

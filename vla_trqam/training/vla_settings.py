@@ -14,6 +14,7 @@ from vla_trqam.envs.env_meta import Task
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training.divergence import OnDivergence
+from vla_trqam.training.flow_steps import check_flow_steps
 from vla_trqam.training.settings import (
     CriticConfig,
     EvalConfig,
@@ -68,6 +69,7 @@ class VLAPolicyConfig:
             on against its own base.
         n_action_steps: actions that are executed of a chunk; null takes the policy's own. Training
             wants whole chunks.
+        tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
         tokenizer: local folder of the tokenizer that its preprocessor takes; null for the one that
             it names, which may be on the Hub and gated.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
@@ -82,6 +84,7 @@ class VLAPolicyConfig:
     device: str | None = None
     adapter: Literal["merge", "continue"] = "merge"
     n_action_steps: int | None = None
+    tuned_flow_steps: int | None = None
     tokenizer: Path | None = None
     critic_layer: int | None = -1
     merged: bool = False
@@ -220,6 +223,7 @@ class FinetuneVLAConfig(RunSettings):
             "peft.r": self.peft.r,
             "peft.lora_alpha": self.peft.lora_alpha,
             "policy.n_action_steps": self.policy.n_action_steps,
+            "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
             "critic.batch_size": self.critic.batch_size,
             "critic.next_actions": self.critic.next_actions,
             "env.image_size": self.env.image_size,
@@ -260,4 +264,7 @@ class FinetuneVLAConfig(RunSettings):
                 "--policy.path and --dataset.repo_id go together: without both, the packed policy "
                 "learns from the packed dataset"
             )
+        tuned = self.policy.tuned_flow_steps
+        if tuned is not None:
+            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.trqam)
         super()._check_choices()

@@ -1,0 +1,69 @@
+"""A run's two numbers of flow steps: the base's own, and the one that is trained and acted with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.time_grid import TimeGrid
+
+
+@dataclass(frozen=True)
+class FlowSteps:
+    """How many flow steps, K, a run's policies take.
+
+    Attributes:
+        own: of the base as it came.
+        tuned: of training and the tuned policy, and of the base that it is compared with.
+    """
+
+    own: int
+    tuned: int
+
+    @classmethod
+    def of(cls, tuned: FlowPolicy, base: FlowPolicy | None = None) -> FlowSteps:
+        """Of a policy in training, whose base may be a policy of its own."""
+        return cls((base or tuned).own_flow_steps, tuned.num_flow_steps)
+
+    @property
+    def differ(self) -> bool:
+        """Whether the base as it came is another policy than the base that tuning began with."""
+        return self.own != self.tuned
+
+    @property
+    def change(self) -> str:
+        """What became of the number, "fewer steps" or "more steps"."""
+        return "fewer steps" if self.tuned < self.own else "more steps"
+
+
+def check_flow_steps(count: int, what: str, config: TRQAMConfig) -> None:
+    """Refuses a number of flow steps that the method's chain cannot be trained with.
+
+    Args:
+        count: K.
+        what: the beginning of the sentence: which number it is.
+        config: of the method.
+
+    Raises:
+        UserError: it is too small.
+    """
+    try:
+        TimeGrid(count, config.chain).steps  # noqa: B018 (refuses a grid that is too coarse)
+    except UserError:
+        raise UserError(
+            f"{what} is too few for the {config.scheme} scheme, whose last step has no noise: take "
+            "at least 2 by --policy.tuned_flow_steps, or --trqam.scheme=shifted_euler"
+        ) from None
+
+
+def check_own_steps(policy: FlowPolicy, count: int | None, config: TRQAMConfig) -> None:
+    """The same of a given policy's own number, where the settings have none.
+
+    Raises:
+        UserError: it is too small.
+    """
+    if count is None:
+        own = policy.num_flow_steps
+        check_flow_steps(own, f"the policy's own number of flow steps, {own},", config)
