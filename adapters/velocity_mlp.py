@@ -130,6 +130,11 @@ class VelocityMLP(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def weights(self) -> list[nn.Parameter]:
+        """``self.parameters()``, without the search for modules that every update would pay."""
+        parts = (*self.layers, *self.norms)
+        return [p for part in parts for p in part._parameters.values() if p is not None]
+
     def forward(self, inputs: Tensor) -> Tensor:
         """``concat(s, x, tau)`` (N, in) -> (N, H * A)."""
         h = inputs
@@ -156,16 +161,17 @@ class VelocityMLP(nn.Module):
     @torch.no_grad()
     def parameter_gradients(self, tape: Tape, cotangent: Tensor) -> list[Tensor]:
         """Gradients of ``<cotangent, output>`` in the order of ``self.parameters()``."""
-        layers: list[Tensor] = []
-        norms: list[Tensor] = []
+        layers = list(self.layers)
+        of_layers: list[Tensor] = []
+        of_norms: list[Tensor] = []
         g = cotangent
-        for index in reversed(range(len(self.layers))):
+        for index in reversed(range(len(layers))):
             if index < len(tape.slopes):
-                g = self._activation_pullback(tape, index, g, norms)
-            layers[:0] = [g.t() @ tape.inputs[index], g.sum(dim=0)]
+                g = self._activation_pullback(tape, index, g, of_norms)
+            of_layers[:0] = [g.t() @ tape.inputs[index], g.sum(dim=0)]
             if index:
-                g = g @ self.layers[index].weight
-        return layers + norms
+                g = g @ layers[index].weight
+        return of_layers + of_norms
 
     def _activation_pullback(
         self, tape: Tape, index: int, g: Tensor, norm_gradients: list[Tensor] | None = None
@@ -220,7 +226,7 @@ def _stack(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _same_weights(first: VelocityMLP, second: VelocityMLP) -> bool:
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    pairs = zip(first.weights(), second.weights(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -379,7 +385,7 @@ class MLPPathFields(PathFields):
     def tuned(self) -> Tensor:
         """See :meth:`PathFields.tuned`; its backward pass is one over the stacked path."""
         tape = self._tape[self._TUNED].flat()
-        parameters = self._tuned_network.parameters()
+        parameters = self._tuned_network.weights()
         values = torch.stack(self._tuned_values)
         return cast("Tensor", _ReplayedPath.apply(values, self._tuned_network, tape, *parameters))
 
