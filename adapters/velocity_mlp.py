@@ -81,13 +81,26 @@ class Tape:
             ],
         )
 
-    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> Tape:
-        """The evaluations at this index of the array, as views."""
+    def __getitem__(self, index: int) -> Tape:
+        """The evaluations at this first index of the array, as views."""
         return Tape(
             [t[index] for t in self.inputs],
             [t[index] for t in self.slopes],
             [tuple(t[index] for t in entry) for entry in self.normed],
         )
+
+    def steps(self) -> list[Tape]:
+        """The evaluations at every second index of the array, as views."""
+        inputs, slopes = ([t.unbind(1) for t in kind] for kind in (self.inputs, self.slopes))
+        normed = [[t.unbind(1) for t in entry] for entry in self.normed]
+        return [
+            Tape(
+                [t[step] for t in inputs],
+                [t[step] for t in slopes],
+                [tuple(t[step] for t in entry) for entry in normed],
+            )
+            for step in range(self.inputs[0].shape[1])
+        ]
 
     def flat(self) -> Tape:
         """All evaluations of the array in one row."""
@@ -117,6 +130,11 @@ class VelocityMLP(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def weights(self) -> list[nn.Parameter]:
+        """``self.parameters()``, without the search for modules that every update would pay."""
+        parts = (*self.layers, *self.norms)
+        return [p for part in parts for p in part._parameters.values() if p is not None]
+
     def forward(self, inputs: Tensor) -> Tensor:
         """``concat(s, x, tau)`` (N, in) -> (N, H * A)."""
         h = inputs
@@ -130,9 +148,11 @@ class VelocityMLP(nn.Module):
     @torch.no_grad()
     def input_pullback(self, tape: Tape, cotangent: Tensor, columns: slice) -> Tensor:
         """``J^T a`` over some of the input's columns: (N, H * A) -> (N, columns)."""
-        g = cotangent @ self.layers[-1].weight
+        # A ModuleList takes its time to find an index.
+        layers = list(self.layers)
+        g = cotangent @ layers[-1].weight
         for index in reversed(range(len(tape.slopes))):
-            weight = self.layers[index].weight
+            weight = layers[index].weight
             g = self._activation_pullback(tape, index, g) @ (
                 weight if index else weight[:, columns]
             )
@@ -141,16 +161,17 @@ class VelocityMLP(nn.Module):
     @torch.no_grad()
     def parameter_gradients(self, tape: Tape, cotangent: Tensor) -> list[Tensor]:
         """Gradients of ``<cotangent, output>`` in the order of ``self.parameters()``."""
-        layers: list[Tensor] = []
-        norms: list[Tensor] = []
+        layers = list(self.layers)
+        of_layers: list[Tensor] = []
+        of_norms: list[Tensor] = []
         g = cotangent
-        for index in reversed(range(len(self.layers))):
+        for index in reversed(range(len(layers))):
             if index < len(tape.slopes):
-                g = self._activation_pullback(tape, index, g, norms)
-            layers[:0] = [g.t() @ tape.inputs[index], g.sum(dim=0)]
+                g = self._activation_pullback(tape, index, g, of_norms)
+            of_layers[:0] = [g.t() @ tape.inputs[index], g.sum(dim=0)]
             if index:
-                g = g @ self.layers[index].weight
-        return layers + norms
+                g = g @ layers[index].weight
+        return of_layers + of_norms
 
     def _activation_pullback(
         self, tape: Tape, index: int, g: Tensor, norm_gradients: list[Tensor] | None = None
@@ -170,22 +191,33 @@ class VelocityMLP(nn.Module):
 
 @dataclass(frozen=True)
 class _StackedLayer:
-    """One layer of several networks, to be applied in one batched product."""
+    """One layer of the base and the tuned network.
 
-    weight: Tensor
-    bias: Tensor
+    Attributes:
+        weights: as a batched product takes them, of both networks in one or one after the other.
+        biases: likewise.
+        norm: scale and shift for every block of rows, (blocks, 1, width).
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
     norm: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, networks: Sequence[VelocityMLP], index: int) -> _StackedLayer:
+    def of(
+        cls, networks: Sequence[VelocityMLP], index: int, blocks: Sequence[int]
+    ) -> _StackedLayer:
         layers = [network.layers[index] for network in networks]
         norm = None
         if index < len(networks[0].norms):
-            norms = [network.norms[index] for network in networks]
+            norms = [networks[number].norms[index] for number in blocks]
             norm = _stack([n.weight for n in norms]), _stack([n.bias for n in norms])
         # Stacked as the product wants them: it is faster than on transposed ones.
         weight = torch.stack([layer.weight.detach().t() for layer in layers])
-        return cls(weight, _stack([layer.bias for layer in layers]), norm)
+        bias = _stack([layer.bias for layer in layers])
+        if blocks.count(0) == blocks.count(1):
+            return cls([weight], [bias], norm)
+        return cls(weight.split(1), bias.split(1), norm)
 
 
 def _stack(vectors: Sequence[Tensor]) -> Tensor:
@@ -194,53 +226,105 @@ def _stack(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _same_weights(first: VelocityMLP, second: VelocityMLP) -> bool:
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    pairs = zip(first.weights(), second.weights(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-class _Stack:
-    """Networks of one shape, each applied to as many rows, in one batched product a layer.
+class _Work:
+    """What a layer needs for a moment, (blocks, rows, width) each, with the views that it takes."""
 
-    What a layer needs for a moment, (networks, rows, width) each, is one set a width, used again by
-    every layer and step: it stays in the processor's cache.
+    def __init__(self, stack: _Stack, like: Tensor) -> None:
+        self.z, self.sigmoid, self.value = (torch.empty_like(like) for _ in range(3))
+        self.z_parts, self.value_parts = stack.parts(self.z), stack.parts(self.value)
+        self.kept = tuple(t[stack.kept] for t in (self.z, self.sigmoid, self.value))
+
+
+class _Stack:
+    """The base and the tuned network on blocks of rows, a batched product or two a layer.
+
+    The blocks: the base at the path's states, where asked for, and again (or only) at the adjoint's
+    time; the tuned network at the path's states, and at the next action's.
+
+    What a layer needs for a moment is one set a width, used again by every layer and step: it stays
+    in the processor's cache.
     """
 
-    def __init__(self, networks: Sequence[VelocityMLP], rows: int) -> None:
+    def __init__(
+        self,
+        base: VelocityMLP,
+        tuned: VelocityMLP,
+        features: Tensor,
+        next_features: Tensor,
+        *,
+        base_blocks: int,
+    ) -> None:
+        blocks = [0] * base_blocks + [1, 1]
+        count, (rows, width) = len(blocks), features.shape
+        self._equal = base_blocks == 2
+        self.kept = slice(count - 3, count - 1)
         self._layers = [
-            _StackedLayer.of(networks, index) for index in range(len(networks[0].layers))
+            _StackedLayer.of([base, tuned], index, blocks) for index in range(len(base.layers))
         ]
-        self._work: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._inputs = features.new_empty(count, rows, base.layers[0].in_features)
+        self._inputs[..., :width] = features
+        self._inputs[-1, :, :width] = next_features
+        self._states = self._inputs[..., width:-1]
+        self._times = self._inputs[..., -1]
+        self._input_parts = self.parts(self._inputs)
+        self._work: dict[int, _Work] = {}
         for layer in self._layers[:-1]:
-            count, _, width = layer.weight.shape
-            new = layer.weight.new_empty
-            shape = count, rows, width
-            self._work[width] = new(shape), new(shape), new(shape)
+            size = layer.biases[0].shape[-1]
+            if size not in self._work:
+                self._work[size] = _Work(self, features.new_empty(count, rows, size))
 
-    def forward(self, inputs: Tensor, tape: Tape | None) -> Tensor:
-        """(networks, rows, in) -> (networks, rows, H * A).
+    def parts(self, blocks: Tensor) -> Sequence[Tensor]:
+        """(blocks, rows, width) as the products take them."""
+        width = blocks.shape[-1]
+        if self._equal:
+            return [blocks.view(2, -1, width)]
+        return [blocks[:1], blocks[1:].view(1, -1, width)]
+
+    def forward(
+        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float | None, tape: Tape
+    ) -> Tensor:
+        """The blocks' values, (blocks, rows, H * A).
 
         Args:
-            inputs: ``concat(s, x, tau)``.
-            tape: gets the activations of the first rows, as many as it has room for.
+            x: the path's states.
+            next_x: those of the next action.
+            tau: the time of both.
+            adjoint_tau: that of the second block of the base, where there are two.
+            tape: gets the activations of the two blocks along the path that have a gradient.
         """
-        rows, h = 0 if tape is None else tape.inputs[0].shape[1], inputs
+        self._states.copy_(x)
+        self._states[-1].copy_(next_x)
+        self._times.fill_(tau)
+        if self._equal:
+            self._times[1].fill_(adjoint_tau)
+        h, h_parts = self._inputs, self._input_parts
         for index, layer in enumerate(self._layers[:-1]):
-            z, sigmoid, value = self._work[layer.weight.shape[-1]]
-            if tape is not None:
-                tape.inputs[index].copy_(h[:, :rows])
-            torch.baddbmm(layer.bias, h, layer.weight, out=z)
-            h = tanh_gelu_(z, sigmoid, value)
-            if tape is not None:
-                tanh_gelu_slope_(z[:, :rows], sigmoid[:, :rows], h[:, :rows], tape.slopes[index])
+            work = self._work[layer.biases[0].shape[-1]]
+            tape.inputs[index].copy_(h[self.kept])
+            _products(layer, h_parts, work.z_parts)
+            h, h_parts = tanh_gelu_(work.z, work.sigmoid, work.value), work.value_parts
+            tanh_gelu_slope_(*work.kept, tape.slopes[index])
             if layer.norm is not None:
-                h, *statistics = _layer_norm(value, layer.norm)
-                if tape is not None:
-                    kept = (value, *statistics)
-                    for stored, found in zip(tape.normed[index], kept, strict=True):
-                        stored.copy_(found[:, :rows])
-        if tape is not None:
-            tape.inputs[-1].copy_(h[:, :rows])
-        return torch.baddbmm(self._layers[-1].bias, h, self._layers[-1].weight)
+                h, *statistics = _layer_norm(work.value, layer.norm)
+                h_parts = self.parts(h)
+                for stored, found in zip(
+                    tape.normed[index], (work.value, *statistics), strict=True
+                ):
+                    stored.copy_(found[self.kept])
+        tape.inputs[-1].copy_(h[self.kept])
+        head = self._layers[-1]
+        values = h.new_empty(*h.shape[:-1], head.biases[0].shape[-1])
+        _products(head, h_parts, self.parts(values))
+        return values
+
+
+def _products(layer: _StackedLayer, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    for bias, x, weight, out in zip(layer.biases, inputs, layer.weights, outputs, strict=True):
+        torch.baddbmm(bias, x, weight, out=out)
 
 
 class MLPPathFields(PathFields):
@@ -248,7 +332,7 @@ class MLPPathFields(PathFields):
 
     The tuned field is wanted at the path's states and at the next action's; the base at the path's
     states, and where the adjoint asks at another time, there a second time: then both networks have
-    two blocks of rows, and are one stack.
+    two blocks of rows, and are one product.
     """
 
     _BASE, _TUNED = range(2)
@@ -262,71 +346,46 @@ class MLPPathFields(PathFields):
         num_flow_steps: int,
     ) -> None:
         self._tuned_network, self._base_network = tuned, base
+        self._features = features, next_features
         # Equal weights are one function, but two places of one batched product may round apart (by
         # alignment, by where threads split it), and the KL of equal fields is exactly 0.
         self._base_is_tuned = _same_weights(tuned, base)
         batch, width = features.shape
-        self._inputs = features.new_empty(2, 2, batch, tuned.layers[0].in_features)
-        self._inputs[..., :width] = features
-        self._inputs[self._TUNED, 1, :, :width] = next_features
         self._columns = slice(width, -1)
         self._tape = Tape.empty(tuned, (2, num_flow_steps, batch))
+        self._step_tapes = self._tape.steps()
         self._tuned_values: list[Tensor] = []
         self._base_values: list[Tensor] = []
 
     @cached_property
-    def _together(self) -> _Stack:
-        return _Stack([self._base_network, self._tuned_network], 2 * self._inputs.shape[2])
+    def _base_once(self) -> _Stack:
+        return _Stack(self._base_network, self._tuned_network, *self._features, base_blocks=1)
 
     @cached_property
-    def _apart(self) -> tuple[_Stack, _Stack]:
-        batch = self._inputs.shape[2]
-        return _Stack([self._base_network], batch), _Stack([self._tuned_network], 2 * batch)
+    def _base_twice(self) -> _Stack:
+        return _Stack(self._base_network, self._tuned_network, *self._features, base_blocks=2)
 
     @torch.no_grad()
     def evaluate(
         self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`PathFields.evaluate`."""
-        inputs = self._inputs
-        inputs[..., self._columns] = x.flatten(1)
-        inputs[self._TUNED, 1, :, self._columns] = next_x.flatten(1)
-        inputs[..., -1] = tau
+        once = adjoint_tau is None or adjoint_tau == tau
+        stack = self._base_once if once else self._base_twice
+        tape = self._step_tapes[len(self._tuned_values)]
         with own_precision(x):
-            if adjoint_tau is None or adjoint_tau == tau:
-                tuned, base, following = self._evaluate_apart(wants_jacobian=adjoint_tau == tau)
-            else:
-                inputs[self._BASE, 0, :, -1] = adjoint_tau
-                tuned, base, following = self._evaluate_together()
-        tuned, base, following = (value.view_as(x) for value in (tuned, base, following))
-        if self._base_is_tuned:
-            base = tuned
+            values = stack.forward(x.flatten(1), next_x.flatten(1), tau, adjoint_tau, tape)
+        found = values.view(-1, *x.shape)
+        tuned, following = found[-2], found[-1]
+        base = tuned if self._base_is_tuned else found[0]
         self._tuned_values.append(tuned)
         self._base_values.append(base)
-        return tuned, base, following
-
-    def _evaluate_together(self) -> tuple[Tensor, Tensor, Tensor]:
-        tape = self._tape[:, len(self._tuned_values)]
-        values = self._together.forward(self._inputs.flatten(1, 2), tape)
-        (_, base), (tuned, following) = (pair.chunk(2) for pair in values)
-        return tuned, base, following
-
-    def _evaluate_apart(self, *, wants_jacobian: bool) -> tuple[Tensor, Tensor, Tensor]:
-        tape, inputs = self._tape[:, len(self._tuned_values)], self._inputs
-        base_stack, tuned_stack = self._apart
-        (base,) = base_stack.forward(
-            inputs[self._BASE, :1], tape[: self._TUNED] if wants_jacobian else None
-        )
-        (both,) = tuned_stack.forward(
-            inputs[self._TUNED].flatten(0, 1).unsqueeze(0), tape[self._TUNED :]
-        )
-        tuned, following = both.chunk(2)
         return tuned, base, following
 
     def tuned(self) -> Tensor:
         """See :meth:`PathFields.tuned`; its backward pass is one over the stacked path."""
         tape = self._tape[self._TUNED].flat()
-        parameters = self._tuned_network.parameters()
+        parameters = self._tuned_network.weights()
         values = torch.stack(self._tuned_values)
         return cast("Tensor", _ReplayedPath.apply(values, self._tuned_network, tape, *parameters))
 
@@ -336,7 +395,7 @@ class MLPPathFields(PathFields):
 
     def base_pullback(self, step: int, cotangent: Tensor) -> Tensor:
         """See :meth:`PathFields.base_pullback`."""
-        tape = self._tape[self._BASE, step]
+        tape = self._step_tapes[step][self._BASE]
         with own_precision(cotangent):
             gradient = self._base_network.input_pullback(tape, cotangent.flatten(1), self._columns)
         return gradient.view_as(cotangent)

@@ -1,13 +1,16 @@
 """The cost of one TRQAM update of a LeRobot policy against one step of behaviour cloning.
 
     python benchmarks/vla_update.py                                     # tiny pi0 on the CPU
+    python benchmarks/vla_update.py --num_flow_steps 4 --compare
     python benchmarks/vla_update.py --policy pi0 --size full --device cuda --dtype bfloat16
     python benchmarks/vla_update.py --policy pi0 --size full --device meta --dtype bfloat16
 
 Both train the same LoRA adapters in the same randomly initialised model on the same observations,
 in one run and in turns. Behaviour cloning is LeRobot's own ``update_policy`` with the optimiser and
-the Accelerator that ``lerobot-train`` makes. The third command needs no memory for the weights: it
-counts parameters, floating-point work and bytes and measures no time.
+the Accelerator that ``lerobot-train`` makes. With ``--compare`` an update of the authors' chain
+(shifted Euler, ten steps) takes its turn too. The last command needs no memory for the weights: it
+counts parameters, floating-point work and bytes and measures no time. Every command counts the
+evaluations of the action expert in one update.
 """
 
 from __future__ import annotations
@@ -17,29 +20,33 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
-from unittest import mock
+from typing import Any, get_args
 
 import torch
 from step_meter import Parts, clock, counting_work, peak_bytes
-from torch import Tensor, nn
 from vla_models import POLICIES, Setup, cloning_batch, make_batch, make_observation, make_policy
+from vla_steps import PARTS, REST, Cloning, CloningOnMeta, Update
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
-from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.adjoint import AdjointKind
 from vla_trqam.errors import UserError
-from vla_trqam.methods import trqam
-from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, TRQAMLoss, UpdateNoise
+from vla_trqam.methods.trqam import SchemeName, TRQAMConfig
+from vla_trqam.time_grid import TimeGrid
 from vla_trqam.training.memory import keep_freed_memory
 
 Step = Callable[[], object]
-PARTS = ("prefix", "SDE and next action", "critic", "adjoint", "loss", "backward", "optimiser")
-REST = "rest"
+AUTHORS_SCHEME: SchemeName = "shifted_euler"
+AUTHORS_STEPS = 10
+SIDES = {
+    "trqam": "TRQAM update",
+    "authors": "authors' chain",
+    "cloning": "cloning step",
+}
+GIB = 2**30
 
 
 @dataclass
@@ -48,11 +55,13 @@ class Result:
 
     Attributes:
         setup: what was measured.
+        chain: of the TRQAM update, and how it was computed.
         cached_prefix: whether TRQAM got encoded observations instead of images and text.
         versions: of what computed.
         parameters: of the whole model, and of the adapters.
         model_bytes: of parameters and buffers.
-        seconds: of every measured step, by side ("trqam", "cloning").
+        evaluations: of the action expert in one update, by side and kind.
+        seconds: of every measured step, by side (:data:`SIDES`).
         part_seconds: of one TRQAM update by part, medians, the device waited for at every part.
         work: floating-point operations in matrix products, by side.
         part_work: of one TRQAM update, by part.
@@ -60,10 +69,12 @@ class Result:
     """
 
     setup: dict[str, Any]
+    chain: dict[str, Any]
     cached_prefix: bool
     versions: dict[str, str]
     parameters: dict[str, int]
     model_bytes: int
+    evaluations: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     part_seconds: dict[str, float] = field(default_factory=dict)
     work: dict[str, float] = field(default_factory=dict)
@@ -71,129 +82,20 @@ class Result:
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
-class Update:
-    """One TRQAM update, its parts metered on request.
-
-    Without memory (device ``meta``) it ends before the optimiser, which wants numbers.
-    """
-
-    def __init__(self, policy: LeRobotFlowPolicy, batch: Any) -> None:
-        self._policy, self._batch = policy, batch
-        length, _ = policy.chunk_shape
-        chunk = length * int(policy.action_mask.sum())
-        device = batch.action.device
-        critic = Critic(CriticEnsemble(policy.feature_dim, chunk).to(device))
-        self._loss, self._method = TRQAMLoss(policy, critic, TRQAMConfig()), None
-        if device.type != "meta":
-            self._method = TRQAM(policy, critic, TRQAMConfig())
-            self._loss = self._method.loss
-        self._generator = torch.Generator(device="cpu" if device.type == "meta" else device)
-
-    def __call__(self) -> None:
-        """Noise and update."""
-        steps, action = self._policy.num_flow_steps, self._batch.action
-        if self._method is not None:
-            self._method.update(
-                self._batch, UpdateNoise.draw(action, steps, self._generator.manual_seed(0))
-            )
-            return
-        noise = UpdateNoise(action, action, action.expand(steps, *action.shape), action, action)
-        self._loss(self._batch, noise, 1.0).loss.backward()
-
-    @contextmanager
-    def metered(self, parts: Parts) -> Iterator[None]:
-        """Inside, every update tells where its time (or work) goes."""
-        loss = self._loss
-        policy, critic = loss.policy, loss.critic
-        calls: list[tuple[Any, str, str]] = [
-            (policy, "encode", PARTS[0]),
-            (trqam, "sample_path_and_next_action", PARTS[1]),
-            (critic, "action_gradient", PARTS[2]),
-            (critic, "next_value", PARTS[2]),
-            (critic.online, "forward", PARTS[2]),
-            (trqam, "lean_adjoint", PARTS[3]),
-            (trqam, "adjoint_matching_loss", PARTS[4]),
-            (Tensor, "backward", PARTS[5]),
-            (nn.utils, "clip_grad_norm_", PARTS[6]),
-            (critic, "update_target", PARTS[6]),
-        ]
-        if self._method is not None:
-            calls += [
-                (self._method.optimizer, "step", PARTS[6]),
-                (self._method.optimizer, "zero_grad", PARTS[6]),
-            ]
-        with ExitStack() as stack:
-            for owner, name, part in calls:
-                counted = parts.metered(part, getattr(owner, name))
-                stack.enter_context(mock.patch.object(owner, name, counted))
-            stack.enter_context(mock.patch.object(policy, "path_fields", self._fields(parts)))
-            yield
-
-    def _fields(self, parts: Parts) -> Callable[..., Any]:
-        make = self._policy.path_fields
-
-        def fields(context: Any, next_context: Any) -> Any:
-            with parts.of(PARTS[1]):
-                made: Any = make(context, next_context)
-            made.tuned, made.base = (parts.metered(PARTS[4], f) for f in (made.tuned, made.base))
-            return made
-
-        return fields
-
-
-class Cloning:
-    """One behaviour cloning step, as ``lerobot-train --peft.method_type=LORA`` takes it."""
-
-    def __init__(self, policy: LeRobotFlowPolicy, batch: dict[str, Tensor]) -> None:
-        from accelerate import Accelerator
-        from lerobot.scripts.lerobot_train import update_policy
-        from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
-
-        config = policy.host.config
-        preset = config.get_optimizer_preset()
-        precision = {"bfloat16": "bf16", "float32": "no"}.get(getattr(config, "dtype", "float32"))
-        accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
-        optimizer = accelerator.prepare(preset.build(policy.host.get_optim_params()))
-        names = ("loss", "grad_norm", "lr", "update_s", "gpu_mem_gb")
-        meters = {name: AverageMeter(name) for name in names}
-        tracker = MetricsTracker(len(batch["action"]), 1, 1, meters, accelerator=accelerator)
-        self._policy, self._batch = policy, batch
-        self._step = lambda: update_policy(
-            tracker, policy.model, batch, optimizer, preset.grad_clip_norm, accelerator
-        )
-
-    def __call__(self) -> None:
-        """In training mode, as the host does it; back in evaluation mode behind it."""
-        self._step()
-        self._policy.eval()
-
-
-class CloningOnMeta:
-    """The same forward and backward pass where numbers do not exist: LeRobot's logs want them."""
-
-    def __init__(self, policy: LeRobotFlowPolicy, batch: dict[str, Tensor]) -> None:
-        self._host, self._batch = policy.host, batch
-
-    def __call__(self) -> None:
-        """The host's model, which its policy's ``forward`` calls with the same tensors."""
-        host, batch = self._host, self._batch
-        inputs = [
-            *host._preprocess_images(batch),
-            batch["observation.language.tokens"],
-            batch["observation.language.attention_mask"],
-        ]
-        if "state_proj" in dict(host.model.named_children()):
-            inputs.append(host.prepare_state(batch))
-        action = host.prepare_action(batch)
-        time = action.new_empty(len(action))
-        host.model.forward(*inputs, action, torch.empty_like(action), time).mean().backward()
-
-
-def measure(setup: Setup, *, cached_prefix: bool, updates: int, warm_up: int) -> Result:
-    """Builds both sides and meters them; see the module."""
+def measure(
+    setup: Setup,
+    config: TRQAMConfig,
+    *,
+    compare: bool,
+    cached_prefix: bool,
+    updates: int,
+    warm_up: int,
+) -> Result:
+    """Builds the sides and meters them; see the module."""
+    TimeGrid(setup.num_flow_steps, config.chain).steps  # noqa: B018 (refuses what cannot be)
     policy = make_policy(setup)
     device = torch.device(setup.device)
-    result = _describe(policy, setup, cached_prefix)
+    result = _describe(policy, setup, config, cached_prefix)
     observations = [make_observation(policy, setup, seed) for seed in (0, 1)]
     length, _ = policy.chunk_shape
     action = torch.rand(setup.batch_size, length, setup.action_dim, device=device) * 2 - 1
@@ -202,16 +104,22 @@ def measure(setup: Setup, *, cached_prefix: bool, updates: int, warm_up: int) ->
     sides: dict[str, Step] = {"cloning": cloning}
     _once(result, "cloning", cloning, device)
     seen, following = (policy.packed(o) if cached_prefix else o for o in observations)
-    update = Update(policy, make_batch(policy, seen, following, action))
-    sides["trqam"] = update
-    _once(result, "trqam", update, device)
+    batch = make_batch(policy, seen, following, action)
+    chains = {"trqam": (config, setup.num_flow_steps)}
+    if compare:
+        authors = TRQAMConfig(scheme=AUTHORS_SCHEME, keep_activations=config.keep_activations)
+        chains["authors"] = (authors, AUTHORS_STEPS)
+    made = {side: Update(policy, batch, *chain) for side, chain in chains.items()}
+    for side, update in made.items():
+        _once(result, side, update, device)
+        result.evaluations[side] = update.evaluations()
     with counting_work() as read:
         parts = Parts(read)
-        with update.metered(parts), parts.of(REST):
-            update()
+        with made["trqam"].metered(parts), parts.of(REST):
+            made["trqam"]()
     result.part_work = dict(parts.spent)
     if device.type != "meta":
-        _time(result, sides, update, device, updates, warm_up)
+        _time(result, sides | made, made["trqam"], device, updates, warm_up)
     return result
 
 
@@ -251,7 +159,9 @@ def _time(
     result.part_seconds = {part: median(seconds) for part, seconds in found.items()}
 
 
-def _describe(policy: LeRobotFlowPolicy, setup: Setup, cached_prefix: bool) -> Result:
+def _describe(
+    policy: LeRobotFlowPolicy, setup: Setup, config: TRQAMConfig, cached_prefix: bool
+) -> Result:
     parameters = list(policy.parameters())
     everything = {t.untyped_storage()._cdata: t for t in (*parameters, *policy.buffers())}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -261,6 +171,7 @@ def _describe(policy: LeRobotFlowPolicy, setup: Setup, cached_prefix: bool) -> R
         versions["device"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return Result(
         asdict(setup),
+        {name: getattr(config, name) for name in ("scheme", "adjoint", "keep_activations")},
         cached_prefix,
         versions,
         {
@@ -273,40 +184,62 @@ def _describe(policy: LeRobotFlowPolicy, setup: Setup, cached_prefix: bool) -> R
 
 def report(result: Result) -> str:
     """The table."""
-    setup, gib = result.setup, 2**30
     lines = [
-        f"{setup['policy']} {setup['size']}, batch {setup['batch_size']}, "
-        f"K {setup['num_flow_steps']}, {setup['dtype']}, {', '.join(result.versions.values())}"
-        + (", cached prefix" if result.cached_prefix else ""),
+        _heading(result),
         f"{result.parameters['model']:,} parameters, {result.parameters['adapters']:,} in "
-        f"adapters, {result.model_bytes / gib:.3f} GiB",
-        f"{'':<22}{'seconds':>10}{'GFLOP':>12}{'peak GiB':>11}{'with model':>12}",
+        f"adapters, {result.model_bytes / GIB:.3f} GiB",
+        f"{'':<26}{'seconds':>10}{'GFLOP':>12}{'peak GiB':>11}{'with model':>12}",
     ]
     seconds = {side: median(found) for side, found in result.seconds.items()}
-    for side, label in (("trqam", "TRQAM update"), ("cloning", "cloning step")):
-        peak = result.peak_bytes[side]
-        cells = f"{peak / gib:>11.4f}{(peak + result.model_bytes) / gib:>12.4f}"
-        lines.append(_row(label, seconds.get(side), result.work[side]) + cells)
-    ratio = _row("ratio", _ratio(seconds), None)
-    work = result.work["trqam"] / result.work["cloning"]
-    memory, whole = (
-        (result.peak_bytes["trqam"] + extra) / (result.peak_bytes["cloning"] + extra)
-        for extra in (0, result.model_bytes)
-    )
-    lines.append(f"{ratio[:32]}{work:>12.2f}{memory:>11.2f}{whole:>12.2f}")
+    for side, label in SIDES.items():
+        if side in result.work:
+            peak = result.peak_bytes[side]
+            cells = f"{peak / GIB:>11.4f}{(peak + result.model_bytes) / GIB:>12.4f}"
+            lines.append(_row(label, seconds.get(side), result.work[side]) + cells)
+    lines += [_ratios(result, seconds, other) for other in SIDES if other in result.work][1:]
     for part in (*PARTS, REST):
         work = result.part_work.get(part, 0.0)
         lines.append(_row("  " + part, result.part_seconds.get(part), work))
+    for side, count in result.evaluations.items():
+        lines.append(f"evaluations, {SIDES[side]}: {_evaluations(count)}")
     return "\n".join(lines)
 
 
-def _ratio(seconds: dict[str, float]) -> float | None:
-    return seconds["trqam"] / seconds["cloning"] if seconds else None
+def _heading(result: Result) -> str:
+    setup, chain = result.setup, result.chain
+    words = [
+        f"{setup['policy']} {setup['size']}",
+        f"batch {setup['batch_size']}",
+        f"{chain['scheme']}, K {setup['num_flow_steps']}",
+        f"{chain['adjoint']} adjoint",
+        setup["dtype"],
+        *result.versions.values(),
+    ]
+    words += ["cached prefix"] * result.cached_prefix
+    words += ["activations computed again"] * (not chain["keep_activations"])
+    return ", ".join(words)
 
 
-def _row(label: str, seconds: float | None, work: float | None) -> str:
-    time = f"{'not run' if seconds is None else f'{seconds:.4f}':>10}"
-    return f"{label:<22}{time}" + (f"{work / 1e9:>12.3f}" if work is not None else "")
+def _ratios(result: Result, seconds: dict[str, float], other: str) -> str:
+    """Of the TRQAM update to another side: seconds, work, and memory without and with the model."""
+    time = f"{seconds['trqam'] / seconds[other]:.2f}" if seconds else "not run"
+    work = result.work["trqam"] / result.work[other]
+    memory, whole = (
+        (result.peak_bytes["trqam"] + extra) / (result.peak_bytes[other] + extra)
+        for extra in (0, result.model_bytes)
+    )
+    return (
+        f"{'ratio to the ' + SIDES[other]:<26}{time:>10}{work:>12.2f}{memory:>11.2f}{whole:>12.2f}"
+    )
+
+
+def _evaluations(count: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in count.items())
+
+
+def _row(label: str, seconds: float | None, work: float) -> str:
+    time = "not run" if seconds is None else f"{seconds:.4f}"
+    return f"{label:<26}{time:>10}{work / 1e9:>12.3f}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -321,6 +254,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--cameras", type=int, default=2)
     parser.add_argument("--num_flow_steps", type=int, default=10)
+    parser.add_argument("--scheme", choices=get_args(SchemeName), default=TRQAMConfig.scheme)
+    parser.add_argument("--adjoint", choices=get_args(AdjointKind), default=TRQAMConfig.adjoint)
+    parser.add_argument(
+        "--keep_activations",
+        action=argparse.BooleanOptionalAction,
+        default=TRQAMConfig.keep_activations,
+        help="or compute them again, one step of the chain at a time",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="with the authors' chain: shifted Euler, K = 10"
+    )
     parser.add_argument("--lora_rank", type=int, default=16)
     parser.add_argument("--cached_prefix", action="store_true", help="for TRQAM; cloning has none")
     parser.add_argument("--updates", type=int, default=10, help="measured, in turns")
@@ -329,13 +273,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a JSON file for everything that was found")
     given = vars(parser.parse_args(arguments))
     output, threads = given.pop("output"), given.pop("threads")
-    options = {name: given.pop(name) for name in ("cached_prefix", "updates", "warm_up")}
+    knobs = {name: given.pop(name) for name in ("scheme", "adjoint", "keep_activations")}
+    options = {name: given.pop(name) for name in ("compare", "cached_prefix", "updates", "warm_up")}
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the recipes do
     try:
         if given["device"] == "cuda" and not torch.cuda.is_available():
             raise UserError("--device=cuda: torch finds no CUDA device here")
-        result = measure(Setup(**given), **options)
+        result = measure(Setup(**given), TRQAMConfig(**knobs), **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -84,6 +84,11 @@ class CriticEnsemble(nn.Module):
         self.layers = cast("Sequence[EnsembleLinear]", nn.ModuleList(layers))
         self.norms = cast("Sequence[EnsembleLayerNorm]", nn.ModuleList(norms))
 
+    def weights(self) -> list[nn.Parameter]:
+        """``self.parameters()``, without the search for modules that every update would pay."""
+        parts = (*self.layers, *self.norms)
+        return [p for part in parts for p in part._parameters.values() if p is not None]
+
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
         """Features (B, F), action (B, H, A) -> (E, B) in the weights' dtype; differentiable once.
 
@@ -92,14 +97,17 @@ class CriticEnsemble(nn.Module):
         inputs = torch.cat([features, action.flatten(1)], dim=1).to(self.layers[0].weight.dtype)
         with own_precision(inputs):
             if torch.is_grad_enabled():
-                return cast("Tensor", _EnsembleValue.apply(inputs, self, *self.parameters()))
+                return cast("Tensor", _EnsembleValue.apply(inputs, self, *self.weights()))
             return self.evaluate(inputs)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, tape: list[_HiddenLayer] | None = None) -> Tensor:
         """``concat(features, action)`` (B, in) -> (E, B); the tape gets what gradients need."""
         x = inputs.expand(self.ensemble_size, -1, -1)
-        for index, layer in enumerate(self.layers[:-1]):
+        # A ModuleList takes its time to find an index.
+        *layers, head = self.layers
+        norms = list(self.norms)
+        for index, layer in enumerate(layers):
             z = torch.baddbmm(layer.bias.unsqueeze(1), x, layer.weight)
             record = _HiddenLayer(x)
             if tape is None:
@@ -107,9 +115,8 @@ class CriticEnsemble(nn.Module):
             else:
                 x, record.slope = tanh_gelu_and_slope(z)
                 tape.append(record)
-            if self.norms:
-                x = record.normalise(x, self.norms[index])
-        head = self.layers[-1]
+            if norms:
+                x = record.normalise(x, norms[index])
         if tape is not None:
             tape.append(_HiddenLayer(x))
         # With one output, a sum of products is faster than a matrix product.
@@ -124,24 +131,25 @@ class CriticEnsemble(nn.Module):
         Returns:
             The gradient to the inputs, (B, in), and those to ``self.parameters()`` in their order.
         """
-        layers: list[Tensor] = []
-        norms: list[Tensor] = []
+        layers, norms = list(self.layers), list(self.norms)
+        of_layers: list[Tensor] = []
+        of_norms: list[Tensor] = []
         if to_parameters:
             weight = torch.bmm(cotangent.unsqueeze(1), tape[-1].inputs).transpose(1, 2)
-            layers = [weight, cotangent.sum(dim=1, keepdim=True)]
-        g = cotangent.unsqueeze(-1) * self.layers[-1].weight.transpose(1, 2)
+            of_layers = [weight, cotangent.sum(dim=1, keepdim=True)]
+        g = cotangent.unsqueeze(-1) * layers[-1].weight.transpose(1, 2)
         for index in reversed(range(len(tape) - 1)):
             record = tape[index]
-            if self.norms:
+            if norms:
                 if to_parameters:
-                    norms[:0] = [(g * record.normal).sum(dim=1), g.sum(dim=1)]
-                g = record.through_norm(g.mul_(self.norms[index].scale.unsqueeze(1)))
+                    of_norms[:0] = [(g * record.normal).sum(dim=1), g.sum(dim=1)]
+                g = record.through_norm(g.mul_(norms[index].scale.unsqueeze(1)))
             g = g.mul_(record.slope)
             if to_parameters:
-                layers[:0] = [torch.bmm(record.inputs.transpose(1, 2), g), g.sum(dim=1)]
+                of_layers[:0] = [torch.bmm(record.inputs.transpose(1, 2), g), g.sum(dim=1)]
             if index or to_inputs:
-                g = torch.bmm(g, self.layers[index].weight.transpose(1, 2))
-        return g.sum(dim=0) if to_inputs else None, layers + norms
+                g = torch.bmm(g, layers[index].weight.transpose(1, 2))
+        return g.sum(dim=0) if to_inputs else None, of_layers + of_norms
 
 
 @dataclass
@@ -275,7 +283,7 @@ class Critic(nn.Module):
 
     def update_target(self) -> None:
         """``target <- (1 - rate) target + rate online``."""
-        ema_update(self.target.parameters(), self.online.parameters(), self.target_rate)
+        ema_update(self.target.weights(), self.online.weights(), self.target_rate)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import torch
 import vla_update
 from step_meter import LiveBytes, Parts, counting_work
 from vla_models import Setup
+from vla_steps import PARTS, REST
 
 from vla_trqam.errors import UserError
 
-SMALL = ["--batch_size=2", "--num_flow_steps=2", "--cameras=1", "--updates=1", "--warm_up=0"]
+SMALL = ["--batch_size=2", "--num_flow_steps=3", "--cameras=1", "--updates=1", "--warm_up=0"]
 SMALL += ["--threads=1"]
 
 
@@ -91,12 +92,15 @@ def test_parts_and_sides_are_measured(tiny: dict[str, Any]) -> None:
         "trqam": 1,
         "cloning": 1,
     }
-    assert set(tiny["part_seconds"]) == {*vla_update.PARTS, vla_update.REST}
+    assert set(tiny["part_seconds"]) == {*PARTS, REST}
     assert sum(tiny["part_work"].values()) == tiny["work"]["trqam"]
-    for part in ("prefix", "SDE and next action", "critic", "adjoint", "loss", "backward"):
-        assert tiny["part_work"][part] > 0, part
+    for part in PARTS:
         assert tiny["part_seconds"][part] > 0, part
-    assert tiny["part_work"].get("rest", 0.0) == 0.0
+    # The loss finds its fields where the chain was sampled.
+    for part in {*PARTS} - {"loss", "optimiser"}:
+        assert tiny["part_work"][part] > 0, part
+    for part in ("loss", "optimiser", REST):
+        assert tiny["part_work"].get(part, 0.0) == 0.0, part
     assert min(tiny["peak_bytes"].values()) > 0
 
 
@@ -104,6 +108,7 @@ def test_parts_and_sides_are_measured(tiny: dict[str, Any]) -> None:
 def test_without_memory_the_same_work_is_counted(tiny: dict[str, Any], tmp_path: Path) -> None:
     dry = run(tmp_path, "--device=meta")
     assert dry["work"] == tiny["work"]
+    assert dry["evaluations"] == tiny["evaluations"]
     assert dry["parameters"] == tiny["parameters"]
     assert dry["model_bytes"] == tiny["model_bytes"]
     assert dry["seconds"] == {}
@@ -112,6 +117,58 @@ def test_without_memory_the_same_work_is_counted(tiny: dict[str, Any], tmp_path:
     # Logs, and an optimiser whose state is small here, are all that is left out.
     for side, peak in dry["peak_bytes"].items():
         assert peak == pytest.approx(tiny["peak_bytes"][side], rel=0.1)
+
+
+def evaluations(
+    tuned: int, base: int, next_action: int, through_tuned: int, through_base: int
+) -> dict[str, int]:
+    return {
+        "tuned": tuned,
+        "base": base,
+        "next action": next_action,
+        "back through tuned": through_tuned,
+        "back through base": through_base,
+    }
+
+
+@pytest.mark.slow
+def test_the_chain_shares_what_the_authors_must_ask_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(tmp_path, "--compare", "--num_flow_steps=4")
+    assert found["evaluations"] == {
+        "trqam": evaluations(4, 4, 4, 4, 3),
+        "authors": evaluations(10, 20, 10, 10, 10),
+    }
+    assert set(found["seconds"]) == {"trqam", "authors", "cloning"}
+    assert 0.0 < found["work"]["trqam"] < 0.5 * found["work"]["authors"]
+    printed = capsys.readouterr().out
+    assert "TRQAM update: tuned 4, base 4, next action 4, back through tuned 4" in printed
+    ratio = found["work"]["trqam"] / found["work"]["authors"]
+    (row,) = (line for line in printed.splitlines() if line.startswith("ratio to the authors"))
+    assert float(row.split()[-3]) == pytest.approx(ratio, abs=0.006)
+
+
+@pytest.mark.slow
+def test_a_scalar_adjoint_asks_for_no_jacobian(tiny: dict[str, Any], tmp_path: Path) -> None:
+    assert tiny["evaluations"]["trqam"] == evaluations(3, 3, 3, 3, 2)
+    found = run(tmp_path, "--adjoint=scalar")
+    assert found["evaluations"]["trqam"] == evaluations(3, 3, 3, 3, 0)
+    assert found["part_work"].get("adjoint", 0.0) == 0.0
+    difference = tiny["work"]["trqam"] - found["work"]["trqam"]
+    assert difference == tiny["part_work"]["adjoint"]
+
+
+@pytest.mark.slow
+def test_activations_that_are_not_kept_are_computed_again(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run(tmp_path, "--no-keep_activations")
+    assert found["evaluations"]["trqam"] == evaluations(6, 5, 3, 3, 2)
+    assert found["peak_bytes"]["trqam"] < tiny["peak_bytes"]["trqam"]
+    again = ("adjoint", "backward")
+    assert all(found["part_work"][part] > tiny["part_work"][part] for part in again)
+    assert sum(found["part_work"].values()) == found["work"]["trqam"]
 
 
 @pytest.mark.slow
@@ -138,6 +195,7 @@ def test_every_family_is_measured(kind: str, tmp_path: Path) -> None:
         (["--policy=smolvla", "--dtype=bfloat16"], "--dtype"),
         (["--policy=smolvla", "--device=meta"], "--device=meta"),
         (["--batch_size=0"], "--batch_size is 0"),
+        (["--num_flow_steps=1"], "num_flow_steps is 1"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence_and_exit_code_2(
