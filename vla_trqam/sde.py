@@ -66,12 +66,12 @@ def sample_memoryless_sde(
     x = _path_from(x_0, grid)
     for i, step in enumerate(grid.steps):
         tau = full_tau(step.tau, x_0)
-        if not step.noiseless:
+        if not step.sampled_with_base:
             _sde_step(x, i, velocity(x[i], tau), noise[i], step)
         elif base_velocity is None:
             raise ValueError("a chain with a noiseless step needs base_velocity")
         else:
-            _noiseless_step(x, i, base_velocity(x[i], tau), grid)
+            _step_with_base(x, i, base_velocity(x[i], tau), grid)
     return Trajectory(x, grid)
 
 
@@ -103,8 +103,8 @@ def sample_path_and_next_action(
     for i, step in enumerate(grid.steps):
         adjoint_tau = step.adjoint_tau if jacobians else None
         tuned, base, following = fields.evaluate(x[i], next_x, step.tau, adjoint_tau)
-        if step.noiseless:
-            _noiseless_step(x, i, base, grid)
+        if step.sampled_with_base:
+            _step_with_base(x, i, base, grid)
         else:
             _sde_step(x, i, tuned, noise[i], step)
         next_x = torch.add(next_x, following, alpha=grid.step_size)
@@ -123,7 +123,7 @@ def _sde_step(x: Tensor, i: int, velocity: Tensor, noise: Tensor, step: Step) ->
     x[i + 1].add_(noise, alpha=math.sqrt(step.variance))
 
 
-def _noiseless_step(x: Tensor, i: int, velocity: Tensor, grid: TimeGrid) -> None:
+def _step_with_base(x: Tensor, i: int, velocity: Tensor, grid: TimeGrid) -> None:
     torch.add(x[i], velocity, alpha=grid.step_size, out=x[i + 1])
 
 

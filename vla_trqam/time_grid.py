@@ -37,7 +37,7 @@ class Step:
         loss_variance: the V that the loss's weight divides by; V itself where it is positive.
         adjoint_tau: the time at which the adjoint asks for ``J_i = d v_base / dx`` at ``X_i``; None
             where no step is paired with the adjoint ``a_i``.
-        noiseless: the sampler takes ``X_i + h v_base(X_i, tau_i)`` instead, whatever the loss, the
+        sampled_with_base: the sampler takes ``X_i + h v_base(X_i, tau_i)`` instead, whatever the loss, the
             adjoint and the KL make of the step.
     """
 
@@ -47,7 +47,7 @@ class Step:
     variance: float
     loss_variance: float
     adjoint_tau: float | None
-    noiseless: bool
+    sampled_with_base: bool
 
     @property
     def noisy(self) -> bool:
@@ -135,7 +135,7 @@ class Posterior(Scheme):
                 variance=variance,
                 loss_variance=variance if i < count - 1 else last,
                 adjoint_tau=grid.tau(i) if i else None,
-                noiseless=i == count - 1,
+                sampled_with_base=i == count - 1,
             )
             for i, (keep, gain, variance) in enumerate(moves)
         )
@@ -191,7 +191,7 @@ class ShiftedEuler(Scheme):
             variance=variance,
             loss_variance=variance,
             adjoint_tau=grid.tau(i + 1 if self.adjoint_time == "next" else i),
-            noiseless=self.final_step == "noiseless_base" and i == count - 1,
+            sampled_with_base=self.final_step == "noiseless_base" and i == count - 1,
         )
 
 

@@ -76,9 +76,9 @@ def test_the_last_step_is_an_euler_step_without_noise_and_the_others_have_some(s
     assert (last.keep, last.gain) == pytest.approx((1.0, 1 / steps), rel=1e-12)
     assert last.variance == 0.0
     assert not last.noisy
-    assert last.noiseless
+    assert last.sampled_with_base
     assert last.kl_weight == 0.0
-    assert all(step.variance > 0.0 and step.noisy and not step.noiseless for step in before)
+    assert all(step.variance > 0.0 and step.noisy and not step.sampled_with_base for step in before)
     assert all(step.loss_variance == step.variance for step in before)
 
 

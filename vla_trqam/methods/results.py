@@ -20,6 +20,8 @@ class LossOutput:
         loss: TD + adjoint matching (+ flow matching of a training base), a scalar.
         td_loss, adjoint_loss, bc_loss: its parts.
         kl_per_step: each flow step's share of the path KL, nats per chunk, (K,).
+        last_gap: ``v_tuned - v_base`` in the last step, (B, H, A), which no KL of the posterior
+            chain counts.
         q: online Q values of the batch, (E, B).
         target: TD targets, (B,).
         trajectory: the chain's path.
@@ -33,6 +35,7 @@ class LossOutput:
     adjoint_loss: Tensor
     bc_loss: Tensor | None
     kl_per_step: Tensor
+    last_gap: Tensor
     q: Tensor
     target: Tensor
     trajectory: Trajectory
@@ -52,6 +55,9 @@ class LossOutput:
             "adjoint_loss": float(self.adjoint_loss),
             "adjoint_norm_terminal": float(terminal),
             "adjoint_norm_initial": float(self.adjoint[0].flatten(1).norm(dim=1).mean()),
+            "last_step_offset": float(
+                self.last_gap.flatten(1).norm(dim=1).mean() * self.trajectory.grid.step_size
+            ),
             **_critic_metrics(self.td_loss, self.q, self.target),
             "clipped_action_fraction": float(
                 (executed(x_1) != executed(x_1, clip=False)).float().mean()

@@ -231,6 +231,7 @@ class TRQAMLoss(nn.Module):
             adjoint_loss=am.detach(),
             bc_loss=None if bc is None else bc.detach(),
             kl_per_step=path_kl_per_step(control_gap, grid),
+            last_gap=control_gap[-1].detach(),
             q=q.detach(),
             target=target,
             trajectory=trajectory,
