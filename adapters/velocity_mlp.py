@@ -236,7 +236,11 @@ class _Work:
     def __init__(self, stack: _Stack, like: Tensor) -> None:
         self.z, self.sigmoid, self.value = (torch.empty_like(like) for _ in range(3))
         self.z_parts, self.value_parts = stack.parts(self.z), stack.parts(self.value)
-        self.kept = tuple(t[stack.kept] for t in (self.z, self.sigmoid, self.value))
+        self.kept: tuple[Tensor, Tensor, Tensor] = (
+            self.z[stack.kept],
+            self.sigmoid[stack.kept],
+            self.value[stack.kept],
+        )
 
 
 class _Stack:
@@ -299,7 +303,7 @@ class _Stack:
         self._states.copy_(x)
         self._states[-1].copy_(next_x)
         self._times.fill_(tau)
-        if self._equal:
+        if self._equal and adjoint_tau is not None:
             self._times[1].fill_(adjoint_tau)
         h, h_parts = self._inputs, self._input_parts
         for index, layer in enumerate(self._layers[:-1]):

@@ -258,9 +258,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adjoint", choices=get_args(AdjointKind), default=TRQAMConfig.adjoint)
     parser.add_argument(
         "--keep_activations",
-        action=argparse.BooleanOptionalAction,
-        default=TRQAMConfig.keep_activations,
-        help="or compute them again, one step of the chain at a time",
+        choices=("true", "false"),
+        default="true",
+        help="false computes them again, one step of the chain at a time",
     )
     parser.add_argument(
         "--compare", action="store_true", help="with the authors' chain: shifted Euler, K = 10"
@@ -274,6 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     output, threads = given.pop("output"), given.pop("threads")
     knobs = {name: given.pop(name) for name in ("scheme", "adjoint", "keep_activations")}
+    knobs["keep_activations"] = knobs["keep_activations"] == "true"
     options = {name: given.pop(name) for name in ("compare", "cached_prefix", "updates", "warm_up")}
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the recipes do

@@ -163,7 +163,7 @@ def test_a_scalar_adjoint_asks_for_no_jacobian(tiny: dict[str, Any], tmp_path: P
 def test_activations_that_are_not_kept_are_computed_again(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = run(tmp_path, "--no-keep_activations")
+    found = run(tmp_path, "--keep_activations=false")
     assert found["evaluations"]["trqam"] == evaluations(6, 5, 3, 3, 2)
     assert found["peak_bytes"]["trqam"] < tiny["peak_bytes"]["trqam"]
     again = ("adjoint", "backward")
