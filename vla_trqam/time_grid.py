@@ -37,8 +37,8 @@ class Step:
         loss_variance: the V that the loss's weight divides by; V itself where it is positive.
         adjoint_tau: the time at which the adjoint asks for ``J_i = d v_base / dx`` at ``X_i``; None
             where no step is paired with the adjoint ``a_i``.
-        sampled_with_base: the sampler takes ``X_i + h v_base(X_i, tau_i)`` instead, whatever the loss, the
-            adjoint and the KL make of the step.
+        sampled_with_base: the sampler takes ``X_i + h v_base(X_i, tau_i)`` instead, whatever the
+            loss, the adjoint and the KL make of the step.
     """
 
     tau: float

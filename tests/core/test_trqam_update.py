@@ -309,6 +309,9 @@ def test_metrics_are_their_documented_formulas() -> None:
         "adjoint_loss": float(out.adjoint_loss),
         "adjoint_norm_terminal": sum(float(a.norm()) for a in out.terminal_adjoint) / BATCH,
         "adjoint_norm_initial": sum(float(a.norm()) for a in out.adjoint[0]) / BATCH,
+        "last_step_offset": sum(float(g.norm()) for g in out.last_gap)
+        / BATCH
+        / out.trajectory.grid.num_flow_steps,
         "td_loss": float(out.td_loss),
         "bc_loss": float(out.bc_loss),
         "q_mean": float(q.mean()),

@@ -69,7 +69,8 @@ def test_a_redrawn_chunk_is_one_of_its_own_frame(actions, monkeypatch):
     actions.redraw(1, torch.Generator().manual_seed(1))
     ((rows, count),) = asked
     assert rows.tolist() == [actions._replay.frame_index.rows_of_frames()[3]]
-    assert count == 1 and int(actions.drawn[3, 1]) == 1
+    assert count == 1
+    assert int(actions.drawn[3, 1]) == 1
 
 
 def test_ages_survive_a_checkpoint_and_are_unknown_in_one_from_before_they_were_kept(actions):
