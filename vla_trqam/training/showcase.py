@@ -134,9 +134,10 @@ def conclude(
     with the tuned policy's number of flow steps, and where it came with another, with that too.
     """
     flow_steps = FlowSteps.of(run.policy, base)
-    anchor, field = (run.policy, "base") if base is None else (base, "tuned")
     own_actor, base_actor = (
-        chunk_policy(anchor, EVALUATION_NOISE, field=field, num_flow_steps=count)
+        chunk_policy(run.policy, EVALUATION_NOISE, field="base", num_flow_steps=count)
+        if base is None
+        else chunk_policy(base, EVALUATION_NOISE, num_flow_steps=count)
         for count in (flow_steps.own, flow_steps.tuned)
     )
     evaluation = None
@@ -146,8 +147,8 @@ def conclude(
     def tell() -> None:
         _tell(run, base_actor, critic, sampler, evaluation, num_videos, facts)
 
-    facts = {"config": config, "title": title, "seeds": seeds, "kl_unit": kl_unit}
-    facts |= {"flow_steps": flow_steps}
+    facts: dict[str, Any] = {"config": config, "title": title, "seeds": seeds, "kl_unit": kl_unit}
+    facts["flow_steps"] = flow_steps
     run.team.on_main(tell)
     return evaluation
 
