@@ -91,7 +91,7 @@ def default_preset() -> tuple[Size, Chain]:
         config.critic.ensemble_size,
         config.trqam.train_base,
     )
-    return size, Chain(config.trqam.scheme, config.policy.num_flow_steps, config.trqam.adjoint)
+    return size, Chain(config.trqam.scheme, config.policy.tuned_flow_steps or config.policy.num_flow_steps, config.trqam.adjoint)
 
 
 def products(size: Size, chain: Chain) -> Counter[Product]:

@@ -64,15 +64,17 @@ class MLPContract(FlowPolicyContract):
     def evaluations(self, policy: FlowPolicy) -> Iterator[Counter[str]]:
         assert isinstance(policy, MLPFlowPolicy)
         counts: Counter[str] = Counter()
-        forward, base = velocity_mlp._Stack.forward, policy.base.layers[0].bias
+        products, first = velocity_mlp._products, policy.base.layers[0]
 
-        def counted(stack: Any, inputs: Tensor, tape: Any) -> Tensor:
-            for bias in stack._layers[0].bias:
-                name = "base" if torch.equal(bias[0], base) else "tuned"
-                counts[name] += inputs.shape[1] // BATCH
-            return forward(stack, inputs, tape)
+        def counted(layer: Any, inputs: Any, outputs: Any) -> None:
+            if inputs[0].shape[-1] == first.in_features:  # no other layer is as wide
+                for biases, blocks in zip(layer.biases, inputs, strict=True):
+                    for bias, rows in zip(biases, blocks, strict=True):
+                        name = "base" if torch.equal(bias[0], first.bias) else "tuned"
+                        counts[name] += len(rows) // BATCH
+            products(layer, inputs, outputs)
 
-        with mock.patch.object(velocity_mlp._Stack, "forward", counted):
+        with mock.patch.object(velocity_mlp, "_products", counted):
             yield counts
 
     def host_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
