@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -202,7 +203,12 @@ def draw(path: Path) -> Path:
 def _draw_width(means: Axes, variances: Axes, variance: float) -> None:
     for name, scheme in SCHEMES.items():
         found = [solve(variance, TimeGrid(count, scheme)) for count in DRAWN_STEPS]
-        style = {"color": COLORS[name], "marker": "o", "markersize": 2.5, "linewidth": 1.2}
+        style: dict[str, Any] = {
+            "color": COLORS[name],
+            "marker": "o",
+            "markersize": 2.5,
+            "linewidth": 1.2,
+        }
         means.plot(DRAWN_STEPS, [each.acting_mean for each in found], label=name, **style)
         chain = [each.chain_variance for each in found]
         variances.plot(DRAWN_STEPS, chain, label=f"chain, {name}", **style)

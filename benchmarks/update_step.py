@@ -91,7 +91,8 @@ def default_preset() -> tuple[Size, Chain]:
         config.critic.ensemble_size,
         config.trqam.train_base,
     )
-    return size, Chain(config.trqam.scheme, config.policy.tuned_flow_steps or config.policy.num_flow_steps, config.trqam.adjoint)
+    steps = config.policy.tuned_flow_steps or config.policy.num_flow_steps
+    return size, Chain(config.trqam.scheme, steps, config.trqam.adjoint)
 
 
 def products(size: Size, chain: Chain) -> Counter[Product]:
