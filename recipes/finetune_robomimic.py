@@ -105,18 +105,19 @@ def _finetune(config: FinetuneRobomimicConfig, device: torch.device) -> None:
             learner = run.train(phases, guard)
         assert isinstance(learner, OffPolicy)
         base = MLPFlowPolicy.from_pretrained(run.output_dir / BASE_NAME).to(device)
-        conclude(
-            run,
-            base,
-            learner.method.critic,
-            everything,
-            evaluation_seeds=config.evaluation_seeds(),
-            num_videos=config.eval.videos,
-            config=settings_of(config),
-            title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
-            seeds={"training": config.seed},
-            kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
-        )
+        with learner.acting():
+            conclude(
+                run,
+                base,
+                learner.method.critic,
+                everything,
+                evaluation_seeds=config.evaluation_seeds(),
+                num_videos=config.eval.videos,
+                config=settings_of(config),
+                title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
+                seeds={"training": config.seed},
+                kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
+            )
 
 
 def _set_up(

@@ -128,18 +128,19 @@ def _finetune(
         with InterruptGuard(quiet=not team.is_main) as guard:
             learner = run.train(phases, guard)
         assert isinstance(learner, CachedOffPolicy)
-        conclude(
-            run,
-            None,
-            learner.method.critic,
-            everything,
-            evaluation_seeds=config.evaluation_seeds(),
-            num_videos=config.eval.videos,
-            config=settings_of(config),
-            title=_title(config, policy),
-            seeds={"training": config.seed},
-            kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
-        )
+        with learner.acting():
+            conclude(
+                run,
+                None,
+                learner.method.critic,
+                everything,
+                evaluation_seeds=config.evaluation_seeds(),
+                num_videos=config.eval.videos,
+                config=settings_of(config),
+                title=_title(config, policy),
+                seeds={"training": config.seed},
+                kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
+            )
 
 
 def _set_up(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -27,6 +27,7 @@ from vla_trqam.losses import (
     td_loss,
     td_target,
 )
+from vla_trqam.methods.average import WeightAverage
 from vla_trqam.methods.finite import Terms, check_finite, measured
 from vla_trqam.methods.parallel import Ranks, clipped, whole, whole_moments
 from vla_trqam.methods.results import (
@@ -102,6 +103,8 @@ class TRQAMConfig(TrustRegionConfig):
         train_base: the base keeps training on the batch's flow-matching loss and ``v_base`` is its
             EMA, as in the authors' code; otherwise it is frozen.
         base_ema_rate: rate of that EMA.
+        average_rate: what acts, is evaluated and saved is the running mean of the tuned weights
+            with this rate an update; 0 for the weights themselves.
     """
 
     scheme: SchemeName = "posterior"
@@ -117,6 +120,7 @@ class TRQAMConfig(TrustRegionConfig):
     shared_optimizer: bool = False
     train_base: bool = False
     base_ema_rate: float = 0.005
+    average_rate: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +132,8 @@ class TRQAMConfig(TrustRegionConfig):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite")
         if not 0.0 <= self.base_ema_rate <= 1.0:
             raise UserError(f"base_ema_rate is {self.base_ema_rate}; it must be in [0, 1]")
+        if not 0.0 <= self.average_rate < 1.0:
+            raise UserError(f"average_rate is {self.average_rate}; it must be in [0, 1)")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 known = " or ".join(map(repr, get_args(choices)))
@@ -335,6 +341,8 @@ class TRQAM:
             fused=True,
         )
         self._step_factor = 1.0
+        rate = config.average_rate
+        self.average = WeightAverage(policy.trainable_parameters(), rate) if rate else None
 
     @property
     def step_factor(self) -> float:
@@ -370,6 +378,10 @@ class TRQAM:
         """
         with whole(self.loss), whole_moments(self.optimizer) if moments else nullcontext():
             yield
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside, the policy has the weights that act; no update may be made there."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def update_critic(
         self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
@@ -439,6 +451,8 @@ class TRQAM:
         self.critic.update_target()
         self.policy.update_base(self.config.base_ema_rate)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.follow()
         kl = self.trust_region.in_budget_units(found["the path KL"])
         self.trust_region.update(kl)
         return UpdateResult(outputs, shares, lam, kl, norms, self.policy.executed, self.ranks)

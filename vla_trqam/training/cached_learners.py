@@ -19,7 +19,7 @@ from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.methods.trqam import TRQAM, UpdateNoise
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.training.distributed import micro_batches
-from vla_trqam.training.learners import CriticWarmup, OffPolicy
+from vla_trqam.training.learners import CriticWarmup, OffPolicy, average_of
 from vla_trqam.training.next_actions import FRAME, NextActions
 
 
@@ -98,6 +98,7 @@ class CachedOffPolicy(OffPolicy):
             "policy": self._trained,
             "critic": self.method.critic,
             "next_actions": self.next_actions,
+            **average_of(self.method),
         }
 
 

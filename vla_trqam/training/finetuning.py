@@ -191,9 +191,9 @@ class Run:
         with self._progress(phase, start) as progress:
             if phase.moves_policy and self.step == 0:
                 # The policy is still its base.
-                self._evaluate(phase, 0, progress)
+                self._evaluate(phase, learner, 0, progress)
             for done in range(start, phase.num_steps):
-                self._collect(phase, done, progress)
+                self._collect(phase, learner, done, progress)
                 with self.timed(phase.name), _named(f"{phase.name} update {done + 1}"):
                     rows = self.team.batch_share(phase.batch_size)
                     batch = phase.sampler.sample(rows, self.generators.replay)
@@ -202,7 +202,7 @@ class Run:
                     learner.update(batch, self.generators.noise)
                 self.step += phase.moves_policy
                 self._log(phase, learner, done + 1, progress)
-                self._evaluate(phase, done + 1, progress)
+                self._evaluate(phase, learner, done + 1, progress)
                 whole = done + 1 == phase.num_steps
                 stop = self.team.any(guard.requested)
                 if whole or stop or (done + 1) % self.save_freq == 0:
@@ -213,11 +213,13 @@ class Run:
         if self.team.any(guard.requested):
             raise Interrupted(f"the end of {phase.name}")
 
-    def _collect(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
+    def _collect(
+        self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress
+    ) -> None:
         seeds = phase.episodes_before(done)
         if not seeds:
             return
-        with self.timed("rollouts"):
+        with self.timed("rollouts"), learner.acting():
             episodes = self._roll_out(chunk_policy(self.policy, ROLLOUT_NOISE), seeds, phase.name)
             outcomes = self._gathered(map(Outcome.of, episodes))
         for outcome in outcomes:
@@ -239,10 +241,12 @@ class Run:
         for sentence in looked.sentences:
             progress.write(sentence)
 
-    def _evaluate(self, phase: Phase, done: int, progress: TrainingProgress) -> None:
+    def _evaluate(
+        self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress
+    ) -> None:
         if not phase.evaluate_every or done % phase.evaluate_every:
             return
-        with self.timed("evaluations"):
+        with self.timed("evaluations"), learner.acting():
             outcomes = self.evaluate(self.evaluation_seeds)
         values = {"success_rate": success_rate(outcomes), "episodes": float(len(outcomes))}
         self._record(self.step, "eval", values)
@@ -303,11 +307,16 @@ class Run:
         )
         name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
         self.team.together(self._sync)
+
+        def save_policy(folder: Path) -> None:
+            with learner.acting():
+                self.save_policy(folder)
+
         save_checkpoint(
             self.output_dir,
             name,
             learner,
-            self.save_policy,
+            save_policy,
             self.generators,
             position,
             self.team,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +44,9 @@ class Learner(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """The last update's logged quantities."""
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside, the policy has the weights that act and are saved; no update is made there."""
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Networks to save, by name."""
@@ -133,6 +137,10 @@ class BehaviourCloning:
         """The average becomes the policy."""
         ema_update(self.policy.trainable_parameters(), self._average.trainable_parameters(), 1.0)
 
+    def acting(self) -> AbstractContextManager[None]:
+        """The weights as they are."""
+        return nullcontext()
+
     def metrics(self) -> dict[str, float]:
         """The loss."""
         return {"bc_loss": float(self._loss)}
@@ -192,9 +200,17 @@ class OffPolicy:
             }
         return values
 
+    def acting(self) -> AbstractContextManager[None]:
+        """The method's."""
+        return self.method.acting()
+
     def modules(self) -> Mapping[str, nn.Module]:
-        """Policy and critic."""
-        return {"policy": self.method.policy, "critic": self.method.critic}
+        """Policy and critic, and the policy's average where that acts."""
+        return {
+            "policy": self.method.policy,
+            "critic": self.method.critic,
+            **average_of(self.method),
+        }
 
     def scalars(self) -> Scalars:
         """The trust region's state, and the scheme in whose units it is."""
@@ -234,6 +250,11 @@ class CriticWarmup(OffPolicy):
         """The update's own."""
         assert self._critic_result is not None, "metrics() before the first update()"
         return self._critic_result.metrics()
+
+
+def average_of(method: TRQAM) -> dict[str, nn.Module]:
+    """As a module to save, where there is one."""
+    return {} if method.average is None else {"average": method.average}
 
 
 def _factor_of(learner: Learner) -> Scalars:
