@@ -4,6 +4,10 @@ import pytest
 import update_step
 from step_meter import counting_work
 from update_step import AUTHORS_CHAIN, Chain, Size
+from vla_trqam.recipes.finetune_robomimic import PRESETS
+
+from vla_trqam.training.config import parse_config
+from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 SMALL = Size("small", 3, 2, 2, 9, (6,), (5,), 2, False)
 ROWS, CHUNK, IN = 9, 4, 3 + 4 + 1
@@ -92,4 +96,6 @@ def test_a_chain_that_cannot_be_is_one_sentence_and_exit_code_2(
 def test_the_default_presets_size_is_the_recipes() -> None:
     size, chain = update_step.default_preset()
     assert (size.batch_size, size.hidden_dims, size.ensemble_size) == (64, (128, 128, 128), 4)
-    assert chain.scheme == "posterior"
+    config = parse_config(FinetuneRobomimicConfig, PRESETS, [])
+    steps = config.policy.tuned_flow_steps or config.policy.num_flow_steps
+    assert chain == Chain(config.trqam.scheme, steps, config.trqam.adjoint)

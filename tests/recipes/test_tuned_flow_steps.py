@@ -148,8 +148,14 @@ def test_a_given_policy_is_tuned_with_other_steps(tiny, resume, no_conclusion, f
     ("flags", "sentence"),
     [
         (["--policy.tuned_flow_steps=0"], "--policy.tuned_flow_steps=0 must be at least 1"),
-        (["--policy.tuned_flow_steps=1"], "--policy.tuned_flow_steps=1 is too few for the post"),
-        (["--policy.num_flow_steps=1"], "--policy.num_flow_steps=1 is too few for the posterior"),
+        (
+            ["--trqam.scheme=posterior", "--policy.tuned_flow_steps=1"],
+            "--policy.tuned_flow_steps=1 is too few for the post",
+        ),
+        (
+            ["--trqam.scheme=posterior", "--policy.num_flow_steps=1"],
+            "--policy.num_flow_steps=1 is too few for the posterior",
+        ),
     ],
 )
 def test_too_few_steps_are_refused(flags, sentence, tiny, tmp_path, capsys):
@@ -164,7 +170,7 @@ def test_a_given_policy_of_one_step_needs_the_flag(tiny, no_conclusion, tmp_path
     one = MLPFlowPolicy(MLPFlowConfig(3, 2, 2, hidden_dims=(8,), num_flow_steps=1))
     one.save_pretrained(tmp_path / "one")
     flags = [f"--policy.path={tmp_path / 'one'}", "--offline.steps=1", "--online.steps=0"]
-    assert tiny(tmp_path / "run", *flags) == 2
+    assert tiny(tmp_path / "run", *flags, "--trqam.scheme=posterior") == 2
     assert "the policy's own number of flow steps, 1, is too few" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     for number, more in enumerate((FEWER, "--trqam.scheme=shifted_euler")):
@@ -224,20 +230,14 @@ def test_old_settings_begin_a_run_of_the_old_scheme_unless_a_flag_says_otherwise
     assert config.trqam.scheme == "posterior"
     (tmp_path / "mine.yaml").write_text("trqam: {kl_budget: 0.7}\n")
     mine = f"--config_path={tmp_path / 'mine.yaml'}"
-    assert parse_config(FinetuneRobomimicConfig, presets, [mine]).trqam.scheme == "posterior"
+    own = parse_config(FinetuneRobomimicConfig, presets, []).trqam.scheme
+    assert parse_config(FinetuneRobomimicConfig, presets, [mine]).trqam.scheme == own
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    ("preset", "scheme"),
-    [("default", "posterior"), ("full", "posterior"), ("paper", "shifted_euler")],
-)
-def test_the_papers_preset_alone_has_the_authors_scheme(preset, scheme):
-    config = parse_config(
-        FinetuneRobomimicConfig, finetune_robomimic.PRESETS, [f"--preset={preset}"]
-    )
-    assert config.trqam.scheme == scheme
-    authors = (1.0, "next", "noiseless_base")
+def test_the_papers_preset_has_the_authors_chain():
+    config = parse_config(FinetuneRobomimicConfig, finetune_robomimic.PRESETS, ["--preset=paper"])
     knobs = config.trqam
-    assert (knobs.time_shift, knobs.adjoint_time, knobs.final_step) == authors
+    authors = ("shifted_euler", 1.0, "next", "noiseless_base")
+    assert (knobs.scheme, knobs.time_shift, knobs.adjoint_time, knobs.final_step) == authors
     assert config.policy.num_flow_steps == 10
