@@ -135,18 +135,19 @@ def test_the_trust_region_of_another_scheme_is_not_gone_on_with(
     tiny, no_conclusion, former, tmp_path, capsys
 ):
     theirs = "lambda and its KL are of the {} scheme and this run is of {}, which has other units"
-    authors = "--trqam.scheme=shifted_euler"
+    authors, ours = (f"--trqam.scheme={name}" for name in ("shifted_euler", "posterior"))
+    scalars = former / "algorithm/scalars.json"
+    scalars.write_text(json.dumps(json.loads(scalars.read_text()) | {"scheme": "posterior"}))
     assert tiny(tmp_path / "run", *flags_of(former), authors) == 2
     said = capsys.readouterr().err
     assert theirs.format("posterior", "shifted_euler") in said
     assert "--trqam.scheme=posterior goes on with them" in said
     assert str(former / "algorithm/scalars.json") in said
     assert not (tmp_path / "run").exists()
-    scalars = former / "algorithm/scalars.json"
     old = json.loads(scalars.read_text())
     del old["scheme"]  # as checkpoints were before there was more than one
     scalars.write_text(json.dumps(old))
-    assert tiny(tmp_path / "run", *flags_of(former)) == 2
+    assert tiny(tmp_path / "run", *flags_of(former), ours) == 2
     assert theirs.format("shifted_euler", "posterior") in capsys.readouterr().err
     assert tiny(tmp_path / "run", *flags_of(former), authors) == 0
 
@@ -157,7 +158,8 @@ def test_a_policy_of_one_step_is_refused_before_anything_is_decoded(
     one = Path(shutil.copytree(files.policy, tmp_path / "one"))
     config = json.loads((one / "config.json").read_text()) | {"num_inference_steps": 1}
     (one / "config.json").write_text(json.dumps(config))
-    assert tiny(tmp_path / "run", f"--policy.path={one}") == 2
+    flags = f"--policy.path={one}", "--trqam.scheme=posterior"
+    assert tiny(tmp_path / "run", *flags) == 2
     said = capsys.readouterr()
     assert "the policy's own number of flow steps, 1, is too few" in said.err
     assert "episodes" not in said.out

@@ -37,7 +37,7 @@ PRESETS = next(
         (["--discount=1"], "--discount=1.0 must lie between 0 and 1"),
         (["--policy.tuned_flow_steps=0"], "--policy.tuned_flow_steps=0 must be at least 1"),
         (
-            ["--policy.tuned_flow_steps=1"],
+            ["--trqam.scheme=posterior", "--policy.tuned_flow_steps=1"],
             "--policy.tuned_flow_steps=1 is too few for the posterior scheme, whose last step has "
             "no noise: take at least 2 by --policy.tuned_flow_steps, or --trqam.scheme=shifted_eul",
         ),
