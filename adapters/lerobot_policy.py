@@ -252,15 +252,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         self, context: Encoding, next_context: Encoding, *, keep_activations: bool = True
     ) -> PathFields:
         """Both fields along a path, what their evaluations share computed once."""
-        return LeRobotPathFields(
-            self,
-            self.host,
-            self.base,
-            self.family,
-            context.condition,
-            next_context.condition,
-            keep_activations=keep_activations,
-        )
+        return LeRobotPathFields(self, context, next_context, keep_activations=keep_activations)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The adapters', or the action expert's."""

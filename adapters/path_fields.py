@@ -6,16 +6,16 @@ projections of the prefix) is computed once a path and field.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
-from vla_trqam.adapters.base_field import BaseField
-from vla_trqam.adapters.flow_family import FlowFamily
 
-from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.policy import PathFields
+
+if TYPE_CHECKING:
+    from vla_trqam.adapters.lerobot_policy import Encoding, LeRobotFlowPolicy
 
 
 class LeRobotPathFields(PathFields):
@@ -23,37 +23,29 @@ class LeRobotPathFields(PathFields):
 
     Args:
         policy: whose fields.
-        host: the policy with its tuned weights.
-        base: gives the policy with its base weights.
-        family: how to ask both.
-        condition: of the path's observations.
-        next_condition: of those whose next action is sampled beside the path.
+        context: of the path's observations.
+        next_context: of those whose next action is sampled beside the path.
         keep_activations: see :class:`~vla_trqam.policy.PathFields`.
     """
 
     def __init__(
         self,
-        policy: FlowPolicy,
-        host: PreTrainedPolicy,
-        base: BaseField,
-        family: FlowFamily,
-        condition: Any,
-        next_condition: Any,
+        policy: LeRobotFlowPolicy,
+        context: Encoding,
+        next_context: Encoding,
         *,
         keep_activations: bool = True,
     ) -> None:
-        super().__init__(policy, condition, next_condition, keep_activations=keep_activations)
-        self._host, self._base_field, self._family = host, base, family
+        super().__init__(policy, context, next_context, keep_activations=keep_activations)
+        self._host, self._base_host, self._family = policy.host, policy.base.host, policy.family
+        family, condition = policy.family, context.condition
         # With a graph: some families' projections of the prefix are trained.
         with torch.enable_grad():
-            self._tuned_shared = family.share(host, condition, 1)
+            self._tuned_shared = family.share(self._host, condition, 1)
         with torch.no_grad():
-            self._next_shared = family.share(host, next_condition, 1)
+            self._next_shared = family.share(self._host, next_context.condition, 1)
             with self._base_host() as base_host:
                 self._base_shared = family.share(base_host, condition, 1)
-
-    def _base_host(self) -> AbstractContextManager[PreTrainedPolicy]:
-        return self._base_field.host()
 
     def _tuned_value(self, x: Tensor, tau: float) -> Tensor:
         return self._at(self._host, x, tau, self._tuned_shared)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from lerobot.policies.factory import get_policy_class
 from lerobot_contract import checkpoint, host_chunk, make_policy, observation
+from vla_trqam.adapters.families import FAMILIES
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
 
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
+from vla_trqam.training.card_facts import STEPS_FIELDS
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +33,10 @@ def test_adapters_that_are_gone_on_with_have_the_steps_of_their_own_base(tmp_pat
     assert (going_on.num_flow_steps, going_on.own_flow_steps) == (TUNED, OWN)
     merged = load_policy(tmp_path / "adapters", lora=LoRASettings(r=2))
     assert (merged.num_flow_steps, merged.own_flow_steps) == (TUNED, TUNED)
+
+
+def test_the_model_card_knows_what_every_family_calls_its_number_of_steps() -> None:
+    assert {family.steps_field for family in FAMILIES.values()} <= set(STEPS_FIELDS)
 
 
 def test_a_base_is_saved_to_act_as_it_came(tmp_path: Path) -> None:

@@ -57,6 +57,40 @@ def test_rollouts_join_the_replay_before_the_update_that_asks_for_them(run, lear
     assert np.array_equal(run.store.replay.observations[row][:2], roll_out_start(5))
 
 
+def test_the_running_mean_acts_is_evaluated_and_saved(tmp_path, replay):
+    learner, seen = make_off_policy(average_rate=0.1), []
+    policy, average = learner.method.policy, learner.method.average
+
+    def acts_with_the_average(_):
+        pairs = zip(policy.trainable_parameters(), average.weights, strict=True)
+        seen.append(all(torch.equal(ours, mean) for ours, mean in pairs))
+
+    with MetricsLog(tmp_path / METRICS_NAME) as metrics:
+        run = make_run(tmp_path, replay, learner, metrics, evaluation_seeds=SEEDS)
+        ToyPool.before_run = staticmethod(acts_with_the_average)
+        try:
+            rolled_out = {2: [5]}
+            run.train(
+                [
+                    phase(
+                        run,
+                        learner,
+                        "online",
+                        episodes_before=lambda n: rolled_out.get(n, []),
+                        evaluate_every=2,
+                    )
+                ],
+                InterruptGuard(),
+            )
+        finally:
+            ToyPool.before_run = None
+    assert seen == [True] * 4  # evaluations after 0, 2 and 4 updates, rollouts before the third
+    saved = type(policy).from_pretrained(tmp_path / "checkpoints/last/pretrained_model")
+    mean = list(average.weights)
+    assert all(torch.equal(a, b) for a, b in zip(saved.tuned.parameters(), mean, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(policy.tuned.parameters(), mean, strict=True))
+
+
 def roll_out_start(seed):
     return roll_out(homing_policy(2, 0.0), seed, 1).observations[0][:2]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training.preflight import RewardSummary, Share, preflight, preflight_machine
 from vla_trqam.training.preflight_data import FAR_OUT, _misfits
 from vla_trqam.training.preflight_report import Finding, PreflightReport
@@ -59,6 +60,7 @@ def look_before(policy: Any, replay: FrameReplay, **changes: Any) -> PreflightRe
     """The part that comes before anything is decoded."""
     run = replay.path / "run" / "not" / "yet"
     settings = {"share": Share(4), "output_dir": run, "num_checkpoints": 2}
+    settings["method"] = TRQAMConfig()
     plan = plan_of(replay, run / "replay")
     return preflight_machine(policy, reader_of(replay), plan, **(settings | changes))
 

@@ -16,6 +16,7 @@ import torch
 from preflight_problems import ACTION, EXECUTED, STATE, make_policy, make_replay, plan_of, reader_of
 from torch import nn
 
+from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training import preflight_disk as disk
 from vla_trqam.training import preflight_memory as memory
 from vla_trqam.training.preflight_report import Finding
@@ -114,7 +115,7 @@ def test_processes_share_a_cpus_memory_and_have_an_accelerator_each() -> None:
 @pytest.mark.slow
 def test_memory_counts_adam_and_the_critic(policy: Any, tmp_path: Path) -> None:
     replay, critic = make_replay(tmp_path / "replay"), nn.Linear(10, 10)
-    dry = memory.dry_pass(policy, reader_of(replay).first_observation())
+    dry = memory.dry_pass(policy, reader_of(replay).first_observation(), TRQAMConfig())
     alone, both = (memory.measure_memory(policy, c, dry) for c in (None, critic))
     trained = sum(p.numel() for p in policy.trainable_parameters())
     assert alone.gradients == 4 * trained
@@ -124,6 +125,42 @@ def test_memory_counts_adam_and_the_critic(policy: Any, tmp_path: Path) -> None:
     packed = policy.packed(policy.processors.observe(replay.observation_at(np.array([0]))))
     assert dry.prefix == sum(value.nbytes for value in packed.values())
     assert dry.activations > 0
+
+
+@pytest.mark.slow
+def test_activations_are_those_of_the_chain_that_is_trained_on(policy: Any, tmp_path: Path) -> None:
+    seen = reader_of(make_replay(tmp_path / "replay")).first_observation()
+
+    def kept(**knobs: Any) -> int:
+        return memory.dry_pass(policy, seen, TRQAMConfig(**knobs)).activations
+
+    tuned_alone, with_base = kept(adjoint="scalar"), kept()
+    steps = policy.num_flow_steps
+    assert kept(scheme="shifted_euler") == pytest.approx(tuned_alone, rel=0.02)
+    # The base's graphs of all steps but the first wait for the adjoint; they are smaller.
+    assert 0.2 < (with_base / tuned_alone - 1) * steps / (steps - 1) < 1.0
+    assert kept(keep_activations=False) == pytest.approx(with_base / steps, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_average_is_counted_where_it_acts_and_in_checkpoints(
+    policy: Any, tmp_path: Path
+) -> None:
+    replay = make_replay(tmp_path / "replay")
+    dry = memory.DryPass(prefix=8, activations=8, reached=1, finite=True)
+    plan = plan_of(replay, tmp_path / "not" / "yet", next_actions=1)
+    trained = sum(p.numel() for p in policy.trainable_parameters()) * 4
+    without, with_it = (
+        memory.measure_memory(policy, None, dry, averages=averages) for averages in (False, True)
+    )
+    assert with_it.fixed - without.fixed == 2 * trained
+    assert "average" in memory.check_memory(with_it, 10**12, memory.Share(1), "cpu").found
+    assert "average" not in memory.check_memory(without, 10**12, memory.Share(1), "cpu").found
+    one, two = (
+        disk.measure_disk(policy, plan, None, needs, num_checkpoints=1)
+        for needs in (without, with_it)
+    )
+    assert two.checkpoints - one.checkpoints == trained
 
 
 def test_free_memory_is_what_the_system_and_a_containers_limit_leave(tmp_path: Path) -> None:
@@ -153,7 +190,7 @@ def test_next_actions_lie_in_memory_and_are_told() -> None:
 @pytest.mark.slow
 def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_path: Path) -> None:
     replay = make_replay(tmp_path / "replay")
-    dry = memory.dry_pass(policy, reader_of(replay).first_observation())
+    dry = memory.dry_pass(policy, reader_of(replay).first_observation(), TRQAMConfig())
     plan = plan_of(replay, tmp_path / "not" / "yet", next_actions=3)
     chunks = 3 * plan.frames * EXECUTED * ACTION * 4
     assert plan.next_action_bytes(policy) == chunks
@@ -165,7 +202,8 @@ def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_pa
         )
 
     trained = sum(p.numel() for p in policy.trainable_parameters()) * 4
-    assert needed(3).checkpoints - needed(2).checkpoints == trained * 3 + chunks
+    # As the host loads it, in training, and Adam's moments.
+    assert needed(3).checkpoints - needed(2).checkpoints == trained * 4 + chunks
     assert needed(1, 2).checkpoints - needed(1).checkpoints == chunks
     whole = memory.module_bytes(policy.model)
     assert needed(0).checkpoints == whole

@@ -64,6 +64,8 @@ __all__ = [
 
 
 SchemeName = Literal["posterior", "shifted_euler"]
+FORMER_SCHEME: SchemeName = "shifted_euler"
+"""What there was before there was a choice: of settings and checkpoints that name none."""
 
 CHOICES = {
     "scheme": SchemeName,
@@ -363,6 +365,8 @@ class TRQAM:
             return
         if self.config.train_base:
             raise UserError("train_base: a base in training cannot be sharded; set one to false")
+        if self.config.average_rate:
+            raise UserError("average_rate: an average cannot be sharded; set it to 0")
         frozen = {p for p in self.loss.parameters() if not p.requires_grad}
         # The critic's target follows the online network shard by shard.
         frozen.difference_update(self.critic.target.parameters())

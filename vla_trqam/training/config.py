@@ -16,6 +16,7 @@ import yaml
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
+from vla_trqam.methods.trqam import FORMER_SCHEME
 from vla_trqam.training.distributed import launched_first
 from vla_trqam.training.divergence import OnDivergence
 from vla_trqam.training.flag_help import help_text
@@ -23,7 +24,7 @@ from vla_trqam.training.flag_help import help_text
 Settings = dict[str, Any]
 YAML_START, YAML_END = b"---\n", b"\n...\n"
 """Of a document that :func:`dump_config` wrote; older ones have neither."""
-FORMER = {"trqam.scheme": "shifted_euler"}
+FORMER = {"trqam.scheme": FORMER_SCHEME}
 """What runs did before there was a setting for it, where the default is something else today."""
 OF_FORMER = "trqam.time_shift"
 """A setting that every former run's settings have, and that settings written by hand have not,

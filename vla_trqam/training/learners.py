@@ -18,13 +18,18 @@ from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
 from vla_trqam.methods.finite import check_finite, measured
 from vla_trqam.methods.parallel import Ranks, shard_like
-from vla_trqam.methods.trqam import TRQAM, CriticUpdateResult, UpdateNoise, UpdateResult
+from vla_trqam.methods.trqam import (
+    FORMER_SCHEME,
+    TRQAM,
+    CriticUpdateResult,
+    UpdateNoise,
+    UpdateResult,
+)
 from vla_trqam.policy import FlowPolicy
 
 STEP_FACTOR = "step_factor"
-SCHEME, FORMER_SCHEME = "scheme", "shifted_euler"
-"""What a trust region's state belongs to; where none is named, it is from before there was more
-than one."""
+SCHEME = "scheme"
+"""What a trust region's state belongs to."""
 Scalars = dict[str, float | str]
 """Numbers by name, and names of what they belong to."""
 

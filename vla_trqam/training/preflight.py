@@ -17,6 +17,7 @@ from torch import nn
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training import preflight_data as data
 from vla_trqam.training import preflight_disk as disk
 from vla_trqam.training import preflight_memory as memory
@@ -48,6 +49,7 @@ def preflight_machine(
     plan: ReplayPlan,
     *,
     critic: nn.Module | None = None,
+    method: TRQAMConfig,
     share: Share,
     output_dir: Path,
     num_checkpoints: int,
@@ -59,6 +61,7 @@ def preflight_machine(
         reader: of the dataset; none of its pictures is looked at.
         plan: what the replay will hold.
         critic: with its target; counts towards memory and disk.
+        method: its chain, and what it keeps of it.
         share: of an update, that this process has.
         output_dir: of the run.
         num_checkpoints: still to be written and kept.
@@ -66,7 +69,7 @@ def preflight_machine(
     Returns:
         All findings; print `lines()` and call `raise_on_failure()`.
     """
-    machine = _Machine(policy, reader, plan, critic, share, output_dir, num_checkpoints)
+    machine = _Machine(policy, reader, plan, critic, method, share, output_dir, num_checkpoints)
     takes = ("observation",)
     return _run(
         [
@@ -157,18 +160,20 @@ class _Machine:
     reader: LeRobotReader
     plan: ReplayPlan
     critic: nn.Module | None
+    method: TRQAMConfig
     share: Share
     output_dir: Path
     num_checkpoints: int
 
     @cached_property
     def dry(self) -> memory.DryPass:
-        return memory.dry_pass(self.policy, self.reader.first_observation())
+        return memory.dry_pass(self.policy, self.reader.first_observation(), self.method)
 
     @cached_property
     def memory(self) -> memory.Memory:
         chunks = self.plan.next_action_bytes(self.policy)
-        return memory.measure_memory(self.policy, self.critic, self.dry, chunks)
+        averages = self.method.average_rate > 0.0
+        return memory.measure_memory(self.policy, self.critic, self.dry, chunks, averages=averages)
 
     def check_observation(self) -> Finding:
         seen = self.reader.first_observation()

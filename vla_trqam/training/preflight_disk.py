@@ -88,13 +88,15 @@ def measure_disk(
 ) -> Disk:
     """Each process has a replay like this one, and next actions of its own in every checkpoint.
 
-    A checkpoint holds what is trained, Adam's moments and the critic, but not adapters' base; a
-    base that is in no file yet is written once.
+    A checkpoint holds the policy as the host loads it (adapters without their base), what is
+    trained of it (and its average), Adam's moments and the critic; a base that is in no file yet is
+    written once.
     """
-    whole = module_bytes(policy.model)
-    trained = tensor_bytes(policy.trainable_parameters()) if policy.has_adapters else whole
+    whole, trained = module_bytes(policy.model), tensor_bytes(policy.trainable_parameters())
+    saved = trained if policy.has_adapters else whole
     critics = 0 if critic is None else module_bytes(critic)
-    one = trained + critics + memory.optimizer + processes * memory.next_actions
+    moving = trained + memory.average + critics + memory.optimizer
+    one = saved + moving + processes * memory.next_actions
     base = whole if policy.lacks_base else 0
     room = max(0, plan.bytes_with(memory.prefix) - plan.there)
     return Disk(num_checkpoints * one + whole + base, processes * room)

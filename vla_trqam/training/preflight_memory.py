@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_trqam.data.frame_replay import FrameObservation
+from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.training.preflight_model import path_fields, prepared
 from vla_trqam.training.preflight_report import Finding
 
@@ -82,9 +83,10 @@ class Memory:
         weights: the policy's, a base's copy among them, and the critic's; they lie there already.
         gradients: of what is trained.
         optimizer: Adam's two moments.
-        activations: what one update's path keeps for the backward pass, for one sample.
+        activations: what one update's path keeps for gradients at a time, for one sample.
         prefix: one encoded observation.
         next_actions: the chunks kept at every frame that the replay has room for.
+        average: the running mean of what is trained of the policy; 0 without one.
     """
 
     weights: int
@@ -93,11 +95,13 @@ class Memory:
     activations: int
     prefix: int
     next_actions: int = 0
+    average: int = 0
 
     @property
     def fixed(self) -> int:
         """What comes on top of the weights, whatever the batch."""
-        return self.gradients + self.optimizer + self.next_actions
+        # The weights in training wait in a copy while the average acts.
+        return self.gradients + self.optimizer + self.next_actions + 2 * self.average
 
     @property
     def prefixes(self) -> int:
@@ -136,7 +140,8 @@ class DryPass:
 
     Attributes:
         prefix: bytes of the encoded observation.
-        activations: bytes that the path keeps for the backward pass.
+        activations: bytes that the path keeps for gradients at a time: of all flow steps, or of
+            one where they are computed again.
         reached: trained tensors that get a gradient.
         finite: whether all of them are.
     """
@@ -147,19 +152,20 @@ class DryPass:
     finite: bool
 
 
-def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation) -> DryPass:
+def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation, method: TRQAMConfig) -> DryPass:
     """Takes it with one raw observation; no gradient stays on the parameters."""
     observation = prepared(policy, seen)
     context = policy.encode(observation)
     not_counted = {t.untyped_storage().data_ptr() for t in policy.parameters()}
     with saved_bytes(not_counted) as saved:
-        loss = path_fields(policy, context, 1).tuned().square().sum()
+        loss = path_fields(policy, context, 1, method).tuned().square().sum()
     trained = list(policy.trainable_parameters())
     found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
     gradients = [gradient for gradient in found if gradient is not None]
+    at_once = 1 if method.keep_activations else policy.num_flow_steps
     return DryPass(
         prefix=tensor_bytes(policy.packed(observation).values()),
-        activations=sum(saved.values()),
+        activations=-(-sum(saved.values()) // at_once),
         reached=len(gradients),
         finite=all(bool(torch.isfinite(gradient).all()) for gradient in gradients),
     )
@@ -176,7 +182,12 @@ def check_gradient(dry: DryPass, policy: LeRobotFlowPolicy) -> Finding:
 
 
 def measure_memory(
-    policy: LeRobotFlowPolicy, critic: nn.Module | None, dry: DryPass, next_actions: int = 0
+    policy: LeRobotFlowPolicy,
+    critic: nn.Module | None,
+    dry: DryPass,
+    next_actions: int = 0,
+    *,
+    averages: bool = False,
 ) -> Memory:
     """By part; the critic's activations and what a pass frees on its way are not counted."""
     trained = [policy, *([] if critic is None else [critic])]
@@ -188,6 +199,7 @@ def measure_memory(
         activations=dry.activations,
         prefix=dry.prefix,
         next_actions=next_actions,
+        average=tensor_bytes(policy.trainable_parameters()) if averages else 0,
     )
 
 
@@ -217,6 +229,7 @@ def check_memory(memory: Memory, available: int | None, share: Share, device: st
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "next actions": memory.next_actions,
+        **({"average": 2 * memory.average} if memory.average else {}),
         f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
         f"prefixes of {share.rows}": share.rows * memory.prefixes,
     }

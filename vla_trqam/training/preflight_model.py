@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.policy import PathFields
 from vla_trqam.sde import sample_ode, sample_path_and_next_action
-from vla_trqam.time_grid import ShiftedEuler, TimeGrid
+from vla_trqam.time_grid import TimeGrid
 from vla_trqam.training.preflight_report import Finding
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ def seeded(device: torch.device) -> Iterator[None]:
 def check_base(policy: LeRobotFlowPolicy, replay: FrameReplay, *, resumed: bool) -> Finding:
     """Before the first step the tuned field is the base field, to the bit, along a whole path."""
     context = policy.encode(first_observations(policy, replay, BATCH))
-    fields = path_fields(policy, context, len(policy.features(context)))
+    # A chain that may have a single step: the claim is of any state.
+    authors = TRQAMConfig(scheme="shifted_euler")
+    fields = path_fields(policy, context, len(policy.features(context)), authors)
     gap = float((fields.tuned().detach() - fields.base()).abs().max())
     found = f"the tuned field differs by {gap:.2g} from the base"
     if gap == 0.0 or (resumed and math.isfinite(gap)):
@@ -149,13 +152,15 @@ def check_base(policy: LeRobotFlowPolicy, replay: FrameReplay, *, resumed: bool)
     )
 
 
-def path_fields(policy: LeRobotFlowPolicy, context: Any, batch_size: int) -> PathFields:
-    """Both fields along a path from fixed noise."""
-    # The states are of any chain; this one may have a single step.
-    grid, device = TimeGrid(policy.num_flow_steps, ShiftedEuler()), device_of(policy)
+def path_fields(
+    policy: LeRobotFlowPolicy, context: Any, batch_size: int, method: TRQAMConfig
+) -> PathFields:
+    """Both fields along a path of the method's chain from fixed noise, activations kept."""
+    grid, device = TimeGrid(policy.num_flow_steps, method.chain), device_of(policy)
     with seeded(device):
         shape = grid.num_flow_steps + 2, batch_size, *policy.chunk_shape
         noise = torch.randn(shape, device=device)
     fields = policy.path_fields(context, context)
-    sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid, jacobians=False)
+    lean = method.adjoint == "lean"
+    sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid, jacobians=lean)
     return fields

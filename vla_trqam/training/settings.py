@@ -55,6 +55,7 @@ class PolicyConfig:
         layer_norm: normalise after every activation.
         num_flow_steps: K, the steps from noise to action of the pretrained policy.
         tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
+            Few steps want ``trqam.scheme: posterior``.
     """
 
     path: Path | None = None

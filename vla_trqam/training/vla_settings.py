@@ -70,6 +70,7 @@ class VLAPolicyConfig:
         n_action_steps: actions that are executed of a chunk; null takes the policy's own. Training
             wants whole chunks.
         tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
+            Few steps want ``trqam.scheme: posterior``.
         tokenizer: local folder of the tokenizer that its preprocessor takes; null for the one that
             it names, which may be on the Hub and gated.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
