@@ -280,7 +280,7 @@ def run_main(command: Command) -> int:
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, idle))
         stack.enter_context(patch("huggingface_hub.constants.HF_HUB_OFFLINE", True))
-        stack.enter_context(patch("vla_trqam.training.hub_access.get_token", lambda: None))
+        stack.enter_context(patch("vla_trqam.hub.access.get_token", lambda: None))
         status: int = main(arguments)
         return status
 

@@ -21,15 +21,15 @@ import torch
 from critic_uphill import FIRST_SEED, NOISE_SEED, Subject, load_subject
 
 from vla_trqam.data.robomimic_hdf5 import read_robomimic
+from vla_trqam.engine.acting import ChunkPolicy
+from vla_trqam.engine.folder.checkpoints import LAST
+from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.envs.rollout import Episode, RolloutPool
 from vla_trqam.errors import UserError
+from vla_trqam.report.evaluation import PairedEvaluation
+from vla_trqam.report.formats import percent, points, points_interval, table
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
-from vla_trqam.training.acting import ChunkPolicy
-from vla_trqam.training.checkpoints import LAST
-from vla_trqam.training.evaluation import PairedEvaluation
-from vla_trqam.training.formats import percent, points, points_interval, table
-from vla_trqam.training.offline_data import dataset_path
 
 MOST = 1000
 

@@ -23,9 +23,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from vla_trqam.adjoint import lean_adjoint
+from vla_trqam.report.figures import BASE, BUDGET, TUNED, new_figure, save, use_log_axis
 from vla_trqam.sde import Velocity, sample_memoryless_sde, sample_ode
 from vla_trqam.time_grid import Posterior, Scheme, ShiftedEuler, TimeGrid
-from vla_trqam.training.figures import BASE, BUDGET, TUNED, new_figure, save, use_log_axis
 from vla_trqam.trust_region import path_kl
 
 SCHEMES: dict[str, Scheme] = {"shifted Euler": ShiftedEuler(), "posterior": Posterior()}

@@ -36,13 +36,13 @@ from result_rows import (
 from step_columns import bases, note_on_steps, with_base_as_it_came
 
 from vla_trqam.errors import UserError
-from vla_trqam.training.comparison_plots import plot_budget_sweep, plot_comparison
-from vla_trqam.training.evaluation import combine_seeds
-from vla_trqam.training.formats import percent, points, points_interval, table
-from vla_trqam.training.metrics import summarise_trust_region
-from vla_trqam.training.plots import plot_episodes, plot_success
-from vla_trqam.training.provenance import command_line
-from vla_trqam.training.report import comparison_table
+from vla_trqam.report.comparison_plots import plot_budget_sweep, plot_comparison
+from vla_trqam.report.evaluation import combine_seeds
+from vla_trqam.report.formats import percent, points, points_interval, table
+from vla_trqam.report.metrics import summarise_trust_region
+from vla_trqam.report.page import comparison_table
+from vla_trqam.report.plots import plot_episodes, plot_success
+from vla_trqam.report.provenance import command_line
 
 
 def seeds_page(runs: Sequence[FinishedRun]) -> Page:

@@ -40,19 +40,19 @@ from uphill_probe import (
 from uphill_report import StepResult, describe, draw, to_json
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
+from vla_trqam.config.parsing import saved_config
+from vla_trqam.config.settings import TRAINING_SEED, FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.robomimic_hdf5 import read_robomimic
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.folder.checkpoints import ALGORITHM, CHECKPOINTS, LAST, PRETRAINED
+from vla_trqam.engine.folder.run_folder import BASE_NAME, CONFIG_NAME
+from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.envs.chunked import ChunkEnv
 from vla_trqam.envs.robomimic import RobomimicEnv
 from vla_trqam.errors import UserError
-from vla_trqam.training.acting import chunk_policy
-from vla_trqam.training.checkpoints import ALGORITHM, CHECKPOINTS, LAST, PRETRAINED
-from vla_trqam.training.config import saved_config
-from vla_trqam.training.offline_data import dataset_path
-from vla_trqam.training.provenance import command_line, git_commit, package_versions
-from vla_trqam.training.run_folder import BASE_NAME, CONFIG_NAME
-from vla_trqam.training.settings import TRAINING_SEED, FinetuneRobomimicConfig
+from vla_trqam.report.provenance import command_line, git_commit, package_versions
 
 # Above the seeds of the evaluations, below those of training.
 FIRST_SEED = 900_000

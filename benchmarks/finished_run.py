@@ -17,9 +17,9 @@ import yaml
 from numpy.typing import NDArray
 
 from vla_trqam.errors import UserError
-from vla_trqam.training.evaluation import PairedEvaluation
-from vla_trqam.training.flow_steps import FlowSteps
-from vla_trqam.training.metrics import (
+from vla_trqam.report.evaluation import PairedEvaluation
+from vla_trqam.report.flow_steps import FlowSteps
+from vla_trqam.report.metrics import (
     TRAINING_PHASES,
     Metrics,
     join_phases,

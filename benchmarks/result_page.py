@@ -12,7 +12,7 @@ from finished_run import FinishedRun, differing_settings
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
-from vla_trqam.training.formats import jsonable
+from vla_trqam.report.formats import jsonable
 
 SUMMARY = "summary.json"
 

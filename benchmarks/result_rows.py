@@ -9,7 +9,7 @@ import numpy as np
 from finished_run import FinishedRun
 
 from vla_trqam.errors import UserError
-from vla_trqam.training.metrics import join_phases, on_same_lines, summarise_trust_region
+from vla_trqam.report.metrics import join_phases, on_same_lines, summarise_trust_region
 
 Groups = Mapping[str, Sequence[FinishedRun]]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from finished_run import FinishedRun
 
 from vla_trqam.errors import UserError
-from vla_trqam.training.flow_steps import FlowSteps
-from vla_trqam.training.formats import percent
-from vla_trqam.training.success import flow_steps
+from vla_trqam.report.flow_steps import FlowSteps
+from vla_trqam.report.formats import percent
+from vla_trqam.report.success import flow_steps
 
 BASE, AS_IT_CAME = "base", "base as it came"
 

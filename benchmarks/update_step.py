@@ -30,13 +30,13 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes.finetune_robomimic import PRESETS
 
 from vla_trqam.adjoint import AdjointKind
+from vla_trqam.config.parsing import parse_config
+from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.engine.processes.memory import keep_freed_memory
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAM, SchemeName, TRQAMConfig, UpdateNoise
-from vla_trqam.training.config import parse_config
-from vla_trqam.training.memory import keep_freed_memory
-from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 Product = tuple[int, int, int, int]
 """(E, M, N, K): E products of (M, K) by (K, N)."""

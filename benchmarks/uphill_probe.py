@@ -14,8 +14,8 @@ import gymnasium
 import numpy as np
 
 from vla_trqam.data.sampling import RewardSpec
-from vla_trqam.training.acting import ChunkPolicy
-from vla_trqam.training.intervals import Interval, pigeonhole_interval
+from vla_trqam.engine.acting import ChunkPolicy
+from vla_trqam.report.intervals import Interval, pigeonhole_interval
 
 Env = gymnasium.Env[np.ndarray, np.ndarray]
 Gradient = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]

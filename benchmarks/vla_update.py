@@ -33,10 +33,10 @@ from vla_steps import PARTS, REST, Cloning, CloningOnMeta, Update
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.adjoint import AdjointKind
+from vla_trqam.engine.processes.memory import keep_freed_memory
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import SchemeName, TRQAMConfig
 from vla_trqam.time_grid import TimeGrid
-from vla_trqam.training.memory import keep_freed_memory
 
 Step = Callable[[], object]
 AUTHORS_SCHEME: SchemeName = "shifted_euler"

@@ -18,34 +18,34 @@ import numpy as np
 import torch
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
+from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, settings_of
+from vla_trqam.config.settings import FinetuneRobomimicConfig, refuse_idle_flags
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
-from vla_trqam.envs.rollout import RolloutPool
-from vla_trqam.errors import UserError
-from vla_trqam.methods.trqam import TRQAM
-from vla_trqam.training.alarms import Alarms, q_range, reward_range
-from vla_trqam.training.checkpoints import PRETRAINED
-from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
-from vla_trqam.training.episode_store import StateStore
-from vla_trqam.training.finetuning import Phase, Run
-from vla_trqam.training.flow_steps import check_own_steps
-from vla_trqam.training.generators import Generators
-from vla_trqam.training.interruption import InterruptGuard
-from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
-from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
-from vla_trqam.training.more_updates import check_resumed
-from vla_trqam.training.offline_data import pretraining_demos, read_dataset, reopen_replay
-from vla_trqam.training.own_folder import own_folder
-from vla_trqam.training.pins import Source, write_pins
-from vla_trqam.training.run_folder import (
+from vla_trqam.engine.alarms import Alarms, q_range, reward_range
+from vla_trqam.engine.conclude import conclude
+from vla_trqam.engine.episode_store import StateStore
+from vla_trqam.engine.folder.checkpoints import PRETRAINED
+from vla_trqam.engine.folder.more_updates import check_resumed
+from vla_trqam.engine.folder.own_folder import own_folder
+from vla_trqam.engine.folder.pins import Source, write_pins
+from vla_trqam.engine.folder.run_folder import (
     BASE_NAME,
     CONFIG_NAME,
     begin_robomimic,
     given_policy,
     open_folder,
 )
-from vla_trqam.training.settings import FinetuneRobomimicConfig, refuse_idle_flags
-from vla_trqam.training.showcase import conclude
+from vla_trqam.engine.launch import exit_status, make_critic, prepare_torch, usable_cores
+from vla_trqam.engine.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
+from vla_trqam.engine.offline_data import pretraining_demos, read_dataset, reopen_replay
+from vla_trqam.engine.processes.generators import Generators
+from vla_trqam.engine.processes.interruption import InterruptGuard
+from vla_trqam.engine.run import Phase, Run
+from vla_trqam.envs.rollout import RolloutPool
+from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.report.flow_steps import check_own_steps
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 # Sensors that hardly move would be blown up to unit variance.

@@ -26,31 +26,31 @@ from vla_trqam.recipes.vla_preflight import (
     room_for_rollouts,
 )
 
+from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, settings_of
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.lerobot_source import LeRobotReader
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
+from vla_trqam.engine.alarms import Alarms, q_range, reward_range
+from vla_trqam.engine.cached_learners import CachedCriticWarmup, CachedOffPolicy
+from vla_trqam.engine.conclude import conclude
+from vla_trqam.engine.episode_store import FrameStore
+from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
+from vla_trqam.engine.folder.more_updates import check_resumed
+from vla_trqam.engine.folder.own_folder import own_folder
+from vla_trqam.engine.folder.run_folder import CONFIG_NAME, open_folder, save_settings
+from vla_trqam.engine.launch import exit_status, make_critic, prepare_torch, usable_cores
+from vla_trqam.engine.next_actions import NextActions, NumberedFeatures
+from vla_trqam.engine.processes.interruption import InterruptGuard
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
 from vla_trqam.envs.rollout import RolloutPool
+from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.trqam import TRQAM
-from vla_trqam.training.alarms import Alarms, q_range, reward_range
-from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
-from vla_trqam.training.checkpoints import PRETRAINED, last_checkpoint
-from vla_trqam.training.config import given_flags, parse_config, resumed_config, settings_of
-from vla_trqam.training.distributed import Team
-from vla_trqam.training.episode_store import FrameStore
-from vla_trqam.training.finetuning import Phase, Run
-from vla_trqam.training.hub_pull import find_algorithm, load_algorithm
-from vla_trqam.training.interruption import InterruptGuard
-from vla_trqam.training.launch import exit_status, make_critic, prepare_torch, usable_cores
-from vla_trqam.training.more_updates import check_resumed
-from vla_trqam.training.next_actions import NextActions, NumberedFeatures
-from vla_trqam.training.own_folder import own_folder
-from vla_trqam.training.run_folder import CONFIG_NAME, open_folder, save_settings
-from vla_trqam.training.showcase import conclude
-from vla_trqam.training.vla_settings import FinetuneVLAConfig
 
 CRITIC_FEATURES = (PACKED + "features",)
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+from vla_trqam.engine.folder.checkpoints import PRETRAINED
 from vla_trqam.errors import UserError
-from vla_trqam.training.card_facts import find_checkpoint
-from vla_trqam.training.checkpoints import PRETRAINED
-from vla_trqam.training.hub import prepare_push, push_checkpoint
-from vla_trqam.training.hub_access import check_push
-from vla_trqam.training.hub_pull import pull_checkpoint
+from vla_trqam.hub.access import check_push
+from vla_trqam.hub.card_facts import find_checkpoint
+from vla_trqam.hub.pull import pull_checkpoint
+from vla_trqam.hub.push import prepare_push, push_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,6 +41,7 @@ from vla_trqam.adapters.tiny.pretraining import (
 )
 
 import vla_trqam.data
+from vla_trqam.config.settings import refuse_below
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
 from vla_trqam.data.lerobot_writer import write_lerobot_dataset
 from vla_trqam.data.robomimic_hdf5 import read_robomimic
@@ -49,7 +50,6 @@ from vla_trqam.envs.render_demos import RenderedDemo, initial_scenes, render_dem
 from vla_trqam.envs.robomimic_images import CameraSettings, RobomimicImageEnv
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
-from vla_trqam.training.settings import refuse_below
 
 DEMOS = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
 CAMERAS = CameraSettings(("agentview",), image_size=96, shadows=False)

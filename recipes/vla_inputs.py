@@ -18,19 +18,19 @@ from vla_trqam.adapters.loading import camera_names, load_policy
 from vla_trqam.adapters.lora import LoRASettings
 from vla_trqam.recipes.vla_pins import sources_of, take_pinned_commits
 
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.frame_replay import IMAGE_PREFIX, FrameReplay, image_key
 from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.engine.folder.checkpoints import last_checkpoint
+from vla_trqam.engine.folder.pins import write_pins
+from vla_trqam.engine.folder.run_folder import BASE_NAME, REPLAY_NAME
+from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.robomimic_images import ACTION_DIM, STATE_DIM
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_durably
-from vla_trqam.training.checkpoints import last_checkpoint
-from vla_trqam.training.distributed import Team
-from vla_trqam.training.flow_steps import check_own_steps
-from vla_trqam.training.hub import push_checkpoint
-from vla_trqam.training.hub_access import check_push
-from vla_trqam.training.pins import write_pins
-from vla_trqam.training.run_folder import BASE_NAME, REPLAY_NAME
-from vla_trqam.training.vla_settings import FinetuneVLAConfig
+from vla_trqam.hub.access import check_push
+from vla_trqam.hub.push import push_checkpoint
+from vla_trqam.report.flow_steps import check_own_steps
 
 NO_PACKED = "give --policy.path and --dataset.repo_id: this recipe has no packed ones"
 LOCAL_BASE = "would push adapters whose base is a folder of this machine; add --policy.merged=true"

@@ -7,13 +7,15 @@ from typing import Any
 
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.lerobot_source import LeRobotReader
 from vla_trqam.data.sampling import ChunkSampler
-from vla_trqam.training.checkpoints import all_checkpoints
-from vla_trqam.training.distributed import Team
-from vla_trqam.training.launch import make_critic
-from vla_trqam.training.preflight import (
+from vla_trqam.engine.folder.checkpoints import all_checkpoints
+from vla_trqam.engine.folder.run_folder import replay_path
+from vla_trqam.engine.launch import make_critic
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.preflight.checks import (
     PreflightReport,
     ReplayPlan,
     RewardSummary,
@@ -21,8 +23,6 @@ from vla_trqam.training.preflight import (
     preflight,
     preflight_machine,
 )
-from vla_trqam.training.run_folder import replay_path
-from vla_trqam.training.vla_settings import FinetuneVLAConfig
 
 
 def check_machine(

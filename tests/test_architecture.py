@@ -27,9 +27,17 @@ MATH_RANKS = {
     "adjoint": 3,
     "critic": 3,
 }
-PACKAGE_RANKS = {"adapters": 4, "data": 4, "envs": 4, "methods": 4, "training": 5, "recipes": 6}
-# `files` is no package, and no math either: it writes.
-RANKS = MATH_RANKS | {"files": 4} | PACKAGE_RANKS
+PACKAGE_RANKS = {
+    **dict.fromkeys(("adapters", "data", "envs", "methods"), 4),
+    "report": 5,
+    "config": 6,
+    "preflight": 7,
+    "engine": 8,
+    "hub": 9,
+    "recipes": 10,
+}
+# `files` and `launched` are no packages, and no math either: one writes, one reads the environment.
+RANKS = MATH_RANKS | {"files": 4, "launched": 4} | PACKAGE_RANKS
 
 # What would make a math file read, write or talk. Importing pathlib is the contract's privilege:
 # `policy.py` names the type of a checkpoint's folder.
@@ -194,8 +202,8 @@ def test_importing_the_library_imports_no_host_library():
         ("vla_trqam.sde", "from vla_trqam.adjoint import lean_adjoint"),
         ("vla_trqam.sde", "from vla_trqam import adjoint"),
         ("vla_trqam.losses", "def f():\n    import vla_trqam.methods.trqam"),
-        ("vla_trqam.data.replay", "from vla_trqam.training.metrics import MetricsLog"),
-        ("vla_trqam.training.trainer", "from vla_trqam.recipes import compare"),
+        ("vla_trqam.data.replay", "from vla_trqam.report.metrics import MetricsLog"),
+        ("vla_trqam.engine.trainer", "from vla_trqam.recipes import compare"),
     ],
 )
 def test_an_upward_import_is_caught(module, code):
@@ -207,7 +215,7 @@ def test_an_upward_import_is_caught(module, code):
     [
         ("vla_trqam.adjoint", "from vla_trqam.sde import Trajectory"),
         ("vla_trqam.methods.trqam", "from vla_trqam.data.transitions import TransitionBatch"),
-        ("vla_trqam.recipes.compare", "from vla_trqam.training import plots"),
+        ("vla_trqam.recipes.compare", "from vla_trqam.report import plots"),
     ],
 )
 def test_a_downward_import_is_fine(module, code):

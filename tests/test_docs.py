@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training.config import parse_config
-from vla_trqam.training.settings import FinetuneRobomimicConfig
-from vla_trqam.training.vla_settings import FinetuneVLAConfig
+from vla_trqam.config.parsing import parse_config
+from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(

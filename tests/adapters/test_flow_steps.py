@@ -11,9 +11,9 @@ from vla_trqam.adapters.families import FAMILIES
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
 
+from vla_trqam.hub.card_facts import STEPS_FIELDS
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
-from vla_trqam.training.card_facts import STEPS_FIELDS
 
 pytestmark = pytest.mark.slow
 

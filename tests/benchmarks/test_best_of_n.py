@@ -10,9 +10,9 @@ from critic_uphill import Subject
 from torch import Tensor, nn
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
+from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.envs.rollout import Episode
-from vla_trqam.training.settings import FinetuneRobomimicConfig
 
 OBSERVATION, ACTION, HORIZON, STATES = 4, 2, 3, 6
 

@@ -15,10 +15,10 @@ from finished_run import read_run, shareable_command
 from matplotlib.figure import Figure
 
 from vla_trqam.errors import UserError
-from vla_trqam.training.evaluation import BaseAsItCame, PairedEvaluation
-from vla_trqam.training.flow_steps import FlowSteps
-from vla_trqam.training.metrics import MetricsLog
-from vla_trqam.training.report import write_json, write_report
+from vla_trqam.report.evaluation import BaseAsItCame, PairedEvaluation
+from vla_trqam.report.flow_steps import FlowSteps
+from vla_trqam.report.metrics import MetricsLog
+from vla_trqam.report.page import write_json, write_report
 
 MACHINE = "/home/somebody/machine"
 STATES = 20

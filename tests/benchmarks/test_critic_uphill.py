@@ -23,11 +23,11 @@ from uphill_probe import (
 from uphill_report import describe, draw, q_against_returns, to_json, verdict
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
+from vla_trqam.config.parsing import dump_config
+from vla_trqam.config.settings import CriticConfig, FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.envs.chunked import ChunkEnv
-from vla_trqam.training.config import dump_config
-from vla_trqam.training.settings import CriticConfig, FinetuneRobomimicConfig
 
 CHUNK, ACTIONS = 2, 3
 GOAL = 7.0

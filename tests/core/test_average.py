@@ -9,10 +9,10 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.engine.learners import OffPolicy, load_module_tensors, module_tensors
 from vla_trqam.errors import UserError
 from vla_trqam.methods.average import WeightAverage
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
-from vla_trqam.training.learners import OffPolicy, load_module_tensors, module_tensors
 
 BATCH, HORIZON, ACTIONS, OBSERVATION = 8, 2, 3, 4
 

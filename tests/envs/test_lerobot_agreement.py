@@ -16,10 +16,10 @@ def test_lerobots_loop_plays_the_episode_of_our_rollouts() -> None:
     from vla_trqam.adapters.loading import load_policy
     from vla_trqam.recipes.finetune_pi0 import PACKED
 
+    from vla_trqam.engine.acting import chunk_policy
     from vla_trqam.envs.env_meta import env_meta_for
     from vla_trqam.envs.robomimic_images import STATE_KEYS
     from vla_trqam.envs.rollout import CameraSettings, RolloutPool
-    from vla_trqam.training.acting import chunk_policy
 
     policy = load_policy(PACKED / "policy")
     with RolloutPool(

@@ -12,7 +12,7 @@ from toy_task import ToyPool
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training.settings import FinetuneRobomimicConfig
+from vla_trqam.config.settings import FinetuneRobomimicConfig
 
 STRAY_FILE = "a folder must not be made for input that is refused"
 

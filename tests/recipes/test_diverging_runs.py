@@ -7,7 +7,7 @@ from toy_deaths import diverges_at_update
 from toy_files import differences, final_state, metrics_lines
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training.learners import OffPolicy
+from vla_trqam.engine.learners import OffPolicy
 
 ROLLBACK = "--on_divergence=rollback"
 

@@ -12,9 +12,9 @@ from toy_task import Killed, ToyPool
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training.acting import chunk_policy
-from vla_trqam.training.finetuning import EVALUATION_NOISE
-from vla_trqam.training.learners import BehaviourCloning, OffPolicy
+from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.learners import BehaviourCloning, OffPolicy
+from vla_trqam.engine.run import EVALUATION_NOISE
 
 WARM = ("--offline.critic_steps=3", "--save_freq=2")
 

@@ -42,14 +42,14 @@ from vla_trqam.adapters.loading import load_policy
 from vla_trqam.recipes import vla_inputs
 from vla_trqam.recipes.finetune_vla import read_config
 
+from vla_trqam.config.parsing import saved_config
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.robomimic_images import CameraSettings
 from vla_trqam.envs.rollout import Episode
-from vla_trqam.training.acting import chunk_policy
-from vla_trqam.training.cached_learners import CachedOffPolicy
-from vla_trqam.training.config import saved_config
-from vla_trqam.training.finetuning import EVALUATION_NOISE
-from vla_trqam.training.vla_settings import FinetuneVLAConfig
 
 __all__ = [  # fixtures
     "files",

@@ -12,8 +12,8 @@ from toy_task import Killed, ToyPool
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training import checkpoints, run_folder
-from vla_trqam.training.learners import BehaviourCloning, CriticWarmup, OffPolicy
+from vla_trqam.engine.folder import checkpoints, run_folder
+from vla_trqam.engine.learners import BehaviourCloning, CriticWarmup, OffPolicy
 
 WARM = ("--offline.critic_steps=3", "--save_freq=2")
 

@@ -33,9 +33,9 @@ from vla_runs import (
 
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.training import checkpoints
-from vla_trqam.training.cached_learners import CachedCriticWarmup, CachedOffPolicy
-from vla_trqam.training.manifest import write_manifest
+from vla_trqam.engine.cached_learners import CachedCriticWarmup, CachedOffPolicy
+from vla_trqam.engine.folder import checkpoints
+from vla_trqam.engine.folder.manifest import write_manifest
 
 __all__ = [  # fixtures
     "files",

@@ -11,8 +11,8 @@ import pytest
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from vla_trqam.training.interruption import Interrupted, InterruptGuard
-from vla_trqam.training.launch import exit_status
+from vla_trqam.engine.processes.interruption import Interrupted, InterruptGuard
+from vla_trqam.engine.launch import exit_status
 
 folder = Path(sys.argv[1])
 

@@ -11,10 +11,10 @@ from toy_files import differences, final_state, metrics_lines
 from toy_task import Killed, ToyPool
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training import own_folder, run_folder
-from vla_trqam.training.config import saved_config
-from vla_trqam.training.learners import BehaviourCloning, OffPolicy
-from vla_trqam.training.settings import FinetuneRobomimicConfig
+from vla_trqam.config.parsing import saved_config
+from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.engine.folder import own_folder, run_folder
+from vla_trqam.engine.learners import BehaviourCloning, OffPolicy
 
 FAILURES = [RuntimeError, KeyError, MemoryError, KeyboardInterrupt]
 OFFLINE = ("--offline.steps=4", "--online.steps=0")

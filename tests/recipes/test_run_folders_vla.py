@@ -23,10 +23,10 @@ from vla_trqam.adapters.loading import load_policy
 from vla_trqam.recipes import finetune_vla
 from vla_trqam.recipes.vla_pins import take_pinned_commits
 
-from vla_trqam.training.cached_learners import CachedOffPolicy
-from vla_trqam.training.config import saved_config
-from vla_trqam.training.pins import read_pins
-from vla_trqam.training.vla_settings import FinetuneVLAConfig
+from vla_trqam.config.parsing import saved_config
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.engine.folder.pins import read_pins
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ from toy_task import Killed, ToyPool
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.training import showcase
-from vla_trqam.training.acting import chunk_policy
-from vla_trqam.training.config import parse_config
-from vla_trqam.training.finetuning import EVALUATION_NOISE
-from vla_trqam.training.learners import BehaviourCloning, OffPolicy
-from vla_trqam.training.settings import FinetuneRobomimicConfig
+from vla_trqam.config.parsing import parse_config
+from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.engine import conclude as showcase
+from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.learners import BehaviourCloning, OffPolicy
+from vla_trqam.engine.run import EVALUATION_NOISE
 
 OWN, TUNED = 3, 2
 FEWER = f"--policy.tuned_flow_steps={TUNED}"

@@ -24,11 +24,11 @@ from vla_runs import (
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
 
+from vla_trqam.engine import conclude as showcase
+from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.robomimic_images import CameraSettings
-from vla_trqam.training import showcase
-from vla_trqam.training.acting import chunk_policy
-from vla_trqam.training.cached_learners import CachedOffPolicy
-from vla_trqam.training.finetuning import EVALUATION_NOISE
 
 __all__ = [  # fixtures
     "files",

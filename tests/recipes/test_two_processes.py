@@ -23,10 +23,10 @@ from vla_runs import files, forgetful_pool, main, without_simulator
 from vla_trqam.recipes import finetune_vla
 
 from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.engine import launch
+from vla_trqam.engine.cached_learners import CachedOffPolicy, TrainedWeights
+from vla_trqam.engine.run import Run
 from vla_trqam.errors import UserError
-from vla_trqam.training import launch
-from vla_trqam.training.cached_learners import CachedOffPolicy, TrainedWeights
-from vla_trqam.training.finetuning import Run
 
 __all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
 pytestmark = [

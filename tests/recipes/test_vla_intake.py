@@ -35,8 +35,8 @@ from vla_trqam.recipes import vla_inputs
 
 from vla_trqam.data.frame_replay import FrameReplay, image_key
 from vla_trqam.data.lerobot_pictures import Pictures
-from vla_trqam.training import preflight_memory
-from vla_trqam.training.cached_learners import CachedOffPolicy
+from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.preflight import memory as preflight_memory
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
 pytestmark = pytest.mark.slow

@@ -23,8 +23,8 @@ from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla, vla_inputs
 
 from vla_trqam.data.lerobot_source import LeRobotReader
+from vla_trqam.engine.run import Run
 from vla_trqam.envs.rollout import Episode
-from vla_trqam.training.finetuning import Run
 
 PI0, SMOLVLA = (Path(str(recipe.__file__)) for recipe in (finetune_pi0, finetune_smolvla))
 TINY = [

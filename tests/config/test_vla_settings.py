@@ -1,0 +1,67 @@
+"""Settings that cannot work are refused before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+import vla_trqam.recipes
+
+from vla_trqam.config.parsing import parse_config
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.errors import UserError
+
+RECIPES = Path(vla_trqam.recipes.__file__ or next(iter(vla_trqam.recipes.__path__)))
+PRESETS = next(
+    folder / "finetune_pi0.yaml"
+    for folder in (RECIPES, RECIPES.parent)
+    if (folder / "finetune_pi0.yaml").is_file()
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps=0", "--online.steps=0"], "both 0: nothing would be trained"),
+        (["--env.type=null"], "need a simulator: give --env.type=robomimic"),
+        (["--policy.path=lerobot/pi0_base"], "go together"),
+        (["--dataset.repo_id=me/data"], "go together"),
+        (["--policy.push_to_hub=true"], "needs --policy.repo_id=USER/NAME"),
+        (["--policy.tokenizer=/nowhere"], "--policy.tokenizer=/nowhere is not a folder"),
+        (
+            ["--policy.push_to_hub=true", "--policy.repo_id=me/it", "--policy.tokenizer=."],
+            "name a folder of this machine, --policy.tokenizer=.",
+        ),
+        (["--trqam.kl_budget=0"], "kl_budget"),
+        (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--critic.next_actions=0"], "--critic.next_actions=0 must be at least 1"),
+        (["--critic.updates_per_step=-1"], "must not be negative"),
+        (["--discount=1"], "--discount=1.0 must lie between 0 and 1"),
+        (["--policy.tuned_flow_steps=0"], "--policy.tuned_flow_steps=0 must be at least 1"),
+        (
+            ["--trqam.scheme=posterior", "--policy.tuned_flow_steps=1"],
+            "--policy.tuned_flow_steps=1 is too few for the posterior scheme, whose last step has "
+            "no noise: take at least 2 by --policy.tuned_flow_steps, or --trqam.scheme=shifted_eul",
+        ),
+        (["--peft.r=0"], "--peft.r=0 must be at least 1"),
+        (["--polcy.path=x"], "polcy"),
+        (["--method.inverse_temperature=3"], "is QAM's"),
+    ],
+)
+def test_a_wrong_setting_gets_a_sentence(flags, sentence):
+    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+        parse_config(FinetuneVLAConfig, PRESETS, flags)
+
+
+def test_an_offline_run_on_ones_own_policy_needs_no_simulator():
+    flags = ["--policy.path=a/b", "--dataset.repo_id=c/d", "--env.type=null"]
+    config = parse_config(
+        FinetuneVLAConfig, PRESETS, [*flags, "--online.steps=0", "--base_episodes=0"]
+    )
+    assert config.env.type is None
+
+
+def test_base_rounds_and_evaluations_use_different_initial_states():
+    config = parse_config(FinetuneVLAConfig, PRESETS, [])
+    rounds = [seed for done in range(config.online.steps) for seed in config.round_seeds(done)]
+    every = [*config.evaluation_seeds(), *config.validation_seeds(), *config.base_seeds(), *rounds]
+    assert len(every) == len(set(every))
+    assert len(rounds) == config.num_training_episodes - config.base_episodes

@@ -1,0 +1,66 @@
+"""A run on the toy task without a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from toy_task import ToyPool, homing_policy, roll_out
+
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.sampling import ChunkSampler, RewardSpec
+from vla_trqam.engine.episode_store import StateStore
+from vla_trqam.engine.learners import Learner, OffPolicy
+from vla_trqam.engine.processes.generators import Generators
+from vla_trqam.engine.run import Phase, Run
+from vla_trqam.report.metrics import MetricsLog
+
+
+@contextmanager
+def filled_replay(path: Path) -> Iterator[ReplayBuffer]:
+    """Five episodes."""
+    buffer = ReplayBuffer.create(path, observation_dim=3, action_dim=2, capacity=1000)
+    for seed in range(5):
+        episode = roll_out(homing_policy(2, 0.2), seed, 12)
+        buffer.add_episode(
+            episode.observations,
+            episode.actions,
+            episode.rewards,
+            terminated=episode.terminated,
+            truncated=episode.truncated,
+            source="dataset",
+            success=episode.success,
+        )
+    yield buffer
+    buffer.close()
+
+
+def make_run(
+    folder: Path, replay: ReplayBuffer, learner: OffPolicy, metrics: MetricsLog, **changes: Any
+) -> Run:
+    policy = learner.method.policy
+    settings: dict[str, Any] = {"log_freq": 2, "save_freq": 100, "evaluation_seeds": ()} | changes
+    return Run(
+        output_dir=folder,
+        policy=policy,
+        store=StateStore(replay),
+        pool=ToyPool({}, max_episode_steps=10),
+        generators=Generators.seeded(0, torch.device("cpu")),
+        metrics=metrics,
+        device=torch.device("cpu"),
+        save_policy=policy.save_pretrained,
+        **settings,
+    )
+
+
+def phase(
+    run: Run, learner: Learner, name: str = "offline", steps: int = 4, **settings: Any
+) -> Phase:
+    return Phase(name, steps, lambda: learner, chunks(run.store.replay), 8, **settings)
+
+
+def chunks(replay: ReplayBuffer) -> ChunkSampler:
+    return replay.sampler(chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec())

@@ -1,0 +1,315 @@
+"""Settings from three places, in this order: the code's defaults, a preset, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+
+import draccus
+import yaml
+
+from vla_trqam.config.flag_help import help_text
+from vla_trqam.config.settings import OnDivergence
+from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
+from vla_trqam.launched import launched_first
+from vla_trqam.methods.trqam import FORMER_SCHEME
+
+Settings = dict[str, Any]
+YAML_START, YAML_END = b"---\n", b"\n...\n"
+"""Of a document that :func:`dump_config` wrote; older ones have neither."""
+FORMER = {"trqam.scheme": FORMER_SCHEME}
+"""What runs did before there was a setting for it, where the default is something else today."""
+OF_FORMER = "trqam.time_shift"
+"""A setting that every former run's settings have, and that settings written by hand have not,
+unless they mean the former kind."""
+
+
+def parse_config[C](
+    config_class: type[C], presets: Path, arguments: Sequence[str], *, preset: str = "default"
+) -> C:
+    """Reads ``--preset=NAME`` or ``--config_path=FILE``, and dotted flags, which win.
+
+    Args:
+        config_class: a dataclass of dataclasses.
+        presets: YAML file with one section a preset.
+        arguments: the command line without the program.
+        preset: the preset where none is named.
+
+    Raises:
+        UserError: an unknown preset, flag or value.
+        SystemExit: ``--help``, after the list of flags.
+    """
+    known = _known_flags(config_class)
+    if "--help" in arguments or "-h" in arguments:
+        others = [item for item in arguments if item not in ("--help", "-h")]
+        preset = str(_read_flags(others, known).get("preset", preset))
+        section = _flatten(_section(presets, preset), known)
+        program, names = Path(sys.argv[0]).name, list(_read_yaml(presets))
+        print(help_text(_decode(config_class, section), program, presets, names, preset))
+        raise SystemExit(0)
+    flags = _read_flags(arguments, known)
+    if {"config_path", "preset"} <= flags.keys():
+        raise UserError("--config_path and --preset are both given; choose one")
+    config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
+    if config_path is None:
+        return _decode(config_class, _flatten(_section(presets, name), known) | flags)
+    settings = _flatten(_read_yaml(str(config_path)), known)
+    former = _former(settings, known) if OF_FORMER in settings else {}
+    _tell_former(str(config_path), former.keys() - flags.keys())
+    return _decode(config_class, settings | former | flags)
+
+
+def given_flags(arguments: Sequence[str]) -> set[str]:
+    """The names, with their dashes, of the flags on a command line."""
+    return {item.partition("=")[0] for item in arguments if item.startswith("--")}
+
+
+class Resumable(Protocol):
+    """The settings that a resumed run may be given."""
+
+    GROWING: ClassVar[Mapping[str, str]]
+    output_dir: Path | None
+    resume: bool
+    checkpoint: str | None
+    num_threads: int | None
+    on_divergence: OnDivergence
+
+
+ALLOWED = {"--resume", "--output_dir", "--num_threads", "--checkpoint", "--on_divergence"}
+MoreUpdates = Callable[[Any, Mapping[str, int]], None]
+"""Refuses numbers of updates, by flag, that a run with these settings cannot be gone on with."""
+
+
+def resumed_config[C: Resumable](
+    config: C, name: str, arguments: Sequence[str], check_more: MoreUpdates
+) -> C:
+    """The settings of the run in ``config.output_dir``, to go on with it.
+
+    Args:
+        config: what the command line alone gives.
+        name: the configuration's file in the run's folder.
+        arguments: the command line.
+        check_more: looks at the numbers of updates that the command line gives.
+
+    Raises:
+        UserError: there is no such run, or the command line has other settings.
+    """
+    if config.output_dir is None:
+        raise UserError("--resume=true needs --output_dir, the folder of the run to go on with")
+    given = given_flags(arguments)
+    growing = {flag for flag in config.GROWING if f"--{flag}" in given}
+    others = given - ALLOWED - {f"--{flag}" for flag in growing}
+    if others:
+        more = " and ".join(f"--{flag}" for flag in config.GROWING)
+        raise UserError(
+            f"a resumed run keeps its settings, but for more of {more}; leave out "
+            f"{', '.join(sorted(others))}"
+        )
+    path = config.output_dir / name
+    saved = saved_config(type(config), path)
+    known = _known_flags(type(config))
+    _tell_former(str(path), _former(_flatten(_read_yaml(path), known), known))
+    asked = _flatten(settings_of(config), known)
+    wanted = {flag: asked[flag] for flag in config.GROWING if flag in growing}
+    check_more(saved, wanted)
+    saved = with_settings(saved, wanted)
+    saved.resume, saved.output_dir = True, config.output_dir
+    saved.checkpoint = config.checkpoint
+    saved.num_threads = config.num_threads or saved.num_threads
+    if "--on_divergence" in given:
+        saved.on_divergence = config.on_divergence
+    return saved
+
+
+def with_settings[C](config: C, changes: Settings) -> C:
+    """The same settings but for these, by dotted name.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    known = _known_flags(type(config))
+    return _decode(type(config), _flatten(settings_of(config), known) | changes)
+
+
+def saved_config[C](config_class: type[C], path: Path) -> C:
+    """Reads what :func:`dump_config` wrote.
+
+    What an older version had no setting for is as it was then (:data:`FORMER`), so that a run goes
+    on as it began.
+
+    Raises:
+        UserError: the file is missing or is not such a configuration.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; there is no run to go on with")
+    _check_end(path)
+    known = _known_flags(config_class)
+    try:
+        settings = _flatten(_read_yaml(path), known)
+        return _decode(config_class, settings | _former(settings, known))
+    except UserError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise UserError(f"{where}{error}") from None
+
+
+def _former(settings: Settings, known: Collection[str]) -> Settings:
+    """What former runs did of that for which these settings have nothing."""
+    return {k: v for k, v in FORMER.items() if k in known and k not in settings}
+
+
+def _tell_former(path: str, names: Collection[str]) -> None:
+    # Every process reads the same settings.
+    for name in sorted(names) if launched_first() else ():
+        print(f"{path} is from before there was a {name}: {FORMER[name]}, as it was then")
+
+
+def _check_end(path: Path) -> None:
+    """What is cut away would be taken for a setting that an older version did not have."""
+    content = path.read_bytes()
+    if content.startswith(YAML_START) and not content.endswith(YAML_END):
+        raise UserError(f"{path} is cut short: its last line is not the end that was written")
+
+
+def dump_config(config: Any, path: Path) -> None:
+    """Writes a configuration that ``--config_path`` reads back; a kill leaves none, not half."""
+    with written_whole(path) as part:
+        part.write_text(yaml.safe_dump(settings_of(config), explicit_start=True, explicit_end=True))
+
+
+def settings_of(config: Any) -> Settings:
+    """Every setting and its value, nested as in YAML and of YAML's types."""
+    settings: Settings = draccus.encode(config)
+    return settings
+
+
+def _decode[C](config_class: type[C], settings: Settings) -> C:
+    known = _known_flags(config_class)
+    for name, value in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists every flag"
+            raise UserError(f"--{name} is not a setting; {hint}")
+        _check_kind(name, value, known[name])
+    try:
+        decoded: C = draccus.decode(config_class, _nest(settings))
+    except Exception as error:  # draccus wraps whatever a value's own check raised
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        raise UserError(f"a setting has a bad value: {' '.join(str(error).split())}") from None
+    return decoded
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Refuses what draccus would take for something else, or refuse without saying how."""
+    kinds = [hint, *get_args(hint)]
+    if value is None and type(None) not in kinds:
+        raise UserError(f"--{name} needs a value; null is none")
+    if isinstance(value, bool) and bool not in kinds:
+        raise UserError(f"--{name} needs a value; {str(value).lower()} is none")
+    lists = any(get_origin(kind) is tuple for kind in kinds)
+    if lists and not isinstance(value, list) and value is not None:
+        raise UserError(f"--{name}={value} must be a list, like [{value}]")
+
+
+def _known_flags(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, and its type."""
+    flags: dict[str, Any] = {}
+    hints = get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        name, hint = f"{prefix}{item.name}", hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            flags |= _known_flags(hint, f"{name}.")
+        else:
+            flags[name] = hint
+    return flags
+
+
+def _read_flags(arguments: Sequence[str], known: Mapping[str, Any]) -> Settings:
+    """``--name=value`` and ``--name value``; values are YAML, a name alone means true.
+
+    A setting that is a text or a path keeps what looks like a number as it is written: 000500.
+    """
+    flags: Settings = {}
+    items = list(arguments)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--"):
+            raise UserError(f"{item!r} is no flag; flags look like --name=value")
+        name, equals, text = item[2:].partition("=")
+        if not equals:
+            text = "true" if not items or items[0].startswith("--") else items.pop(0)
+        try:
+            flags[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            flags[name] = text
+        if _is_text(known.get(name)) and flags[name] is not None:
+            flags[name] = flags[name] if isinstance(flags[name], str) else text
+    return flags
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a setting is a text or a path, or may be null besides."""
+    kinds = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
+    return kinds - {type(None)} in ({str}, {Path})
+
+
+def _flatten(section: Settings, known: Collection[str], prefix: str = "") -> Settings:
+    """By dotted name; a known setting's value stays, though it may be a mapping itself."""
+    flat: Settings = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        nested = isinstance(value, dict) and name not in known
+        flat |= _flatten(value, known, f"{name}.") if nested else {name: value}
+    return flat
+
+
+def _nest(settings: Settings) -> Settings:
+    nested: Settings = {}
+    for name, value in settings.items():
+        *parents, leaf = name.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return nested
+
+
+def _section(presets: Path, name: str) -> Settings:
+    sections = _read_yaml(presets)
+    if name not in sections:
+        raise UserError(f"--preset={name} is not known; there are {', '.join(sections)}")
+    section: Settings = sections[name]
+    return section
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML of which nothing is silently lost: PyYAML takes the last of several equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        named = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name, count in Counter(named).items():
+            if count > 1:
+                mark = node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is set twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str | Path) -> Settings:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; it must be a YAML mapping")
+    return content

@@ -1,0 +1,482 @@
+"""The settings of a Robomimic run; every knob has one owner, here or in the part it belongs to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+from vla_trqam.data.sampling import RewardKind, ShortChunks
+from vla_trqam.envs.env_meta import LOW_DIM_KEYS
+from vla_trqam.errors import UserError
+from vla_trqam.methods.bc import BehaviourCloningConfig
+from vla_trqam.methods.qam import qam_config
+from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.report.flow_steps import check_flow_steps
+
+OnDivergence = Literal["stop", "rollback"]
+
+# Initial states: evaluation seeds lie below, those of training above.
+VALIDATION_SEED, TRAINING_SEED, TRAINING_SEED_STRIDE = 500_000, 1_000_000, 1_000_000
+# An initial state's seed must fit 32 bits.
+LARGEST_SEED = (2**32 - TRAINING_SEED) // TRAINING_SEED_STRIDE - 1
+
+
+def check_on_divergence(value: str) -> None:
+    """Refuses what is no choice.
+
+    Raises:
+        UserError: neither "stop" nor "rollback".
+    """
+    if value not in get_args(OnDivergence):
+        raise UserError(f"--on_divergence={value} must be {' or '.join(get_args(OnDivergence))}")
+
+
+@dataclass
+class DatasetConfig:
+    """The replay's offline data.
+
+    Attributes:
+        path: a Robomimic HDF5 file; without path and name, the packed file of Lift.
+        name: an official dataset ("lift/mh"), downloaded from the Hub.
+        filter_key: only the demos of this key.
+        obs_keys: low-dimensional observations, concatenated in this order.
+        reward: what the critic maximises.
+        short_chunks: chunks that the episode's end cuts short.
+    """
+
+    path: Path | None = None
+    name: str | None = None
+    filter_key: str | None = None
+    obs_keys: tuple[str, ...] = LOW_DIM_KEYS
+    reward: RewardKind = "success_minus_one"
+    short_chunks: ShortChunks = "pad"
+
+
+@dataclass
+class PolicyConfig:
+    """The policy: a checkpoint, or the shape of a new one.
+
+    Attributes:
+        path: folder of a pretrained policy, whose shape it keeps; skips the pretraining.
+        chunk_length: H, all of which is executed before the policy is asked again.
+        hidden_dims: widths of the hidden layers.
+        layer_norm: normalise after every activation.
+        num_flow_steps: K, the steps from noise to action of the pretrained policy.
+        tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
+            Few steps want ``trqam.scheme: posterior``.
+    """
+
+    path: Path | None = None
+    chunk_length: int = 5
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    layer_norm: bool = False
+    num_flow_steps: int = 10
+    tuned_flow_steps: int | None = None
+
+
+@dataclass
+class PretrainConfig:
+    """Behaviour cloning of the base.
+
+    Attributes:
+        steps: updates.
+        batch_size: chunks a batch.
+        filter_key: the demos of this key; None for all of the replay's.
+        num_demos: the first so many of them; None for all.
+        optimizer: its step size and averaging.
+    """
+
+    steps: int = 5000
+    batch_size: int = 256
+    filter_key: str | None = None
+    num_demos: int | None = None
+    optimizer: BehaviourCloningConfig = field(default_factory=BehaviourCloningConfig)
+
+
+@dataclass
+class CriticConfig:
+    """The critic ensemble.
+
+    Attributes:
+        hidden_dims: widths of the hidden layers.
+        ensemble_size: E.
+        layer_norm: normalise after every activation.
+        pessimism: rho of mean - rho std in the TD target.
+        adjoint_pessimism: the same in the value whose action gradient starts the adjoint.
+        target_rate: EMA rate of the target network.
+        clip_actions: evaluate at actions clipped to [-1, 1].
+    """
+
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    ensemble_size: int = 10
+    layer_norm: bool = True
+    pessimism: float = 0.5
+    adjoint_pessimism: float = 0.0
+    target_rate: float = 0.005
+    clip_actions: bool = True
+
+
+@dataclass
+class MethodConfig:
+    """Which method.
+
+    Attributes:
+        name: "trqam", or "qam" (lambda frozen at 1, no dual).
+        inverse_temperature: QAM's beta; TRQAM has none but 1, for it moves lambda instead.
+    """
+
+    name: Literal["trqam", "qam"] = "trqam"
+    inverse_temperature: float = 1.0
+
+
+@dataclass
+class OfflineConfig:
+    """Updates from the dataset.
+
+    Attributes:
+        critic_steps: updates of the critic alone before the policy moves.
+        steps: updates.
+        base_episodes: episodes of the base policy that join the replay first, so that the critic
+            knows what the base does.
+    """
+
+    critic_steps: int = 0
+    steps: int = 10000
+    base_episodes: int = 60
+
+
+@dataclass
+class OnlineConfig:
+    """Updates with rollouts of the tuned policy between them.
+
+    Attributes:
+        steps: updates.
+        episodes_per_round: episodes rolled out before every round of updates.
+        updates_per_round: updates of a round.
+        fraction: share of every batch from rollouts; None draws uniformly from all data.
+    """
+
+    steps: int = 5000
+    episodes_per_round: int = 20
+    updates_per_round: int = 250
+    fraction: float | None = None
+
+
+@dataclass
+class EvalConfig:
+    """The paired evaluation of base and tuned policy.
+
+    Attributes:
+        episodes: initial states.
+        first_seed: of the initial states; training uses others.
+        max_episode_steps: control steps (20 a second) until an episode is cut.
+        num_workers: simulator processes; None for one a core.
+        chunk_deadline: seconds for a reset or the steps of a chunk; a simulator process that takes
+            longer is replaced, and its episode played again from the start.
+        episodes_during_training: initial states (others) of the evaluations in between.
+        videos: episodes filmed; None for two where off-screen rendering works, else none.
+    """
+
+    episodes: int = 100
+    first_seed: int = 10_000
+    max_episode_steps: int = 150
+    num_workers: int | None = None
+    chunk_deadline: float = 120.0
+    episodes_during_training: int = 50
+    videos: int | None = None
+
+
+class RunSettings(ABC):
+    """What the settings of every run have: a method, and initial states for each purpose.
+
+    ``GROWING`` has the numbers of updates that a resumed run may be given more of, by flag, and
+    their phases, in order.
+    """
+
+    GROWING: ClassVar[Mapping[str, str]] = {}
+
+    output_dir: Path | None
+    resume: bool
+    checkpoint: str | None
+    seed: int
+    batch_size: int
+    discount: float
+    evaluate_every: int
+    log_freq: int
+    save_freq: int
+    on_divergence: OnDivergence
+    num_threads: int | None
+    critic: CriticConfig
+    method: MethodConfig
+    trqam: TRQAMConfig
+    online: OnlineConfig
+    eval: EvalConfig
+
+    @property
+    @abstractmethod
+    def num_base_episodes(self) -> int:
+        """Episodes of the base policy that join the replay before it moves."""
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_rates()
+        self._check_seeds()
+        self._check_choices()
+
+    def method_config(self) -> TRQAMConfig:
+        """The knobs of the chosen method.
+
+        Raises:
+            UserError: QAM's beta is not positive, or TRQAM is given one.
+        """
+        beta = self.method.inverse_temperature
+        if self.method.name == "qam":
+            return qam_config(self.trqam, beta)
+        if beta != 1.0:
+            raise UserError(
+                f"--method.inverse_temperature={beta} is QAM's; TRQAM finds its own temperature: "
+                "add --method.name=qam or leave it out"
+            )
+        return self.trqam
+
+    def evaluation_seeds(self) -> list[int]:
+        """Initial states of the final evaluation."""
+        return _seeds(self.eval.first_seed, self.eval.episodes)
+
+    def validation_seeds(self) -> list[int]:
+        """Initial states of the evaluations during training."""
+        return _seeds(VALIDATION_SEED, self.eval.episodes_during_training)
+
+    def base_seeds(self) -> list[int]:
+        """Initial states of the base's episodes before the offline updates."""
+        return _seeds(self._first_training_seed, self.num_base_episodes)
+
+    def round_seeds(self, done: int) -> list[int]:
+        """Initial states of the rollouts before the online update after ``done`` of them."""
+        number, rest = divmod(done, self.online.updates_per_round)
+        count = self.online.episodes_per_round
+        start = self._first_training_seed + self.num_base_episodes + number * count
+        return [] if rest else _seeds(start, count)
+
+    @property
+    def num_training_episodes(self) -> int:
+        """Episodes that all rollouts of the training add to the replay."""
+        rounds = -(-self.online.steps // self.online.updates_per_round)
+        return self.num_base_episodes + rounds * self.online.episodes_per_round
+
+    @property
+    def _first_training_seed(self) -> int:
+        return TRAINING_SEED + self.seed * TRAINING_SEED_STRIDE
+
+    def _at_least_one(self) -> dict[str, int | None]:
+        """The recipe's own numbers that must be positive, by flag; None is for no number."""
+        return {}
+
+    def _not_negative(self) -> dict[str, int | None]:
+        """The recipe's own numbers that may be 0, by flag."""
+        return {}
+
+    def _check_choices(self) -> None:
+        """Refuses settings that do not go together."""
+        check_on_divergence(self.on_divergence)
+        self.method_config()
+        if self.checkpoint is not None and not self.resume:
+            raise UserError(
+                f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
+                "--output_dir, the folder of its run"
+            )
+
+    def _check_numbers(self) -> None:
+        at_least_one = {
+            "batch_size": self.batch_size,
+            "log_freq": self.log_freq,
+            "save_freq": self.save_freq,
+            "num_threads": self.num_threads,
+            "critic.hidden_dims": min(self.critic.hidden_dims, default=0),
+            "critic.ensemble_size": self.critic.ensemble_size,
+            "online.episodes_per_round": self.online.episodes_per_round,
+            "online.updates_per_round": self.online.updates_per_round,
+            "eval.episodes": self.eval.episodes,
+            "eval.max_episode_steps": self.eval.max_episode_steps,
+            "eval.num_workers": self.eval.num_workers,
+            "eval.episodes_during_training": self.eval.episodes_during_training,
+        }
+        not_negative = {
+            "online.steps": self.online.steps,
+            "evaluate_every": self.evaluate_every,
+            "eval.videos": self.eval.videos,
+        }
+        refuse_below(at_least_one | self._at_least_one(), 1)
+        refuse_below(not_negative | self._not_negative(), 0)
+
+    def _check_rates(self) -> None:
+        if not 0.0 < self.eval.chunk_deadline < float("inf"):
+            raise UserError(
+                f"--eval.chunk_deadline={self.eval.chunk_deadline} must be a positive number of "
+                "seconds"
+            )
+        if not 0.0 < self.discount < 1.0:
+            raise UserError(f"--discount={self.discount} must lie between 0 and 1")
+        if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:
+            raise UserError(f"--online.fraction={self.online.fraction} must lie between 0 and 1")
+        if not 0.0 < self.critic.target_rate <= 1.0:
+            raise UserError(f"--critic.target_rate={self.critic.target_rate} must lie in (0, 1]")
+        for name in ("pessimism", "adjoint_pessimism"):
+            rho = getattr(self.critic, name)
+            if not 0.0 <= rho < float("inf"):
+                raise UserError(f"--critic.{name}={rho} must be finite and not negative")
+
+    def _check_seeds(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"--seed={self.seed} must lie between 0 and {LARGEST_SEED}")
+        last = self.eval.first_seed + self.eval.episodes
+        if self.eval.first_seed < 0 or last > VALIDATION_SEED:
+            raise UserError(
+                f"--eval.first_seed={self.eval.first_seed} must be at least 0 and leave its "
+                f"{self.eval.episodes} initial states below {VALIDATION_SEED}"
+            )
+        most = TRAINING_SEED - VALIDATION_SEED
+        if self.eval.episodes_during_training > most:
+            raise UserError(
+                f"--eval.episodes_during_training={self.eval.episodes_during_training} "
+                f"must be at most {most}"
+            )
+        if self.num_training_episodes > TRAINING_SEED_STRIDE:
+            raise UserError(
+                f"the settings roll out {self.num_training_episodes} episodes for training; "
+                f"there are initial states for {TRAINING_SEED_STRIDE}"
+            )
+
+
+@dataclass
+class FinetuneRobomimicConfig(RunSettings):
+    """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml.
+
+    Attributes:
+        output_dir: the run's folder; null for a new one named after the time.
+        resume: go on with the run in ``output_dir``, whose settings it keeps.
+        checkpoint: the one of that run to go on from, like 000500; null for its last.
+        seed: of all that is random in training; the evaluation does not depend on it.
+        batch_size: chunks a batch of the offline and online updates.
+        discount: gamma, per control step.
+        evaluate_every: updates between evaluations during training; 0 for none.
+        log_freq: updates between lines of ``metrics.jsonl``.
+        save_freq: updates between checkpoints.
+        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
+            its last checkpoint with half the step sizes ("rollback", at most five times).
+        num_threads: torch's threads; null for one a core.
+        dataset: the replay's offline data.
+        policy: the policy.
+        pretrain: behaviour cloning of the base.
+        critic: the critic ensemble.
+        method: which method.
+        trqam: its knobs, but for the inverse temperature, which the method has.
+        offline: updates from the dataset.
+        online: updates with rollouts between them.
+        eval: the evaluations.
+    """
+
+    GROWING: ClassVar[Mapping[str, str]] = {"offline.steps": "offline", "online.steps": "online"}
+
+    output_dir: Path | None = None
+    resume: bool = False
+    checkpoint: str | None = None
+    seed: int = 0
+    batch_size: int = 128
+    discount: float = 0.99
+    evaluate_every: int = 3000
+    log_freq: int = 100
+    save_freq: int = 1000
+    on_divergence: OnDivergence = "stop"
+    num_threads: int | None = None
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    trqam: TRQAMConfig = field(default_factory=TRQAMConfig)
+    offline: OfflineConfig = field(default_factory=OfflineConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def num_base_episodes(self) -> int:
+        """Episodes of the base policy that join the replay before it moves."""
+        return self.offline.base_episodes
+
+    def _at_least_one(self) -> dict[str, int | None]:
+        return {
+            "policy.chunk_length": self.policy.chunk_length,
+            "policy.hidden_dims": min(self.policy.hidden_dims, default=0),
+            "policy.num_flow_steps": self.policy.num_flow_steps,
+            "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
+            "pretrain.steps": self.pretrain.steps,
+            "pretrain.batch_size": self.pretrain.batch_size,
+            "pretrain.num_demos": self.pretrain.num_demos,
+        }
+
+    def _not_negative(self) -> dict[str, int | None]:
+        return {
+            "offline.steps": self.offline.steps,
+            "offline.critic_steps": self.offline.critic_steps,
+            "offline.base_episodes": self.offline.base_episodes,
+        }
+
+    def _check_choices(self) -> None:
+        if self.offline.steps + self.online.steps < 1:
+            raise UserError(
+                "--offline.steps and --online.steps are both 0: nothing would be trained"
+            )
+        if self.dataset.path is not None and self.dataset.name is not None:
+            raise UserError("--dataset.path and --dataset.name are both given; choose one")
+        keys = self.dataset.obs_keys
+        if len(set(keys)) < len(keys):
+            raise UserError(f"--dataset.obs_keys=[{', '.join(keys)}] has an observation twice")
+        if self.eval.max_episode_steps < self.policy.chunk_length:
+            raise UserError(
+                f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
+                f"its first chunk of {self.policy.chunk_length} steps"
+            )
+        tuned = self.policy.tuned_flow_steps
+        if tuned is not None:
+            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.trqam)
+        elif self.policy.path is None:
+            own = self.policy.num_flow_steps
+            check_flow_steps(own, f"--policy.num_flow_steps={own}", self.trqam)
+        super()._check_choices()
+
+
+def refuse_idle_flags(config: FinetuneRobomimicConfig, flags: set[str]) -> None:
+    """Refuses flags that a given policy leaves without effect.
+
+    Args:
+        config: all settings.
+        flags: the names, with their dashes, of those on the command line.
+
+    Raises:
+        UserError: there is such a flag.
+    """
+    if config.policy.path is None:
+        return
+    used = {"--policy.path", "--policy.tuned_flow_steps"}
+    idle = sorted(f for f in flags - used if f.startswith(("--policy.", "--pretrain")))
+    if idle:
+        raise UserError(
+            f"--policy.path={config.policy.path} is a policy that is trained already and has its "
+            f"own shape; leave out {', '.join(idle)}"
+        )
+
+
+def refuse_below(values: Mapping[str, int | None], least: int) -> None:
+    """Raises a UserError for the first of these flags that is below the least allowed."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            must = f"be at least {least}" if least else "not be negative"
+            raise UserError(f"--{name}={value} must {must}")
+
+
+def _seeds(first: int, count: int) -> list[int]:
+    return list(range(first, first + count))

@@ -1,0 +1,271 @@
+"""The settings of a run on a LeRobot policy; every knob has one owner, here or in its part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from vla_trqam.config.settings import (
+    CriticConfig,
+    EvalConfig,
+    MethodConfig,
+    OnDivergence,
+    OnlineConfig,
+    RunSettings,
+)
+from vla_trqam.data.lerobot_labels import RewardSource
+from vla_trqam.data.lerobot_rows import TaskChanges
+from vla_trqam.data.sampling import RewardKind, ShortChunks
+from vla_trqam.envs.env_meta import Task
+from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.report.flow_steps import check_flow_steps
+
+
+@dataclass
+class VLADatasetConfig:
+    """The replay's offline data: a LeRobotDataset.
+
+    Attributes:
+        repo_id: of the dataset, on the Hub or of ``root``.
+        root: its local folder; null looks where LeRobot does, and then on the Hub.
+        revision: branch, tag or commit on the Hub; null for the newest v3 tag.
+        episodes: numbers of those to read; null for all.
+        reward: where rewards come from; null takes what there is.
+        success_labels: a JSON list, one label for each episode of the dataset.
+        kind: what the critic maximises.
+        instruction: a column of texts that holds the policy's instruction; null for the tasks.
+        task_changes: where the task changes within an episode: "refuse", tell the policy the
+            episode's "first", or each "frame" its own.
+        tolerance_s: seconds that a frame's timestamp may be off its number, and a video's frame off
+            the timestamp.
+        short_chunks: chunks that the episode's end cuts short.
+    """
+
+    repo_id: str | None = None
+    root: Path | None = None
+    revision: str | None = None
+    episodes: tuple[int, ...] | None = None
+    reward: RewardSource | None = None
+    success_labels: Path | None = None
+    kind: RewardKind = "success_minus_one"
+    instruction: str | None = None
+    task_changes: TaskChanges = "refuse"
+    tolerance_s: float = 1e-4
+    short_chunks: ShortChunks = "pad"
+
+
+@dataclass
+class VLAPolicyConfig:
+    """The pretrained policy, and where the tuned one goes.
+
+    Attributes:
+        path: folder or Hub repository of the policy; null for the packed one.
+        revision: branch, tag or commit on the Hub.
+        device: where it runs; null takes the launcher's.
+        adapter: of a checkpoint that is an adapter: "merge" makes it the new base, "continue" goes
+            on against its own base.
+        n_action_steps: actions that are executed of a chunk; null takes the policy's own. Training
+            wants whole chunks.
+        tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
+            Few steps want ``trqam.scheme: posterior``.
+        tokenizer: local folder of the tokenizer that its preprocessor takes; null for the one that
+            it names, which may be on the Hub and gated.
+        critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
+        merged: checkpoints are whole policies with the adapters in them, not adapters alone.
+        push_to_hub: push the last checkpoint.
+        repo_id: where to.
+        private: whether a new repository is private.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    device: str | None = None
+    adapter: Literal["merge", "continue"] = "merge"
+    n_action_steps: int | None = None
+    tuned_flow_steps: int | None = None
+    tokenizer: Path | None = None
+    critic_layer: int | None = -1
+    merged: bool = False
+    push_to_hub: bool = False
+    repo_id: str | None = None
+    private: bool | None = None
+
+
+@dataclass
+class PeftConfig:
+    """What is trained of the action expert.
+
+    Attributes:
+        method: "lora", or "full" against a frozen copy of the expert.
+        r: rank of the adapters.
+        lora_alpha: their output is scaled by ``lora_alpha / r``; null takes ``r``.
+        target_modules: a regular expression; null takes LeRobot's for the policy.
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    r: int = 16
+    lora_alpha: int | None = None
+    target_modules: str | None = None
+
+
+@dataclass
+class VLACriticConfig(CriticConfig):
+    """The critic ensemble and its updates beside the policy's.
+
+    Attributes:
+        path: a checkpoint's folder, or the Hub repository that one was pushed to, whose critic the
+            run starts with; and with ``policy.adapter: continue`` its trust region too.
+        warmup_steps: updates of the critic alone before the policy moves.
+        updates_per_step: of the critic alone, after each update of the policy.
+        batch_size: of these.
+        next_actions: chunks of the policy kept at every frame for the TD targets.
+        redraws: frames whose oldest next action is drawn anew after each update of the policy,
+            beside those of its batch.
+    """
+
+    path: str | None = None
+    warmup_steps: int = 10000
+    updates_per_step: int = 20
+    batch_size: int = 256
+    next_actions: int = 8
+    redraws: int = 0
+
+
+@dataclass
+class EnvConfig:
+    """The simulator; without one the run is offline and nothing is evaluated.
+
+    Attributes:
+        type: "robomimic", or null for none.
+        task: of Robomimic.
+        cameras: their images are ``observation.images.<camera>``.
+        image_size: height and width in pixels.
+        shadows: and reflections; a frame without them takes half the time on a CPU.
+    """
+
+    type: Literal["robomimic"] | None = None
+    task: Task = "Lift"
+    cameras: tuple[str, ...] = ("agentview",)
+    image_size: int = 96
+    shadows: bool = True
+
+
+@dataclass
+class FinetuneVLAConfig(RunSettings):
+    """Every setting of the recipes for LeRobot's policies; ``--preset`` names a section.
+
+    Attributes:
+        output_dir: the run's folder; null for a new one named after the time.
+        resume: go on with the run in ``output_dir``, whose settings it keeps.
+        checkpoint: the one of that run to go on from, like 000500; null for its last.
+        seed: of all that is random in training; the evaluation does not depend on it.
+        steps: updates of the policy from the dataset, before the online ones.
+        base_episodes: episodes of the base policy that join the replay first.
+        batch_size: chunks a batch of the policy's updates.
+        micro_batches: parts that such a batch is taken in, one after the other: less memory.
+        discount: gamma, per control step.
+        evaluate_every: updates between evaluations during training; 0 for none.
+        log_freq: updates between lines of ``metrics.jsonl``.
+        save_freq: updates between checkpoints.
+        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
+            its last checkpoint with half the step sizes ("rollback", at most five times).
+        num_threads: torch's threads; null for one a core.
+        dataset: the replay's offline data.
+        rename_map: from the dataset's cameras to those that the policy looks through, like
+            ``{observation.images.front: observation.images.top}``.
+        policy: the policy.
+        peft: what is trained of it.
+        critic: the critic ensemble.
+        method: which method.
+        trqam: its knobs, but for the inverse temperature, which the method has.
+        online: updates with rollouts between them; none without ``env``.
+        env: the simulator.
+        eval: the evaluations.
+    """
+
+    GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
+
+    output_dir: Path | None = None
+    resume: bool = False
+    checkpoint: str | None = None
+    seed: int = 0
+    steps: int = 1000
+    base_episodes: int = 0
+    batch_size: int = 32
+    micro_batches: int = 1
+    discount: float = 0.99
+    evaluate_every: int = 0
+    log_freq: int = 10
+    save_freq: int = 250
+    on_divergence: OnDivergence = "stop"
+    num_threads: int | None = None
+    dataset: VLADatasetConfig = field(default_factory=VLADatasetConfig)
+    rename_map: dict[str, str] = field(default_factory=dict)
+    policy: VLAPolicyConfig = field(default_factory=VLAPolicyConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    critic: VLACriticConfig = field(default_factory=VLACriticConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    trqam: TRQAMConfig = field(default_factory=TRQAMConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def num_base_episodes(self) -> int:
+        """Episodes of the base policy that join the replay before it moves."""
+        return self.base_episodes
+
+    def _at_least_one(self) -> dict[str, int | None]:
+        return {
+            "micro_batches": self.micro_batches,
+            "peft.r": self.peft.r,
+            "peft.lora_alpha": self.peft.lora_alpha,
+            "policy.n_action_steps": self.policy.n_action_steps,
+            "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
+            "critic.batch_size": self.critic.batch_size,
+            "critic.next_actions": self.critic.next_actions,
+            "env.image_size": self.env.image_size,
+        }
+
+    def _not_negative(self) -> dict[str, int | None]:
+        return {
+            "steps": self.steps,
+            "base_episodes": self.base_episodes,
+            "critic.warmup_steps": self.critic.warmup_steps,
+            "critic.updates_per_step": self.critic.updates_per_step,
+            "critic.redraws": self.critic.redraws,
+        }
+
+    def _check_choices(self) -> None:
+        if self.steps + self.online.steps < 1:
+            raise UserError("--steps and --online.steps are both 0: nothing would be trained")
+        if self.env.type is None and self.online.steps + self.base_episodes > 0:
+            raise UserError(
+                f"--online.steps={self.online.steps} and --base_episodes={self.base_episodes} need "
+                "a simulator: give --env.type=robomimic, or set both to 0"
+            )
+        if self.micro_batches > self.batch_size:
+            raise UserError(
+                f"--micro_batches={self.micro_batches} is more than --batch_size={self.batch_size}"
+            )
+        if self.policy.push_to_hub and self.policy.repo_id is None:
+            raise UserError("--policy.push_to_hub=true needs --policy.repo_id=USER/NAME")
+        if self.policy.tokenizer is not None and not self.policy.tokenizer.expanduser().is_dir():
+            raise UserError(f"--policy.tokenizer={self.policy.tokenizer} is not a folder")
+        if self.policy.push_to_hub and self.policy.tokenizer is not None:
+            raise UserError(
+                "--policy.push_to_hub=true would push processors that name a folder of this "
+                f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
+            )
+        if (self.policy.path is None) != (self.dataset.repo_id is None):
+            raise UserError(
+                "--policy.path and --dataset.repo_id go together: without both, the packed policy "
+                "learns from the packed dataset"
+            )
+        tuned = self.policy.tuned_flow_steps
+        if tuned is not None:
+            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.trqam)
+        super()._check_choices()

@@ -1,0 +1,232 @@
+"""What a run leaves for its reader: the paired evaluation, plots, videos and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_trqam.critic import Critic
+from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.folder.run_folder import command_of
+from vla_trqam.engine.run import EVALUATION_NOISE, METRICS_NAME, Run
+from vla_trqam.envs.rollout import ChunkPolicy, Episode
+from vla_trqam.envs.video import write_side_by_side
+from vla_trqam.errors import UserError
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.report.critic_check import check_critic
+from vla_trqam.report.evaluation import BaseAsItCame, Outcome, PairedEvaluation
+from vla_trqam.report.flow_steps import FlowSteps
+from vla_trqam.report.page import write_json, write_report
+from vla_trqam.report.plots import plot_q_against_returns, plot_run
+from vla_trqam.report.success import success_lines
+
+EVALUATION_NAME = "evaluation.json"
+CONTROL_FREQUENCY = 20  # Hz
+FRAME_EVERY = 2
+DEFAULT_VIDEOS = 2
+
+
+def paired_evaluation(
+    base: Sequence[Outcome],
+    tuned: Sequence[Outcome],
+    as_it_came: tuple[Sequence[Outcome], FlowSteps] | None = None,
+) -> PairedEvaluation:
+    """Base and tuned episodes from the same initial states.
+
+    Args:
+        base: with the tuned policy's number of flow steps.
+        tuned: of the tuned policy.
+        as_it_came: those of the base with its own number, where that is another, and the numbers.
+    """
+    outcomes = [base, tuned] if as_it_came is None else [base, tuned, as_it_came[0]]
+    seeds = [[e.seed for e in episodes] for episodes in outcomes]
+    assert all(each == seeds[0] for each in seeds), "not the same initial states"
+    came = None
+    if as_it_came is not None:
+        episodes, flow_steps = as_it_came
+        came = BaseAsItCame(
+            np.array([e.success for e in episodes]),
+            np.array([e.num_steps for e in episodes]),
+            flow_steps,
+        )
+    return PairedEvaluation(
+        seeds=np.array([e.seed for e in base]),
+        base_success=np.array([e.success for e in base]),
+        tuned_success=np.array([e.success for e in tuned]),
+        base_steps=np.array([e.num_steps for e in base]),
+        tuned_steps=np.array([e.num_steps for e in tuned]),
+        as_it_came=came,
+    )
+
+
+def write_plots(
+    run: Run,
+    critic: Critic,
+    evaluation: PairedEvaluation | None,
+    sampler: ChunkSampler[Any],
+    *,
+    kl_unit: str,
+) -> list[Path]:
+    """The figures of a run."""
+    folder = run.output_dir / "plots"
+    paths = plot_run(run.output_dir / METRICS_NAME, folder, evaluation=evaluation, kl_unit=kl_unit)
+    check = check_critic(run.policy, critic, sampler)
+    if not check.known.any():
+        print("no plot of Q against returns: no whole chunk of the replay has both, finite")
+        return paths
+    path = folder / "q_against_returns.png"
+    plot_q_against_returns(check.q, check.returns, path, success=check.success)
+    return [*paths, path]
+
+
+def film(run: Run, base: ChunkPolicy, evaluation: PairedEvaluation, count: int) -> list[Path]:
+    """Films base and tuned policy side by side: gained episodes first, then lost, then others.
+
+    Raises:
+        UserError: off-screen rendering does not start.
+    """
+    seeds = _interesting(evaluation)[:count]
+    if not seeds:
+        return []
+    pair = [
+        run.simulator.record(actor, seeds, every=FRAME_EVERY)
+        for actor in (base, chunk_policy(run.policy, EVALUATION_NOISE))
+    ]
+    paths = []
+    for before, after in zip(*pair, strict=True):
+        path = run.output_dir / "videos" / f"seed_{before.seed}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        write_side_by_side(
+            path,
+            _frames(before),
+            _frames(after),
+            base_label=_label("base", before),
+            tuned_label=_label("tuned", after),
+            fps=CONTROL_FREQUENCY / FRAME_EVERY,
+        )
+        paths.append(path)
+    return paths
+
+
+def conclude(
+    run: Run,
+    base: FlowPolicy | None,
+    critic: Critic,
+    sampler: ChunkSampler[Any],
+    *,
+    evaluation_seeds: Sequence[int],
+    num_videos: int | None,
+    config: Mapping[str, Any],
+    title: str,
+    seeds: Mapping[str, int],
+    kl_unit: str,
+) -> PairedEvaluation | None:
+    """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result.
+
+    Without a simulator it draws and reports only, and returns None. Every process of the run calls
+    it: all evaluate, the main one does the rest.
+
+    The base is a policy of its own, or None for the base field of the policy in training. It acts
+    with the tuned policy's number of flow steps, and where it came with another, with that too.
+    """
+    flow_steps = FlowSteps.of(run.policy, base)
+    own_actor, base_actor = (
+        chunk_policy(run.policy, EVALUATION_NOISE, field="base", num_flow_steps=count)
+        if base is None
+        else chunk_policy(base, EVALUATION_NOISE, num_flow_steps=count)
+        for count in (flow_steps.own, flow_steps.tuned)
+    )
+    evaluation = None
+    if run.pool is not None:
+        evaluation = _evaluate(run, base_actor, own_actor, flow_steps, evaluation_seeds)
+
+    def tell() -> None:
+        _tell(run, base_actor, critic, sampler, evaluation, num_videos, facts)
+
+    facts: dict[str, Any] = {"config": config, "title": title, "seeds": seeds, "kl_unit": kl_unit}
+    facts["flow_steps"] = flow_steps
+    run.team.on_main(tell)
+    return evaluation
+
+
+def _tell(
+    run: Run,
+    base: ChunkPolicy,
+    critic: Critic,
+    sampler: ChunkSampler[Any],
+    evaluation: PairedEvaluation | None,
+    num_videos: int | None,
+    facts: Mapping[str, Any],
+) -> None:
+    command = command_of(run.output_dir)
+    kl_unit = facts["kl_unit"]
+    with run.timed("plots"):
+        plots = write_plots(run, critic, evaluation, sampler, kl_unit=kl_unit)
+
+    def report(videos: Sequence[Path]) -> Path:
+        return write_report(
+            run.output_dir,
+            evaluation=evaluation,
+            metrics_path=run.output_dir / METRICS_NAME,
+            wall_clock=run.wall_clock,
+            plots=plots,
+            videos=videos,
+            command=command,
+            **facts,
+        )
+
+    path = report(())
+    if evaluation is None:
+        print(f"\nnot evaluated: the run had no simulator\nreport {path}")
+        return
+    try:
+        with run.timed("videos"):
+            count = DEFAULT_VIDEOS if num_videos is None else num_videos
+            videos = film(run, base, evaluation, count)
+    except UserError as error:
+        # Without a wish of the user's, a machine that cannot render gets a sentence.
+        if num_videos is not None:
+            raise
+        print(f"no videos: {error}")
+    else:
+        path = report(videos)
+    print(_verdict(evaluation, path))
+
+
+def _evaluate(
+    run: Run,
+    base: ChunkPolicy,
+    as_it_came: ChunkPolicy,
+    flow_steps: FlowSteps,
+    seeds: Sequence[int],
+) -> PairedEvaluation:
+    """The final evaluation, written to ``evaluation.json``."""
+    with run.timed("final evaluation"):
+        own = (run.evaluate(seeds, as_it_came), flow_steps) if flow_steps.differ else None
+        evaluation = paired_evaluation(run.evaluate(seeds, base), run.evaluate(seeds), own)
+    if run.team.is_main:
+        write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
+    return evaluation
+
+
+def _verdict(evaluation: PairedEvaluation, path: Path) -> str:
+    return "\n".join(["", *success_lines(evaluation), f"report {path}"])
+
+
+def _interesting(evaluation: PairedEvaluation) -> list[int]:
+    first = [int(seed) for seed in (*evaluation.gained, *evaluation.lost)]
+    return first + [int(seed) for seed in evaluation.seeds if int(seed) not in first]
+
+
+def _frames(episode: Episode) -> Any:
+    assert episode.frames is not None, "the episode was not filmed"
+    return episode.frames
+
+
+def _label(name: str, episode: Episode) -> str:
+    seconds = len(episode.actions) / CONTROL_FREQUENCY
+    return f"{name}: {f'success at {seconds:.1f} s' if episode.success else 'failed'}"

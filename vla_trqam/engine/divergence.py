@@ -1,0 +1,70 @@
+"""Numbers that are not finite: found before they are saved, and what becomes of the run."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vla_trqam.engine.folder.checkpoints import last_checkpoint
+from vla_trqam.engine.learners import Learner, module_tensors, optimizer_tensors
+from vla_trqam.errors import DivergenceError
+from vla_trqam.launched import launcher
+
+STEP_SHRINKS = 0.5
+"""What the step sizes are multiplied by at a rollback."""
+MOST_ROLLBACKS = 5
+"""Of a run: a thirty-second of its step sizes that does not hold it is not the mistake."""
+SMALLER = "--trqam.actor_lr, --trqam.critic_lr or --trqam.kl_budget"
+
+
+def not_finite(learner: Learner) -> str | None:
+    """The first weight, moment of the optimizer or number to save that is NaN or infinite."""
+    numbers = {k: v for k, v in learner.scalars().items() if not isinstance(v, str)}
+    return (
+        next((name for name, value in numbers.items() if not math.isfinite(value)), None)
+        or _first(module_tensors(learner), "weight {}")
+        or _first(optimizer_tensors(learner.optimizer), "the optimizer's {}")
+    )
+
+
+def _first(tensors: dict[str, Tensor], called: str) -> str | None:
+    real = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    finite = [torch.isfinite(value).all().to("cpu", non_blocking=True) for value in real.values()]
+    return next((called.format(n) for n, good in zip(real, finite, strict=True) if not good), None)
+
+
+def smaller_factor(factor: float, error: DivergenceError) -> float:
+    """What the step sizes are multiplied by after one more rollback.
+
+    Raises:
+        DivergenceError: there were enough of them.
+    """
+    if factor <= STEP_SHRINKS**MOST_ROLLBACKS:
+        raise DivergenceError(
+            f"{error}, after {MOST_ROLLBACKS} rollbacks and with {factor:g} of the step sizes"
+        ) from error
+    return factor * STEP_SHRINKS
+
+
+def what_to_do(output_dir: Path | None, on_divergence: str) -> str:
+    """The end of the sentence of a run that ends by a :class:`DivergenceError`.
+
+    Args:
+        output_dir: of the run.
+        on_divergence: its setting.
+    """
+    checkpoint = None if output_dir is None else last_checkpoint(output_dir)
+    if checkpoint is None:
+        return f"there is no checkpoint to go back to: begin again with a smaller {SMALLER}"
+    if on_divergence == "rollback":
+        return f"begin a new run with a smaller {SMALLER}"
+    program = shlex.join([*launcher(), sys.argv[0], "--resume=true", f"--output_dir={output_dir}"])
+    return (
+        f"the last good checkpoint is {checkpoint}: go on from it, with half the step sizes where "
+        f"it diverges again, by: {program} --on_divergence=rollback"
+    )

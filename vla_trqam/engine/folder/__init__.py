@@ -1,0 +1,1 @@
+"""A run's folder: checkpoints, settings, locks and what a resumed run finds there."""

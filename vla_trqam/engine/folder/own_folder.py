@@ -1,0 +1,160 @@
+"""The run's folder while the run works in it: locked, and as it was if nothing comes of the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from vla_trqam.engine.folder.checkpoints import (
+    all_checkpoints,
+    check_whole,
+    last_checkpoint,
+    take_checkpoint,
+)
+from vla_trqam.engine.folder.manifest import MANIFEST_NAME
+from vla_trqam.engine.folder.more_updates import save_more_updates
+from vla_trqam.engine.folder.pins import INPUTS_NAME, check_pins
+from vla_trqam.engine.folder.run_folder import (
+    BASE_NAME,
+    COMMAND_NAME,
+    CONFIG_NAME,
+    SET_ASIDE,
+)
+from vla_trqam.engine.folder.run_lock import LOCK_NAME, RunLock
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.errors import UserError
+from vla_trqam.files import set_aside
+
+# What a run without a checkpoint begins anew with.
+KEPT = (CONFIG_NAME, COMMAND_NAME, INPUTS_NAME, BASE_NAME, LOCK_NAME)
+
+
+def check_output_dir(output_dir: Path, *, resume: bool) -> None:
+    """Refuses a folder that a new run would overwrite.
+
+    Raises:
+        UserError: it is a file, or something is in it and the run is new.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir={output_dir} is a file; a run needs a folder")
+    if resume or not output_dir.exists():
+        return
+    # A run that was killed before it had settings leaves these; there is nothing to go on with.
+    names = {path.name for path in output_dir.iterdir()} - {LOCK_NAME, INPUTS_NAME}
+    if names:
+        is_run = CONFIG_NAME in names
+        go_on = ", or go on with that run by --resume=true" if is_run else ""
+        raise UserError(f"{output_dir} is in use; choose another --output_dir{go_on}")
+
+
+class Settings(Protocol):
+    """The settings that decide about the folder."""
+
+    output_dir: Path | None
+    resume: bool
+    checkpoint: str | None
+
+
+@contextmanager
+def own_folder(config: Settings, team: Team | None = None) -> Iterator[None]:
+    """While open, the folder of the settings is this run's alone; every process of it calls this.
+
+    A new run's folder is made. Whatever ends the run by an exception before its first checkpoint:
+    what this run made in the folder is removed, and the same command works again.
+
+    Args:
+        config: of the run.
+        team: its processes, of which the main one holds the lock.
+
+    Raises:
+        UserError: another process works in the folder; it is in use or cannot be made; or the
+            checkpoint to go on from is damaged.
+    """
+    assert config.output_dir is not None
+    team, folder = team or Team(), _OwnFolder(config.output_dir)
+    try:
+        team.on_main(lambda: folder.open(config))
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit):
+        folder.give_up()
+        raise
+    finally:
+        folder.close()
+
+
+class _OwnFolder:
+    """What the main process does in the folder; on the others, none of it is called but the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, RunLock(path)
+        self._made: list[Path] = []
+        self._before: set[Path] | None = None
+
+    def open(self, config: Settings) -> None:
+        check_output_dir(self._path, resume=True)  # what it holds is looked at under the lock
+        self._make()
+        self._lock.take()
+        check_output_dir(self._path, resume=config.resume)
+        if config.resume:
+            check_pins(self._path)
+            _look_back(self._path, config.checkpoint)
+            save_more_updates(config)
+        self._before = set(self._path.iterdir())
+
+    def give_up(self) -> None:
+        """Removes what this run made, unless it got as far as a checkpoint."""
+        if self._before is not None and not all_checkpoints(self._path):
+            for path in set(self._path.iterdir()) - self._before:
+                _remove(path)
+        self._lock.release()
+        for folder in self._made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def _make(self) -> None:
+        missing = [path for path in (self._path, *self._path.parents) if not path.exists()]
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir={self._path} cannot be made: {error.strerror}") from None
+        self._made = missing
+
+
+def _look_back(output_dir: Path, name: str | None) -> None:
+    """Before a run is gone on with: its checkpoint is whole, or it begins anew and says so."""
+    if name is not None:
+        later = take_checkpoint(output_dir, name)
+        kept = set_aside(later, output_dir, SET_ASIDE)
+        if kept is not None:
+            names = ", ".join(path.name for path in later)
+            print(f"going back to the checkpoint {name}; those after it ({names}) are in {kept}")
+        return
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is not None:
+        check_whole(checkpoint)
+        if not (checkpoint / MANIFEST_NAME).is_file():
+            print(f"{checkpoint} has no {MANIFEST_NAME}: older versions wrote no checksums")
+        return
+    left = [
+        path
+        for path in sorted(output_dir.iterdir())
+        if path.name not in KEPT and not path.name.startswith(SET_ASIDE)
+    ]
+    kept = set_aside(left, output_dir, SET_ASIDE)
+    names = ", ".join(path.name for path in left)
+    moved = "" if kept is None else f"; what was there ({names}) is kept in {kept}"
+    print(f"{output_dir} has no checkpoint, so the run begins anew{moved}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        # Another process of the run may still be writing: what it leaves is not worth an error.
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

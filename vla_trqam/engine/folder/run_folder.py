@@ -1,0 +1,144 @@
+"""The folder of a run: begun anew, or gone on with from its last checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from vla_trqam.config.parsing import Resumable, dump_config
+from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.robomimic_hdf5 import RobomimicFile
+from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
+from vla_trqam.engine.offline_data import fill_replay
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.engine.run import METRICS_NAME
+from vla_trqam.errors import UserError
+from vla_trqam.files import set_aside, written_durably
+from vla_trqam.launched import launcher
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.report.metrics import MetricsLog
+
+CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
+COMMAND_NAME = "command.txt"
+SET_ASIDE = "before_restart_"
+
+
+class Replay(Protocol):
+    """What a folder's replay must be able to do."""
+
+    def truncate_to(self, num_episodes: int) -> None:
+        """Forgets all but the first episodes."""
+
+
+def open_folder[R: Replay](
+    output_dir: Path,
+    *,
+    reopen: Callable[[Path], R],
+    begin: Callable[[Path], R],
+    team: Team | None = None,
+) -> tuple[R, MetricsLog | None]:
+    """Replay and log of a new run, or those of the run to go on with, back at its checkpoint.
+
+    Every process of the run calls it, within :func:`own_folder`, and gets a replay of its own; the
+    main one gets the log.
+
+    Args:
+        output_dir: the run's folder.
+        reopen: opens the replay at a path.
+        begin: makes and fills one there, after whatever else a new run needs.
+        team: the processes.
+
+    Raises:
+        UserError: what is in it is damaged, or the run was begun with another number of processes
+            or in another precision.
+    """
+    team = team or Team()
+    path = replay_path(output_dir, team)
+    checkpoint = team.together(lambda: last_checkpoint(output_dir))
+    if checkpoint is not None:
+        return team.together(lambda: _go_on(checkpoint, reopen, path, team))
+    replay = team.together(lambda: begin(path))
+    return replay, MetricsLog(output_dir / METRICS_NAME) if team.is_main else None
+
+
+def replay_path(output_dir: Path, team: Team) -> Path:
+    """The folder of this process's replay."""
+    return output_dir / (f"{REPLAY_NAME}_{team.rank}" if team.rank else REPLAY_NAME)
+
+
+def _go_on[R: Replay](
+    checkpoint: Path, reopen: Callable[[Path], R], path: Path, team: Team
+) -> tuple[R, MetricsLog | None]:
+    position = read_position(checkpoint)
+    begun = len(position.replay_episodes)
+    if begun != team.size:
+        raise UserError(
+            f"{checkpoint} is of a run of {begun} processes, each with its own part of the data; "
+            f"start {begun} instead of {team.size} to go on with it"
+        )
+    if position.precision != team.precision:
+        raise UserError(
+            f"{checkpoint} is of a run with mixed_precision {position.precision}, this one is "
+            f"launched with {team.precision}: `accelerate launch -q "
+            f"--mixed_precision={position.precision}` goes on with it"
+        )
+    replay = reopen(path)
+    replay.truncate_to(position.replay_episodes[team.rank])
+    if not team.is_main:
+        return replay, None
+    print(f"going on from {checkpoint}")
+    log = path.with_name(METRICS_NAME)
+    return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
+
+
+def save_settings(config: Resumable, output_dir: Path) -> None:
+    """Writes the command and ``config.yaml``, with which the run can be resumed from then on.
+
+    The command stays where a run that had no checkpoint yet is resumed, and so begun anew.
+    """
+    if not config.resume:
+        command = shlex.join([*launcher(), *sys.argv])
+        (output_dir / COMMAND_NAME).write_text(command + "\n")
+    saved = replace(config, resume=False, checkpoint=None)  # type: ignore[type-var]
+    dump_config(saved, output_dir / CONFIG_NAME)
+
+
+def command_of(output_dir: Path) -> str:
+    """The command that began the run, which a resumed run's own is not.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return (output_dir / COMMAND_NAME).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{output_dir / COMMAND_NAME} cannot be read: {error}") from None
+
+
+def begin_robomimic(
+    config: FinetuneRobomimicConfig, file: RobomimicFile, policy: FlowPolicy, replay: Path
+) -> ReplayBuffer:
+    """What a new run of the Robomimic recipe begins with; returns its filled replay."""
+    output_dir = replay.parent
+    if config.policy.path is None:
+        # Of a run that lost its checkpoints: this one makes its own.
+        set_aside([output_dir / BASE_NAME], output_dir, SET_ASIDE)
+    elif not config.resume:
+        # Before the settings: a run that can be resumed has its copy.
+        with written_durably(output_dir / BASE_NAME) as part:
+            policy.save_pretrained(part)
+    save_settings(config, output_dir)
+    return fill_replay(config, file, replay)
+
+
+def given_policy(config: FinetuneRobomimicConfig) -> Path | None:
+    """The folder of the policy that the run begins with; a resumed run has a copy of its own."""
+    if config.policy.path is None or not config.resume:
+        return config.policy.path
+    assert config.output_dir is not None
+    return config.output_dir / BASE_NAME

@@ -1,0 +1,101 @@
+"""A run's offline data: the file that the settings name, and the replay that begins with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import vla_trqam.data
+from vla_trqam.config.settings import DatasetConfig, FinetuneRobomimicConfig
+from vla_trqam.data.official import download_official
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.robomimic_hdf5 import (
+    RobomimicFile,
+    load_into_replay,
+    read_robomimic,
+    require_env_version,
+)
+from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.envs.env_meta import check_env_meta
+from vla_trqam.errors import UserError
+
+PACKED = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
+
+
+def dataset_path(data: DatasetConfig) -> Path:
+    """The HDF5 file that the settings name, downloaded where it is an official one."""
+    return download_official(data.name) if data.name else data.path or PACKED
+
+
+def read_dataset(data: DatasetConfig) -> RobomimicFile:
+    """The file of the settings, read and checked.
+
+    Raises:
+        UserError: the simulator cannot act on it, or the reward is not that of its demos.
+    """
+    path = dataset_path(data)
+    file = read_robomimic(path, obs_keys=data.obs_keys, filter_key=data.filter_key)
+    require_env_version(file)
+    try:
+        check_env_meta(file.env_args)
+        RewardSpec(data.reward).apply(np.concatenate([demo.rewards for demo in file.demos]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return file
+
+
+def pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> list[str]:
+    """The demos that the base is cloned from; none when it comes from a checkpoint.
+
+    Raises:
+        UserError: the settings select none, or more than there are.
+    """
+    if config.policy.path is not None:
+        return []
+    key = config.pretrain.filter_key
+    names = [demo.name for demo in file.demos if key is None or key in demo.filter_keys]
+    if not names:
+        known = sorted({key for demo in file.demos for key in demo.filter_keys})
+        raise UserError(
+            f"--pretrain.filter_key={key} selects no demo of {file.path}; "
+            f"there are {', '.join(known) or 'no filter keys'}"
+        )
+    count = config.pretrain.num_demos
+    if count is not None and count > len(names):
+        raise UserError(
+            f"--pretrain.num_demos={count} wants more demos than the {len(names)} of {file.path}"
+        )
+    return names[:count]
+
+
+def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
+    """A new replay of all demos, those to clone under a source of their own."""
+    replay = ReplayBuffer.create(
+        path,
+        observation_dim=file.observation_dim,
+        action_dim=file.action_dim,
+        capacity=_capacity(config, file),
+    )
+    cloned = set(pretraining_demos(config, file))
+    parts = {
+        "pretrain": [demo.name for demo in file.demos if demo.name in cloned],
+        "dataset": [demo.name for demo in file.demos if demo.name not in cloned],
+    }
+    for source, names in parts.items():
+        if names:
+            summary = load_into_replay(file.select(names), replay, source=source)
+            print(f"{source}: {summary.describe()}")
+    return replay
+
+
+def reopen_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
+    """The replay of a run that is gone on with, which may have got more rollouts to come."""
+    replay = ReplayBuffer.open(path)
+    replay.grow(_capacity(config, file))
+    return replay
+
+
+def _capacity(config: FinetuneRobomimicConfig, file: RobomimicFile) -> int:
+    """Steps of the file and of all rollouts of the training."""
+    return file.num_steps + config.num_training_episodes * config.eval.max_episode_steps

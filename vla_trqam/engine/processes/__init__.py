@@ -1,0 +1,1 @@
+"""The processes of a run, their randomness, memory and interruption."""

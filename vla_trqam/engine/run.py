@@ -1,0 +1,364 @@
+"""The run: phases of updates with rollouts, evaluations, metrics and checkpoints between them."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_trqam.config.settings import OnDivergence
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler
+from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.alarms import Alarms
+from vla_trqam.engine.divergence import not_finite, smaller_factor
+from vla_trqam.engine.episode_store import EpisodeStore
+from vla_trqam.engine.folder.checkpoints import (
+    Position,
+    forget_checkpoints,
+    last_checkpoint,
+    load_checkpoint,
+    read_position,
+    save_checkpoint,
+)
+from vla_trqam.engine.learners import Learner
+from vla_trqam.engine.processes.generators import Generators
+from vla_trqam.engine.processes.interruption import Interrupted, InterruptGuard
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
+from vla_trqam.errors import DivergenceError, UserError
+from vla_trqam.policy import FlowPolicy
+from vla_trqam.report.evaluation import Outcome
+from vla_trqam.report.metrics import MetricsLog
+from vla_trqam.report.progress import TrainingProgress
+
+METRICS_NAME = "metrics.jsonl"
+ROLLOUT_NOISE, EVALUATION_NOISE = 1, 2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of updates.
+
+    Attributes:
+        name: "pretrain", "critic", "offline" or "online".
+        num_steps: updates.
+        make_learner: called when the phase begins, with the policy as the last phase left it.
+        sampler: where batches come from.
+        batch_size: chunks a batch, of all processes.
+        episodes_before: seeds of the episodes to roll out before an update, given the updates done
+            in the phase; they join the replay, each that of the process that rolled it out.
+        evaluate_every: updates between evaluations, 0 for none.
+        finish: called when the phase is over.
+        moves_policy: whether its updates count as the run's: those that move the tuned field away
+            from its base.
+        renew: called where the run goes back to before this phase: it makes the next learner new.
+    """
+
+    name: str
+    num_steps: int
+    make_learner: Callable[[], Learner]
+    sampler: ChunkSampler[Any] | MixedSampler[Any]
+    batch_size: int
+    episodes_before: Callable[[int], Sequence[int]] = lambda _: ()
+    evaluate_every: int = 0
+    finish: Callable[[Learner], None] = lambda _: None
+    moves_policy: bool = True
+    renew: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Run:
+    """What all phases share, and what a checkpoint holds of it.
+
+    Attributes:
+        output_dir: the run's folder.
+        policy: the policy in training.
+        store: where episodes go.
+        pool: the simulators; None for a run without rollouts and evaluations.
+        generators: the run's randomness.
+        metrics: the log, which the main process writes; None on the others.
+        evaluation_seeds: initial states of the evaluations during training.
+        log_freq: updates between lines of the log.
+        save_freq: updates between checkpoints.
+        device: where batches go.
+        save_policy: writes the policy's part of a checkpoint into a folder.
+        team: the processes of the run, which all call what is here.
+        alarms: told as they begin, and logged.
+        on_divergence: what becomes of a run with numbers that are not finite.
+        step_factor: what the learners' step sizes are multiplied by, after rollbacks.
+    """
+
+    output_dir: Path
+    policy: FlowPolicy
+    store: EpisodeStore
+    pool: RolloutPool | None
+    generators: Generators
+    metrics: MetricsLog | None
+    evaluation_seeds: Sequence[int]
+    log_freq: int
+    save_freq: int
+    device: torch.device
+    save_policy: Callable[[Path], None]
+    team: Team = field(default_factory=Team)
+    alarms: Alarms = field(default_factory=Alarms)
+    on_divergence: OnDivergence = "stop"
+    step_factor: float = 1.0
+    step: int = 0
+    wall_clock: dict[str, float] = field(default_factory=dict)
+
+    def train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Learner:
+        """Runs the phases, from the last checkpoint where there is one; returns the last learner.
+
+        Raises:
+            Interrupted: the guard was asked to stop; everything up to here is saved.
+            UserError: the checkpoint is damaged, or of another run.
+            DivergenceError: a number is not finite, and there is no rollback.
+        """
+        while True:
+            try:
+                return self._train(phases, guard)
+            except DivergenceError as error:
+                if self.on_divergence == "stop":
+                    raise
+                self._roll_back(error, phases)
+
+    def _train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Learner:
+        checkpoint = last_checkpoint(self.output_dir)
+        if self.metrics is not None:
+            self.alarms.restart(self.metrics.records())
+        position = None if checkpoint is None else read_position(checkpoint)
+        names = [phase.name for phase in phases]
+        if position is not None and position.phase not in names:
+            raise UserError(
+                f"{checkpoint} is of the phase {position.phase!r}; "
+                f"this run has {', '.join(names)} only"
+            )
+        begin = 0 if position is None else names.index(position.phase)
+        learner: Learner | None = None
+        for phase in phases[begin:]:
+            learner = phase.make_learner()
+            start = 0
+            if checkpoint is not None and position is not None and phase.name == position.phase:
+                self._load(checkpoint, learner)
+                start, self.step, self.wall_clock = (
+                    position.phase_step,
+                    position.step,
+                    dict(position.wall_clock),
+                )
+            learner.step_factor = self.step_factor
+            self._train_phase(phase, learner, start, guard)
+        assert learner is not None, "a run has at least one phase"
+        return learner
+
+    def _load(self, checkpoint: Path, learner: Learner) -> None:
+        rank = self.team.rank
+        self.team.together(lambda: load_checkpoint(checkpoint, learner, self.generators, rank))
+        # A checkpoint from before a rollback has the larger one.
+        self.step_factor = min(self.step_factor, learner.step_factor)
+
+    def _roll_back(self, error: DivergenceError, phases: Sequence[Phase]) -> None:
+        """Replay and log as at the last checkpoint, for the next :meth:`_train` to go on from.
+
+        Raises:
+            DivergenceError: there is none, or it has been done too often.
+        """
+        checkpoint = self.team.together(lambda: last_checkpoint(self.output_dir))
+        if checkpoint is None:
+            raise error
+        self.step_factor = smaller_factor(self.step_factor, error)
+        position = read_position(checkpoint)
+        kept = position.replay_episodes[self.team.rank]
+        self.team.together(lambda: self.store.truncate_to(kept))
+        if self.metrics is not None:
+            self.metrics.cut_back(position.metrics_lines)
+        names = [phase.name for phase in phases]
+        for phase in phases[names.index(position.phase) + 1 :]:
+            phase.renew()
+        if self.team.is_main:
+            sentence = f"{error}: back to {checkpoint}, with {self.step_factor:g} of the step sizes"
+            print(sentence, file=sys.stderr, flush=True)
+
+    def _train_phase(
+        self, phase: Phase, learner: Learner, start: int, guard: InterruptGuard
+    ) -> None:
+        with self._progress(phase, start) as progress:
+            if phase.moves_policy and self.step == 0:
+                # The policy is still its base.
+                self._evaluate(phase, learner, 0, progress)
+            for done in range(start, phase.num_steps):
+                self._collect(phase, learner, done, progress)
+                with self.timed(phase.name), _named(f"{phase.name} update {done + 1}"):
+                    rows = self.team.batch_share(phase.batch_size)
+                    batch = phase.sampler.sample(rows, self.generators.replay)
+                    batch = batch.to(self.device)
+                    batch = replace(batch, action=self.policy.from_robot(batch.action))
+                    learner.update(batch, self.generators.noise)
+                self.step += phase.moves_policy
+                self._log(phase, learner, done + 1, progress)
+                self._evaluate(phase, learner, done + 1, progress)
+                whole = done + 1 == phase.num_steps
+                stop = self.team.any(guard.requested)
+                if whole or stop or (done + 1) % self.save_freq == 0:
+                    self._save(phase, learner, done + 1)
+                if stop:
+                    raise Interrupted(f"{phase.name} update {done + 1} of {phase.num_steps}")
+        phase.finish(learner)
+        if self.team.any(guard.requested):
+            raise Interrupted(f"the end of {phase.name}")
+
+    def _collect(
+        self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress
+    ) -> None:
+        seeds = phase.episodes_before(done)
+        if not seeds:
+            return
+        with self.timed("rollouts"), learner.acting():
+            episodes = self._roll_out(chunk_policy(self.policy, ROLLOUT_NOISE), seeds, phase.name)
+            outcomes = self._gathered(map(Outcome.of, episodes))
+        for outcome in outcomes:
+            values = {"success": float(outcome.success), "episode_steps": outcome.num_steps}
+            self._record(self.step, phase.name, values)
+        progress.update(done, {"success_rate": success_rate(outcomes)})
+
+    def _log(self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress) -> None:
+        if done % self.log_freq and done != phase.num_steps:
+            return
+        seconds = self.wall_clock[phase.name]
+        values = learner.metrics() | {"updates_per_s": done / seconds if seconds else 0.0}
+        if self.step_factor != 1.0:
+            values["step_factor"] = self.step_factor
+        step = self.step if phase.moves_policy else done
+        looked = self.alarms.look(values)
+        self._record(step, phase.name, values | looked.numbers)
+        progress.update(done, values)
+        for sentence in looked.sentences:
+            progress.write(sentence)
+
+    def _evaluate(
+        self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress
+    ) -> None:
+        if not phase.evaluate_every or done % phase.evaluate_every:
+            return
+        with self.timed("evaluations"), learner.acting():
+            outcomes = self.evaluate(self.evaluation_seeds)
+        values = {"success_rate": success_rate(outcomes), "episodes": float(len(outcomes))}
+        self._record(self.step, "eval", values)
+        progress.update(done, values)
+
+    def evaluate(self, seeds: Sequence[int], actor: ChunkPolicy | None = None) -> list[Outcome]:
+        """One episode an initial state; every policy meets the same states and noise.
+
+        Args:
+            seeds: of the initial states.
+            actor: with the evaluations' noise; None for the policy in training.
+        """
+        episodes = self._roll_out(actor or chunk_policy(self.policy, EVALUATION_NOISE), seeds)
+        return self._gathered(map(Outcome.of, episodes))
+
+    def _roll_out(
+        self, actor: ChunkPolicy, seeds: Sequence[int], source: str | None = None
+    ) -> list[Episode]:
+        """This process's part of the episodes; those with a source join its replay."""
+
+        def work() -> list[Episode]:
+            episodes = self.simulator.run(actor, self.team.share(seeds))
+            if source is not None:
+                for episode in episodes:
+                    self.store.add(episode, source=source)
+            return episodes
+
+        return self.team.together(work)
+
+    def _gathered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """Those of all processes, in the order of their seeds' list."""
+        return [Outcome(*row) for row in self.team.gather_shares([*map(astuple, outcomes)])]
+
+    def _record(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.log(step, phase, values)
+
+    def _progress(self, phase: Phase, start: int) -> TrainingProgress:
+        shown = None if self.team.is_main else io.StringIO()
+        return TrainingProgress(phase.num_steps, phase.name, initial=start, stream=shown)
+
+    @property
+    def simulator(self) -> RolloutPool:
+        """The simulators, of a run that has them."""
+        assert self.pool is not None, "a run without a simulator has no rollouts and evaluations"
+        return self.pool
+
+    def _save(self, phase: Phase, learner: Learner, done: int) -> None:
+        self._check_weights(phase, learner, done)
+        position = Position(
+            phase=phase.name,
+            phase_step=done,
+            step=self.step,
+            replay_episodes=self.team.gather(self.store.num_episodes),
+            metrics_lines=0 if self.metrics is None else self.metrics.num_lines,
+            wall_clock=self.wall_clock,
+            precision=self.team.precision,
+        )
+        name = f"{self.step:06d}" if phase.moves_policy else f"{phase.name}_{done:06d}"
+        self.team.together(self._sync)
+
+        def save_policy(folder: Path) -> None:
+            with learner.acting():
+                self.save_policy(folder)
+
+        save_checkpoint(
+            self.output_dir,
+            name,
+            learner,
+            save_policy,
+            self.generators,
+            position,
+            self.team,
+        )
+        if self.team.is_main and not phase.moves_policy:
+            # Nobody evaluates these: the newest is for going on.
+            forget_checkpoints(self.output_dir, f"{phase.name}_", keep=name)
+
+    def _sync(self) -> None:
+        """What a checkpoint counts on is on the disk before it."""
+        self.store.flush()
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def _check_weights(self, phase: Phase, learner: Learner, done: int) -> None:
+        found = [name for name in self.team.gather(not_finite(learner)) if name is not None]
+        if found:
+            raise DivergenceError(
+                f"training has diverged: {found[0]} is not finite after {phase.name} update {done}"
+            )
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to the wall clock under a name."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.wall_clock[name] = self.wall_clock.get(name, 0.0) + spent
+
+
+@contextmanager
+def _named(update: str) -> Iterator[None]:
+    """Adds to a divergence where it happened."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(f"{error} in {update}") from error
+
+
+def success_rate(outcomes: Sequence[Outcome]) -> float:
+    """The share of episodes that succeeded."""
+    return float(np.mean([outcome.success for outcome in outcomes]))

@@ -1,0 +1,202 @@
+"""Pushed checkpoints from the Hugging Face Hub, whole or as what a new run goes on with."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vla_trqam.adapters.policy_gate import PICKLED, check_policy_folder
+from vla_trqam.data.foreign import check_header, read_json
+from vla_trqam.engine.folder.checkpoints import ALGORITHM, PRETRAINED
+from vla_trqam.engine.learners import SCHEME, OffPolicy
+from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
+from vla_trqam.hub.access import check_repo_id, connect, one_sentence
+from vla_trqam.hub.model_card import PLOTS
+from vla_trqam.hub.push import RUN
+
+# All that a checkpoint is made of.
+FETCHED = [".json", ".safetensors"]
+# Of a pushed run, or of another policy's repository, not needed to go on.
+NOT_FETCHED = [f"{PLOTS}/*", f"{RUN}/*", "training_state/*", "*.mp4"]
+CRITIC = "critic."
+_WHOLE = [f"*{suffix}" for suffix in FETCHED]
+
+
+def pull_checkpoint(
+    repo_id: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Fetches a pushed checkpoint as the folder it was: ``pretrained_model/`` and ``algorithm/``.
+
+    The files come through the Hub's cache, so an interrupted pull goes on where it stopped.
+
+    Args:
+        repo_id: ``USER/NAME``.
+        folder: made; it must not exist.
+        revision: branch, tag or commit.
+        endpoint: of the Hub; None takes ``HF_ENDPOINT``, or huggingface.co.
+        token: None takes ``HF_TOKEN``, or the one of ``hf auth login``, or none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder exists, the Hub does not give the repository, it is no checkpoint, or
+            a file of it could make a library run something.
+    """
+    if folder.exists():
+        raise UserError(f"--folder={folder} exists; choose another, or remove it")
+    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=_WHOLE)
+    _algorithm_of(snapshot, repo_id)
+    check_policy_folder(snapshot)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder) as part:
+            _lay_out(snapshot, part)
+    except OSError as error:
+        raise UserError(f"--folder={folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def pull_algorithm(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """The ``algorithm/`` folder alone, in the Hub's cache; arguments as :func:`pull_checkpoint`.
+
+    Raises:
+        UserError: the Hub does not give the repository, or it has no such folder.
+    """
+    snapshot = _snapshot(repo_id, revision, endpoint, token, allow=[f"{ALGORITHM}/*"])
+    return _algorithm_of(snapshot, repo_id)
+
+
+def find_algorithm(path: str) -> Path:
+    """The ``algorithm/`` folder of a checkpoint's folder, or of a repository on the Hub.
+
+    Raises:
+        UserError: there is no such folder; or as :func:`pull_algorithm`.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_absolute() and not folder.is_dir():
+        raise UserError(f"--critic.path={path} is not a folder")
+    if not folder.is_dir():
+        return pull_algorithm(path)
+    if not (folder / ALGORITHM).is_dir():
+        raise UserError(f"{folder} has no {ALGORITHM}/ folder: it is no checkpoint of this package")
+    return folder / ALGORITHM
+
+
+def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = True) -> None:
+    """Gives a learner the critic, and the state of the trust region, of a checkpoint.
+
+    Args:
+        algorithm: the checkpoint's ``algorithm/`` folder.
+        learner: of the new run.
+        trust_region: whether λ and the KL's moving average go on. They belong to the base that they
+            were measured against: false where the pulled policy itself becomes the base.
+
+    Raises:
+        UserError: a file is missing or damaged, the critic has other weights, or the trust region
+            is of another scheme.
+    """
+    try:
+        check_header(algorithm / "networks.safetensors")
+        tensors = load_file(algorithm / "networks.safetensors")
+        critic = {k.removeprefix(CRITIC): v for k, v in tensors.items() if k.startswith(CRITIC)}
+        _check_finite(critic)
+        learner.method.critic.load_state_dict(critic)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{algorithm} does not fit this run's critic: {reason}") from None
+    if trust_region:
+        _load_trust_region(algorithm / "scalars.json", learner)
+
+
+def _check_finite(critic: dict[str, Tensor]) -> None:
+    wrong = [name for name, value in critic.items() if not bool(torch.isfinite(value).all())]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has a number that is not finite")
+
+
+def _load_trust_region(path: Path, learner: OffPolicy) -> None:
+    scalars = read_json(path)
+    try:
+        numbers = {name: value for name, value in scalars.items() if name != SCHEME}
+        wrong = [f"{k} is {v!r}" for k, v in numbers.items() if not _is_amount(v)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}; it must be a finite number and not negative")
+        learner.load_scalars(scalars)
+        learner.step_factor = 1.0  # a smaller one is the former run's
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not the state of a trust region: {reason}") from None
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and 0.0 <= value < math.inf
+
+
+def _lay_out(snapshot: Path, folder: Path) -> None:
+    """Copies, not the cache's links: a checkpoint may be moved."""
+    (folder / PRETRAINED).mkdir(parents=True)
+    for path in snapshot.iterdir():
+        if path.is_file() and path.suffix in FETCHED:
+            shutil.copyfile(path, folder / PRETRAINED / path.name)
+    shutil.copytree(snapshot / ALGORITHM, folder / ALGORITHM)
+
+
+def _snapshot(
+    repo_id: str,
+    revision: str | None,
+    endpoint: str | None,
+    token: str | None,
+    *,
+    allow: list[str],
+) -> Path:
+    check_repo_id(repo_id)
+    api = connect(endpoint, token)
+    with one_sentence(api):
+        # Asked first: huggingface_hub would give an older copy where the Hub does not answer.
+        info = api.model_info(repo_id, revision=revision)
+        if _WHOLE == allow:
+            _say_what_is_left(repo_id, [file.rfilename for file in info.siblings or ()])
+        found = api.snapshot_download(
+            repo_id,
+            revision=info.sha,
+            allow_patterns=allow,
+            ignore_patterns=NOT_FETCHED,
+        )
+    return Path(found)
+
+
+def _say_what_is_left(repo_id: str, paths: list[str]) -> None:
+    """Names what could be taken for a part of the policy."""
+    left = [path for path in paths if Path(path).suffix in (".py", *PICKLED)]
+    if left:
+        print(f"of {repo_id} are not fetched, being code or pickles: {', '.join(sorted(left))}")
+
+
+def _algorithm_of(snapshot: Path, repo_id: str) -> Path:
+    if not (snapshot / ALGORITHM).is_dir():
+        raise UserError(
+            f"{repo_id} has no {ALGORITHM}/ folder: it is a policy, but no checkpoint that this "
+            "package pushed"
+        )
+    return snapshot / ALGORITHM

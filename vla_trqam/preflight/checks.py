@@ -1,0 +1,196 @@
+"""What is looked at before the first step, so that a run that cannot work does not start.
+
+First what needs no picture of the dataset (:func:`preflight_machine`), before a folder is made;
+then, when it is decoded, what is in it (:func:`preflight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.errors import UserError
+from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.preflight import data, disk, memory, model
+from vla_trqam.preflight.data import RewardSummary
+from vla_trqam.preflight.disk import ReplayPlan
+from vla_trqam.preflight.memory import Share
+from vla_trqam.preflight.outliers import check_outliers
+from vla_trqam.preflight.report import Finding, PreflightReport
+
+if TYPE_CHECKING:
+    from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+    from vla_trqam.data.lerobot_source import LeRobotReader
+
+__all__ = [
+    "Finding",
+    "PreflightReport",
+    "ReplayPlan",
+    "RewardSummary",
+    "Share",
+    "preflight",
+    "preflight_machine",
+]
+
+
+def preflight_machine(
+    policy: LeRobotFlowPolicy,
+    reader: LeRobotReader,
+    plan: ReplayPlan,
+    *,
+    critic: nn.Module | None = None,
+    method: TRQAMConfig,
+    share: Share,
+    output_dir: Path,
+    num_checkpoints: int,
+) -> PreflightReport:
+    """Looks at policy, tables and machine before anything is decoded; changes nothing.
+
+    Args:
+        policy: on its device.
+        reader: of the dataset; none of its pictures is looked at.
+        plan: what the replay will hold.
+        critic: with its target; counts towards memory and disk.
+        method: its chain, and what it keeps of it.
+        share: of an update, that this process has.
+        output_dir: of the run.
+        num_checkpoints: still to be written and kept.
+
+    Returns:
+        All findings; print `lines()` and call `raise_on_failure()`.
+    """
+    machine = _Machine(policy, reader, plan, critic, method, share, output_dir, num_checkpoints)
+    takes = ("observation",)
+    return _run(
+        [
+            _Check("outliers", lambda: check_outliers(policy, reader)),
+            _Check("parameters", lambda: memory.check_parameters(policy)),
+            _Check("observation", machine.check_observation),
+            _Check("gradient", machine.check_gradient, takes),
+            _Check("memory", machine.check_memory, takes),
+            _Check("disk", machine.check_disk, takes),
+        ]
+    )
+
+
+def preflight(
+    policy: LeRobotFlowPolicy,
+    replay: FrameReplay,
+    sampler: ChunkSampler[Any],
+    *,
+    execution_horizon: int,
+    sources: Collection[str] | None = None,
+    rewards: RewardSummary | None = None,
+    resumed: bool = False,
+) -> PreflightReport:
+    """Looks at the policy and its data; changes nothing.
+
+    Args:
+        policy: on its device.
+        replay: the data to begin with.
+        sampler: of the chunks to train on, with their reward.
+        execution_horizon: actions executed of each chunk.
+        sources: of the replay that were given to the run. Its own rollouts may leave what the
+            policy's statistics know, data in other units may not. None judges all.
+        rewards: of all processes' replays; None for those of this one.
+        resumed: training goes on, so the tuned field may differ from the base.
+
+    Returns:
+        All findings; print `lines()` and call `raise_on_failure()`.
+
+    Raises:
+        UserError: the replay is empty.
+    """
+    if replay.num_episodes == 0:
+        raise UserError(f"The replay {replay.path} is empty: training begins with data.")
+    seen = ("dimensions", "cameras", "statistics")
+    return _run(
+        [
+            _Check("dimensions", lambda: data.check_shapes(policy, replay)),
+            _Check("cameras", lambda: data.check_cameras(policy, replay)),
+            _Check("statistics", lambda: data.check_statistics(policy, replay, sources), seen[:1]),
+            _Check(
+                "reward", lambda: data.check_reward(rewards or RewardSummary.of(replay, sampler))
+            ),
+            _Check("chunks", lambda: data.check_chunks(policy, replay, sampler, execution_horizon)),
+            _Check("time direction", lambda: model.check_time_direction(policy, replay), seen),
+            _Check("base", lambda: model.check_base(policy, replay, resumed=resumed), seen),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One line of the table: its name, what finds it, and which others must be sound for that."""
+
+    name: str
+    run: Callable[[], Finding]
+    needs: tuple[str, ...] = ()
+
+
+def _run(checks: list[_Check]) -> PreflightReport:
+    sound: set[str] = set()
+    findings, not_run = [], []
+    for check in checks:
+        if not sound.issuperset(check.needs):
+            not_run.append(check.name)
+            continue
+        finding = check.run()
+        findings.append(finding)
+        if finding.ok:
+            sound.add(check.name)
+    return PreflightReport(tuple(findings), tuple(not_run))
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What the run asks of the machine; measured once for memory and disk."""
+
+    policy: LeRobotFlowPolicy
+    reader: LeRobotReader
+    plan: ReplayPlan
+    critic: nn.Module | None
+    method: TRQAMConfig
+    share: Share
+    output_dir: Path
+    num_checkpoints: int
+
+    @cached_property
+    def dry(self) -> memory.DryPass:
+        return memory.dry_pass(self.policy, self.reader.first_observation(), self.method)
+
+    @cached_property
+    def memory(self) -> memory.Memory:
+        chunks = self.plan.next_action_bytes(self.policy)
+        averages = self.method.average_rate > 0.0
+        return memory.measure_memory(self.policy, self.critic, self.dry, chunks, averages=averages)
+
+    def check_observation(self) -> Finding:
+        seen = self.reader.first_observation()
+        return model.check_observation(self.policy, seen, self.reader.tasks)
+
+    def check_gradient(self) -> Finding:
+        return memory.check_gradient(self.dry, self.policy)
+
+    def check_memory(self) -> Finding:
+        device = model.device_of(self.policy)
+        available = memory.available_memory(device)
+        return memory.check_memory(self.memory, available, self.share, device.type)
+
+    def check_disk(self) -> Finding:
+        needs = disk.measure_disk(
+            self.policy,
+            self.plan,
+            self.critic,
+            self.memory,
+            num_checkpoints=self.num_checkpoints,
+            processes=self.share.processes,
+        )
+        return disk.check_disk(needs, self.plan.path, self.output_dir)

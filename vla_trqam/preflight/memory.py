@@ -1,0 +1,297 @@
+"""What training will take of memory, and what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.data.frame_replay import FrameObservation
+from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.preflight.model import path_fields, prepared
+from vla_trqam.preflight.report import Finding
+
+if TYPE_CHECKING:
+    from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+
+ADAM_STATES = 2
+CONTEXTS = 2
+"""Prefixes held in one update: of s_t and of s_{t+n}."""
+TEMPORARIES = 2
+"""What a pass frees on its way is not counted: on a small pi0 the peak was 0.9 to 1.8 times the
+estimate."""
+CLOSE = "this is close: what a pass frees on its way can double it"
+
+
+def check_parameters(policy: LeRobotFlowPolicy) -> Finding:
+    """Something is trained, and with adapters nothing exists twice."""
+    trained, everything = list(policy.trainable_parameters()), list(policy.model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in everything}
+    copied = [p for p in policy.base.parameters() if p.untyped_storage().data_ptr() not in own]
+    found = (
+        f"{'adapters' if policy.has_adapters else 'expert in full'}: "
+        f"{count(trained):,} trained ({in_words(tensor_bytes(trained))}), "
+        f"{count(everything) - count(trained):,} frozen "
+        f"({in_words(tensor_bytes(everything) - tensor_bytes(trained))}), "
+        f"{count(copied):,} copied for the base ({in_words(tensor_bytes(copied))})"
+    )
+    if not trained:
+        return Finding.failure("parameters", found, "adapters or an expert that are trained")
+    if policy.has_adapters and copied:
+        return Finding.failure(
+            "parameters", found, "no copy: the base is the adapters switched off"
+        )
+    return Finding("parameters", found)
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """Numbers in these tensors; what is tied counts once."""
+    return sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values())
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each once."""
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def module_bytes(*modules: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each once."""
+    return tensor_bytes(chain(*((*m.parameters(), *m.buffers()) for m in modules)))
+
+
+def in_words(number: float) -> str:
+    """Bytes, for a reader."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part.
+
+    Attributes:
+        weights: the policy's, a base's copy among them, and the critic's; they lie there already.
+        gradients: of what is trained.
+        optimizer: Adam's two moments.
+        activations: what one update's path keeps for gradients at a time, for one sample.
+        prefix: one encoded observation.
+        next_actions: the chunks kept at every frame that the replay has room for.
+        average: the running mean of what is trained of the policy; 0 without one.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    prefix: int
+    next_actions: int = 0
+    average: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """What comes on top of the weights, whatever the batch."""
+        # The weights in training wait in a copy while the average acts.
+        return self.gradients + self.optimizer + self.next_actions + 2 * self.average
+
+    @property
+    def prefixes(self) -> int:
+        """What each row of a batch brings along."""
+        return CONTEXTS * self.prefix
+
+    def of(self, share: Share) -> int:
+        """What an update adds to the weights, in one process."""
+        rows = share.rows * self.prefixes + share.rows_at_once * self.activations
+        return self.fixed + rows
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of an update.
+
+    Attributes:
+        rows: of the batch.
+        micro_batches: that they are taken in, one after the other.
+        processes: of the run.
+    """
+
+    rows: int
+    micro_batches: int = 1
+    processes: int = 1
+
+    @property
+    def rows_at_once(self) -> int:
+        """Those of the largest micro-batch."""
+        return -(-self.rows // self.micro_batches)
+
+
+@dataclass(frozen=True)
+class DryPass:
+    """One forward and backward pass of both fields along a path, with one sample.
+
+    Attributes:
+        prefix: bytes of the encoded observation.
+        activations: bytes that the path keeps for gradients at a time: of all flow steps, or of
+            one where they are computed again.
+        reached: trained tensors that get a gradient.
+        finite: whether all of them are.
+    """
+
+    prefix: int
+    activations: int
+    reached: int
+    finite: bool
+
+
+def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation, method: TRQAMConfig) -> DryPass:
+    """Takes it with one raw observation; no gradient stays on the parameters."""
+    observation = prepared(policy, seen)
+    context = policy.encode(observation)
+    not_counted = {t.untyped_storage().data_ptr() for t in policy.parameters()}
+    with saved_bytes(not_counted) as saved:
+        loss = path_fields(policy, context, 1, method).tuned().square().sum()
+    trained = list(policy.trainable_parameters())
+    found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
+    gradients = [gradient for gradient in found if gradient is not None]
+    at_once = 1 if method.keep_activations else policy.num_flow_steps
+    return DryPass(
+        prefix=tensor_bytes(policy.packed(observation).values()),
+        activations=-(-sum(saved.values()) // at_once),
+        reached=len(gradients),
+        finite=all(bool(torch.isfinite(gradient).all()) for gradient in gradients),
+    )
+
+
+def check_gradient(dry: DryPass, policy: LeRobotFlowPolicy) -> Finding:
+    """The loss moves what is trained."""
+    wanted = len(list(policy.trainable_parameters()))
+    found = f"the tuned field's gradient reaches {dry.reached} of {wanted} trained tensors"
+    if dry.reached and dry.finite:
+        return Finding("gradient", found)
+    found += "" if dry.finite else ", where it is not finite"
+    return Finding.failure("gradient", found, "finite gradients for adapters or expert")
+
+
+def measure_memory(
+    policy: LeRobotFlowPolicy,
+    critic: nn.Module | None,
+    dry: DryPass,
+    next_actions: int = 0,
+    *,
+    averages: bool = False,
+) -> Memory:
+    """By part; the critic's activations and what a pass frees on its way are not counted."""
+    trained = [policy, *([] if critic is None else [critic])]
+    gradients = tensor_bytes(p for m in trained for p in m.parameters() if p.requires_grad)
+    return Memory(
+        weights=module_bytes(*trained),
+        gradients=gradients,
+        optimizer=ADAM_STATES * gradients,
+        activations=dry.activations,
+        prefix=dry.prefix,
+        next_actions=next_actions,
+        average=tensor_bytes(policy.trainable_parameters()) if averages else 0,
+    )
+
+
+@contextmanager
+def saved_bytes(not_counted: set[int]) -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps from inside the block: address -> bytes."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def check_memory(memory: Memory, available: int | None, share: Share, device: str) -> Finding:
+    """An update's needs against what is free; None where that is not known.
+
+    The processes of a run share a CPU's memory; an accelerator has each to itself.
+    """
+    sharing = share.processes if device == "cpu" else 1
+    needed = sharing * memory.of(share)
+    parts = {
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "next actions": memory.next_actions,
+        **({"average": 2 * memory.average} if memory.average else {}),
+        f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
+        f"prefixes of {share.rows}": share.rows * memory.prefixes,
+    }
+    found = (
+        f"weights {in_words(memory.weights)} are there; to come: "
+        + ", ".join(f"{name} {in_words(part)}" for name, part in parts.items())
+        + (f", times {sharing} processes" if sharing > 1 else "")
+        + f": {in_words(needed)} in all; "
+    )
+    if available is None:
+        return Finding("memory", f"{found}what is free on {device} is not known")
+    found += f"{in_words(available)} free on {device}"
+    if needed <= available:
+        close = available < TEMPORARIES * needed
+        return Finding("memory", found + (f"; {CLOSE}" if close else ""))
+    return Finding.failure("memory", found, _smaller(memory, available // sharing, share))
+
+
+def _smaller(memory: Memory, room: int, share: Share) -> str:
+    """Settings that fit the room of one process: smaller parts of the batch, or a smaller batch."""
+    parts = range(share.micro_batches + 1, share.rows + 1)
+    fitting = (m for m in parts if memory.of(replace(share, micro_batches=m)) <= room)
+    if (enough := next(fitting, None)) is not None:
+        return f"--micro_batches={enough} or more"
+    rows = (room - memory.fixed - memory.activations) // max(memory.prefixes, 1)
+    if rows >= 1:
+        return f"--batch_size={rows * share.processes} --micro_batches={rows}"
+    if 2 * memory.next_actions > memory.fixed:
+        return "fewer --critic.next_actions, or fewer --dataset.episodes"
+    return "adapters instead of full training, or a larger device"
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on the device; None where nothing tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + idle)
+    if device.type != "cpu":
+        return None
+    limits = [_meminfo(Path("/proc/meminfo")), _cgroup_room(Path("/sys/fs/cgroup"))]
+    known = [limit for limit in limits if limit is not None]
+    return min(known, default=None)
+
+
+def _meminfo(path: Path) -> int | None:
+    """`MemAvailable` in bytes."""
+    if not path.is_file():
+        return None
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_room(folder: Path) -> int | None:
+    """What a container's limit leaves; files that the system can drop count as free."""
+    limit, used, stat = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and used.is_file() and stat.is_file()):
+        return None
+    if limit.read_text().strip() == "max":
+        return None
+    droppable = dict(line.split() for line in stat.read_text().splitlines())
+    cached = int(droppable.get("inactive_file", 0)) + int(droppable.get("active_file", 0))
+    return int(limit.read_text()) - int(used.read_text()) + cached

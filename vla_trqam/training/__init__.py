@@ -1,1 +1,0 @@
-"""Training runs: evaluation statistics, metrics, progress, plots and the report."""
