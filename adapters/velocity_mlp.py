@@ -15,14 +15,13 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_trqam.errors import UserError
-from vla_trqam.gelu import tanh_gelu, tanh_gelu_, tanh_gelu_slope_
+from vla_trqam.gelu import tanh_gelu_, tanh_gelu_slope_
+from vla_trqam.networks import LAYER_NORM_EPS, MLP
 from vla_trqam.policy import PathFields
 from vla_trqam.precision import own_precision
-
-LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -111,39 +110,16 @@ class Tape:
         )
 
 
-class VelocityMLP(nn.Module):
-    """The field's network over flattened chunks; autocast leaves it alone, as it does the critic.
+class VelocityMLP(MLP):
+    """The field's network over flattened chunks: ``concat(s, x, tau)`` (N, in) -> (N, H * A).
 
-    It is too small to gain by bfloat16, and its gradients are written by hand.
+    It is too small to gain by bfloat16, and its gradients along a path are written by hand.
     """
 
     def __init__(self, config: MLPFlowConfig) -> None:
-        super().__init__()
         out_dim = config.chunk_length * config.action_dim
-        widths = [config.observation_dim + out_dim + 1, *config.hidden_dims]
-        layers = [nn.Linear(a, b) for a, b in zip(widths, [*widths[1:], out_dim], strict=True)]
-        norms = [nn.LayerNorm(w, eps=LAYER_NORM_EPS) for w in widths[1:] if config.layer_norm]
-        # A ModuleList forgets what it holds.
-        self.layers = cast("Sequence[nn.Linear]", nn.ModuleList(layers))
-        self.norms = cast("Sequence[nn.LayerNorm]", nn.ModuleList(norms))
-        for layer in self.layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def weights(self) -> list[nn.Parameter]:
-        """``self.parameters()``, without the search for modules that every update would pay."""
-        parts = (*self.layers, *self.norms)
-        return [p for part in parts for p in part._parameters.values() if p is not None]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``concat(s, x, tau)`` (N, in) -> (N, H * A)."""
-        h = inputs
-        with own_precision(inputs):
-            for index, layer in enumerate(self.layers[:-1]):
-                h = tanh_gelu(layer(h))
-                if self.norms:
-                    h = self.norms[index](h)
-            return self.layers[-1](h)
+        in_dim = config.observation_dim + out_dim + 1
+        super().__init__(in_dim, out_dim, config.hidden_dims, layer_norm=config.layer_norm)
 
     @torch.no_grad()
     def input_pullback(self, tape: Tape, cotangent: Tensor, columns: slice) -> Tensor:

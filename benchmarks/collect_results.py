@@ -166,7 +166,7 @@ def budgets_page(groups: Groups) -> Page:
         notes=[
             f"Budgets in {runs[0].kl_unit}; all columns over the last half of the off-policy "
             "updates, at the logged lines; success on the final initial states.",
-            "`kl_ema` averages estimates clipped at a multiple of the budget (`trqam.kl_clip`); "
+            "`kl_ema` averages estimates clipped at a multiple of the budget (`method.kl_clip`); "
             '"unclipped" is the mean of the estimates themselves over the budget.',
             *note_on_steps(runs),
         ],

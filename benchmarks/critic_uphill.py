@@ -52,6 +52,7 @@ from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.envs.chunked import ChunkEnv
 from vla_trqam.envs.robomimic import RobomimicEnv
 from vla_trqam.errors import UserError
+from vla_trqam.methods.base import FlowActor
 from vla_trqam.report.provenance import command_line, git_commit, package_versions
 
 # Above the seeds of the evaluations, below those of training.
@@ -190,12 +191,14 @@ def run_command(
     limit = config.eval.max_episode_steps
     horizon = limit if horizon is None else horizon
     env = make_env(subject, horizon)
-    act = chunk_policy(subject.base, NOISE_SEED)
+    act = chunk_policy(subject.base, FlowActor(subject.base), NOISE_SEED)
     rng = np.random.default_rng(0)
     seeds = tqdm(range(FIRST_SEED, FIRST_SEED + states), desc="states", leave=False, disable=None)
     decisions = [meet_decision(env, act, seed, limit, rng) for seed in seeds]
     after = Continuation(
-        act if follower == "base" else chunk_policy(subject.tuned, NOISE_SEED),
+        act
+        if follower == "base"
+        else chunk_policy(subject.tuned, FlowActor(subject.tuned), NOISE_SEED),
         horizon,
         config.discount,
         RewardSpec(config.dataset.reward),

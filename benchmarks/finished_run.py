@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from vla_trqam.config.parsing import read_settings
 from vla_trqam.errors import UserError
 from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.flow_steps import FlowSteps
@@ -96,7 +96,7 @@ class FinishedRun:
     @property
     def kl_unit(self) -> str:
         """Unit of its KL and budget."""
-        return "nats per action" if self.config["trqam"]["kl_per_action"] else "nats per chunk"
+        return "nats per action" if self.config["method"].get("kl_per_action") else "nats per chunk"
 
     def values(self, name: str, phases: tuple[str, ...] = TRAINING_PHASES) -> NDArray[np.float64]:
         """The logged values of a metric.
@@ -249,12 +249,9 @@ def _read_object(folder: Path, name: str, *keys: str) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict) or not {"seed", "trqam"} <= config.keys():
-        raise UserError(f"{path} does not hold the settings of a run: seed or trqam is missing")
+    config = read_settings(path)
+    if not {"seed", "method"} <= config.keys():
+        raise UserError(f"{path} does not hold the settings of a run: seed or method is missing")
     return config
 
 

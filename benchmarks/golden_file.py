@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ REPLAYED_SETTINGS: dict[str, Any] = {
     "target_actor": True,
     "use_target_grad": True,
 }
-AGENTS = ("qam", "trqam")
+AGENTS = ("trqam", "qam", "fql", "ifql", "dsrl")
 
 
 class GoldenFile:
@@ -43,7 +43,7 @@ class GoldenFile:
             raise UserError(f"{path}: config.json is not an object of settings")
         self.agent = self.setting("agent_name")
         if self.agent not in AGENTS:
-            raise UserError(f"{path} records {self.agent!r}; only trqam and qam are replayed")
+            raise UserError(f"{path} records {self.agent!r}; only {', '.join(AGENTS)} are replayed")
         for name, value in REPLAYED_SETTINGS.items():
             if self._config.get(name, value) != value:
                 raise UserError(f"{path}: {name} is {self._config[name]}; only {value} is replayed")
@@ -63,6 +63,18 @@ class GoldenFile:
             raise UserError(f"{self.path}: config.json has no {name}; a golden file holds it")
         return self._config[name]
 
+    def refuse(self, reason: str) -> NoReturn:
+        """Says what is wrong with the file.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{self.path}: {reason}")
+
+    def has_setting(self, name: str) -> bool:
+        """Whether the file's config.json has it."""
+        return name in self._config
+
     def tensor(self, key: str, shape: Sequence[int]) -> Tensor:
         """An array in float32, in a shape of as many numbers."""
         array = self[key]
@@ -71,7 +83,7 @@ class GoldenFile:
                 f"{self.path}: {key} has shape {array.shape}; config.json and the batch say "
                 f"{tuple(shape)}"
             )
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).reshape(*shape)
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).reshape(tuple(shape))
 
     def keys(self, prefix: str) -> list[str]:
         """The sorted keys that begin so."""

@@ -18,17 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import golden_baselines
 import numpy as np
 import torch
+from golden_baselines import BASELINES
 from golden_file import GoldenFile
-from torch import Tensor, nn
-from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy, VelocityMLP
+from golden_weights import Networks, load_initial, named_weights
+from torch import Tensor
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise, UpdateResult
+from vla_trqam.policy import FlowPolicy
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
 
@@ -97,14 +101,15 @@ def _method_config(golden: GoldenFile) -> TRQAMConfig:
     )
 
 
-def build(golden: GoldenFile) -> TRQAM:
-    """The method with the file's initial weights."""
+def _policy_and_critic(golden: GoldenFile) -> tuple[MLPFlowPolicy, Critic]:
+    """Of the file's sizes, with random weights."""
     get = golden.setting
-    if len(get("ob_dims")) != 1:
-        raise UserError(f"{golden.path}: ob_dims is {get('ob_dims')}; only vectors are replayed")
+    if golden.has_setting("ob_dims") and len(get("ob_dims")) > 1:
+        golden.refuse(f"ob_dims is {get('ob_dims')}; only vectors are replayed")
+    observation_dim = golden["u0/batch/observations"].shape[-1]
     policy = MLPFlowPolicy(
         MLPFlowConfig(
-            observation_dim=get("ob_dims")[0],
+            observation_dim=observation_dim,
             action_dim=get("action_dim"),
             chunk_length=get("horizon_length"),
             hidden_dims=tuple(get("actor_hidden_dims")),
@@ -113,30 +118,29 @@ def build(golden: GoldenFile) -> TRQAM:
         )
     )
     ensemble = CriticEnsemble(
-        get("ob_dims")[0],
+        observation_dim,
         get("action_dim") * get("horizon_length"),
         get("value_hidden_dims"),
         get("num_qs"),
         layer_norm=get("value_layer_norm"),
     )
-    critic = Critic(
-        ensemble,
-        pessimism=get("rho"),
-        target_rate=get("tau"),
-        clip_actions=get("clip_adj"),
-    )
-    method = TRQAM(policy, critic, _method_config(golden))
-    with torch.no_grad():
-        for name, module in _networks(method).items():
-            for key, weight in _named_weights(name, module):
-                weight.copy_(golden.tensor(f"init/{key}", weight.shape))
+    clip = True if golden.agent in BASELINES else get("clip_adj")
+    critic = Critic(ensemble, pessimism=get("rho"), target_rate=get("tau"), clip_actions=clip)
+    return policy, critic
+
+
+def build(golden: GoldenFile) -> TRQAM:
+    """The method with the file's initial weights."""
+    method = TRQAM(*_policy_and_critic(golden), _method_config(golden))
+    load_initial(golden, _networks(method))
     if golden.agent == "trqam":
         lam_raw, kl_ema = float(golden["u0/in/lambda_raw"]), float(golden["u0/in/kl_ema"])
-        method.trust_region.load_state_dict({"lam": lam_raw * get("lam_scale"), "kl_ema": kl_ema})
+        lam = lam_raw * golden.setting("lam_scale")
+        method.trust_region.load_state_dict({"lam": lam, "kl_ema": kl_ema})
     return method
 
 
-def _networks(method: TRQAM) -> dict[str, nn.Module]:
+def _networks(method: TRQAM) -> Networks:
     policy = method.policy
     assert isinstance(policy, MLPFlowPolicy)
     assert policy.behaviour is not None
@@ -149,27 +153,11 @@ def _networks(method: TRQAM) -> dict[str, nn.Module]:
     }
 
 
-def _named_weights(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every weight under the file's key and in its layout (kernels are (in, out))."""
-    assert isinstance(module, VelocityMLP | CriticEnsemble)
-    pairs: list[tuple[str, Tensor]] = []
-    for i, layer in enumerate(module.layers):
-        kernel = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight
-        pairs += [(f"{prefix}/Dense_{i}/kernel", kernel), (f"{prefix}/Dense_{i}/bias", layer.bias)]
-    for i, norm in enumerate(module.norms):
-        scale = norm.weight if isinstance(norm, nn.LayerNorm) else norm.scale
-        pairs += [
-            (f"{prefix}/LayerNorm_{i}/scale", scale),
-            (f"{prefix}/LayerNorm_{i}/bias", norm.bias),
-        ]
-    return pairs
-
-
-def read_batch(golden: GoldenFile, method: TRQAM, update: int) -> TransitionBatch:
+def read_batch(golden: GoldenFile, policy: FlowPolicy, update: int) -> TransitionBatch:
     """The recorded batch in this library's words."""
     get, prefix = golden.setting, f"u{update}/batch"
-    steps, dim = method.policy.chunk_shape
-    width = method.policy.feature_dim
+    steps, dim = policy.chunk_shape
+    width = policy.feature_dim
     size = len(golden[f"{prefix}/observations"])
     per_step = {
         name: golden.tensor(f"{prefix}/{name}", (size, steps))[:, -1]
@@ -282,10 +270,12 @@ def _dual_outputs(method: TRQAM, result: UpdateResult, scale: float) -> dict[str
     }
 
 
-def compare_weights(comparison: Comparison, method: TRQAM, golden: GoldenFile, prefix: str) -> None:
+def compare_weights(
+    comparison: Comparison, networks: Networks, golden: GoldenFile, prefix: str
+) -> None:
     """Compares every network's weights."""
-    for name, module in _networks(method).items():
-        for key, weight in _named_weights(name, module):
+    for name, module in networks.items():
+        for key, weight in named_weights(name, module):
             comparison.add(f"{prefix}/{name}", weight, golden[f"{prefix}/{key}"])
 
 
@@ -305,25 +295,46 @@ def compare_evaluation(comparison: Comparison, method: TRQAM, golden: GoldenFile
 def replay(path: Path, rtol: float = RTOL, atol: float = ATOL) -> Comparison:
     """Runs every recorded update and compares everything the file holds."""
     golden = GoldenFile(path)
+    comparison = Comparison(rtol, atol)
+    work = _replay_baseline if golden.agent in BASELINES else _replay_adjoint_matching
+    work(golden, comparison)
+    comparison.not_compared = golden.unasked_groups()
+    return comparison
+
+
+def _replay_baseline(golden: GoldenFile, comparison: Comparison) -> None:
+    num_updates = golden.num_updates
+    method = golden_baselines.make(golden, *_policy_and_critic(golden))
+    networks = golden_baselines.networks_of(golden, method)
+    load_initial(golden, networks)
+    for update in range(num_updates):
+        batch = read_batch(golden, method.policy, update)
+        ours = golden_baselines.replay_update(golden, method, update, batch)
+        for name, value in ours.items():
+            key = f"u{update}/{name}"
+            if key in golden or name in BASELINES[golden.agent].required:
+                comparison.add(name, value, golden[key])
+    compare_weights(comparison, networks, golden, "final")
+
+
+def _replay_adjoint_matching(golden: GoldenFile, comparison: Comparison) -> None:
     num_updates = golden.num_updates
     method = build(golden)
-    comparison = Comparison(rtol, atol)
+    networks = _networks(method)
     for update in range(num_updates):
-        batch = read_batch(golden, method, update)
+        batch = read_batch(golden, method.policy, update)
         noise = read_noise(golden, update, method.policy.num_flow_steps, batch.action.shape)
         if golden.agent == "trqam":
             lam_raw = method.trust_region.lam / golden.setting("lam_scale")
             comparison.add("in/lambda_raw", lam_raw, golden[f"u{update}/in/lambda_raw"])
             comparison.add("in/kl_ema", method.trust_region.kl_ema, golden[f"u{update}/in/kl_ema"])
-        result = method.update(batch, noise)
+        result = method.update_with(batch, noise)
         compare_update(comparison, method, result, golden, update)
         if golden.keys(f"u{update}/out/modules_"):
-            compare_weights(comparison, method, golden, f"u{update}/out")
-    compare_weights(comparison, method, golden, "final")
+            compare_weights(comparison, networks, golden, f"u{update}/out")
+    compare_weights(comparison, networks, golden, "final")
     if golden.keys("eval/"):
         compare_evaluation(comparison, method, golden)
-    comparison.not_compared = golden.unasked_groups()
-    return comparison
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -80,6 +80,8 @@ AUTHORS = Size("(a) authors' size", 19, 7, 5, 256, (512,) * 4, (512,) * 4, 10, T
 def default_preset() -> tuple[Size, Chain]:
     """The default run's size on Lift, and its chain."""
     config = parse_config(FinetuneRobomimicConfig, PRESETS, [])
+    knobs = config.method
+    assert isinstance(knobs, TRQAMConfig)
     size = Size(
         "(b) default preset",
         19,
@@ -89,10 +91,10 @@ def default_preset() -> tuple[Size, Chain]:
         config.policy.hidden_dims,
         config.critic.hidden_dims,
         config.critic.ensemble_size,
-        config.trqam.train_base,
+        knobs.train_base,
     )
     steps = config.policy.tuned_flow_steps or config.policy.num_flow_steps
-    return size, Chain(config.trqam.scheme, steps, config.trqam.adjoint)
+    return size, Chain(knobs.scheme, steps, knobs.adjoint)
 
 
 def products(size: Size, chain: Chain) -> Counter[Product]:
@@ -204,7 +206,7 @@ def make_update(size: Size, chain: Chain) -> Callable[[], object]:
 
     def update() -> object:
         noise = UpdateNoise.draw(batch.action, chain.num_flow_steps, generator)
-        return method.update(batch, noise)
+        return method.update_with(batch, noise)
 
     return update
 

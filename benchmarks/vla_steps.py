@@ -63,7 +63,7 @@ class Update:
         """Noise and update."""
         steps, action = self._loss.grid.num_flow_steps, self._batch.action
         if self._method is not None:
-            self._method.update(
+            self._method.update_with(
                 self._batch, UpdateNoise.draw(action, steps, self._generator.manual_seed(0))
             )
             return

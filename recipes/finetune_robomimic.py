@@ -23,6 +23,7 @@ from vla_trqam.config.settings import FinetuneRobomimicConfig, refuse_idle_flags
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
+from vla_trqam.engine.cached import CriticOnly
 from vla_trqam.engine.conclude import conclude
 from vla_trqam.engine.episode_store import StateStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED
@@ -37,14 +38,15 @@ from vla_trqam.engine.folder.run_folder import (
     open_folder,
 )
 from vla_trqam.engine.launch import exit_status, make_critic, prepare_torch, usable_cores
-from vla_trqam.engine.learners import BehaviourCloning, CriticWarmup, Learner, OffPolicy
 from vla_trqam.engine.offline_data import pretraining_demos, read_dataset, reopen_replay
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
-from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.methods.base import Method, OffPolicyMethod
+from vla_trqam.methods.bc import BehaviourCloning
+from vla_trqam.methods.registry import make_method, name_of
 from vla_trqam.report.flow_steps import check_own_steps
 
 PRESETS = Path(__file__).with_suffix(".yaml")
@@ -91,7 +93,7 @@ def _finetune(config: FinetuneRobomimicConfig, device: torch.device) -> None:
     file = read_dataset(config.dataset)
     pretraining_demos(config, file)  # refused here, before anything is trained
     policy = _make_policy(config, file).to(device)
-    check_own_steps(policy, config.policy.tuned_flow_steps, config.trqam)
+    check_own_steps(policy, config.policy.tuned_flow_steps, config.method)
     if not config.resume:
         assert config.output_dir is not None
         data = Source("dataset", str(file.path), file.path.parent, (file.path.name,))
@@ -102,21 +104,20 @@ def _finetune(config: FinetuneRobomimicConfig, device: torch.device) -> None:
         print(reward.describe())
         print(f"initial states of the final evaluation: {config.eval.episodes}")
         with InterruptGuard() as guard:
-            learner = run.train(phases, guard)
-        assert isinstance(learner, OffPolicy)
+            method = run.train(phases, guard)
+        assert isinstance(method, OffPolicyMethod)
         base = MLPFlowPolicy.from_pretrained(run.output_dir / BASE_NAME).to(device)
-        with learner.acting():
+        with method.acting():
             conclude(
                 run,
                 base,
-                learner.method.critic,
+                method,
                 everything,
                 evaluation_seeds=config.evaluation_seeds(),
                 num_videos=config.eval.videos,
                 config=settings_of(config),
-                title=f"{config.method.name.upper()} on {file.env_args['env_name']}",
+                title=f"{name_of(config.method).upper()} on {file.env_args['env_name']}",
                 seeds={"training": config.seed},
-                kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
             )
 
 
@@ -203,12 +204,12 @@ def _make_policy(config: FinetuneRobomimicConfig, file: RobomimicFile) -> MLPFlo
     )
 
 
-def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffPolicy:
-    """The learner of a pretrained policy, which takes the tuned one's flow steps from here on."""
+def _make_method(config: FinetuneRobomimicConfig, policy: MLPFlowPolicy) -> OffPolicyMethod:
+    """The method on a pretrained policy, which takes the tuned one's flow steps from here on."""
     if config.policy.tuned_flow_steps is not None:
         policy.take_flow_steps(config.policy.tuned_flow_steps)
     critic = make_critic(config.critic, policy, config.seed)
-    return OffPolicy(TRQAM(policy, critic, config.method_config()))
+    return make_method(policy, critic, config.method)
 
 
 def _phases(
@@ -217,7 +218,7 @@ def _phases(
     draw: Callable[..., ChunkSampler],
 ) -> list[Phase]:
     """Pretraining, offline and online updates, as far as the settings want them."""
-    # The critic's, the offline and the online updates are the same learner's.
+    # The critic's, the offline and the online updates are the same method's.
     method = cache(lambda: _make_method(config, policy))
 
     def renew() -> None:
@@ -228,7 +229,7 @@ def _phases(
 
     off_policy = partial(
         Phase,
-        make_learner=method,
+        make_method=method,
         renew=renew,
         batch_size=config.batch_size,
         evaluate_every=config.evaluate_every,
@@ -241,7 +242,7 @@ def _phases(
             Phase(
                 name="critic",
                 num_steps=config.offline.critic_steps,
-                make_learner=lambda: CriticWarmup(method()),
+                make_method=lambda: CriticOnly(method()),
                 sampler=draw(),
                 batch_size=config.batch_size,
                 episodes_before=lambda done: () if done else config.base_seeds(),
@@ -283,16 +284,16 @@ def _pretraining(
     knobs, output_dir = config.pretrain, config.output_dir
     assert output_dir is not None
 
-    def finish(learner: Learner) -> None:
-        assert isinstance(learner, BehaviourCloning)
-        learner.finish()
+    def finish(method: Method) -> None:
+        assert isinstance(method, BehaviourCloning)
+        method.finish()
         policy.reset_base()
         policy.save_pretrained(output_dir / BASE_NAME)
 
     return Phase(
         name="pretrain",
         num_steps=knobs.steps,
-        make_learner=lambda: BehaviourCloning(policy, knobs.optimizer, knobs.steps),
+        make_method=lambda: BehaviourCloning(policy, knobs.optimizer, knobs.steps),
         sampler=sampler,
         batch_size=knobs.batch_size,
         finish=finish,

@@ -33,7 +33,7 @@ from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.lerobot_source import LeRobotReader
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
-from vla_trqam.engine.cached_learners import CachedCriticWarmup, CachedOffPolicy
+from vla_trqam.engine.cached import Cached, CriticOnly
 from vla_trqam.engine.conclude import conclude
 from vla_trqam.engine.episode_store import FrameStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
@@ -50,7 +50,7 @@ from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.methods.parallel import check_accelerator
-from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.methods.registry import make_method, name_of
 
 CRITIC_FEATURES = (PACKED + "features",)
 
@@ -126,20 +126,19 @@ def _finetune(
         parts = _set_up(config, reader, policy, accelerator, stack)
         run, phases, everything = parts
         with InterruptGuard(quiet=not team.is_main) as guard:
-            learner = run.train(phases, guard)
-        assert isinstance(learner, CachedOffPolicy)
-        with learner.acting():
+            method = run.train(phases, guard)
+        assert isinstance(method, Cached)
+        with method.acting():
             conclude(
                 run,
                 None,
-                learner.method.critic,
+                method,
                 everything,
                 evaluation_seeds=config.evaluation_seeds(),
                 num_videos=config.eval.videos,
                 config=settings_of(config),
                 title=_title(config, policy),
                 seeds={"training": config.seed},
-                kl_unit="nats per action" if config.trqam.kl_per_action else "nats per chunk",
             )
 
 
@@ -171,12 +170,12 @@ def _set_up(
     )
     draw = partial(_sampler, config, policy, replay, features)
     everything = draw(None)
-    learner = cache(lambda: _make_learner(config, policy, replay, features, accelerator))
+    method = cache(lambda: _make_method(config, policy, replay, features, accelerator))
     rewards = all_rewards(replay, everything, team)
     team.together(lambda: check_data(config, policy, replay, everything, rewards, team))
-    learner()  # what it cannot be made of is refused here
+    method()  # what it cannot be made of is refused here
     team.together(features.update)
-    phases = _phases(config, draw, learner, team)
+    phases = _phases(config, draw, method, team)
     pool = team.together(lambda: _start_simulators(config, policy))
     run = Run(
         output_dir=output_dir,
@@ -295,18 +294,24 @@ def _sampler(
     )
 
 
-def _make_learner(
+def _make_method(
     config: FinetuneVLAConfig,
     policy: LeRobotFlowPolicy,
     replay: FrameReplay,
     features: FeatureCache,
     accelerator: Accelerator,
-) -> CachedOffPolicy:
+) -> Cached:
     knobs = config.critic
     critic, team = make_critic(knobs, policy, config.seed), Team(accelerator)
-    learner = CachedOffPolicy(
-        TRQAM(policy, critic, config.method_config(), accelerator),
-        NextActions(policy, replay, features, chunks_per_frame=knobs.next_actions),
+    method = make_method(policy, critic, config.method, accelerator)
+    next_actions = None
+    if method.requirements.next_actions:
+        next_actions = NextActions(
+            policy, method.actor(), replay, features, chunks_per_frame=knobs.next_actions
+        )
+    cached = Cached(
+        method,
+        next_actions,
         _sampler(config, policy, replay, features, CRITIC_FEATURES),
         critic_updates=knobs.updates_per_step,
         batch_size=team.batch_share(knobs.batch_size),
@@ -317,15 +322,15 @@ def _make_learner(
     if knobs.path is not None and last_checkpoint(config.output_dir) is None:
         critic_path, same_base = knobs.path, config.policy.adapter == "continue"
         team.together(
-            lambda: load_algorithm(find_algorithm(critic_path), learner, trust_region=same_base)
+            lambda: load_algorithm(find_algorithm(critic_path), cached, trust_region=same_base)
         )
-    return learner
+    return cached
 
 
 def _phases(
     config: FinetuneVLAConfig,
     draw: Callable[..., ChunkSampler[Any]],
-    learner: Callable[[], CachedOffPolicy],
+    method: Callable[[], Cached],
     team: Team,
 ) -> list[Phase]:
     """The critic's warm-up, offline and online updates, as far as the settings want them."""
@@ -335,7 +340,7 @@ def _phases(
             Phase(
                 name="critic",
                 num_steps=config.critic.warmup_steps,
-                make_learner=lambda: CachedCriticWarmup(learner()),
+                make_method=lambda: CriticOnly(method()),
                 sampler=draw(CRITIC_FEATURES),
                 batch_size=config.critic.batch_size,
                 episodes_before=lambda done: () if done else config.base_seeds(),
@@ -344,7 +349,7 @@ def _phases(
         )
     moving = partial(
         Phase,
-        make_learner=learner,
+        make_method=method,
         batch_size=config.batch_size,
         evaluate_every=config.evaluate_every if config.env.type else 0,
     )
@@ -382,4 +387,4 @@ def _online_sampler(
 
 def _title(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> str:
     where = f" on {config.env.task}" if config.env.type else ""
-    return f"{config.method.name.upper()} of {policy.host.config.type}{where}"
+    return f"{name_of(config.method).upper()} of {policy.host.config.type}{where}"

@@ -277,7 +277,7 @@ def _load_policy(
         policy.host.reset()  # its queue of actions has that length
     if knobs.tuned_flow_steps is not None:
         policy.take_flow_steps(knobs.tuned_flow_steps)
-    check_own_steps(policy, knobs.tuned_flow_steps, config.trqam)
+    check_own_steps(policy, knobs.tuned_flow_steps, config.method)
     assert policy.processors is not None, "load_policy brings processors"
     policy.processors.pad_instructions()
     return policy

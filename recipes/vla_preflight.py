@@ -51,7 +51,7 @@ def check_machine(
         reader,
         plan,
         critic=make_critic(config.critic, policy, config.seed),
-        method=config.method_config(),
+        method=config.method,
         share=Share(team.batch_share(config.batch_size), config.micro_batches, team.size),
         output_dir=output_dir,
         num_checkpoints=max(1, whole - len(all_checkpoints(output_dir))),

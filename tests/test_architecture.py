@@ -21,6 +21,7 @@ MATH_RANKS = {
     "precision": 0,
     "time_grid": 0,
     "losses": 1,
+    "networks": 1,
     "policy": 1,
     "trust_region": 1,
     "sde": 2,

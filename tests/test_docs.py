@@ -9,6 +9,7 @@ from vla_trqam.recipes import finetune_robomimic
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -37,8 +38,9 @@ def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
         (FinetuneRobomimicConfig, "finetune_robomimic.yaml"),
         (FinetuneVLAConfig, "finetune_pi0.yaml"),
     ):
-        with pytest.raises(SystemExit):
-            parse_config(config, presets.with_name(name), ["--help"])
+        for method in METHODS:
+            with pytest.raises(SystemExit):
+                parse_config(config, presets.with_name(name), ["--help", f"--method.type={method}"])
     declared = re.findall(r'"--(\w+)"', "".join(path.read_text("utf-8") for path in SCRIPTS))
     return flags_in(capsys.readouterr().out) | set(declared) | OTHERS | {"help"}
 
@@ -49,8 +51,8 @@ def test_a_page_names_only_flags_that_there_are(page: Path, known: set[str]) -> 
 
 
 def test_a_flag_that_is_gone_is_found(known: set[str]) -> None:
-    text = "add `--trqam.inverse_temperature=2`, --steps 3 (or --method.name=qam). --preset."
-    assert flags_in(text) - known == {"trqam.inverse_temperature"}
+    text = "add `--method.temperature=2`, --steps 3 (or --method.type=qam). --preset."
+    assert flags_in(text) - known == {"method.temperature"}
 
 
 PROMISES = (ROOT / "SECURITY.md").read_text("utf-8")

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from vla_trqam.errors import UserError
 from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
 from vla_trqam.losses import pessimistic_value
+from vla_trqam.networks import LAYER_NORM_EPS
 from vla_trqam.precision import own_precision
 
-LAYER_NORM_EPS = 1e-6
 _NOTHING = torch.empty(0)
 
 
@@ -74,6 +74,7 @@ class CriticEnsemble(nn.Module):
                 f"hidden_dims is {list(hidden_dims)}; it must hold widths of at least 1"
             )
         self.ensemble_size = ensemble_size
+        self.hidden_dims, self.layer_norm = tuple(hidden_dims), layer_norm
         widths = [feature_dim + action_dim, *hidden_dims]
         layers = [
             EnsembleLinear(ensemble_size, i, o)
@@ -89,15 +90,21 @@ class CriticEnsemble(nn.Module):
         parts = (*self.layers, *self.norms)
         return [p for part in parts for p in part._parameters.values() if p is not None]
 
-    def forward(self, features: Tensor, action: Tensor) -> Tensor:
+    def forward(self, features: Tensor, action: Tensor, *, frozen: bool = False) -> Tensor:
         """Features (B, F), action (B, H, A) -> (E, B) in the weights' dtype; differentiable once.
 
         Under autocast too: values in bfloat16 would not tell neighbouring actions apart.
+
+        Args:
+            features: of the observations.
+            action: chunks.
+            frozen: the gradient reaches the action and not the weights.
         """
         inputs = torch.cat([features, action.flatten(1)], dim=1).to(self.layers[0].weight.dtype)
         with own_precision(inputs):
             if torch.is_grad_enabled():
-                return cast("Tensor", _EnsembleValue.apply(inputs, self, *self.weights()))
+                weights = [w.detach() if frozen else w for w in self.weights()]
+                return cast("Tensor", _EnsembleValue.apply(inputs, self, *weights))
             return self.evaluate(inputs)
 
     @torch.no_grad()

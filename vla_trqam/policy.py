@@ -197,6 +197,21 @@ class FlowPolicy(nn.Module, ABC):
         mask = self.action_mask
         return x if bool(mask.all()) else x[..., mask.to(x.device)]
 
+    def embedded(self, action: Tensor, around: Tensor | None = None) -> Tensor:
+        """Numbers of the real dimensions (..., a) among all of the flow's: (..., A).
+
+        Args:
+            action: of the real dimensions.
+            around: what padded ones are, (..., A); None for zero.
+        """
+        mask = self.action_mask.to(action.device)
+        if bool(mask.all()):
+            return action
+        whole = action.new_zeros((*action.shape[:-1], len(mask))) if around is None else around
+        whole = whole.clone()
+        whole[..., mask] = action
+        return whole
+
     @property
     def action_limits(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest executed number in the flow's space: (), or (a,) by dimension."""
@@ -221,8 +236,12 @@ class FlowPolicy(nn.Module, ABC):
             clip: keep to :attr:`action_limits`; beyond them the gradient is zero.
         """
         real = self.real_actions(action)
+        return self.within_limits(real) if clip else real
+
+    def within_limits(self, real: Tensor) -> Tensor:
+        """Clipped to :attr:`action_limits`, beyond which the gradient is zero: (..., a)."""
         low, high = self.action_limits
-        return torch.clamp(real, low.to(real), high.to(real)) if clip else real
+        return torch.clamp(real, low.to(real), high.to(real))
 
     @property
     @abstractmethod

@@ -173,7 +173,7 @@ class FlowPolicyContract(PathContract):
         trained = [p.detach().clone() for p in policy.trainable_parameters()]
         method = self._method(policy)
         for seed in range(2):
-            method.update(*self._data(policy, seed))
+            method.update_with(*self._data(policy, seed))
         assert self._untrained_hash(policy) == before
         assert torch.equal(policy.base_velocity(x, tau, context), field)
         moved = list(policy.trainable_parameters())
@@ -188,7 +188,7 @@ class FlowPolicyContract(PathContract):
             return
         method = self._method(policy, train_base=True)
         for seed in range(2):
-            result = method.update(*self._data(policy, seed))
+            result = method.update_with(*self._data(policy, seed))
         assert result.output.bc_loss is not None
         assert not torch.equal(policy.base_velocity(x, tau, context), before)
 

@@ -157,10 +157,10 @@ class PathContract(ABC):
         self, policy: FlowPolicy, scheme: SchemeName, keep: bool
     ) -> None:
         method = self._method(policy, scheme=scheme, keep_activations=keep)
-        first = method.update(*self._data(policy, 0))
+        first = method.update_with(*self._data(policy, 0))
         assert first.kl_estimate == 0.0
         assert first.output.kl_per_step.tolist() == [0.0] * policy.num_flow_steps
-        second = method.update(*self._data(policy, 1))
+        second = method.update_with(*self._data(policy, 1))
         assert second.kl_estimate > 0.0
 
     @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ class PathContract(ABC):
         wanted at another time than the path's."""
         method = self._method(moved, **settings)
         with self.evaluations(moved) as counts:
-            method.update(*self._data(moved, 0))
+            method.update_with(*self._data(moved, 0))
         steps = moved.num_flow_steps
         assert dict(counts) == {"base": bases * steps, "tuned": 2 * steps}
 
@@ -220,7 +220,7 @@ class PathContract(ABC):
         monkeypatch.setattr(moved, "path_fields", without_pullback)
         output = (
             self._method(moved, scheme=scheme, adjoint="scalar")
-            .update(*self._data(moved, 0))
+            .update_with(*self._data(moved, 0))
             .output
         )
         steps, ahead = moved.num_flow_steps, scheme == "posterior"
@@ -228,7 +228,7 @@ class PathContract(ABC):
         terminal = output.terminal_adjoint
         self._assert_close(output.adjoint, torch.stack([tau * terminal for tau in times]))
         with pytest.raises(TypeError, match="not callable"):
-            self._method(moved, scheme=scheme).update(*self._data(moved, 0))
+            self._method(moved, scheme=scheme).update_with(*self._data(moved, 0))
 
     # What the tests share.
 

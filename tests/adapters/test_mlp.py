@@ -138,7 +138,7 @@ def update_once(policy: MLPFlowPolicy, size: int) -> float:
     critic = Critic(CriticEnsemble(width, horizon * dim, (32,), 2))
     method = TRQAM(policy, critic, TRQAMConfig())
     noise = UpdateNoise.draw(batch.action, policy.num_flow_steps, generator)
-    return method.update(batch, noise).kl_estimate
+    return method.update_with(batch, noise).kl_estimate
 
 
 @pytest.mark.parametrize(("hidden_dims", "layer_norm", "batch_size", "steps"), SIZES)

@@ -98,4 +98,4 @@ def test_the_default_presets_size_is_the_recipes() -> None:
     assert (size.batch_size, size.hidden_dims, size.ensemble_size) == (64, (128, 128, 128), 4)
     config = parse_config(FinetuneRobomimicConfig, PRESETS, [])
     steps = config.policy.tuned_flow_steps or config.policy.num_flow_steps
-    assert chain == Chain(config.trqam.scheme, steps, config.trqam.adjoint)
+    assert chain == Chain(config.method.scheme, steps, config.method.adjoint)

@@ -30,20 +30,20 @@ PRESETS = next(
             ["--policy.push_to_hub=true", "--policy.repo_id=me/it", "--policy.tokenizer=."],
             "name a folder of this machine, --policy.tokenizer=.",
         ),
-        (["--trqam.kl_budget=0"], "kl_budget"),
+        (["--method.kl_budget=0"], "kl_budget"),
         (["--batch_size=0"], "--batch_size=0 must be at least 1"),
         (["--critic.next_actions=0"], "--critic.next_actions=0 must be at least 1"),
         (["--critic.updates_per_step=-1"], "must not be negative"),
         (["--discount=1"], "--discount=1.0 must lie between 0 and 1"),
         (["--policy.tuned_flow_steps=0"], "--policy.tuned_flow_steps=0 must be at least 1"),
         (
-            ["--trqam.scheme=posterior", "--policy.tuned_flow_steps=1"],
+            ["--method.scheme=posterior", "--policy.tuned_flow_steps=1"],
             "--policy.tuned_flow_steps=1 is too few for the posterior scheme, whose last step has "
-            "no noise: take at least 2 by --policy.tuned_flow_steps, or --trqam.scheme=shifted_eul",
+            "no noise: take at least 2 by --policy.tuned_flow_steps, or --method.scheme=shifted",
         ),
         (["--peft.r=0"], "--peft.r=0 must be at least 1"),
         (["--polcy.path=x"], "polcy"),
-        (["--method.inverse_temperature=3"], "is QAM's"),
+        (["--method.inverse_temperature=3"], "add --method.type=qam"),
     ],
 )
 def test_a_wrong_setting_gets_a_sentence(flags, sentence):

@@ -9,7 +9,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
-from vla_trqam.engine.learners import OffPolicy, load_module_tensors, module_tensors
+from vla_trqam.engine.folder.state import load_module_tensors, module_tensors
 from vla_trqam.errors import UserError
 from vla_trqam.methods.average import WeightAverage
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
@@ -31,17 +31,17 @@ def batch_of() -> TransitionBatch:
     )
 
 
-def learner_of(rate: float) -> OffPolicy:
+def learner_of(rate: float) -> TRQAM:
     torch.manual_seed(0)
     shape = MLPFlowConfig(OBSERVATION, ACTIONS, HORIZON, (16,), num_flow_steps=3)
     critic = Critic(CriticEnsemble(OBSERVATION, HORIZON * ACTIONS, (16,), 2))
-    return OffPolicy(TRQAM(MLPFlowPolicy(shape), critic, TRQAMConfig(average_rate=rate)))
+    return TRQAM(MLPFlowPolicy(shape), critic, TRQAMConfig(average_rate=rate))
 
 
-def updated(learner: OffPolicy, count: int) -> list[list[torch.Tensor]]:
+def updated(learner: TRQAM, count: int) -> list[list[torch.Tensor]]:
     """The weights before the first and after every update."""
     generator, batch = torch.Generator().manual_seed(1), batch_of()
-    parameters = list(learner.method.policy.trainable_parameters())
+    parameters = list(learner.policy.trainable_parameters())
     history = [[p.detach().clone() for p in parameters]]
     for _ in range(count):
         learner.update(batch, generator)
@@ -67,7 +67,7 @@ def test_a_young_average_is_the_mean_and_an_old_one_forgets_by_its_rate() -> Non
 def test_the_policy_acts_with_the_average_and_goes_on_training_with_its_own_weights() -> None:
     learner = learner_of(0.1)
     history = updated(learner, 5)
-    parameters = list(learner.method.policy.trainable_parameters())
+    parameters = list(learner.policy.trainable_parameters())
     mean = [torch.stack(each).mean(dim=0) for each in zip(*history, strict=True)]
     with learner.acting():
         for found, expected in zip(parameters, mean, strict=True):
@@ -87,7 +87,7 @@ def test_the_weights_come_back_where_acting_fails() -> None:
     last = updated(learner, 2)[-1]
     with pytest.raises(RuntimeError, match="the simulator"), learner.acting():
         raise RuntimeError("the simulator")
-    for found, own in zip(learner.method.policy.trainable_parameters(), last, strict=True):
+    for found, own in zip(learner.policy.trainable_parameters(), last, strict=True):
         assert torch.equal(found, own)
 
 
@@ -95,12 +95,12 @@ def test_a_checkpoint_holds_the_average_beside_the_weights() -> None:
     learner, other = learner_of(0.05), learner_of(0.05)
     updated(learner, 3)
     load_module_tensors(other, copy.deepcopy(module_tensors(learner)))
-    assert other.method.average is not None
-    assert int(other.method.average.num_updates) == 3
+    assert other.average is not None
+    assert int(other.average.num_updates) == 3
     with learner.acting(), other.acting():
         pairs = zip(
-            learner.method.policy.trainable_parameters(),
-            other.method.policy.trainable_parameters(),
+            learner.policy.trainable_parameters(),
+            other.policy.trainable_parameters(),
             strict=True,
         )
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -96,7 +96,7 @@ def train(
     method, generator = TRQAM(policy, critic, config), torch.Generator().manual_seed(2)
     for _ in range(UPDATES):
         batch = transitions(generator)
-        method.update(batch, UpdateNoise.draw(batch.action, STEPS, generator))
+        method.update_with(batch, UpdateNoise.draw(batch.action, STEPS, generator))
     return before, mean_reward(policy), method
 
 

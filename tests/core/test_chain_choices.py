@@ -129,13 +129,13 @@ def test_the_scalar_adjoint_asks_for_no_jacobian(
     for fields in (PathFields, MLPPathFields):
         monkeypatch.setattr(fields, "base_pullback", no_pullback)
     method = method_of(replace(scalar(scheme), keep_activations=keep))
-    result = method.update(batch_of(), noise_of())
+    result = method.update_with(batch_of(), noise_of())
     output = result.output
     expected = torch.stack([t * output.terminal_adjoint for t in times])
     torch.testing.assert_close(output.adjoint, expected)
     assert result.kl_estimate > 0.0
     with pytest.raises(AssertionError, match="vector-Jacobian"):
-        method_of(TRQAMConfig(scheme=scheme)).update(batch_of(), noise_of())
+        method_of(TRQAMConfig(scheme=scheme)).update_with(batch_of(), noise_of())
 
 
 @pytest.mark.parametrize("scheme", ["posterior", "shifted_euler"])
@@ -154,7 +154,7 @@ def test_the_adjoints_choice_changes_nothing_but_the_adjoint(scheme: SchemeName)
 def test_the_trust_region_is_over_the_scalar_adjoint_too(scheme: SchemeName) -> None:
     config = replace(scalar(scheme), kl_budget=1e-4, kl_ema_rate=1.0)
     method = method_of(config, moved=False)
-    results = [method.update(batch_of(step), noise_of(step)) for step in range(3)]
+    results = [method.update_with(batch_of(step), noise_of(step)) for step in range(3)]
     assert results[0].kl_estimate == 0.0
     assert results[2].kl_estimate > 1e-4
     assert method.trust_region.lam > results[2].lam
@@ -177,7 +177,7 @@ def test_without_kept_activations_gradients_and_updates_are_the_same_up_to_round
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * (1 + scale))
     first, second = method_of(kept), method_of(dropped)
     before = weights(first)
-    kls = [m.update(batch_of(), noise_of()).kl_estimate for m in (first, second)]
+    kls = [m.update_with(batch_of(), noise_of()).kl_estimate for m in (first, second)]
     assert kls[0] == pytest.approx(kls[1], rel=1e-4)
     assert not same(before, weights(second), "policy.tuned")
 
@@ -185,4 +185,4 @@ def test_without_kept_activations_gradients_and_updates_are_the_same_up_to_round
 @pytest.mark.parametrize("scheme", ["posterior", "shifted_euler"])
 def test_without_kept_activations_the_first_kl_is_exactly_zero(scheme: SchemeName) -> None:
     method = method_of(TRQAMConfig(scheme=scheme, keep_activations=False), moved=False)
-    assert method.update(batch_of(), noise_of()).kl_estimate == 0.0
+    assert method.update_with(batch_of(), noise_of()).kl_estimate == 0.0

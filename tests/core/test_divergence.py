@@ -13,7 +13,7 @@ from update_problems import batch_of, method_of, noise_of
 
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import DivergenceError
-from vla_trqam.methods import trqam
+from vla_trqam.methods import adjoint_matching
 from vla_trqam.methods.finite import check_finite, measured
 from vla_trqam.methods.parallel import Ranks
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
@@ -60,7 +60,7 @@ def spoil_gradient(parameter: Tensor, value: float) -> Any:
 
 def started(config: TRQAMConfig | None = None) -> TRQAM:
     method = method_of(config)
-    method.update(batch_of(0), noise_of(0))
+    method.update_with(batch_of(0), noise_of(0))
     return method
 
 
@@ -71,12 +71,12 @@ def test_a_loss_that_is_not_finite_moves_nothing(value: float, config: TRQAMConf
     before, lam = everything(method), method.trust_region.lam
     said = f"the loss is (nan|inf) at lambda {lam:.3g}"
     with pytest.raises(DivergenceError, match=said):
-        method.update(spoilt(value), noise_of(1))
+        method.update_with(spoilt(value), noise_of(1))
     assert unchanged(method, before)
     with pytest.raises(DivergenceError, match=said):
-        method.update_critic(spoilt(value), noise_of(1))
+        method.update_critic_with(spoilt(value), noise_of(1))
     assert unchanged(method, before)
-    method.update(batch_of(1), noise_of(1))
+    method.update_with(batch_of(1), noise_of(1))
     assert all(bool(v.isfinite().all()) for v in method.loss.state_dict().values())
 
 
@@ -95,14 +95,14 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     before = everything(method)
     hook = spoil_gradient(pick(method), value)
     with pytest.raises(DivergenceError, match=f"the {who}'s gradient norm is {value}"):
-        method.update(batch_of(1), noise_of(1))
+        method.update_with(batch_of(1), noise_of(1))
     assert unchanged(method, before)
     if who == "critic":
         with pytest.raises(DivergenceError, match=f"the critic's gradient norm is {value}"):
-            method.update_critic(batch_of(1), noise_of(1))
+            method.update_critic_with(batch_of(1), noise_of(1))
         assert unchanged(method, before)
     hook.remove()
-    method.update(batch_of(1), noise_of(1))
+    method.update_with(batch_of(1), noise_of(1))
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -111,14 +111,14 @@ def test_a_path_kl_that_is_not_finite_moves_nothing_though_the_loss_is(
 ) -> None:
     method = started()
     before = everything(method)
-    measure = trqam.path_kl_per_step
+    measure = adjoint_matching.path_kl_per_step
 
     def spoil(gap: Tensor, grid: Any) -> Tensor:
         return torch.full_like(measure(gap, grid), value)
 
-    monkeypatch.setattr(trqam, "path_kl_per_step", spoil)
+    monkeypatch.setattr(adjoint_matching, "path_kl_per_step", spoil)
     with pytest.raises(DivergenceError, match=f"the path KL is {value} at lambda"):
-        method.update(batch_of(1), noise_of(1))
+        method.update_with(batch_of(1), noise_of(1))
     assert unchanged(method, before)
 
 
@@ -152,7 +152,7 @@ def test_a_step_factor_scales_both_step_sizes_and_no_more() -> None:
     half, plain = method_of(config), method_of(replace(config, actor_lr=5e-4, critic_lr=1e-3))
     half.step_factor = 0.5
     for step in range(2):
-        half.update(batch_of(step), noise_of(step))
-        plain.update(batch_of(step), noise_of(step))
+        half.update_with(batch_of(step), noise_of(step))
+        plain.update_with(batch_of(step), noise_of(step))
     first, second = half.loss.state_dict(), plain.loss.state_dict()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []

@@ -161,7 +161,7 @@ def test_the_loss_uses_lambda_before_its_step_and_the_kl_before_the_weights_step
     method, batch = method_of(TRQAMConfig(kl_budget=0.1)), batch_of()
     before = method.trust_region.lam
     output = method.loss(batch, noise_of(), before)
-    result = method.update(batch, noise_of())
+    result = method.update_with(batch, noise_of())
     assert result.lam == before
     assert method.trust_region.lam != before
     assert result.kl_estimate == float(output.kl_per_step.sum()) / HORIZON
@@ -177,7 +177,7 @@ def test_target_networks_follow_the_weights_as_they_were_before_the_step() -> No
         ]:
             parameter.add_(0.1)
     old = weights(method)
-    method.update(batch_of(), noise_of())
+    method.update_with(batch_of(), noise_of())
     new = weights(method)
     pairs = {"critic.target": ("critic.online", 0.005), "policy.base": ("policy.behaviour", 0.3)}
     for average, (current, rate) in pairs.items():
@@ -190,8 +190,8 @@ def test_target_networks_follow_the_weights_as_they_were_before_the_step() -> No
 def test_two_runs_with_the_same_noise_are_equal_to_the_bit() -> None:
     first, second = method_of(), method_of()
     for step in range(3):
-        first.update(batch_of(step), noise_of(step))
-        second.update(batch_of(step), noise_of(step))
+        first.update_with(batch_of(step), noise_of(step))
+        second.update_with(batch_of(step), noise_of(step))
     assert same(weights(first), weights(second), "")
 
 
@@ -201,8 +201,8 @@ def test_the_critics_update_alone_is_its_part_of_the_whole_one() -> None:
     whole, alone = method_of(still), method_of(still)
     before = weights(alone)
     for step in range(3):
-        expected = whole.update(batch_of(step), noise_of(step)).metrics()
-        found = alone.update_critic(batch_of(step), noise_of(step)).metrics()
+        expected = whole.update_with(batch_of(step), noise_of(step)).metrics()
+        found = alone.update_critic_with(batch_of(step), noise_of(step)).metrics()
         assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-5)
     mine, other = weights(alone), weights(whole)
     for name in mine:
@@ -215,7 +215,7 @@ def test_the_critics_update_alone_is_its_part_of_the_whole_one() -> None:
 
 def run(config: TRQAMConfig, updates: int = 3) -> tuple[TRQAM, list[float], list[float]]:
     method = method_of(config)
-    results = [method.update(batch_of(step), noise_of(step)) for step in range(updates)]
+    results = [method.update_with(batch_of(step), noise_of(step)) for step in range(updates)]
     losses = [float(result.output.adjoint_loss) for result in results]
     return method, losses, [result.kl_estimate for result in results]
 
@@ -269,7 +269,7 @@ def test_one_clip_over_everything_lets_the_critic_shrink_the_actors_step() -> No
 
     def actor_gradient(shared: bool, data: TransitionBatch) -> list[Tensor]:
         method = method_of(TRQAMConfig(shared_optimizer=shared))
-        method.update(data, noise_of())
+        method.update_with(data, noise_of())
         return [p.grad.clone() for p in method.policy.trainable_parameters() if p.grad is not None]
 
     def norm(values: list[Tensor]) -> float:
@@ -289,16 +289,16 @@ def test_the_norms_are_those_before_the_clip() -> None:
         parts = [g.square().sum() for name, g in named.items() if name.startswith(prefix)]
         return math.sqrt(float(torch.stack(parts).sum()))
 
-    apart = method_of(TRQAMConfig(max_grad_norm=0.1)).update(batch, noise_of())
+    apart = method_of(TRQAMConfig(max_grad_norm=0.1)).update_with(batch, noise_of())
     expected = [norm("policy.tuned"), norm("critic.online")]
     assert [float(n) for n in apart.grad_norms] == pytest.approx(expected, rel=1e-5)
-    together = method_of(TRQAMConfig(shared_optimizer=True)).update(batch, noise_of())
+    together = method_of(TRQAMConfig(shared_optimizer=True)).update_with(batch, noise_of())
     assert [float(n) for n in together.grad_norms] == pytest.approx([norm("")], rel=1e-5)
 
 
 def test_metrics_are_their_documented_formulas() -> None:
     method = method_of(TRQAMConfig(train_base=True))
-    result = method.update(batch_of(), noise_of())
+    result = method.update_with(batch_of(), noise_of())
     out, metrics = result.output, result.metrics()
     assert out.bc_loss is not None
     q, x_1 = out.q, out.trajectory.x_1
@@ -323,7 +323,7 @@ def test_metrics_are_their_documented_formulas() -> None:
     }
     assert metrics.keys() == expected.keys()
     assert metrics == pytest.approx(expected, rel=1e-5)
-    assert "bc_loss" not in method_of().update(batch_of(), noise_of()).metrics()
+    assert "bc_loss" not in method_of().update_with(batch_of(), noise_of()).metrics()
 
 
 def test_the_terminal_adjoint_is_minus_beta_times_the_target_critics_gradient_at_the_end() -> None:
@@ -376,7 +376,7 @@ def test_a_policy_with_a_frozen_base_keeps_it_to_the_bit_and_trains_the_rest() -
     method = method_of()
     old = weights(method)
     for step in range(3):
-        method.update(batch_of(step), noise_of(step))
+        method.update_with(batch_of(step), noise_of(step))
     new = weights(method)
     assert same(old, new, "policy.base")
     for prefix in ("policy.tuned", "critic.online", "critic.target"):
@@ -415,6 +415,6 @@ def test_the_critic_sees_real_dimensions_within_their_limits_and_the_flow_all() 
     padding = batch.action.clone()
     padding[..., -1] = 7.0
     assert torch.equal(method.loss(replace(batch, action=padding), noise, 1.0).q, out.q)
-    result = method.update(batch, noise)
+    result = method.update_with(batch, noise)
     share = float(beyond.float().mean())
     assert result.metrics()["clipped_action_fraction"] == pytest.approx(share)

@@ -27,10 +27,10 @@ from vla_trqam.engine.processes.team import (
     FailedElsewhereError,
     Team,
     make_accelerator,
-    micro_batches,
-    rows_of,
 )
 from vla_trqam.errors import DivergenceError, UserError
+from vla_trqam.methods.adjoint_matching import micro_batches
+from vla_trqam.methods.off_policy import rows_of
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 
 CUT = 7
@@ -49,7 +49,7 @@ class Place:
         self.rows = slice(0, BATCH) if alone else (slice(0, CUT), slice(CUT, BATCH))[self.team.rank]
 
     def share(self, step: int) -> tuple[TransitionBatch, UpdateNoise]:
-        return rows_of(batch_with_short_chunks(step), noise_of(step), self.rows)
+        return rows_of(batch_with_short_chunks(step), self.rows), noise_of(step).rows(self.rows)
 
     def method(self, config: TRQAMConfig = CONFIG, *, shard: bool = False) -> TRQAM:
         made = method_of(config)
@@ -92,8 +92,8 @@ def run_updates(place: Place, method: TRQAM) -> dict[str, Tensor]:
     """Updates of everything and of the critic alone, in turn."""
     history = []
     for step in range(3):
-        history.append(method.update(*place.share(step)).metrics())
-        history.append(method.update_critic(*place.share(10 + step)).metrics())
+        history.append(method.update_with(*place.share(step)).metrics())
+        history.append(method.update_critic_with(*place.share(10 + step)).metrics())
     return trained(method, history)
 
 
@@ -113,7 +113,7 @@ def accumulated(place: Place) -> dict[str, Tensor]:
         batch, noise = place.share(step)
         parts = micro_batches(batch, noise, 1 if place.team.size == 1 else 2)
         history.append(method.update_in_parts(parts).metrics())
-        history.append(method.update_critic(*place.share(10 + step)).metrics())
+        history.append(method.update_critic_with(*place.share(10 + step)).metrics())
     return trained(method, history)
 
 
@@ -142,14 +142,14 @@ def with_an_unused_weight(place: Place) -> dict[str, Tensor]:
 def spoilt_on_one_rank(place: Place) -> dict[str, Tensor]:
     """A row of the last rank makes all of them stop, with nothing moved, and go on alike."""
     method, stops = place.method(), 0
-    method.update(*place.share(0))
+    method.update_with(*place.share(0))
     before = trained(method, [])
     bad, noise = batch_with_short_chunks(1), noise_of(1)
     bad.chunk_return[BATCH - 1] = torch.nan
     bad.valid[BATCH - 1], bad.terminated[BATCH - 1] = True, True
-    for update in (method.update, method.update_critic):
+    for update in (method.update_with, method.update_critic_with):
         try:
-            update(*rows_of(bad, noise, place.rows))
+            update(rows_of(bad, place.rows), noise.rows(place.rows))
         except DivergenceError:
             stops += 1
     kept = all(torch.equal(value, before[name]) for name, value in trained(method, []).items())

@@ -19,8 +19,8 @@ FINE = {
     "actor_grad_norm": 0.7,
 }
 WRONG = {
-    "lam_on_bound": ({"lam": 0.03}, 10, ["lower bound 0.03", "--trqam.kl_budget"]),
-    "lam_on_bound, upper": ({"lam": 300.0}, 10, ["upper bound 300", "--trqam.lam_max"]),
+    "lam_on_bound": ({"lam": 0.03}, 10, ["lower bound 0.03", "--method.kl_budget"]),
+    "lam_on_bound, upper": ({"lam": 300.0}, 10, ["upper bound 300", "--method.lam_max"]),
     "q_out_of_range": (
         {"q_mean": 11.0},
         3,

@@ -10,9 +10,10 @@ from packed_policy import HORIZON, PackedPolicy, frame_episode, frame_replay
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.sampling import RewardSpec
-from vla_trqam.engine.cached_learners import CachedCriticWarmup, CachedOffPolicy, TrainedWeights
-from vla_trqam.engine.learners import load_module_tensors, module_tensors
+from vla_trqam.engine.cached import Cached, CriticOnly, TrainedWeights
+from vla_trqam.engine.folder.state import load_module_tensors, module_tensors
 from vla_trqam.engine.next_actions import FRAME, NextActions, NumberedFeatures
+from vla_trqam.methods.base import FlowActor
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
@@ -42,9 +43,9 @@ def sampler(replay, cache):
 def make_learner(policy, replay, cache, critic_updates=3, **settings):
     torch.manual_seed(1)
     critic = Critic(CriticEnsemble(4, HORIZON * 2, (8,), 2))
-    return CachedOffPolicy(
+    return Cached(
         TRQAM(policy, critic, TRQAMConfig()),
-        NextActions(policy, replay, cache, chunks_per_frame=SLOTS),
+        NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS),
         sampler(replay, cache),
         critic_updates=critic_updates,
         batch_size=CRITIC_BATCH,
@@ -54,7 +55,7 @@ def make_learner(policy, replay, cache, critic_updates=3, **settings):
 
 def test_every_frame_gets_chunks_of_the_policy_from_standard_noise(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
     count = replay.num_frames
     assert actions.fill(torch.Generator().manual_seed(5), batch_size=count) == count
     generator = torch.Generator().manual_seed(5)
@@ -69,7 +70,7 @@ def test_every_frame_gets_chunks_of_the_policy_from_standard_noise(setting):
 
 def test_frames_that_have_chunks_keep_them_and_new_ones_get_theirs(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
     generator = torch.Generator().manual_seed(0)
     actions.fill(generator)
     before, old = actions.chunks.clone(), replay.num_frames
@@ -83,7 +84,7 @@ def test_frames_that_have_chunks_keep_them_and_new_ones_get_theirs(setting):
 
 def test_a_target_takes_one_of_the_frames_chunks_and_newer_ones_replace_them(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
     generator = torch.Generator().manual_seed(0)
     actions.fill(generator)
     frames = torch.tensor([3] * 200)
@@ -110,7 +111,7 @@ def test_the_warm_up_moves_the_critic_alone(setting):
     learner = make_learner(policy, replay, cache)
     critic, before = learner.method.critic, copy.deepcopy(policy.state_dict())
     old = copy.deepcopy(critic.state_dict())
-    warm, generator = CachedCriticWarmup(learner), torch.Generator().manual_seed(0)
+    warm, generator = CriticOnly(learner), torch.Generator().manual_seed(0)
     warm.update(learner.sampler.sample(BATCH, np.random.default_rng(0)), generator)
     assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
     assert any(not torch.equal(v, old[k]) for k, v in critic.state_dict().items())
@@ -132,7 +133,7 @@ def test_an_update_of_the_policy_brings_so_many_of_the_critic(setting, monkeypat
     learner.update(batch, torch.Generator().manual_seed(0))
     assert sizes == [CRITIC_BATCH] * 3
     assert not torch.equal(policy.tuned.weight, before)
-    drawn = learner._result.output.next_action
+    drawn = learner.method.next_action
     frames = batch.next_observation[FRAME]
     kept = (learner.next_actions.chunks[frames] == drawn[:, None]).all(dim=(2, 3)).any(dim=1)
     # Of chunks with the same next frame only the last one put may be left.
@@ -150,7 +151,7 @@ def test_micro_batches_change_the_memory_and_not_the_update(setting):
         batch = learner.sampler.sample(BATCH, np.random.default_rng(0))
         for seed in range(3):
             learner.update(batch, torch.Generator().manual_seed(seed))
-    assert len(parts._result.outputs) == 3
+    assert len(parts.method._result.outputs) == 3
     expected, found = module_tensors(whole), module_tensors(parts)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -176,7 +177,7 @@ def test_a_checkpoint_holds_what_is_trained_and_restores_it(setting):
 
 def test_a_checkpoint_has_no_room_for_frames_yet_to_come(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
     actions.fill(torch.Generator().manual_seed(0))
     saved = actions.state_dict()["chunks"]
     assert len(saved) == replay.num_frames < len(actions.chunks)
@@ -185,7 +186,8 @@ def test_a_checkpoint_has_no_room_for_frames_yet_to_come(setting):
 
 @pytest.mark.parametrize("strange", [{}, {"chunks": torch.zeros(2, SLOTS + 1, HORIZON, 2)}])
 def test_next_actions_of_another_shape_are_refused(strange, setting):
-    actions = NextActions(*setting, chunks_per_frame=SLOTS)
+    policy, *rest = setting
+    actions = NextActions(policy, FlowActor(policy), *rest, chunks_per_frame=SLOTS)
     with pytest.raises(RuntimeError, match="chunks"):
         actions.load_state_dict(strange)
 

@@ -132,7 +132,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", note_name)
     learner = trained()
     generators = Generators.seeded(0, torch.device("cpu"))
-    save_policy = learner.method.policy.save_pretrained
+    save_policy = learner.policy.save_pretrained
     final = save_checkpoint(tmp_path, "000003", learner, save_policy, generators, POSITION)
     part = final.with_name(".part.000003")
     named = events.index(("name", str(final)))

@@ -13,7 +13,7 @@ from vla_trqam.engine.folder.checkpoints import (
     read_position,
     save_checkpoint,
 )
-from vla_trqam.engine.learners import module_tensors
+from vla_trqam.engine.folder.state import module_tensors
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.errors import UserError
 
@@ -23,7 +23,7 @@ POSITION = Position("offline", 3, 3, [5], 7, {"offline": 0.1}, "no")
 def save(folder, name="000003", learner=None, position=POSITION):
     learner = learner or trained()
     generators = Generators.seeded(0, torch.device("cpu"))
-    policy = learner.method.policy
+    policy = learner.policy
     return save_checkpoint(folder, name, learner, policy.save_pretrained, generators, position)
 
 
@@ -47,7 +47,7 @@ def test_everything_comes_back(tmp_path):
     generators.replay.random(11)
     torch.randn(5, generator=generators.noise)
     path = save_checkpoint(
-        tmp_path, "000003", learner, learner.method.policy.save_pretrained, generators, POSITION
+        tmp_path, "000003", learner, learner.policy.save_pretrained, generators, POSITION
     )
     fresh, others = make_off_policy(seed=9), Generators.seeded(8, torch.device("cpu"))
     load_checkpoint(path, fresh, others)

@@ -22,8 +22,9 @@ from update_problems import (
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.engine.processes.team import Team, micro_batches
+from vla_trqam.engine.processes.team import Team
 from vla_trqam.errors import UserError
+from vla_trqam.methods.adjoint_matching import micro_batches
 from vla_trqam.methods.parallel import Ranks, whole
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 from vla_trqam.policy import PathFields
@@ -102,7 +103,7 @@ def test_micro_batches_make_the_update_of_the_joint_batch(count: int) -> None:
     for step in range(2):
         batch, noise = batch_of(step), noise_of(step)
         batch.valid[:3, -1] = False
-        expected = joint.update(batch, noise).metrics()
+        expected = joint.update_with(batch, noise).metrics()
         found = split.update_in_parts(micro_batches(batch, noise, count)).metrics()
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for mine, other in zip(split.loss.parameters(), joint.loss.parameters(), strict=True):
@@ -128,10 +129,10 @@ def test_bfloat16_leaves_networks_written_by_hand_in_float32() -> None:
     made = method_of()
     mixed = TRQAM(made.policy, made.critic, TRQAMConfig(), bfloat16_accelerator())
     for step in range(2):
-        expected = plain.update(batch_of(step), noise_of(step)).metrics()
-        assert mixed.update(batch_of(step), noise_of(step)).metrics() == expected
-        expected = plain.update_critic(batch_of(step), noise_of(step)).metrics()
-        assert mixed.update_critic(batch_of(step), noise_of(step)).metrics() == expected
+        expected = plain.update_with(batch_of(step), noise_of(step)).metrics()
+        assert mixed.update_with(batch_of(step), noise_of(step)).metrics() == expected
+        expected = plain.update_critic_with(batch_of(step), noise_of(step)).metrics()
+        assert mixed.update_critic_with(batch_of(step), noise_of(step)).metrics() == expected
 
 
 def test_a_critic_under_autocast_is_the_critic_to_the_bit() -> None:
@@ -176,7 +177,7 @@ def test_fields_that_autocast_rounds_give_float32_paths_and_gradients() -> None:
         shape = MLPFlowConfig(OBSERVATION, ACTION, HORIZON, num_flow_steps=STEPS)
         critic = Critic(CriticEnsemble(OBSERVATION, HORIZON * ACTION, (24,), 3))
         method = TRQAM(LibraryPolicy(shape), critic, TRQAMConfig(), accelerator)
-        result = method.update(batch_of(), noise_of())
+        result = method.update_with(batch_of(), noise_of())
         gradient = torch.cat([p.grad.flatten() for p in method.policy.tuned.parameters()])
         results.append((result.kl_estimate, gradient))
         assert result.output.adjoint.dtype == torch.float32

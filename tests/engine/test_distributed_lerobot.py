@@ -18,14 +18,14 @@ from vla_trqam.adapters.loading import load_policy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
-from vla_trqam.engine.learners import (
-    OffPolicy,
+from vla_trqam.engine.folder.state import (
     load_module_tensors,
     load_optimizer_tensors,
     module_tensors,
     optimizer_tensors,
 )
-from vla_trqam.engine.processes.team import Team, rows_of
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.methods.off_policy import rows_of
 from vla_trqam.methods.trqam import TRQAM, LossOutput, TRQAMConfig, UpdateNoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
@@ -63,12 +63,14 @@ def method_of(lora: bool, accelerator: object = None, *, shard: bool = False) ->
 def run(method: TRQAM) -> dict[str, Tensor]:
     """Two whole updates around one of the critic; only what is trained is returned."""
     history = []
-    for step, update in enumerate((method.update, method.update_critic, method.update)):
+    updates = (method.update_with, method.update_critic_with, method.update_with)
+    for step, update in enumerate(updates):
         team = method.ranks
         rows = slice(0, ROWS)
         if team.count == 2:
             rows = slice(0, CUT) if team.index == 0 else slice(CUT, ROWS)
-        history.append(update(*rows_of(*whole_batch(method, step), rows)).metrics())
+        batch, noise = whole_batch(method, step)
+        history.append(update(rows_of(batch, rows), noise.rows(rows)).metrics())
     names = {f"policy.{n}" for n, p in method.policy.named_parameters() if p.requires_grad}
     found = trained(method, history)
     return {k: v for k, v in found.items() if not k.startswith("policy.") or k in names}
@@ -86,15 +88,15 @@ def sharded(folder: Path, accelerator: object = None) -> dict[str, Tensor]:
     with method.whole_weights():
         team.on_main(lambda: method.policy.save_pretrained(folder / f"saved_by_{team.size}"))
     resumed = method_of(False, accelerator, shard=team.size > 1)
-    restore(OffPolicy(resumed), OffPolicy(method))
+    restore(resumed, method)
     for again, tensors in (("on", run(method)), ("resumed", run(resumed))):
         found |= {f"{again}.{key}": value for key, value in tensors.items()}
     return found
 
 
-def restore(learner: OffPolicy, other: OffPolicy) -> None:
+def restore(learner: TRQAM, other: TRQAM) -> None:
     """One learner's state, as a checkpoint holds it, in another."""
-    with other.method.whole_weights(moments=True):
+    with other.whole_weights(moments=True):
         networks, moments = module_tensors(other), optimizer_tensors(other.optimizer)
         networks, moments = ({k: v.clone() for k, v in t.items()} for t in (networks, moments))
     load_module_tensors(learner, networks)
@@ -155,7 +157,7 @@ def test_networks_in_bfloat16_train_as_in_float32(with_lora: bool) -> None:
     plain, rounded = method_of(with_lora), method_of(with_lora, bfloat16_accelerator())
     for step in range(3):
         batch, noise = whole_batch(plain, step + 1)
-        results = [method.update(batch, noise) for method in (plain, rounded)]
+        results = [method.update_with(batch, noise) for method in (plain, rounded)]
         if step == 0:
             clipped = [result.output.terminal_adjoint == 0.0 for result in results]
             assert torch.equal(*clipped), "a number that rounding moves over a limit is no test"

@@ -12,7 +12,6 @@ from toy_learners import make_cloning, make_off_policy
 from toy_run import chunks, filled_replay, make_run, phase
 from toy_task import ToyPool, homing_policy, roll_out
 
-from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.run import METRICS_NAME
@@ -59,7 +58,7 @@ def test_rollouts_join_the_replay_before_the_update_that_asks_for_them(run, lear
 
 def test_the_running_mean_acts_is_evaluated_and_saved(tmp_path, replay):
     learner, seen = make_off_policy(average_rate=0.1), []
-    policy, average = learner.method.policy, learner.method.average
+    policy, average = learner.policy, learner.average
 
     def acts_with_the_average(_):
         pairs = zip(policy.trainable_parameters(), average.weights, strict=True)
@@ -148,9 +147,9 @@ def test_a_log_file_gets_lines_without_control_characters(run, learner, monkeypa
 
 def test_the_critic_check_is_q_beside_the_return_of_whole_chunks(replay):
     torch.manual_seed(0)
-    policy = make_off_policy().method.policy
-    critic = Critic(CriticEnsemble(3, 4, (8,), 2))
-    check = check_critic(policy, critic, chunks(replay))
+    method = make_off_policy()
+    policy = method.policy
+    check = check_critic(policy, method.score, chunks(replay))
     table = replay.episodes()
     assert len(check.q) == (table.num_steps - 1).clip(0).sum()
     expected = []
@@ -175,7 +174,7 @@ def test_without_a_whole_chunk_the_critic_check_is_empty(tmp_path):
         source="dataset",
         success=True,
     )
-    policy, critic = make_off_policy().method.policy, Critic(CriticEnsemble(3, 4, (8,), 2))
-    check = check_critic(policy, critic, chunks(short))
+    method = make_off_policy()
+    check = check_critic(method.policy, method.score, chunks(short))
     assert len(check.q) == 0
     assert not check.known.any()

@@ -5,15 +5,14 @@ import torch
 from toy_learners import make_batch, make_cloning, make_off_policy, make_policy
 
 from vla_trqam.data.transitions import TransitionBatch
-from vla_trqam.engine.learners import (
-    BehaviourCloning,
+from vla_trqam.engine.folder.state import (
     load_module_tensors,
     load_optimizer_tensors,
     module_tensors,
     optimizer_tensors,
 )
 from vla_trqam.errors import UserError
-from vla_trqam.methods.bc import BehaviourCloningConfig
+from vla_trqam.methods.bc import BehaviourCloning, BehaviourCloningConfig
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
 
@@ -153,11 +152,11 @@ def test_a_trust_region_goes_on_in_its_own_scheme_alone():
     state = {"lam": 1.5, "kl_ema": 0.25}
     assert posterior.scalars()["scheme"] == "posterior"
     posterior.load_scalars(state | {"scheme": "posterior"})
-    assert posterior.method.trust_region.state_dict() == state
+    assert posterior.trust_region.state_dict() == state
     authors.load_scalars(state)  # as it was saved before there was more than one
-    assert authors.method.trust_region.state_dict() == state
+    assert authors.trust_region.state_dict() == state
     begun = make_off_policy()
     for theirs in (state, state | {"scheme": "shifted_euler"}):
         with pytest.raises(UserError, match="of the shifted_euler scheme and this run is of post"):
             begun.load_scalars(theirs)
-    assert begun.method.trust_region.lam == begun.method.config.lam_init, "nothing was taken"
+    assert begun.trust_region.lam == begun.config.lam_init, "nothing was taken"

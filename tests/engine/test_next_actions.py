@@ -9,6 +9,7 @@ from vla_trqam.config.vla_settings import FinetuneVLAConfig, VLACriticConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.engine.next_actions import CHUNKS, NextActions
 from vla_trqam.errors import UserError
+from vla_trqam.methods.base import FlowActor
 
 SLOTS = 3
 
@@ -18,7 +19,7 @@ def actions(tmp_path):
     policy, replay = PackedPolicy(), frame_replay(tmp_path / "replay")
     cache = FeatureCache(replay, policy.packed, fingerprint="1")
     cache.update()
-    made = NextActions(policy, replay, cache, chunks_per_frame=SLOTS)
+    made = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
     made.fill(torch.Generator().manual_seed(0))
     yield made
     replay.close()

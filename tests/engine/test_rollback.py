@@ -14,7 +14,7 @@ from toy_task import Killed, ToyPool
 
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.engine.divergence import not_finite
-from vla_trqam.engine.learners import module_tensors, optimizer_tensors
+from vla_trqam.engine.folder.state import module_tensors, optimizer_tensors
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.run import METRICS_NAME
 from vla_trqam.errors import DivergenceError
@@ -106,7 +106,7 @@ def step_sizes(learner):
 def test_a_run_stops_with_a_sentence_and_its_checkpoint(begin):
     run, learner = begin(on_divergence="stop")
     spoil(run, learner, large_steps)
-    lam = learner.method.trust_region
+    lam = learner.trust_region
     with pytest.raises(DivergenceError) as error:
         train(run, learner)
     expected = f"training has diverged: the loss is nan at lambda {lam.lam:.3g} in offline update 6"
@@ -196,15 +196,13 @@ def test_a_rolled_back_run_resumes_to_the_bits_of_an_uninterrupted_one(died_at, 
 
 SPOILED = {
     "weight critic.online.layers.0.weight": lambda learner: bad(
-        learner.method.critic.online.layers[0].weight
+        learner.critic.online.layers[0].weight
     ),
-    "weight critic.target.layers.0.bias": lambda learner: bad(
-        learner.method.critic.target.layers[0].bias
-    ),
+    "weight critic.target.layers.0.bias": lambda learner: bad(learner.critic.target.layers[0].bias),
     "the optimizer's 0.exp_avg_sq": lambda learner: bad(
         next(iter(learner.optimizer.state.values()))["exp_avg_sq"]
     ),
-    "lam": lambda learner: setattr(learner.method.trust_region, "lam", math.inf),
+    "lam": lambda learner: setattr(learner.trust_region, "lam", math.inf),
 }
 
 
@@ -239,7 +237,7 @@ def test_bad_weights_before_a_save_are_rolled_back_too(begin):
         update(*arguments)
         if run.step == 3 and not spoilt:
             spoilt.append(True)
-            bad(learner.method.critic.online.layers[0].weight)
+            bad(learner.critic.online.layers[0].weight)
 
     learner.update = once
     train(run, learner)
@@ -252,7 +250,7 @@ def test_an_old_checkpoint_is_of_whole_steps(begin):
     train(run, learner, steps=2)
     assert "step_factor" not in learner.scalars()
     learner.step_factor = 0.25
-    learner.load_scalars({"lam": 1.0, "kl_ema": 0.0, "scheme": learner.method.config.scheme})
+    learner.load_scalars({"lam": 1.0, "kl_ema": 0.0, "scheme": learner.config.scheme})
     assert learner.step_factor == 1.0
     assert step_sizes(learner) == [LR, LR]
 
@@ -310,7 +308,7 @@ def test_a_learner_of_a_later_phase_is_made_anew(begin):
         phase(run, cloning, "pretrain", 2, moves_policy=False),
         replace(
             phase(run, learner, steps=4),
-            make_learner=lambda: learners[0],
+            make_method=lambda: learners[0],
             renew=lambda: learners.pop(0),
         ),
     ]
@@ -322,8 +320,8 @@ def test_a_learner_of_a_later_phase_is_made_anew(begin):
 
 def test_alarms_are_told_once_logged_and_where_they_were_after_a_resume(begin, capsys):
     def lam_rests_on_its_bound(learner):
-        learner.method.trust_region.update = lambda kl: None
-        learner.method.trust_region.lam = learner.method.config.lam_min
+        learner.trust_region.update = lambda kl: None
+        learner.trust_region.lam = learner.config.lam_min
 
     whole = begin("whole")
     lam_rests_on_its_bound(whole[1])

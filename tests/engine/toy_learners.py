@@ -5,8 +5,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
-from vla_trqam.engine.learners import BehaviourCloning, OffPolicy
-from vla_trqam.methods.bc import BehaviourCloningConfig
+from vla_trqam.methods.bc import BehaviourCloning, BehaviourCloningConfig
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 
 BATCH = 8
@@ -30,12 +29,12 @@ def make_cloning(seed: int = 0, num_steps: int = 10) -> BehaviourCloning:
     return BehaviourCloning(make_policy(), BehaviourCloningConfig(), num_steps)
 
 
-def make_off_policy(seed: int = 0, **knobs: object) -> OffPolicy:
+def make_off_policy(seed: int = 0, **knobs: object) -> TRQAM:
     torch.manual_seed(seed)
     policy = make_policy()
     horizon, action_dim = policy.chunk_shape
     critic = Critic(CriticEnsemble(policy.feature_dim, horizon * action_dim, (8,), 2))
-    return OffPolicy(TRQAM(policy, critic, TRQAMConfig(**knobs)))
+    return TRQAM(policy, critic, TRQAMConfig(**knobs))
 
 
 def make_batch(seed: int) -> TransitionBatch:

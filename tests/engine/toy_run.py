@@ -13,9 +13,10 @@ from toy_task import ToyPool, homing_policy, roll_out
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
 from vla_trqam.engine.episode_store import StateStore
-from vla_trqam.engine.learners import Learner, OffPolicy
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.run import Phase, Run
+from vla_trqam.methods.base import Method
+from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.report.metrics import MetricsLog
 
 
@@ -39,9 +40,9 @@ def filled_replay(path: Path) -> Iterator[ReplayBuffer]:
 
 
 def make_run(
-    folder: Path, replay: ReplayBuffer, learner: OffPolicy, metrics: MetricsLog, **changes: Any
+    folder: Path, replay: ReplayBuffer, learner: TRQAM, metrics: MetricsLog, **changes: Any
 ) -> Run:
-    policy = learner.method.policy
+    policy = learner.policy
     settings: dict[str, Any] = {"log_freq": 2, "save_freq": 100, "evaluation_seeds": ()} | changes
     return Run(
         output_dir=folder,
@@ -57,7 +58,7 @@ def make_run(
 
 
 def phase(
-    run: Run, learner: Learner, name: str = "offline", steps: int = 4, **settings: Any
+    run: Run, learner: Method, name: str = "offline", steps: int = 4, **settings: Any
 ) -> Phase:
     return Phase(name, steps, lambda: learner, chunks(run.store.replay), 8, **settings)
 

@@ -20,6 +20,7 @@ def test_lerobots_loop_plays_the_episode_of_our_rollouts() -> None:
     from vla_trqam.envs.env_meta import env_meta_for
     from vla_trqam.envs.robomimic_images import STATE_KEYS
     from vla_trqam.envs.rollout import CameraSettings, RolloutPool
+    from vla_trqam.methods.base import FlowActor
 
     policy = load_policy(PACKED / "policy")
     with RolloutPool(
@@ -30,7 +31,7 @@ def test_lerobots_loop_plays_the_episode_of_our_rollouts() -> None:
         obs_keys=STATE_KEYS,
         cameras=CameraSettings(("agentview",), 96, False),
     ) as pool:
-        (ours,) = pool.run(chunk_policy(policy, NOISE_SEED), [SEED])
+        (ours,) = pool.run(chunk_policy(policy, FlowActor(policy), NOISE_SEED), [SEED])
     theirs = lerobots_actions(PACKED / "policy", policy.chunk_shape)
     # Before the first contact nothing magnifies the rounding of the two ways to add up Euler steps.
     # What lies beyond the robot's limits is cut by the environment there, and before it here.

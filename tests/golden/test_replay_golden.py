@@ -225,7 +225,7 @@ def test_what_is_no_npz_of_arrays_is_refused(
 
 
 REFUSED_SETTINGS = [
-    ({"agent_name": "fql"}, "only trqam and qam are replayed"),
+    ({"agent_name": "sac_flow"}, "only trqam, qam, fql, ifql, dsrl are replayed"),
     ({"agent_name": None}, "config.json has no agent_name"),
     ({"kl_budget": None}, "config.json has no kl_budget"),
     ({"kl_budget": -1.0}, "kl_budget is -1.0"),

@@ -78,18 +78,15 @@ def test_the_algorithm_alone_can_be_pulled(hub: HubServer, run: Path):
 
 
 def test_a_learner_goes_on_with_the_critic_and_the_trust_region(run: Path):
-    class Learner:
-        method = mock.Mock(critic=torch.nn.Linear(3, 1, bias=False))
-        load_scalars = mock.Mock()
-
-    algorithm, learner = run / "checkpoints/last/algorithm", Learner()
-    learner.method.critic.weight = torch.nn.Parameter(torch.zeros(3))
+    learner = mock.Mock(critic=torch.nn.Linear(3, 1, bias=False))
+    algorithm = run / "checkpoints/last/algorithm"
+    learner.critic.weight = torch.nn.Parameter(torch.zeros(3))
     load_algorithm(algorithm, learner)  # type: ignore[arg-type]
-    assert torch.equal(learner.method.critic.weight, torch.full((3,), 100.0))
+    assert torch.equal(learner.critic.weight, torch.full((3,), 100.0))
     learner.load_scalars.assert_called_once_with({"lam": 3.0})
     load_algorithm(algorithm, learner, trust_region=False)  # type: ignore[arg-type]
     assert learner.load_scalars.call_count == 1
-    learner.method.critic = torch.nn.Linear(4, 2)
+    learner.critic = torch.nn.Linear(4, 2)
     message = refused(lambda: load_algorithm(algorithm, learner))  # type: ignore[arg-type]
     assert "does not fit this run's critic" in message
 

@@ -12,8 +12,6 @@ from toy_task import ToyPool
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.config.settings import FinetuneRobomimicConfig
-
 STRAY_FILE = "a folder must not be made for input that is refused"
 
 
@@ -103,24 +101,27 @@ def test_a_missing_or_truncated_dataset_is_refused(refused, toy_file, tmp_path):
 
 
 SETTINGS = [
-    (["--trqam.kl_budget=0"], ["kl_budget", "0", "positive"]),
-    (["--trqam.kl_budget=-1"], ["kl_budget", "-1", "positive"]),
-    (["--trqam.kl_budget=nan"], ["kl_budget", "nan", "positive"]),
-    (["--trqam.kl_bugdet=1"], ["--trqam.kl_bugdet", "did you mean --trqam.kl_budget?"]),
+    (["--method.kl_budget=0"], ["kl_budget", "0", "positive"]),
+    (["--method.kl_budget=-1"], ["kl_budget", "-1", "positive"]),
+    (["--method.kl_budget=nan"], ["kl_budget", "nan", "positive"]),
+    (["--method.kl_bugdet=1"], ["--method.kl_bugdet", "did you mean --method.kl_budget?"]),
     (["--no_such_thing_at_all=1"], ["--no_such_thing_at_all", "--help"]),
     (["stray"], ["'stray'", "--name=value"]),
     (["--preset=huge"], ["--preset=huge", "default", "full", "paper"]),
     (["--preset=full", "--config_path=x.yaml"], ["--preset", "--config_path", "choose one"]),
     (["--config_path=nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
-    (["--method.name=foo"], ["method.name", "foo", "trqam", "qam"]),
+    (["--method.type=foo"], ["--method.type=foo", "trqam, qam"]),
     (
-        ["--method.name=qam", "--method.inverse_temperature=0"],
+        ["--method.type=qam", "--method.inverse_temperature=0"],
         ["inverse_temperature", "0", "positive"],
     ),
-    (["--method.inverse_temperature=2"], ["--method.inverse_temperature=2", "qam"]),
     (
-        ["--method.name=qam", "--trqam.inverse_temperature=2"],
-        ["--trqam.inverse_temperature is not a setting", "--method.inverse_temperature?"],
+        ["--method.inverse_temperature=2"],
+        ["inverse_temperature is no knob of trqam", "--method.type=qam"],
+    ),
+    (
+        ["--method.type=qam", "--trqam.inverse_temprature=2"],
+        ["--method.inverse_temprature is not a setting", "--method.inverse_temperature?"],
     ),
     (["--dataset.name=lift/ph"], ["--dataset.path", "--dataset.name", "choose one"]),
     (["--dataset.filter_key=nobodys"], ["nobodys", "worse"]),
@@ -280,7 +281,7 @@ def test_help_lists_every_flag_and_ends_well(capsys):
     for flag in ("--output_dir=null", "--dataset.path=null", "--pretrain.optimizer.lr=0.001"):
         assert f"  {flag}\n" in text
     # The default preset's value, and what the docstring of a class further up says.
-    assert "--trqam.kl_budget=0.5\n      eps_KL; nats per chunk" in text
+    assert "--method.kl_budget=0.5\n      eps_KL; nats per chunk" in text
     assert "default, full, paper" in text
     assert "those of --preset=default." in text
 
@@ -294,21 +295,23 @@ def test_help_shows_the_values_of_the_preset_that_is_asked_for(capsys):
     assert f"  --discount={discount}\n" in text
 
 
+def holds(settings: object, wanted: dict) -> None:
+    for key, value in wanted.items():
+        actual = getattr(settings, key)
+        if isinstance(value, dict):
+            holds(actual, value)
+        else:
+            assert actual == (tuple(value) if isinstance(value, list) else value), key
+
+
 @pytest.mark.parametrize("preset", ["default", "full", "paper"])
 def test_a_preset_says_what_the_run_then_does(preset):
     section = yaml.safe_load(finetune_robomimic.PRESETS.read_text())[preset]
-    config = finetune_robomimic.read_config([f"--preset={preset}"])
-    assert isinstance(config, FinetuneRobomimicConfig)
-
-    def holds(settings: object, wanted: dict) -> None:
-        for key, value in wanted.items():
-            actual = getattr(settings, key)
-            if isinstance(value, dict):
-                holds(actual, value)
-            else:
-                assert actual == (tuple(value) if isinstance(value, list) else value), key
-
-    holds(config, section)
+    methods = section.pop("methods")
+    for method, knobs in methods.items():
+        flags = [f"--preset={preset}", f"--method.type={method}"]
+        holds(finetune_robomimic.read_config(flags).method, knobs)
+    holds(finetune_robomimic.read_config([f"--preset={preset}"]), section)
 
 
 @pytest.mark.parametrize(
@@ -316,10 +319,10 @@ def test_a_preset_says_what_the_run_then_does(preset):
     [("default", "shifted_euler"), ("full", "shifted_euler"), ("paper", "shifted_euler")],
 )
 def test_presets_name_the_chain_that_their_pages_were_recorded_with(preset, scheme):
-    assert finetune_robomimic.read_config([f"--preset={preset}"]).trqam.scheme == scheme
+    assert finetune_robomimic.read_config([f"--preset={preset}"]).method.scheme == scheme
 
 
 def test_the_command_line_wins_over_the_preset():
-    config = finetune_robomimic.read_config(["--preset=paper", "--trqam.kl_budget", "0.7"])
-    assert config.trqam.kl_budget == 0.7
-    assert config.trqam.shared_optimizer
+    config = finetune_robomimic.read_config(["--preset=paper", "--method.kl_budget", "0.7"])
+    assert config.method.kl_budget == 0.7
+    assert config.method.shared_optimizer

@@ -7,7 +7,7 @@ from toy_deaths import diverges_at_update
 from toy_files import differences, final_state, metrics_lines
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.engine.learners import OffPolicy
+from vla_trqam.methods.trqam import TRQAM
 
 ROLLBACK = "--on_divergence=rollback"
 
@@ -15,7 +15,7 @@ ROLLBACK = "--on_divergence=rollback"
 def test_a_run_stops_with_a_sentence_that_says_how_to_go_on(
     tiny, no_conclusion, tmp_path, capsys, monkeypatch
 ):
-    diverges_at_update(monkeypatch, OffPolicy, 5)
+    diverges_at_update(monkeypatch, TRQAM, 5)
     assert tiny(tmp_path / "run") == 1
     *_, last = capsys.readouterr().err.splitlines()
     checkpoint = tmp_path / "run/checkpoints/000004"
@@ -30,13 +30,13 @@ def test_a_run_stops_with_a_sentence_that_says_how_to_go_on(
     [
         (8, []),
         (0, []),  # the last checkpoint is the pretraining's
-        (2, ["--trqam.train_base=true", "--trqam.lam_init=2.0"]),
+        (2, ["--method.train_base=true", "--method.lam_init=2.0"]),
     ],
 )
 def test_a_rollback_reaches_what_the_resume_of_a_stopped_run_does(
     update, flags, tiny, toy_pool, no_conclusion, tmp_path, monkeypatch, capsys
 ):
-    diverges_at_update(monkeypatch, OffPolicy, update)
+    diverges_at_update(monkeypatch, TRQAM, update)
     assert tiny(tmp_path / "rolled", ROLLBACK, *flags) == 0
     assert capsys.readouterr().err.count("with 0.5 of the step sizes") == 1
     assert tiny(tmp_path / "stopped", *flags) == 1
@@ -53,7 +53,7 @@ def test_a_rollback_reaches_what_the_resume_of_a_stopped_run_does(
 def test_without_a_checkpoint_the_sentence_says_what_to_change(
     tiny, uninterrupted, no_conclusion, tmp_path, capsys, monkeypatch
 ):
-    diverges_at_update(monkeypatch, OffPolicy, 0)
+    diverges_at_update(monkeypatch, TRQAM, 0)
     given = uninterrupted[1] / "base_policy"
     for choice in ("stop", "rollback"):
         flags = (f"--on_divergence={choice}", f"--policy.path={given}")
@@ -61,7 +61,7 @@ def test_without_a_checkpoint_the_sentence_says_what_to_change(
         *_, last = capsys.readouterr().err.splitlines()
         assert last.endswith(
             "in offline update 1; there is no checkpoint to go back to: begin again with a smaller "
-            "--trqam.actor_lr, --trqam.critic_lr or --trqam.kl_budget"
+            "--method.actor_lr, --method.critic_lr or --method.kl_budget"
         )
 
 

@@ -13,8 +13,10 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.engine.acting import chunk_policy
-from vla_trqam.engine.learners import BehaviourCloning, OffPolicy
 from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.methods.base import FlowActor
+from vla_trqam.methods.bc import BehaviourCloning
+from vla_trqam.methods.trqam import TRQAM
 
 WARM = ("--offline.critic_steps=3", "--save_freq=2")
 
@@ -24,7 +26,7 @@ def test_the_first_evaluation_is_the_bases(uninterrupted):
     first = next(line for line in metrics_lines(folder) if line["phase"] == "eval")
     base = MLPFlowPolicy.from_pretrained(folder / "base_policy")
     pool = ToyPool({}, max_episode_steps=10)
-    episodes = pool.run(chunk_policy(base, EVALUATION_NOISE), rounds[0])
+    episodes = pool.run(chunk_policy(base, FlowActor(base), EVALUATION_NOISE), rounds[0])
     assert first["step"] == 0
     assert first["success_rate"] == np.mean([e.success for e in episodes])
 
@@ -54,7 +56,7 @@ def test_every_phase_evaluation_and_rollout_is_logged_in_order(uninterrupted):
 def test_the_wall_clock_of_all_parts_adds_up(tiny, resume, no_conclusion, tmp_path):
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        signalled_at_update(patch, OffPolicy, 8, signal.SIGINT)
+        signalled_at_update(patch, TRQAM, 8, signal.SIGINT)
         assert tiny(folder) == 130
     position = json.loads((folder / "checkpoints/last/training_state/position.json").read_text())
     assert resume(folder) == 0
@@ -81,7 +83,7 @@ def test_online_and_offline_data_can_be_mixed_in_a_fixed_share(
     flags = ["--online.fraction=0.5"]
     assert tiny(tmp_path / "whole", *flags) == 0
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 12)
+        dies_at_update(patch, TRQAM, 12)
         with pytest.raises(Killed):
             tiny(tmp_path / "killed", *flags)
     assert resume(tmp_path / "killed") == 0
@@ -94,7 +96,7 @@ def test_a_given_policy_is_the_base_and_is_not_pretrained(
 ):
     given = uninterrupted[1] / "base_policy"
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 5)
+        dies_at_update(patch, TRQAM, 5)
         with pytest.raises(Killed):
             tiny(tmp_path / "run", f"--policy.path={given}")
     assert resume(tmp_path / "run") == 0
@@ -107,7 +109,7 @@ def test_a_given_policy_is_the_base_and_is_not_pretrained(
 def test_the_reported_base_is_the_pretrained_one_while_the_base_trains(
     tiny, no_conclusion, uninterrupted, tmp_path
 ):
-    flags = ["--trqam.train_base=true", "--trqam.base_ema_rate=0.5"]
+    flags = ["--method.train_base=true", "--method.base_ema_rate=0.5"]
     assert tiny(tmp_path / "run", *flags) == 0
     run, base = no_conclusion[0]["run"], no_conclusion[0]["base"]
     pretrained = MLPFlowPolicy.from_pretrained(uninterrupted[1] / "base_policy")
@@ -124,7 +126,7 @@ def test_online_only_still_begins_with_an_evaluation_of_the_base(tiny, no_conclu
 
 
 def test_qam_keeps_lambda_at_one(tiny, no_conclusion, tmp_path):
-    flags = ["--method.name=qam", "--method.inverse_temperature=2.5"]
+    flags = ["--method.type=qam", "--method.inverse_temperature=2.5"]
     assert tiny(tmp_path / "run", *flags) == 0
     lams = [line["lam"] for line in metrics_lines(tmp_path / "run") if "lam" in line]
     assert lams == [1.0] * 6

@@ -46,10 +46,11 @@ from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.engine.acting import chunk_policy
-from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.robomimic_images import CameraSettings
 from vla_trqam.envs.rollout import Episode
+from vla_trqam.methods.base import FlowActor
 
 __all__ = [  # fixtures
     "files",
@@ -85,7 +86,7 @@ def episodes_of(policy: LeRobotFlowPolicy, seeds: list[int]) -> list[Episode]:
         obs_keys=(),
         cameras=CameraSettings((CAMERA,), SIZE),
     )
-    return pool.run(chunk_policy(policy, EVALUATION_NOISE), seeds)
+    return pool.run(chunk_policy(policy, FlowActor(policy), EVALUATION_NOISE), seeds)
 
 
 def same(one: list[Episode], other: list[Episode]) -> bool:
@@ -237,15 +238,15 @@ def test_a_run_leaves_the_policys_folder_as_it_was(files, tiny, no_conclusion, t
 
 
 @contextmanager
-def first_update() -> Iterator[list[CachedOffPolicy]]:
+def first_update() -> Iterator[list[Cached]]:
     """Ends the run at its first update; afterwards the list holds the learner as it began."""
-    seen: list[CachedOffPolicy] = []
+    seen: list[Cached] = []
 
-    def update(learner: CachedOffPolicy, *_: Any) -> None:
+    def update(learner: Cached, *_: Any) -> None:
         seen.append(learner)
         raise Killed
 
-    with killed(lambda patch: patch.setattr(CachedOffPolicy, "update", update)):
+    with killed(lambda patch: patch.setattr(Cached, "update", update)):
         yield seen
 
 
@@ -364,7 +365,7 @@ def test_the_simulators_state_and_action_are_the_datasets(refused, files, monkey
 
 
 def test_a_base_that_would_have_to_train_is_refused(refused, files):
-    assert "train_base" in refused(*files.flags(), "--trqam.train_base=true")
+    assert "train_base" in refused(*files.flags(), "--method.train_base=true")
 
 
 @pytest.mark.parametrize("recipe", [SMOLVLA, PI0])

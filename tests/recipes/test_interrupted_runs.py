@@ -12,8 +12,10 @@ from toy_task import Killed, ToyPool
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.engine.cached import CriticOnly
 from vla_trqam.engine.folder import checkpoints, run_folder
-from vla_trqam.engine.learners import BehaviourCloning, CriticWarmup, OffPolicy
+from vla_trqam.methods.bc import BehaviourCloning
+from vla_trqam.methods.trqam import TRQAM
 
 WARM = ("--offline.critic_steps=3", "--save_freq=2")
 
@@ -24,11 +26,11 @@ WARM = ("--offline.critic_steps=3", "--save_freq=2")
         (BehaviourCloning, 1),
         (BehaviourCloning, 4),
         (BehaviourCloning, 6),
-        (OffPolicy, 1),
-        (OffPolicy, 3),
-        (OffPolicy, 6),
-        (OffPolicy, 7),
-        (OffPolicy, 11),
+        (TRQAM, 1),
+        (TRQAM, 3),
+        (TRQAM, 6),
+        (TRQAM, 7),
+        (TRQAM, 11),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
@@ -93,7 +95,7 @@ def test_a_run_killed_time_and_again_goes_on_to_the_same_bits(
 ):
     def attempt(run):
         with pytest.MonkeyPatch.context() as patch:
-            dies_at_update(patch, OffPolicy, 5)
+            dies_at_update(patch, TRQAM, 5)
             try:
                 return run()
             except Killed:
@@ -114,9 +116,9 @@ def test_a_run_killed_time_and_again_goes_on_to_the_same_bits(
     [
         (BehaviourCloning, 3, "pretrain_000003"),
         (BehaviourCloning, 6, "pretrain_000006"),
-        (OffPolicy, 3, "000003"),
-        (OffPolicy, 11, "000011"),
-        (OffPolicy, 12, "000012"),
+        (TRQAM, 3, "000003"),
+        (TRQAM, 11, "000011"),
+        (TRQAM, 12, "000012"),
     ],
 )
 def test_a_stop_saves_at_once_and_goes_on_to_the_same_bits(
@@ -139,7 +141,7 @@ def test_a_stop_saves_at_once_and_goes_on_to_the_same_bits(
 
 def test_a_second_ctrl_c_stops_at_once(tiny, no_conclusion, tmp_path, capfd):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OffPolicy, "update", interrupt_twice)
+        patch.setattr(TRQAM, "update", interrupt_twice)
         assert tiny(tmp_path / "run") == 130
     assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "pretrain_000006"
     assert "go on with: " in capfd.readouterr().err
@@ -173,7 +175,7 @@ def test_a_finished_run_resumes_to_its_conclusion(tiny, resume, no_conclusion, t
 def test_the_whole_run_with_its_report_resumes_to_the_same_evaluation(tiny, resume, tmp_path):
     assert tiny(tmp_path / "whole") == 0
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 10)
+        dies_at_update(patch, TRQAM, 10)
         with pytest.raises(Killed):
             tiny(tmp_path / "killed")
     assert resume(tmp_path / "killed") == 0
@@ -192,7 +194,7 @@ def test_a_run_from_a_given_policy_goes_on_without_it(
     assert tiny(tmp_path / "whole", f"--policy.path={given}") == 0
     with pytest.MonkeyPatch.context() as patch:
         if update:
-            dies_at_update(patch, OffPolicy, update)
+            dies_at_update(patch, TRQAM, update)
         else:
             patch.setattr(run_folder, "fill_replay", raise_killed)
         with pytest.raises(Killed):
@@ -209,7 +211,7 @@ def test_a_run_killed_while_its_critic_warms_up_goes_on_to_the_same_bits(
 ):
     assert tiny(tmp_path / "whole", *WARM) == 0
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, CriticWarmup, update)
+        dies_at_update(patch, CriticOnly, update)
         with pytest.raises(Killed):
             tiny(tmp_path / "killed", *WARM)
     assert resume(tmp_path / "killed") == 0

@@ -33,7 +33,7 @@ from vla_runs import (
 
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.engine.cached_learners import CachedCriticWarmup, CachedOffPolicy
+from vla_trqam.engine.cached import Cached, CriticOnly
 from vla_trqam.engine.folder import checkpoints
 from vla_trqam.engine.folder.manifest import write_manifest
 
@@ -53,9 +53,9 @@ ROLLBACK = "--on_divergence=rollback"
 @pytest.mark.parametrize(
     ("learner", "number", "checkpoint"),
     [
-        (CachedCriticWarmup, 1, "critic_000001"),
-        (CachedOffPolicy, 3, "000003"),
-        (CachedOffPolicy, 6, "000006"),
+        (CriticOnly, 1, "critic_000001"),
+        (Cached, 3, "000003"),
+        (Cached, 6, "000006"),
     ],
 )
 def test_a_stop_saves_at_once_and_goes_on_to_the_same_bits(
@@ -86,8 +86,8 @@ KILLS = {
     "before the base's episodes": at_round(0),
     "before the second online round": at_round(5),
     "between an episode and its features": lambda p: dies_at_call(p, FeatureCache, "update", 4),
-    "in a critic update": lambda p: dies_at_update(p, CachedCriticWarmup, 3),
-    "in an online update": lambda p: dies_at_update(p, CachedOffPolicy, 7),
+    "in a critic update": lambda p: dies_at_update(p, CriticOnly, 3),
+    "in an online update": lambda p: dies_at_update(p, Cached, 7),
     "while the first checkpoint is written": lambda p: dies_at_call(
         p, checkpoints, "_write_json", 1
     ),
@@ -108,7 +108,7 @@ def test_a_rollback_reaches_what_the_resume_of_a_stopped_run_does(
 ):
     """In an online update: back before its round, whose episodes and features are made anew."""
     # Counted by the critic's, which moves most often: 3 in the warm-up and 3 for each other update.
-    diverges_at_update(monkeypatch, CachedOffPolicy, 3 + 3 * 5)
+    diverges_at_update(monkeypatch, Cached, 3 + 3 * 5)
     assert tiny(tmp_path / "rolled", ROLLBACK) == 0
     assert capsys.readouterr().err.count("with 0.5 of the step sizes") == 1
     assert tiny(tmp_path / "stopped") == 1
@@ -121,14 +121,14 @@ def test_a_rollback_reaches_what_the_resume_of_a_stopped_run_does(
 
 
 def test_full_fine_tuning_resumes_to_the_same_bits(tiny, no_conclusion, full, tmp_path):
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 5)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 5)):
         tiny(tmp_path / "run", "--peft.method=full")
     assert resume(tmp_path / "run") == 0
     assert differences(images_state(tmp_path / "run"), without_conclusion(full.state)) == []
 
 
 def test_a_run_whose_rollouts_left_the_statistics_is_gone_on_with(tiny, tmp_path):
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 6)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 6)):
         tiny(tmp_path / "run")
     replay = FrameReplay.open(tmp_path / "run/replay")
     first = int(replay.steps.episodes().first_observation[NUM_DEMOS])
@@ -140,7 +140,7 @@ def test_a_run_whose_rollouts_left_the_statistics_is_gone_on_with(tiny, tmp_path
 
 
 def test_a_run_in_another_precision_is_not_gone_on_with(tiny, tmp_path, capsys):
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 5)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 5)):
         tiny(tmp_path / "run")
     path = tmp_path / "run/checkpoints/last/training_state/position.json"
     position = json.loads(path.read_text())
@@ -158,11 +158,11 @@ def test_the_report_of_a_resumed_run_shows_the_command_that_began_it(
     tiny, whole, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sys, "argv", ["finetune_pi0.py", "--begun=here"])
-    with killed(lambda patch: dies_at_update(patch, CachedCriticWarmup, 1)):
+    with killed(lambda patch: dies_at_update(patch, CriticOnly, 1)):
         tiny(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["finetune_pi0.py", "--resume=true"])
     # First anew, for there is no checkpoint yet, and then on.
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 6)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 6)):
         resume(tmp_path / "run")
     assert resume(tmp_path / "run") == 0
     report = (tmp_path / "run/report.md").read_text()
@@ -176,7 +176,7 @@ def test_a_resumed_run_does_not_need_the_former_one(tiny, no_conclusion, whole, 
     shutil.copytree((whole.folder / "checkpoints/last").resolve(), given)
     flags = (f"--critic.path={given}", "--critic.warmup_steps=0")
     assert tiny(tmp_path / "whole", *flags) == 0
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 3)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 3)):
         tiny(tmp_path / "killed", *flags)
     shutil.rmtree(given)
     assert resume(tmp_path / "killed") == 0

@@ -14,7 +14,8 @@ from vla_trqam.recipes import finetune_robomimic
 from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.engine.folder import own_folder, run_folder
-from vla_trqam.engine.learners import BehaviourCloning, OffPolicy
+from vla_trqam.methods.bc import BehaviourCloning
+from vla_trqam.methods.trqam import TRQAM
 
 FAILURES = [RuntimeError, KeyError, MemoryError, KeyboardInterrupt]
 OFFLINE = ("--offline.steps=4", "--online.steps=0")
@@ -48,7 +49,7 @@ def test_a_failure_after_the_first_checkpoint_leaves_it_to_go_on_from(
     tiny, resume, no_conclusion, uninterrupted, tmp_path
 ):
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 2, RuntimeError)
+        dies_at_update(patch, TRQAM, 2, RuntimeError)
         assert attempt(tiny, tmp_path / "run") is RuntimeError
     assert resume(tmp_path / "run") == 0
     assert differences(final_state(tmp_path / "run"), uninterrupted[0]) == []
@@ -114,7 +115,7 @@ def test_a_damaged_last_checkpoint_names_the_flag_with_which_the_run_goes_on_to_
     assert (folder / "replay" / "replay.json").read_text() == replay
     flags = ["--resume=true", f"--output_dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 2)
+        dies_at_update(patch, TRQAM, 2)
         with pytest.raises(Killed):
             finetune_robomimic.main([*flags, "--checkpoint=000004"])
     assert (folder / "checkpoints" / "last").resolve().name == "000004"
@@ -151,7 +152,7 @@ def test_more_offline_updates_end_in_the_bits_of_a_run_that_had_them_from_the_st
         assert tiny(folder, *OFFLINE) == 0
     else:
         with pytest.MonkeyPatch.context() as patch:
-            dies_at_update(patch, OffPolicy, 3)
+            dies_at_update(patch, TRQAM, 3)
             with pytest.raises(Killed):
                 tiny(folder, *OFFLINE)
     assert go_on(folder, "--offline.steps=6") == 0
@@ -216,7 +217,7 @@ def test_the_settings_file_names_the_new_number_before_anything_is_trained(
     folder = tmp_path / "run"
     assert tiny(folder, *OFFLINE) == 0
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 1)
+        dies_at_update(patch, TRQAM, 1)
         with pytest.raises(Killed):
             go_on(folder, "--offline.steps=6")
     assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").offline.steps == 6
@@ -228,7 +229,7 @@ def test_a_run_is_not_gone_on_with_on_other_data(tiny, no_conclusion, toy_file, 
     shutil.copyfile(toy_file, data)
     flags = (f"--dataset.path={data}", *OFFLINE)
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 3)
+        dies_at_update(patch, TRQAM, 3)
         with pytest.raises(Killed):
             tiny(folder, *flags)
     whole = data.read_bytes()

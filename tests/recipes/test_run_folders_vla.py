@@ -25,14 +25,14 @@ from vla_trqam.recipes.vla_pins import take_pinned_commits
 
 from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
-from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.folder.pins import read_pins
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("place", ["_begin", "check_data", "_make_learner", "_start_simulators"])
+@pytest.mark.parametrize("place", ["_begin", "check_data", "_make_method", "_start_simulators"])
 def test_whatever_fails_before_the_first_checkpoint_leaves_no_folder(
     place, tiny, tmp_path, monkeypatch
 ):
@@ -110,7 +110,7 @@ def test_a_run_is_not_gone_on_with_on_another_policy_or_dataset(
 
 def test_a_resumed_run_takes_the_commits_of_its_beginning(tiny, no_conclusion, tmp_path):
     folder, asked = tmp_path / "run", []
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 3)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 3)):
         tiny(folder)
     path, commit = folder / "inputs.json", "0123456789abcdef0123456789abcdef01234567"
     pins = json.loads(path.read_text())

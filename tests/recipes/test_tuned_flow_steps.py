@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from toy_deaths import dies_at_update, diverges_at_update
 from toy_files import differences, final_state
 from toy_settings import TINY
@@ -14,8 +15,10 @@ from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine.acting import chunk_policy
-from vla_trqam.engine.learners import BehaviourCloning, OffPolicy
 from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.methods.base import FlowActor
+from vla_trqam.methods.bc import BehaviourCloning
+from vla_trqam.methods.trqam import TRQAM
 
 OWN, TUNED = 3, 2
 FEWER = f"--policy.tuned_flow_steps={TUNED}"
@@ -46,7 +49,7 @@ def steps_in(folder):
 
 def successes(folder, seeds, num_flow_steps):
     policy = MLPFlowPolicy.from_pretrained(folder)
-    actor = chunk_policy(policy, EVALUATION_NOISE, num_flow_steps=num_flow_steps)
+    actor = chunk_policy(policy, FlowActor(policy, num_flow_steps=num_flow_steps), EVALUATION_NOISE)
     return [e.success for e in ToyPool({}, max_episode_steps=10).run(actor, seeds)]
 
 
@@ -106,7 +109,7 @@ def test_the_base_is_not_evaluated_twice_where_it_acts_as_it_came(
 
 
 @pytest.mark.parametrize(
-    ("learner", "number"), [(BehaviourCloning, 4), (OffPolicy, 1), (OffPolicy, 5), (OffPolicy, 11)]
+    ("learner", "number"), [(BehaviourCloning, 4), (TRQAM, 1), (TRQAM, 5), (TRQAM, 11)]
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     learner, number, tiny, resume, no_conclusion, fewer, tmp_path
@@ -124,7 +127,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 def test_a_rollback_to_the_pretraining_leaves_the_bases_steps(
     tiny, no_conclusion, tmp_path, monkeypatch
 ):
-    diverges_at_update(monkeypatch, OffPolicy, 0)
+    diverges_at_update(monkeypatch, TRQAM, 0)
     assert tiny(tmp_path / "run", FEWER, "--on_divergence=rollback") == 0
     assert steps_in(tmp_path / "run/base_policy") == OWN
     assert steps_in(tmp_path / "run/checkpoints/last/pretrained_model") == TUNED
@@ -133,7 +136,7 @@ def test_a_rollback_to_the_pretraining_leaves_the_bases_steps(
 def test_a_given_policy_is_tuned_with_other_steps(tiny, resume, no_conclusion, fewer, tmp_path):
     given = fewer[0] / "base_policy"
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 5)
+        dies_at_update(patch, TRQAM, 5)
         with pytest.raises(Killed):
             tiny(tmp_path / "run", f"--policy.path={given}", FEWER)
     assert resume(tmp_path / "run") == 0
@@ -149,11 +152,11 @@ def test_a_given_policy_is_tuned_with_other_steps(tiny, resume, no_conclusion, f
     [
         (["--policy.tuned_flow_steps=0"], "--policy.tuned_flow_steps=0 must be at least 1"),
         (
-            ["--trqam.scheme=posterior", "--policy.tuned_flow_steps=1"],
+            ["--method.scheme=posterior", "--policy.tuned_flow_steps=1"],
             "--policy.tuned_flow_steps=1 is too few for the post",
         ),
         (
-            ["--trqam.scheme=posterior", "--policy.num_flow_steps=1"],
+            ["--method.scheme=posterior", "--policy.num_flow_steps=1"],
             "--policy.num_flow_steps=1 is too few for the posterior",
         ),
     ],
@@ -170,10 +173,10 @@ def test_a_given_policy_of_one_step_needs_the_flag(tiny, no_conclusion, tmp_path
     one = MLPFlowPolicy(MLPFlowConfig(3, 2, 2, hidden_dims=(8,), num_flow_steps=1))
     one.save_pretrained(tmp_path / "one")
     flags = [f"--policy.path={tmp_path / 'one'}", "--offline.steps=1", "--online.steps=0"]
-    assert tiny(tmp_path / "run", *flags, "--trqam.scheme=posterior") == 2
+    assert tiny(tmp_path / "run", *flags, "--method.scheme=posterior") == 2
     assert "the policy's own number of flow steps, 1, is too few" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    for number, more in enumerate((FEWER, "--trqam.scheme=shifted_euler")):
+    for number, more in enumerate((FEWER, "--method.scheme=shifted_euler")):
         assert tiny(tmp_path / f"run_{number}", *flags, more) == 0
 
 
@@ -183,11 +186,14 @@ def test_a_given_policy_of_one_step_needs_the_flag(tiny, no_conclusion, tmp_path
 def make_old(folder):
     """The run's folder as the version before the schemes left it."""
     path = folder / "config.yaml"
-    new = ("scheme", "adjoint", "last_step_weight", "keep_activations", "tuned_flow_steps")
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not line.strip().startswith(tuple(f"{n}:" for n in new))]
-    assert len(lines) - len(kept) == len(new)
-    path.write_text("".join(kept))
+    config = yaml.safe_load(path.read_text())
+    knobs = config["method"]
+    config["method"] = {"name": knobs.pop("type"), "inverse_temperature": 1.0}
+    for new in ("scheme", "adjoint", "last_step_weight", "keep_activations", "average_rate"):
+        del knobs[new]
+    del config["policy"]["tuned_flow_steps"]
+    config["trqam"] = knobs
+    path.write_text(yaml.safe_dump(config))
     for scalars in folder.glob("checkpoints/0*/algorithm/scalars.json"):
         values = json.loads(scalars.read_text())
         assert values.pop("scheme") == "shifted_euler"
@@ -198,45 +204,45 @@ def make_old(folder):
 def test_an_old_run_goes_on_with_the_scheme_that_it_began_with(
     tiny, resume, no_conclusion, tmp_path, capsys
 ):
-    flags = ("--trqam.scheme=shifted_euler",)
+    flags = ("--method.scheme=shifted_euler",)
     assert tiny(tmp_path / "whole", *flags) == 0
     with pytest.MonkeyPatch.context() as patch:
-        dies_at_update(patch, OffPolicy, 8)
+        dies_at_update(patch, TRQAM, 8)
         with pytest.raises(Killed):
             tiny(tmp_path / "old", *flags)
     make_old(tmp_path / "old")
     capsys.readouterr()
     assert resume(tmp_path / "old") == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "trqam.scheme" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "method.scheme" in line]
     config = tmp_path / "old/config.yaml"
     assert said == [
-        f"{config} is from before there was a trqam.scheme: shifted_euler, as it was then"
+        f"{config} is from before there was a method.scheme: shifted_euler, as it was then"
     ]
-    assert no_conclusion[-1]["config"]["trqam"]["scheme"] == "shifted_euler"
+    assert no_conclusion[-1]["config"]["method"]["scheme"] == "shifted_euler"
     assert differences(final_state(tmp_path / "old"), final_state(tmp_path / "whole")) == []
 
 
 def test_old_settings_begin_a_run_of_the_old_scheme_unless_a_flag_says_otherwise(
     tiny, no_conclusion, tmp_path, capsys
 ):
-    assert tiny(tmp_path / "old", "--trqam.scheme=shifted_euler") == 0
+    assert tiny(tmp_path / "old", "--method.scheme=shifted_euler") == 0
     make_old(tmp_path / "old")
     presets, old = finetune_robomimic.PRESETS, f"--config_path={tmp_path / 'old/config.yaml'}"
     capsys.readouterr()
     config = parse_config(FinetuneRobomimicConfig, presets, [old])
-    assert config.trqam.scheme == "shifted_euler"
-    assert "from before there was a trqam.scheme" in capsys.readouterr().out
-    config = parse_config(FinetuneRobomimicConfig, presets, [old, "--trqam.scheme=posterior"])
-    assert config.trqam.scheme == "posterior"
+    assert config.method.scheme == "shifted_euler"
+    assert "from before there was a method.scheme" in capsys.readouterr().out
+    config = parse_config(FinetuneRobomimicConfig, presets, [old, "--method.scheme=posterior"])
+    assert config.method.scheme == "posterior"
     (tmp_path / "mine.yaml").write_text("trqam: {kl_budget: 0.7}\n")
     mine = f"--config_path={tmp_path / 'mine.yaml'}"
-    assert parse_config(FinetuneRobomimicConfig, presets, [mine]).trqam.scheme == "posterior"
+    assert parse_config(FinetuneRobomimicConfig, presets, [mine]).method.scheme == "posterior"
     assert capsys.readouterr().out == ""
 
 
 def test_the_papers_preset_has_the_authors_chain():
     config = parse_config(FinetuneRobomimicConfig, finetune_robomimic.PRESETS, ["--preset=paper"])
-    knobs = config.trqam
+    knobs = config.method
     authors = ("shifted_euler", 1.0, "next", "noiseless_base")
     assert (knobs.scheme, knobs.time_shift, knobs.adjoint_time, knobs.final_step) == authors
     assert config.policy.num_flow_steps == 10

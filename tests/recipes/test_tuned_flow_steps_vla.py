@@ -26,9 +26,10 @@ from vla_trqam.adapters.loading import load_policy
 
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine.acting import chunk_policy
-from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.robomimic_images import CameraSettings
+from vla_trqam.methods.base import FlowActor
 
 __all__ = [  # fixtures
     "files",
@@ -68,7 +69,7 @@ def successes(
         obs_keys=(),
         cameras=CameraSettings((CAMERA,), SIZE),
     )
-    actor = chunk_policy(policy, EVALUATION_NOISE, num_flow_steps=num_flow_steps)
+    actor = chunk_policy(policy, FlowActor(policy, num_flow_steps=num_flow_steps), EVALUATION_NOISE)
     return [episode.success for episode in pool.run(actor, seeds)]
 
 
@@ -90,7 +91,7 @@ def test_the_evaluation_is_what_policies_loaded_from_disk_achieve(fewer, files):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tiny, no_conclusion, fewer, tmp_path):
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 5)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 5)):
         tiny(tmp_path / "run", FEWER)
     assert resume(tmp_path / "run") == 0
     found = differences(images_state(tmp_path / "run"), without_conclusion(fewer.state))
@@ -103,7 +104,7 @@ def test_a_base_made_of_adapters_keeps_its_own_steps_in_the_runs_folder(
     given = f"--policy.path={whole.folder / LAST}"
     flags = (FEWER, given, "--critic.warmup_steps=0", "--online.steps=0")
     assert tiny(tmp_path / "whole", *flags) == 0
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 3)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 3)):
         tiny(tmp_path / "run", *flags)
     for resumed in (False, True):
         assert not resumed or resume(tmp_path / "run") == 0
@@ -135,13 +136,13 @@ def test_the_trust_region_of_another_scheme_is_not_gone_on_with(
     tiny, no_conclusion, former, tmp_path, capsys
 ):
     theirs = "lambda and its KL are of the {} scheme and this run is of {}, which has other units"
-    authors, ours = (f"--trqam.scheme={name}" for name in ("shifted_euler", "posterior"))
+    authors, ours = (f"--method.scheme={name}" for name in ("shifted_euler", "posterior"))
     scalars = former / "algorithm/scalars.json"
     scalars.write_text(json.dumps(json.loads(scalars.read_text()) | {"scheme": "posterior"}))
     assert tiny(tmp_path / "run", *flags_of(former), authors) == 2
     said = capsys.readouterr().err
     assert theirs.format("posterior", "shifted_euler") in said
-    assert "--trqam.scheme=posterior goes on with them" in said
+    assert "--method.scheme=posterior goes on with them" in said
     assert str(former / "algorithm/scalars.json") in said
     assert not (tmp_path / "run").exists()
     old = json.loads(scalars.read_text())
@@ -158,7 +159,7 @@ def test_a_policy_of_one_step_is_refused_before_anything_is_decoded(
     one = Path(shutil.copytree(files.policy, tmp_path / "one"))
     config = json.loads((one / "config.json").read_text()) | {"num_inference_steps": 1}
     (one / "config.json").write_text(json.dumps(config))
-    flags = f"--policy.path={one}", "--trqam.scheme=posterior"
+    flags = f"--policy.path={one}", "--method.scheme=posterior"
     assert tiny(tmp_path / "run", *flags) == 2
     said = capsys.readouterr()
     assert "the policy's own number of flow steps, 1, is too few" in said.err

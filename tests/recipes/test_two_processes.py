@@ -24,7 +24,7 @@ from vla_trqam.recipes import finetune_vla
 
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.engine import launch
-from vla_trqam.engine.cached_learners import CachedOffPolicy, TrainedWeights
+from vla_trqam.engine.cached import Cached, TrainedWeights
 from vla_trqam.engine.run import Run
 from vla_trqam.errors import UserError
 
@@ -137,7 +137,7 @@ def test_each_process_has_its_part_of_the_episodes(two):
 
 def diverging(patch: pytest.MonkeyPatch, rank: int) -> None:
     if rank == 1:
-        diverges_at_update(patch, CachedOffPolicy, 3 + 3 * 5)  # the third online one
+        diverges_at_update(patch, Cached, 3 + 3 * 5)  # the third online one
 
 
 def test_what_diverges_on_one_process_rolls_both_back(files, tmp_path):
@@ -156,7 +156,7 @@ def test_what_diverges_on_one_process_rolls_both_back(files, tmp_path):
 
 def interrupted(patch: pytest.MonkeyPatch, rank: int) -> None:
     if rank == 1:
-        signalled_at_update(patch, CachedOffPolicy, 5, signal.SIGINT)
+        signalled_at_update(patch, Cached, 5, signal.SIGINT)
 
 
 def test_a_stop_of_one_process_stops_both_and_they_go_on_to_the_same_bits(two, files, tmp_path):
@@ -172,7 +172,7 @@ def test_a_stop_of_one_process_stops_both_and_they_go_on_to_the_same_bits(two, f
 
 def killed(patch: pytest.MonkeyPatch, rank: int) -> None:
     if rank == 1:
-        dies_at_update(patch, CachedOffPolicy, 6)
+        dies_at_update(patch, Cached, 6)
 
 
 def test_a_killed_process_costs_the_updates_since_the_checkpoint(two, files, tmp_path):

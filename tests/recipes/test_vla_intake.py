@@ -35,7 +35,7 @@ from vla_trqam.recipes import vla_inputs
 
 from vla_trqam.data.frame_replay import FrameReplay, image_key
 from vla_trqam.data.lerobot_pictures import Pictures
-from vla_trqam.engine.cached_learners import CachedOffPolicy
+from vla_trqam.engine.cached import Cached
 from vla_trqam.preflight import memory as preflight_memory
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
@@ -87,7 +87,7 @@ def test_a_former_run_whose_replay_has_more_cameras_is_gone_on_with(
     with pytest.MonkeyPatch.context() as patch:
         both = (image_key(CAMERA), image_key(BROKEN))
         patch.setattr(vla_inputs, "camera_names", lambda *_: both)
-        with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 5)):
+        with killed(lambda patch: dies_at_update(patch, Cached, 5)):
             cameras = f"--env.cameras=[{CAMERA}, {BROKEN}]"
             tiny(tmp_path / "run", f"--dataset.root={two_cameras}", cameras)
     assert resume(tmp_path / "run") == 0
@@ -161,7 +161,7 @@ def test_adapters_as_the_policy_become_the_base_from_end_to_end(
     torch.testing.assert_close(begun, chunk(former, observation, noise), rtol=1e-4, atol=1e-5)
 
     # A killed run goes on from its own copy.
-    with killed(lambda patch: dies_at_update(patch, CachedOffPolicy, 3)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 3)):
         tiny(tmp_path / "killed", *flags)
     base = tmp_path / "killed/base_policy"
     away = base.rename(tmp_path / "away")

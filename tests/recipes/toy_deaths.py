@@ -11,12 +11,12 @@ def dies_at_update(monkeypatch, learner, number, death=Killed):
     """The process ends in the middle of the n-th update of this kind."""
     update, count = learner.update, 0
 
-    def mortal(self, *arguments):
+    def mortal(self, *arguments, **named):
         nonlocal count
         count += 1
         if count == number:
             raise death
-        update(self, *arguments)
+        update(self, *arguments, **named)
 
     monkeypatch.setattr(learner, "update", mortal)
 
@@ -24,12 +24,12 @@ def dies_at_update(monkeypatch, learner, number, death=Killed):
 def signalled_at_update(monkeypatch, learner, number, which):
     update, count = learner.update, 0
 
-    def signalled(self, *arguments):
+    def signalled(self, *arguments, **named):
         nonlocal count
         count += 1
         if count == number:
             os.kill(os.getpid(), which)
-        update(self, *arguments)
+        update(self, *arguments, **named)
 
     monkeypatch.setattr(learner, "update", signalled)
 
@@ -52,11 +52,11 @@ def diverges_at_update(monkeypatch, learner, done):
     """A loss of NaN after so many updates, also of a resumed run, while the steps are whole."""
     update = learner.update
 
-    def diverging(self, batch, generator):
+    def diverging(self, batch, generator, **named):
         moments = self.optimizer.state.values()
         taken = max((int(state["step"]) for state in moments), default=0)
         if taken == done and self.step_factor == 1.0:
             batch = replace(batch, chunk_return=batch.chunk_return * math.nan)
-        update(self, batch, generator)
+        update(self, batch, generator, **named)
 
     monkeypatch.setattr(learner, "update", diverging)

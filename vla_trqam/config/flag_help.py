@@ -8,7 +8,11 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from vla_trqam.config.methods import TYPE, MethodChoice
+from vla_trqam.methods.base import MethodConfig
+from vla_trqam.methods.registry import METHODS, name_of
 
 ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", re.MULTILINE)
 
@@ -57,6 +61,9 @@ def _lines(config: Any, prefix: str) -> Iterator[str]:
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             yield f"\n{name}: {(type(value).__doc__ or '').strip().splitlines()[0]}"
+            if hints[field.name] is MethodChoice:
+                yield f"  --{TYPE}={name_of(cast('MethodConfig', value))}"
+                yield f"      Which method, with the knobs below. One of {', '.join(METHODS)}."
             yield from _lines(value, f"{name}.")
         else:
             yield f"  --{name}={_yaml(value)}"

@@ -15,20 +15,28 @@ import draccus
 import yaml
 
 from vla_trqam.config.flag_help import help_text
+from vla_trqam.config.methods import (
+    DEFAULT_TYPE,
+    FORMER,
+    OF_FORMER,
+    TYPE,
+    MethodChoice,
+    former_values,
+    knobs_of,
+    of_former_run,
+    of_today,
+    with_chosen_type,
+)
 from vla_trqam.config.settings import OnDivergence
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.launched import launched_first
-from vla_trqam.methods.trqam import FORMER_SCHEME
+from vla_trqam.methods.base import MethodConfig
+from vla_trqam.methods.registry import METHODS, name_of
 
 Settings = dict[str, Any]
 YAML_START, YAML_END = b"---\n", b"\n...\n"
 """Of a document that :func:`dump_config` wrote; older ones have neither."""
-FORMER = {"trqam.scheme": FORMER_SCHEME}
-"""What runs did before there was a setting for it, where the default is something else today."""
-OF_FORMER = "trqam.time_shift"
-"""A setting that every former run's settings have, and that settings written by hand have not,
-unless they mean the former kind."""
 
 
 def parse_config[C](
@@ -49,21 +57,29 @@ def parse_config[C](
     known = _known_flags(config_class)
     if "--help" in arguments or "-h" in arguments:
         others = [item for item in arguments if item not in ("--help", "-h")]
-        preset = str(_read_flags(others, known).get("preset", preset))
-        section = _flatten(_section(presets, preset), known)
+        flags = of_today(_read_flags(others, known))
+        preset = str(flags.get("preset", preset))
+        chosen = {name: flags[name] for name in flags if name == TYPE}
+        section = _merged(_flatten(_section(presets, preset), known), chosen, known)
         program, names = Path(sys.argv[0]).name, list(_read_yaml(presets))
         print(help_text(_decode(config_class, section), program, presets, names, preset))
         raise SystemExit(0)
-    flags = _read_flags(arguments, known)
+    flags = of_today(_read_flags(arguments, known))
     if {"config_path", "preset"} <= flags.keys():
         raise UserError("--config_path and --preset are both given; choose one")
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     if config_path is None:
-        return _decode(config_class, _flatten(_section(presets, name), known) | flags)
-    settings = _flatten(_read_yaml(str(config_path)), known)
-    former = _former(settings, known) if OF_FORMER in settings else {}
+        section = of_today(_flatten(_section(presets, name), known))
+        return _decode(config_class, _merged(section, flags, known))
+    settings = of_former_run(_flatten(_read_yaml(str(config_path)), known))
+    former = former_values(settings) if OF_FORMER in settings else {}
     _tell_former(str(config_path), former.keys() - flags.keys())
-    return _decode(config_class, settings | former | flags)
+    return _decode(config_class, _merged(settings | former, flags, known))
+
+
+def _merged(settings: Settings, flags: Settings, known: Collection[str]) -> Settings:
+    """Flags over settings; of a configuration with a method, of the chosen one."""
+    return with_chosen_type(settings, flags) if TYPE in known else settings | flags
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:
@@ -115,7 +131,7 @@ def resumed_config[C: Resumable](
     path = config.output_dir / name
     saved = saved_config(type(config), path)
     known = _known_flags(type(config))
-    _tell_former(str(path), _former(_flatten(_read_yaml(path), known), known))
+    _tell_former(str(path), _former(of_former_run(_flatten(_read_yaml(path), known)), type(config)))
     asked = _flatten(settings_of(config), known)
     wanted = {flag: asked[flag] for flag in config.GROWING if flag in growing}
     check_more(saved, wanted)
@@ -152,16 +168,15 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
     _check_end(path)
     known = _known_flags(config_class)
     try:
-        settings = _flatten(_read_yaml(path), known)
-        return _decode(config_class, settings | _former(settings, known))
+        settings = of_former_run(_flatten(_read_yaml(path), known))
+        return _decode(config_class, settings | _former(settings, config_class))
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
 
 
-def _former(settings: Settings, known: Collection[str]) -> Settings:
-    """What former runs did of that for which these settings have nothing."""
-    return {k: v for k, v in FORMER.items() if k in known and k not in settings}
+def _former(settings: Settings, config_class: type) -> Settings:
+    return former_values(settings) if TYPE in _known_flags(config_class) else {}
 
 
 def _tell_former(path: str, names: Collection[str]) -> None:
@@ -183,14 +198,36 @@ def dump_config(config: Any, path: Path) -> None:
         part.write_text(yaml.safe_dump(settings_of(config), explicit_start=True, explicit_end=True))
 
 
+def read_settings(path: Path) -> Settings:
+    """The settings of a run of any age, nested, by the names of today.
+
+    Raises:
+        UserError: the file cannot be read, or holds no mapping.
+    """
+    return in_todays_names(_read_yaml(path))
+
+
+def in_todays_names(settings: Settings) -> Settings:
+    """A run's settings, nested, whatever their age."""
+    return _nest(of_former_run(_flatten(settings, ("rename_map",))))
+
+
 def settings_of(config: Any) -> Settings:
     """Every setting and its value, nested as in YAML and of YAML's types."""
-    settings: Settings = draccus.encode(config)
+    hints = get_type_hints(type(config))
+    settings: Settings = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, MethodConfig):
+            settings[item.name] = {"type": name_of(value), **draccus.encode(value)}
+        else:
+            settings[item.name] = draccus.encode(value, hints[item.name])
     return settings
 
 
 def _decode[C](config_class: type[C], settings: Settings) -> C:
-    known = _known_flags(config_class)
+    chosen = str(settings.get(TYPE, DEFAULT_TYPE))
+    known = _known_flags(config_class, chosen)
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -221,15 +258,25 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
         raise UserError(f"--{name}={value} must be a list, like [{value}]")
 
 
-def _known_flags(config_class: type, prefix: str = "") -> dict[str, Any]:
-    """Every setting by its dotted name, and its type."""
+def _known_flags(config_class: type, chosen: str | None = None, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, and its type.
+
+    Args:
+        config_class: a dataclass of dataclasses.
+        chosen: the method whose knobs are settings; None for those of every method.
+        prefix: of the names.
+    """
     flags: dict[str, Any] = {}
     hints = get_type_hints(config_class)
     for item in dataclasses.fields(config_class):
         name, hint = f"{prefix}{item.name}", hints[item.name]
-        if dataclasses.is_dataclass(hint):
+        if hint is MethodChoice:
+            flags[TYPE] = str
+            for method in METHODS if chosen is None else [chosen]:
+                flags |= {f"{name}.{knob}": kind for knob, kind in knobs_of(method).items()}
+        elif dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
-            flags |= _known_flags(hint, f"{name}.")
+            flags |= _known_flags(hint, chosen, f"{name}.")
         else:
             flags[name] = hint
     return flags

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.bc import BehaviourCloningConfig
-from vla_trqam.methods.qam import qam_config
-from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.report.flow_steps import check_flow_steps
 
 OnDivergence = Literal["stop", "rollback"]
@@ -66,7 +65,7 @@ class PolicyConfig:
         layer_norm: normalise after every activation.
         num_flow_steps: K, the steps from noise to action of the pretrained policy.
         tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
-            Few steps want ``trqam.scheme: posterior``.
+            Few steps want ``method.scheme: posterior``.
     """
 
     path: Path | None = None
@@ -117,19 +116,6 @@ class CriticConfig:
     adjoint_pessimism: float = 0.0
     target_rate: float = 0.005
     clip_actions: bool = True
-
-
-@dataclass
-class MethodConfig:
-    """Which method.
-
-    Attributes:
-        name: "trqam", or "qam" (lambda frozen at 1, no dual).
-        inverse_temperature: QAM's beta; TRQAM has none but 1, for it moves lambda instead.
-    """
-
-    name: Literal["trqam", "qam"] = "trqam"
-    inverse_temperature: float = 1.0
 
 
 @dataclass
@@ -210,8 +196,7 @@ class RunSettings(ABC):
     on_divergence: OnDivergence
     num_threads: int | None
     critic: CriticConfig
-    method: MethodConfig
-    trqam: TRQAMConfig
+    method: MethodChoice
     online: OnlineConfig
     eval: EvalConfig
 
@@ -225,22 +210,6 @@ class RunSettings(ABC):
         self._check_rates()
         self._check_seeds()
         self._check_choices()
-
-    def method_config(self) -> TRQAMConfig:
-        """The knobs of the chosen method.
-
-        Raises:
-            UserError: QAM's beta is not positive, or TRQAM is given one.
-        """
-        beta = self.method.inverse_temperature
-        if self.method.name == "qam":
-            return qam_config(self.trqam, beta)
-        if beta != 1.0:
-            raise UserError(
-                f"--method.inverse_temperature={beta} is QAM's; TRQAM finds its own temperature: "
-                "add --method.name=qam or leave it out"
-            )
-        return self.trqam
 
     def evaluation_seeds(self) -> list[int]:
         """Initial states of the final evaluation."""
@@ -282,7 +251,6 @@ class RunSettings(ABC):
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
-        self.method_config()
         if self.checkpoint is not None and not self.resume:
             raise UserError(
                 f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
@@ -372,8 +340,7 @@ class FinetuneRobomimicConfig(RunSettings):
         policy: the policy.
         pretrain: behaviour cloning of the base.
         critic: the critic ensemble.
-        method: which method.
-        trqam: its knobs, but for the inverse temperature, which the method has.
+        method: which method, and its knobs.
         offline: updates from the dataset.
         online: updates with rollouts between them.
         eval: the evaluations.
@@ -396,8 +363,7 @@ class FinetuneRobomimicConfig(RunSettings):
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    trqam: TRQAMConfig = field(default_factory=TRQAMConfig)
+    method: MethodChoice = field(default_factory=default_method)
     offline: OfflineConfig = field(default_factory=OfflineConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -442,10 +408,10 @@ class FinetuneRobomimicConfig(RunSettings):
             )
         tuned = self.policy.tuned_flow_steps
         if tuned is not None:
-            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.trqam)
+            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)
         elif self.policy.path is None:
             own = self.policy.num_flow_steps
-            check_flow_steps(own, f"--policy.num_flow_steps={own}", self.trqam)
+            check_flow_steps(own, f"--policy.num_flow_steps={own}", self.method)
         super()._check_choices()
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.config.settings import (
     CriticConfig,
     EvalConfig,
-    MethodConfig,
     OnDivergence,
     OnlineConfig,
     RunSettings,
@@ -20,7 +20,6 @@ from vla_trqam.data.lerobot_rows import TaskChanges
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.env_meta import Task
 from vla_trqam.errors import UserError
-from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.report.flow_steps import check_flow_steps
 
 
@@ -70,7 +69,7 @@ class VLAPolicyConfig:
         n_action_steps: actions that are executed of a chunk; null takes the policy's own. Training
             wants whole chunks.
         tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
-            Few steps want ``trqam.scheme: posterior``.
+            Few steps want ``method.scheme: posterior``.
         tokenizer: local folder of the tokenizer that its preprocessor takes; null for the one that
             it names, which may be on the Hub and gated.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
@@ -179,8 +178,7 @@ class FinetuneVLAConfig(RunSettings):
         policy: the policy.
         peft: what is trained of it.
         critic: the critic ensemble.
-        method: which method.
-        trqam: its knobs, but for the inverse temperature, which the method has.
+        method: which method, and its knobs.
         online: updates with rollouts between them; none without ``env``.
         env: the simulator.
         eval: the evaluations.
@@ -207,8 +205,7 @@ class FinetuneVLAConfig(RunSettings):
     policy: VLAPolicyConfig = field(default_factory=VLAPolicyConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     critic: VLACriticConfig = field(default_factory=VLACriticConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    trqam: TRQAMConfig = field(default_factory=TRQAMConfig)
+    method: MethodChoice = field(default_factory=default_method)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -267,5 +264,5 @@ class FinetuneVLAConfig(RunSettings):
             )
         tuned = self.policy.tuned_flow_steps
         if tuned is not None:
-            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.trqam)
+            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)
         super()._check_choices()

@@ -1,50 +1,57 @@
-"""How a flow policy acts: one ODE sample a chunk, from noise that can be repeated."""
+"""How an actor acts in a simulator: from noise that can be repeated, a chunk for an observation."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vla_trqam.data.frame_replay import STATE_KEY, TASK_KEY, image_key
 from vla_trqam.envs.rollout import ChunkPolicy
+from vla_trqam.methods.base import Actor
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.sde import sample_ode
-from vla_trqam.time_grid import TimeGrid
 
 
-def chunk_policy(
-    policy: FlowPolicy,
-    noise_seed: int,
-    *,
-    field: Literal["tuned", "base"] = "tuned",
-    num_flow_steps: int | None = None,
-) -> ChunkPolicy:
+class KeyedNoise:
+    """Noise that is a function of each observation's key alone, whatever the batch.
+
+    Args:
+        keys: of the observations.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, keys: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        self._generators = [np.random.default_rng(key) for key in keys]
+        self._device = device
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape)."""
+        drawn = [g.standard_normal(shape, dtype=np.float32) for g in self._generators]
+        return torch.from_numpy(np.stack(drawn)).to(self._device)
+
+
+def chunk_policy(policy: FlowPolicy, actor: Actor, noise_seed: int) -> ChunkPolicy:
     """What a rollout asks for a chunk, see :data:`~vla_trqam.envs.rollout.ChunkPolicy`.
 
     The noise of a chunk is a function of ``noise_seed``, the episode's seed and the chunk's number
-    alone: two policies evaluated with the same ``noise_seed`` start from the same noise.
+    alone: two actors evaluated with the same ``noise_seed`` start from the same noise.
 
     Args:
-        policy: whose field acts.
+        policy: what sees the observation, and knows the robot's units.
+        actor: what acts.
         noise_seed: separates the noise of different purposes.
-        field: which of the two acts.
-        num_flow_steps: from noise to action; None for the policy's.
     """
-    velocity = policy.velocity if field == "tuned" else policy.base_velocity
-    grid = TimeGrid(num_flow_steps or policy.num_flow_steps)
     device = next(policy.trainable_parameters()).device
 
     @torch.no_grad()
     def act(observations: Any, seeds: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-        noise = np.stack(
-            [_noise(policy, noise_seed, *key) for key in zip(seeds, chunks, strict=True)]
-        )
+        keys = [(noise_seed, int(s), int(c)) for s, c in zip(seeds, chunks, strict=True)]
         context = policy.encode(_tensors(observations, device))
-        x_0 = torch.from_numpy(noise).to(device)
-        x_1 = sample_ode(lambda x, tau: velocity(x, tau, context), x_0, grid)
-        return policy.to_robot(x_1).cpu().numpy()
+        action = actor.chunk(context, KeyedNoise(keys, device))
+        return policy.to_robot(action).cpu().numpy()
 
     return act
 
@@ -58,8 +65,3 @@ def _tensors(observations: Any, device: torch.device) -> Any:
         pixels = torch.from_numpy(image).to(device).permute(0, 3, 1, 2)
         raw[image_key(name)] = (pixels.float() / 255).contiguous()
     return raw | {TASK_KEY: observations["task"]}
-
-
-def _noise(policy: FlowPolicy, noise_seed: int, episode_seed: int, chunk: int) -> np.ndarray:
-    generator = np.random.default_rng((noise_seed, int(episode_seed), int(chunk)))
-    return generator.standard_normal(policy.chunk_shape, dtype=np.float32)

@@ -106,13 +106,13 @@ def lam_on_bound(line: Line) -> str | None:
     if math.isclose(lam, low, rel_tol=1e-6):
         return (
             f"lambda stays on its lower bound {low:g}: the critic's gradient does not use the KL "
-            "budget; try a smaller --trqam.lam_min or --trqam.kl_budget, or a longer warm-up of "
+            "budget; try a smaller --method.lam_min or --method.kl_budget, or a longer warm-up of "
             "the critic"
         )
     if math.isclose(lam, high, rel_tol=1e-6):
         return (
             f"lambda stays on its upper bound {high:g}: the KL may exceed its budget; try a larger "
-            "--trqam.lam_max, a smaller --trqam.actor_lr, or --critic.adjoint_pessimism"
+            "--method.lam_max, a smaller --method.actor_lr, or --critic.adjoint_pessimism"
         )
     return ""
 
@@ -129,7 +129,7 @@ def q_out_of_range(line: Line, limits: Range | None) -> str | None:
     side = "below" if q < low else "above"
     return (
         f"the mean Q is {q:.4g}, {side} all that rewards can give ({low:.4g} to {high:.4g}): the "
-        "critic diverges; try a smaller --trqam.critic_lr or --critic.target_rate, or a larger "
+        "critic diverges; try a smaller --method.critic_lr or --critic.target_rate, or a larger "
         "--critic.pessimism"
     )
 
@@ -144,7 +144,7 @@ def actions_clipped(line: Line) -> str | None:
     return (
         f"{share:.0%} of the policy's actions lie beyond their limits, where the critic's gradient "
         "is zero: look whether policy and data are normalised alike, or try a smaller "
-        "--trqam.kl_budget"
+        "--method.kl_budget"
     )
 
 

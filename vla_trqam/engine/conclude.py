@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from vla_trqam.critic import Critic
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.folder.run_folder import command_of
@@ -16,6 +15,7 @@ from vla_trqam.engine.run import EVALUATION_NOISE, METRICS_NAME, Run
 from vla_trqam.envs.rollout import ChunkPolicy, Episode
 from vla_trqam.envs.video import write_side_by_side
 from vla_trqam.errors import UserError
+from vla_trqam.methods.base import FlowActor, OffPolicyMethod, Which
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.report.critic_check import check_critic
 from vla_trqam.report.evaluation import BaseAsItCame, Outcome, PairedEvaluation
@@ -28,6 +28,8 @@ EVALUATION_NAME = "evaluation.json"
 CONTROL_FREQUENCY = 20  # Hz
 FRAME_EVERY = 2
 DEFAULT_VIDEOS = 2
+BASE: Which = "base"
+TUNED: Which = "tuned"
 
 
 def paired_evaluation(
@@ -65,16 +67,16 @@ def paired_evaluation(
 
 def write_plots(
     run: Run,
-    critic: Critic,
+    method: OffPolicyMethod,
     evaluation: PairedEvaluation | None,
     sampler: ChunkSampler[Any],
-    *,
-    kl_unit: str,
 ) -> list[Path]:
     """The figures of a run."""
     folder = run.output_dir / "plots"
-    paths = plot_run(run.output_dir / METRICS_NAME, folder, evaluation=evaluation, kl_unit=kl_unit)
-    check = check_critic(run.policy, critic, sampler)
+    paths = plot_run(
+        run.output_dir / METRICS_NAME, folder, evaluation=evaluation, kl_unit=method.kl_unit
+    )
+    check = check_critic(run.policy, method.score, sampler)
     if not check.known.any():
         print("no plot of Q against returns: no whole chunk of the replay has both, finite")
         return paths
@@ -83,7 +85,9 @@ def write_plots(
     return [*paths, path]
 
 
-def film(run: Run, base: ChunkPolicy, evaluation: PairedEvaluation, count: int) -> list[Path]:
+def film(
+    run: Run, base: ChunkPolicy, tuned: ChunkPolicy, evaluation: PairedEvaluation, count: int
+) -> list[Path]:
     """Films base and tuned policy side by side: gained episodes first, then lost, then others.
 
     Raises:
@@ -92,10 +96,7 @@ def film(run: Run, base: ChunkPolicy, evaluation: PairedEvaluation, count: int) 
     seeds = _interesting(evaluation)[:count]
     if not seeds:
         return []
-    pair = [
-        run.simulator.record(actor, seeds, every=FRAME_EVERY)
-        for actor in (base, chunk_policy(run.policy, EVALUATION_NOISE))
-    ]
+    pair = [run.simulator.record(actor, seeds, every=FRAME_EVERY) for actor in (base, tuned)]
     paths = []
     for before, after in zip(*pair, strict=True):
         path = run.output_dir / "videos" / f"seed_{before.seed}.mp4"
@@ -115,7 +116,7 @@ def film(run: Run, base: ChunkPolicy, evaluation: PairedEvaluation, count: int) 
 def conclude(
     run: Run,
     base: FlowPolicy | None,
-    critic: Critic,
+    method: OffPolicyMethod,
     sampler: ChunkSampler[Any],
     *,
     evaluation_seeds: Sequence[int],
@@ -123,7 +124,6 @@ def conclude(
     config: Mapping[str, Any],
     title: str,
     seeds: Mapping[str, int],
-    kl_unit: str,
 ) -> PairedEvaluation | None:
     """Evaluates, draws, films, writes ``evaluation.json`` and the report, and prints the result.
 
@@ -134,20 +134,21 @@ def conclude(
     with the tuned policy's number of flow steps, and where it came with another, with that too.
     """
     flow_steps = FlowSteps.of(run.policy, base)
+    source, which = (run.policy, BASE) if base is None else (base, TUNED)
     own_actor, base_actor = (
-        chunk_policy(run.policy, EVALUATION_NOISE, field="base", num_flow_steps=count)
-        if base is None
-        else chunk_policy(base, EVALUATION_NOISE, num_flow_steps=count)
+        chunk_policy(source, FlowActor(source, which, count), EVALUATION_NOISE)
         for count in (flow_steps.own, flow_steps.tuned)
     )
+    tuned = chunk_policy(run.policy, method.actor(), EVALUATION_NOISE)
     evaluation = None
     if run.pool is not None:
-        evaluation = _evaluate(run, base_actor, own_actor, flow_steps, evaluation_seeds)
+        evaluation = _evaluate(run, (own_actor, base_actor, tuned), flow_steps, evaluation_seeds)
 
     def tell() -> None:
-        _tell(run, base_actor, critic, sampler, evaluation, num_videos, facts)
+        _tell(run, (base_actor, tuned), method, sampler, evaluation, num_videos, facts)
 
-    facts: dict[str, Any] = {"config": config, "title": title, "seeds": seeds, "kl_unit": kl_unit}
+    facts: dict[str, Any] = {"config": config, "title": title, "seeds": seeds}
+    facts["kl_unit"] = method.kl_unit
     facts["flow_steps"] = flow_steps
     run.team.on_main(tell)
     return evaluation
@@ -155,17 +156,16 @@ def conclude(
 
 def _tell(
     run: Run,
-    base: ChunkPolicy,
-    critic: Critic,
+    pair: tuple[ChunkPolicy, ChunkPolicy],
+    method: OffPolicyMethod,
     sampler: ChunkSampler[Any],
     evaluation: PairedEvaluation | None,
     num_videos: int | None,
     facts: Mapping[str, Any],
 ) -> None:
     command = command_of(run.output_dir)
-    kl_unit = facts["kl_unit"]
     with run.timed("plots"):
-        plots = write_plots(run, critic, evaluation, sampler, kl_unit=kl_unit)
+        plots = write_plots(run, method, evaluation, sampler)
 
     def report(videos: Sequence[Path]) -> Path:
         return write_report(
@@ -186,7 +186,7 @@ def _tell(
     try:
         with run.timed("videos"):
             count = DEFAULT_VIDEOS if num_videos is None else num_videos
-            videos = film(run, base, evaluation, count)
+            videos = film(run, *pair, evaluation, count)
     except UserError as error:
         # Without a wish of the user's, a machine that cannot render gets a sentence.
         if num_videos is not None:
@@ -199,15 +199,23 @@ def _tell(
 
 def _evaluate(
     run: Run,
-    base: ChunkPolicy,
-    as_it_came: ChunkPolicy,
+    actors: tuple[ChunkPolicy, ChunkPolicy, ChunkPolicy],
     flow_steps: FlowSteps,
     seeds: Sequence[int],
 ) -> PairedEvaluation:
-    """The final evaluation, written to ``evaluation.json``."""
+    """The final evaluation, written to ``evaluation.json``.
+
+    Args:
+        run: whose simulators.
+        actors: the base as it came, the base and the tuned policy.
+        flow_steps: theirs.
+        seeds: of the initial states.
+    """
+    as_it_came, *pair = actors
     with run.timed("final evaluation"):
-        own = (run.evaluate(seeds, as_it_came), flow_steps) if flow_steps.differ else None
-        evaluation = paired_evaluation(run.evaluate(seeds, base), run.evaluate(seeds), own)
+        own = (run.evaluate_policy(seeds, as_it_came), flow_steps) if flow_steps.differ else None
+        base, tuned = (run.evaluate_policy(seeds, actor) for actor in pair)
+        evaluation = paired_evaluation(base, tuned, own)
     if run.team.is_main:
         write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     return evaluation

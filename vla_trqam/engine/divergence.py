@@ -11,24 +11,25 @@ import torch
 from torch import Tensor
 
 from vla_trqam.engine.folder.checkpoints import last_checkpoint
-from vla_trqam.engine.learners import Learner, module_tensors, optimizer_tensors
+from vla_trqam.engine.folder.state import module_tensors, optimizer_tensors
 from vla_trqam.errors import DivergenceError
 from vla_trqam.launched import launcher
+from vla_trqam.methods.base import Method
 
 STEP_SHRINKS = 0.5
 """What the step sizes are multiplied by at a rollback."""
 MOST_ROLLBACKS = 5
 """Of a run: a thirty-second of its step sizes that does not hold it is not the mistake."""
-SMALLER = "--trqam.actor_lr, --trqam.critic_lr or --trqam.kl_budget"
+SMALLER = "--method.actor_lr, --method.critic_lr or --method.kl_budget"
 
 
-def not_finite(learner: Learner) -> str | None:
+def not_finite(method: Method) -> str | None:
     """The first weight, moment of the optimizer or number to save that is NaN or infinite."""
-    numbers = {k: v for k, v in learner.scalars().items() if not isinstance(v, str)}
+    numbers = {k: v for k, v in method.scalars().items() if not isinstance(v, str)}
     return (
         next((name for name, value in numbers.items() if not math.isfinite(value)), None)
-        or _first(module_tensors(learner), "weight {}")
-        or _first(optimizer_tensors(learner.optimizer), "the optimizer's {}")
+        or _first(module_tensors(method), "weight {}")
+        or _first(optimizer_tensors(method.optimizer), "the optimizer's {}")
     )
 
 

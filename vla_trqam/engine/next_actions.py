@@ -18,9 +18,8 @@ from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
 from vla_trqam.data.sampling import Observer
 from vla_trqam.errors import UserError
+from vla_trqam.methods.base import Actor, GeneratorNoise
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.sde import sample_ode
-from vla_trqam.time_grid import TimeGrid
 
 FRAME = "frame"
 """The number of the frame in an observation of :class:`NumberedFeatures`."""
@@ -55,19 +54,27 @@ class NextActions(nn.Module):
     """A few chunks of the policy at every frame of a replay, as the robot executes them.
 
     Args:
-        policy: whose chunks.
+        policy: which sees the frames.
+        actor: whose chunks.
         replay: whose frames.
         cache: of their features.
         chunks_per_frame: M, kept at every frame; a target takes a random one.
     """
 
     def __init__(
-        self, policy: FlowPolicy, replay: FrameReplay, cache: FeatureCache, *, chunks_per_frame: int
+        self,
+        policy: FlowPolicy,
+        actor: Actor,
+        replay: FrameReplay,
+        cache: FeatureCache,
+        *,
+        chunks_per_frame: int,
     ) -> None:
         super().__init__()
         if chunks_per_frame < 1:
             raise UserError(f"critic.next_actions is {chunks_per_frame}; it must be at least 1")
         self._policy = (policy,)  # in a tuple: its weights are not this module's
+        self._actor = actor
         self._replay = replay
         self._observer = NumberedFeatures(cache, replay)
         horizon, real = policy.chunk_shape[0], int(policy.action_mask.sum())
@@ -169,14 +176,6 @@ class NextActions(nn.Module):
         device = self.chunks.device
         observed = self._observer.at(rows)
         context = policy.encode({k: v.to(device) for k, v in observed.items()})  # type: ignore[union-attr]
-        drawn = []
-        for _ in range(count):
-            x_0 = torch.empty((len(rows), *policy.chunk_shape), device=device)
-            x_0.normal_(generator=generator)
-            x_1 = sample_ode(
-                lambda x, tau: policy.velocity(x, tau, context),
-                x_0,
-                TimeGrid(policy.num_flow_steps),
-            )
-            drawn.append(policy.executed(x_1))
+        noise = GeneratorNoise(generator, len(rows), device)
+        drawn = [policy.executed(self._actor.chunk(context, noise)) for _ in range(count)]
         return torch.stack(drawn, dim=1)

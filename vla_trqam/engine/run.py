@@ -28,12 +28,12 @@ from vla_trqam.engine.folder.checkpoints import (
     read_position,
     save_checkpoint,
 )
-from vla_trqam.engine.learners import Learner
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.processes.interruption import Interrupted, InterruptGuard
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
 from vla_trqam.errors import DivergenceError, UserError
+from vla_trqam.methods.base import Actor, Method
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.report.evaluation import Outcome
 from vla_trqam.report.metrics import MetricsLog
@@ -50,7 +50,7 @@ class Phase:
     Attributes:
         name: "pretrain", "critic", "offline" or "online".
         num_steps: updates.
-        make_learner: called when the phase begins, with the policy as the last phase left it.
+        make_method: called when the phase begins, with the policy as the last phase left it.
         sampler: where batches come from.
         batch_size: chunks a batch, of all processes.
         episodes_before: seeds of the episodes to roll out before an update, given the updates done
@@ -59,17 +59,17 @@ class Phase:
         finish: called when the phase is over.
         moves_policy: whether its updates count as the run's: those that move the tuned field away
             from its base.
-        renew: called where the run goes back to before this phase: it makes the next learner new.
+        renew: called where the run goes back to before this phase: it makes the next method new.
     """
 
     name: str
     num_steps: int
-    make_learner: Callable[[], Learner]
+    make_method: Callable[[], Method]
     sampler: ChunkSampler[Any] | MixedSampler[Any]
     batch_size: int
     episodes_before: Callable[[int], Sequence[int]] = lambda _: ()
     evaluate_every: int = 0
-    finish: Callable[[Learner], None] = lambda _: None
+    finish: Callable[[Method], None] = lambda _: None
     moves_policy: bool = True
     renew: Callable[[], None] = lambda: None
 
@@ -93,7 +93,7 @@ class Run:
         team: the processes of the run, which all call what is here.
         alarms: told as they begin, and logged.
         on_divergence: what becomes of a run with numbers that are not finite.
-        step_factor: what the learners' step sizes are multiplied by, after rollbacks.
+        step_factor: what the methods' step sizes are multiplied by, after rollbacks.
     """
 
     output_dir: Path
@@ -114,8 +114,8 @@ class Run:
     step: int = 0
     wall_clock: dict[str, float] = field(default_factory=dict)
 
-    def train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Learner:
-        """Runs the phases, from the last checkpoint where there is one; returns the last learner.
+    def train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Method:
+        """Runs the phases, from the last checkpoint where there is one; returns the last method.
 
         Raises:
             Interrupted: the guard was asked to stop; everything up to here is saved.
@@ -130,7 +130,7 @@ class Run:
                     raise
                 self._roll_back(error, phases)
 
-    def _train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Learner:
+    def _train(self, phases: Sequence[Phase], guard: InterruptGuard) -> Method:
         checkpoint = last_checkpoint(self.output_dir)
         if self.metrics is not None:
             self.alarms.restart(self.metrics.records())
@@ -142,27 +142,27 @@ class Run:
                 f"this run has {', '.join(names)} only"
             )
         begin = 0 if position is None else names.index(position.phase)
-        learner: Learner | None = None
+        method: Method | None = None
         for phase in phases[begin:]:
-            learner = phase.make_learner()
+            method = phase.make_method()
             start = 0
             if checkpoint is not None and position is not None and phase.name == position.phase:
-                self._load(checkpoint, learner)
+                self._load(checkpoint, method)
                 start, self.step, self.wall_clock = (
                     position.phase_step,
                     position.step,
                     dict(position.wall_clock),
                 )
-            learner.step_factor = self.step_factor
-            self._train_phase(phase, learner, start, guard)
-        assert learner is not None, "a run has at least one phase"
-        return learner
+            method.step_factor = self.step_factor
+            self._train_phase(phase, method, start, guard)
+        assert method is not None, "a run has at least one phase"
+        return method
 
-    def _load(self, checkpoint: Path, learner: Learner) -> None:
+    def _load(self, checkpoint: Path, method: Method) -> None:
         rank = self.team.rank
-        self.team.together(lambda: load_checkpoint(checkpoint, learner, self.generators, rank))
+        self.team.together(lambda: load_checkpoint(checkpoint, method, self.generators, rank))
         # A checkpoint from before a rollback has the larger one.
-        self.step_factor = min(self.step_factor, learner.step_factor)
+        self.step_factor = min(self.step_factor, method.step_factor)
 
     def _roll_back(self, error: DivergenceError, phases: Sequence[Phase]) -> None:
         """Replay and log as at the last checkpoint, for the next :meth:`_train` to go on from.
@@ -186,53 +186,50 @@ class Run:
             sentence = f"{error}: back to {checkpoint}, with {self.step_factor:g} of the step sizes"
             print(sentence, file=sys.stderr, flush=True)
 
-    def _train_phase(
-        self, phase: Phase, learner: Learner, start: int, guard: InterruptGuard
-    ) -> None:
+    def _train_phase(self, phase: Phase, method: Method, start: int, guard: InterruptGuard) -> None:
         with self._progress(phase, start) as progress:
             if phase.moves_policy and self.step == 0:
                 # The policy is still its base.
-                self._evaluate(phase, learner, 0, progress)
+                self._evaluate(phase, method, 0, progress)
             for done in range(start, phase.num_steps):
-                self._collect(phase, learner, done, progress)
+                self._collect(phase, method, done, progress)
                 with self.timed(phase.name), _named(f"{phase.name} update {done + 1}"):
                     rows = self.team.batch_share(phase.batch_size)
                     batch = phase.sampler.sample(rows, self.generators.replay)
                     batch = batch.to(self.device)
                     batch = replace(batch, action=self.policy.from_robot(batch.action))
-                    learner.update(batch, self.generators.noise)
+                    method.update(batch, self.generators.noise)
                 self.step += phase.moves_policy
-                self._log(phase, learner, done + 1, progress)
-                self._evaluate(phase, learner, done + 1, progress)
+                self._log(phase, method, done + 1, progress)
+                self._evaluate(phase, method, done + 1, progress)
                 whole = done + 1 == phase.num_steps
                 stop = self.team.any(guard.requested)
                 if whole or stop or (done + 1) % self.save_freq == 0:
-                    self._save(phase, learner, done + 1)
+                    self._save(phase, method, done + 1)
                 if stop:
                     raise Interrupted(f"{phase.name} update {done + 1} of {phase.num_steps}")
-        phase.finish(learner)
+        phase.finish(method)
         if self.team.any(guard.requested):
             raise Interrupted(f"the end of {phase.name}")
 
-    def _collect(
-        self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress
-    ) -> None:
+    def _collect(self, phase: Phase, method: Method, done: int, progress: TrainingProgress) -> None:
         seeds = phase.episodes_before(done)
         if not seeds:
             return
-        with self.timed("rollouts"), learner.acting():
-            episodes = self._roll_out(chunk_policy(self.policy, ROLLOUT_NOISE), seeds, phase.name)
+        with self.timed("rollouts"), method.acting():
+            actor = chunk_policy(self.policy, method.actor(), ROLLOUT_NOISE)
+            episodes = self._roll_out(actor, seeds, phase.name)
             outcomes = self._gathered(map(Outcome.of, episodes))
         for outcome in outcomes:
             values = {"success": float(outcome.success), "episode_steps": outcome.num_steps}
             self._record(self.step, phase.name, values)
         progress.update(done, {"success_rate": success_rate(outcomes)})
 
-    def _log(self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress) -> None:
+    def _log(self, phase: Phase, method: Method, done: int, progress: TrainingProgress) -> None:
         if done % self.log_freq and done != phase.num_steps:
             return
         seconds = self.wall_clock[phase.name]
-        values = learner.metrics() | {"updates_per_s": done / seconds if seconds else 0.0}
+        values = method.metrics() | {"updates_per_s": done / seconds if seconds else 0.0}
         if self.step_factor != 1.0:
             values["step_factor"] = self.step_factor
         step = self.step if phase.moves_policy else done
@@ -243,25 +240,28 @@ class Run:
             progress.write(sentence)
 
     def _evaluate(
-        self, phase: Phase, learner: Learner, done: int, progress: TrainingProgress
+        self, phase: Phase, method: Method, done: int, progress: TrainingProgress
     ) -> None:
         if not phase.evaluate_every or done % phase.evaluate_every:
             return
-        with self.timed("evaluations"), learner.acting():
-            outcomes = self.evaluate(self.evaluation_seeds)
+        with self.timed("evaluations"), method.acting():
+            outcomes = self.evaluate(self.evaluation_seeds, method.actor())
         values = {"success_rate": success_rate(outcomes), "episodes": float(len(outcomes))}
         self._record(self.step, "eval", values)
         progress.update(done, values)
 
-    def evaluate(self, seeds: Sequence[int], actor: ChunkPolicy | None = None) -> list[Outcome]:
-        """One episode an initial state; every policy meets the same states and noise.
+    def evaluate(self, seeds: Sequence[int], actor: Actor) -> list[Outcome]:
+        """One episode an initial state; every actor meets the same states and noise.
 
         Args:
             seeds: of the initial states.
-            actor: with the evaluations' noise; None for the policy in training.
+            actor: what acts.
         """
-        episodes = self._roll_out(actor or chunk_policy(self.policy, EVALUATION_NOISE), seeds)
-        return self._gathered(map(Outcome.of, episodes))
+        return self.evaluate_policy(seeds, chunk_policy(self.policy, actor, EVALUATION_NOISE))
+
+    def evaluate_policy(self, seeds: Sequence[int], policy: ChunkPolicy) -> list[Outcome]:
+        """:meth:`evaluate` of what has its noise already."""
+        return self._gathered(map(Outcome.of, self._roll_out(policy, seeds)))
 
     def _roll_out(
         self, actor: ChunkPolicy, seeds: Sequence[int], source: str | None = None
@@ -295,8 +295,8 @@ class Run:
         assert self.pool is not None, "a run without a simulator has no rollouts and evaluations"
         return self.pool
 
-    def _save(self, phase: Phase, learner: Learner, done: int) -> None:
-        self._check_weights(phase, learner, done)
+    def _save(self, phase: Phase, method: Method, done: int) -> None:
+        self._check_weights(phase, method, done)
         position = Position(
             phase=phase.name,
             phase_step=done,
@@ -310,13 +310,13 @@ class Run:
         self.team.together(self._sync)
 
         def save_policy(folder: Path) -> None:
-            with learner.acting():
+            with method.acting():
                 self.save_policy(folder)
 
         save_checkpoint(
             self.output_dir,
             name,
-            learner,
+            method,
             save_policy,
             self.generators,
             position,
@@ -332,8 +332,8 @@ class Run:
         if self.metrics is not None:
             self.metrics.sync()
 
-    def _check_weights(self, phase: Phase, learner: Learner, done: int) -> None:
-        found = [name for name in self.team.gather(not_finite(learner)) if name is not None]
+    def _check_weights(self, phase: Phase, method: Method, done: int) -> None:
+        found = [name for name in self.team.gather(not_finite(method)) if name is not None]
         if found:
             raise DivergenceError(
                 f"training has diverged: {found[0]} is not finite after {phase.name} update {done}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vla_trqam.config.parsing import in_todays_names
 from vla_trqam.engine.folder.checkpoints import (
     CHECKPOINTS,
     PRETRAINED,
@@ -102,13 +103,13 @@ class RunFacts:
 
     @property
     def method(self) -> str:
-        """What tuned the policy, "TRQAM" or "QAM"."""
-        return str(self.setting("method.name", "trqam")).upper()
+        """What tuned the policy, like "TRQAM"."""
+        return str(self.setting("method.type", "trqam")).upper()
 
     @property
     def kl_unit(self) -> str:
         """Of the KL and its budget."""
-        per_action = self.setting("trqam.kl_per_action", False)
+        per_action = self.setting("method.kl_per_action", False)
         return "nats per action" if per_action else "nats per chunk"
 
     def setting(self, name: str, default: Any = None) -> Any:
@@ -158,7 +159,7 @@ def read_facts(run: Path, checkpoint: Path, policy: Path | None = None) -> RunFa
         UserError: a file is missing or is not what a run writes.
     """
     policy = policy or checkpoint / PRETRAINED
-    config, report = _read(run / CONFIG_NAME), None
+    config, report = in_todays_names(_read(run / CONFIG_NAME)), None
     if (run / REPORT).is_file():
         report = _read(run / REPORT)
     position = read_position(checkpoint)

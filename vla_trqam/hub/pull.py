@@ -14,12 +14,12 @@ from torch import Tensor
 from vla_trqam.adapters.policy_gate import PICKLED, check_policy_folder
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.engine.folder.checkpoints import ALGORITHM, PRETRAINED
-from vla_trqam.engine.learners import SCHEME, OffPolicy
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.hub.access import check_repo_id, connect, one_sentence
 from vla_trqam.hub.model_card import PLOTS
 from vla_trqam.hub.push import RUN
+from vla_trqam.methods.base import OffPolicyMethod
 
 # All that a checkpoint is made of.
 FETCHED = [".json", ".safetensors"]
@@ -101,12 +101,12 @@ def find_algorithm(path: str) -> Path:
     return folder / ALGORITHM
 
 
-def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = True) -> None:
-    """Gives a learner the critic, and the state of the trust region, of a checkpoint.
+def load_algorithm(algorithm: Path, method: OffPolicyMethod, *, trust_region: bool = True) -> None:
+    """Gives a method the critic, and the state of the trust region, of a checkpoint.
 
     Args:
         algorithm: the checkpoint's ``algorithm/`` folder.
-        learner: of the new run.
+        method: of the new run.
         trust_region: whether λ and the KL's moving average go on. They belong to the base that they
             were measured against: false where the pulled policy itself becomes the base.
 
@@ -119,12 +119,12 @@ def load_algorithm(algorithm: Path, learner: OffPolicy, *, trust_region: bool = 
         tensors = load_file(algorithm / "networks.safetensors")
         critic = {k.removeprefix(CRITIC): v for k, v in tensors.items() if k.startswith(CRITIC)}
         _check_finite(critic)
-        learner.method.critic.load_state_dict(critic)
+        method.critic.load_state_dict(critic)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{algorithm} does not fit this run's critic: {reason}") from None
     if trust_region:
-        _load_trust_region(algorithm / "scalars.json", learner)
+        _load_trust_region(algorithm / "scalars.json", method)
 
 
 def _check_finite(critic: dict[str, Tensor]) -> None:
@@ -133,15 +133,15 @@ def _check_finite(critic: dict[str, Tensor]) -> None:
         raise ValueError(f"{wrong[0]} has a number that is not finite")
 
 
-def _load_trust_region(path: Path, learner: OffPolicy) -> None:
+def _load_trust_region(path: Path, method: OffPolicyMethod) -> None:
     scalars = read_json(path)
     try:
-        numbers = {name: value for name, value in scalars.items() if name != SCHEME}
+        numbers = {k: v for k, v in scalars.items() if not isinstance(v, str)}
         wrong = [f"{k} is {v!r}" for k, v in numbers.items() if not _is_amount(v)]
         if wrong:
             raise ValueError(f"{wrong[0]}; it must be a finite number and not negative")
-        learner.load_scalars(scalars)
-        learner.step_factor = 1.0  # a smaller one is the former run's
+        method.load_scalars(scalars)
+        method.step_factor = 1.0  # a smaller one is the former run's
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,9 +18,15 @@ class QAMConfig(TRQAMConfig):
 
     Attributes:
         inverse_temperature: beta.
+        lam_init: 1, which QAM's lambda always is.
+        dual_step_size: 0: there is no dual.
+        kl_clip: null: the KL's average is for the log alone.
     """
 
     inverse_temperature: float = 1.0
+    lam_init: float = 1.0
+    dual_step_size: float = 0.0
+    kl_clip: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,11 +34,21 @@ class QAMConfig(TRQAMConfig):
             raise UserError(
                 f"inverse_temperature is {self.inverse_temperature}; QAM's beta must be positive"
             )
+        for name, only in DUAL_OFF.items():
+            if getattr(self, name) != only:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, but QAM has no dual: leave it out, or take "
+                    "trqam"
+                )
 
     @property
     def adjoint_scale(self) -> float:
         """Beta."""
         return self.inverse_temperature
+
+
+DUAL_OFF: dict[str, float | None] = {"lam_init": 1.0, "dual_step_size": 0.0, "kl_clip": None}
+"""What switches TRQAM's dual off."""
 
 
 def qam_config(config: TRQAMConfig, inverse_temperature: float) -> QAMConfig:
@@ -42,11 +58,5 @@ def qam_config(config: TRQAMConfig, inverse_temperature: float) -> QAMConfig:
         UserError: beta is not positive.
     """
     kept = {field.name: getattr(config, field.name) for field in fields(TRQAMConfig)}
-    dual_off = {
-        "lam_init": 1.0,
-        "lam_min": min(config.lam_min, 1.0),
-        "lam_max": max(config.lam_max, 1.0),
-        "dual_step_size": 0.0,
-        "kl_clip": None,
-    }
-    return QAMConfig(**kept | dual_off, inverse_temperature=inverse_temperature)
+    bracket = {"lam_min": min(config.lam_min, 1.0), "lam_max": max(config.lam_max, 1.0)}
+    return QAMConfig(**kept | DUAL_OFF | bracket, inverse_temperature=inverse_temperature)

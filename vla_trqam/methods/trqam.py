@@ -1,8 +1,7 @@
 """TRQAM: Trust Region Q-Adjoint Matching (Algorithm 2).
 
-:class:`TRQAMLoss` is the algorithm box up to the gradient, one call a line, as one ``nn.Module``
-whose ``forward`` returns the scalar (so that distributed wrappers see it); :class:`TRQAM` takes the
-step, measures the KL and moves lambda.
+The update up to the gradient is :class:`~vla_trqam.methods.adjoint_matching.TRQAMLoss`;
+:class:`TRQAM` takes the step, measures the KL and moves lambda.
 """
 
 from __future__ import annotations
@@ -11,23 +10,30 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.adjoint import AdjointKind, lean_adjoint, scalar_adjoint
+from vla_trqam.adjoint import AdjointKind
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
-from vla_trqam.losses import (
-    adjoint_matching_loss,
-    flow_matching_loss,
-    flow_matching_target,
-    td_loss,
-    td_target,
+from vla_trqam.methods.adjoint_matching import (
+    Part,
+    TRQAMLoss,
+    UpdateNoise,
+    micro_batches,
+    sampled_fields,
 )
 from vla_trqam.methods.average import WeightAverage
+from vla_trqam.methods.base import (
+    MethodConfig,
+    OffPolicyMethod,
+    Rehearsal,
+    Requirements,
+    Scalars,
+)
 from vla_trqam.methods.finite import Terms, check_finite, measured
 from vla_trqam.methods.parallel import Ranks, clipped, whole, whole_moments
 from vla_trqam.methods.results import (
@@ -36,8 +42,7 @@ from vla_trqam.methods.results import (
     LossOutput,
     UpdateResult,
 )
-from vla_trqam.policy import FlowPolicy, PathFields
-from vla_trqam.sde import sample_ode, sample_path_and_next_action
+from vla_trqam.policy import FlowPolicy
 from vla_trqam.time_grid import (
     AdjointTime,
     FinalStep,
@@ -46,7 +51,7 @@ from vla_trqam.time_grid import (
     ShiftedEuler,
     TimeGrid,
 )
-from vla_trqam.trust_region import TrustRegion, TrustRegionConfig, path_kl_per_step
+from vla_trqam.trust_region import TrustRegion, TrustRegionConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,6 +78,8 @@ CHOICES = {
     "final_step": FinalStep,
     "adjoint_time": AdjointTime,
 }
+SCHEME = "scheme"
+"""What a trust region's state belongs to."""
 SCHEME_KNOBS = {
     "posterior": ("last_step_weight",),
     "shifted_euler": ("time_shift", "final_step", "adjoint_time"),
@@ -80,7 +87,7 @@ SCHEME_KNOBS = {
 
 
 @dataclass(frozen=True)
-class TRQAMConfig(TrustRegionConfig):
+class TRQAMConfig(TrustRegionConfig, MethodConfig):
     """Knobs of TRQAM beside the trust region's.
 
     Attributes:
@@ -161,149 +168,33 @@ class TRQAMConfig(TrustRegionConfig):
             return Posterior(self.last_step_weight)
         return ShiftedEuler(self.time_shift, self.adjoint_time, self.final_step)
 
+    def check_flow_steps(self, count: int) -> None:
+        """See :meth:`MethodConfig.check_flow_steps`."""
+        try:
+            TimeGrid(count, self.chain).steps  # noqa: B018 (refuses a grid that is too coarse)
+        except UserError:
+            raise UserError(
+                f"is too few for the {self.scheme} scheme, whose last step has no noise: take at "
+                "least 2 by --policy.tuned_flow_steps, or --method.scheme=shifted_euler"
+            ) from None
+
+    @property
+    def keeps_average(self) -> bool:
+        """See :meth:`MethodConfig.keeps_average`."""
+        return self.average_rate > 0.0
+
+    def rehearse(self, policy: FlowPolicy, context: Any, rows: int) -> Rehearsal:
+        """The tuned field along a path of the chain."""
+        values = sampled_fields(policy, context, rows, self).tuned()
+        return Rehearsal(values, 1 if self.keep_activations else policy.num_flow_steps)
+
     @property
     def adjoint_scale(self) -> float:
         """Factor of the terminal adjoint: 1, for TRQAM moves lambda instead."""
         return 1.0
 
 
-@dataclass(frozen=True)
-class UpdateNoise:
-    """Every random number of one update.
-
-    Attributes:
-        next_action: start of the ODE that samples the next action chunk, (B, H, A).
-        sde_x_0: start of the memoryless SDE, (B, H, A).
-        sde_steps: its unit increments, (K, B, H, A).
-        bc_x_0: noise of the flow-matching loss, (B, H, A).
-        bc_tau: its times, uniform on [0, 1), (B,).
-    """
-
-    next_action: Tensor
-    sde_x_0: Tensor
-    sde_steps: Tensor
-    bc_x_0: Tensor
-    bc_tau: Tensor
-
-    @classmethod
-    def draw(cls, action: Tensor, num_flow_steps: int, generator: torch.Generator) -> UpdateNoise:
-        """Fresh noise for a batch of action chunks (B, H, A)."""
-        batch = action.shape[0]
-        normal = torch.empty((num_flow_steps + 3, *action.shape), device=action.device)
-        normal.normal_(generator=generator)
-        tau = torch.empty(batch, device=action.device).uniform_(generator=generator)
-        return cls(normal[0], normal[1], normal[3:], normal[2], tau)
-
-
-class TRQAMLoss(nn.Module):
-    """The update's scalar loss as a module over policy and critic."""
-
-    def __init__(self, policy: FlowPolicy, critic: Critic, config: TRQAMConfig) -> None:
-        super().__init__()
-        self.policy, self.critic, self.config = policy, critic, config
-        self.grid = TimeGrid(policy.num_flow_steps, config.chain)
-        self.grid.steps  # noqa: B018 (refuses a grid that is too coarse)
-
-    def forward(self, batch: TransitionBatch, noise: UpdateNoise, lam: float) -> LossOutput:
-        """Algorithm 2 up to the gradient step."""
-        policy, critic, grid = self.policy, self.critic, self.grid
-        context = policy.encode(batch.observation)
-        next_context = policy.encode(batch.next_observation)
-        features = policy.features(context)
-
-        fields = policy.path_fields(
-            context, next_context, keep_activations=self.config.keep_activations
-        )
-        trajectory, next_action = sample_path_and_next_action(
-            fields,
-            noise.sde_x_0,
-            noise.sde_steps,
-            noise.next_action,
-            grid,
-            jacobians=self.config.adjoint == "lean",
-        )
-        next_action = policy.executed(next_action)
-
-        q, target, td = self._temporal_difference(batch, features, next_context, next_action)
-
-        gradient, _ = critic.action_gradient(features, trajectory.x_1, policy.executed)
-        terminal_adjoint = -self.config.adjoint_scale * gradient
-        adjoint = self._adjoint(terminal_adjoint, fields)
-
-        control_gap = fields.tuned() - fields.base()
-        am = adjoint_matching_loss(control_gap, adjoint, grid, lam)
-        bc = self._behaviour_cloning(batch, noise, context) if self.config.train_base else None
-        return LossOutput(
-            loss=td + am if bc is None else td + am + bc,
-            td_loss=td.detach(),
-            adjoint_loss=am.detach(),
-            bc_loss=None if bc is None else bc.detach(),
-            kl_per_step=path_kl_per_step(control_gap, grid),
-            last_gap=control_gap[-1].detach(),
-            q=q.detach(),
-            target=target,
-            trajectory=trajectory,
-            adjoint=adjoint,
-            terminal_adjoint=terminal_adjoint,
-            next_action=next_action,
-        )
-
-    def _adjoint(self, terminal_adjoint: Tensor, fields: PathFields) -> Tensor:
-        if self.config.adjoint == "scalar":
-            return scalar_adjoint(terminal_adjoint, self.grid)
-        return lean_adjoint(terminal_adjoint, fields.base_pullback, self.grid)
-
-    def critic_loss(
-        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
-    ) -> CriticLossOutput:
-        """The TD part alone, with the next action as in :meth:`forward`.
-
-        Args:
-            batch: of chunks.
-            noise: of the update.
-            next_action: as executed, (B, H, a), where it has been drawn before.
-        """
-        policy = self.policy
-        context = policy.encode(batch.observation)
-        next_context = policy.encode(batch.next_observation)
-        if next_action is None:
-            with torch.no_grad():
-                x_1 = sample_ode(
-                    lambda x, tau: policy.velocity(x, tau, next_context),
-                    noise.next_action,
-                    self.grid,
-                )
-            next_action = policy.executed(x_1)
-        q, target, td = self._temporal_difference(
-            batch, policy.features(context), next_context, next_action
-        )
-        return CriticLossOutput(td, q.detach(), target)
-
-    def _temporal_difference(
-        self, batch: TransitionBatch, features: Tensor, next_context: object, next_action: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Online values (E, B), targets (B,) and the loss."""
-        policy = self.policy
-        next_value = self.critic.next_value(policy.features(next_context), next_action)
-        target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
-        # What was executed is within the limits.
-        q = self.critic.online(features, policy.executed(batch.action, clip=False))
-        return q, target, td_loss(q, target, _td_weight(batch))
-
-    def _behaviour_cloning(
-        self, batch: TransitionBatch, noise: UpdateNoise, context: object
-    ) -> Tensor:
-        x_tau, velocity = flow_matching_target(batch.action, noise.bc_x_0, noise.bc_tau)
-        predicted = self.policy.behaviour_velocity(x_tau, noise.bc_tau, context)
-        return flow_matching_loss(predicted, velocity, batch.valid)
-
-
-def _td_weight(batch: TransitionBatch) -> Tensor:
-    """1 for whole chunks, and for chunks that a termination cut: what comes after cannot matter."""
-    return (batch.valid[:, -1] | batch.terminated).to(batch.chunk_return.dtype)
-
-
-class TRQAM:
+class TRQAM(OffPolicyMethod):
     """Off-policy fine-tuning of a flow policy under a KL budget.
 
     Args:
@@ -318,6 +209,10 @@ class TRQAM:
     Raises:
         UserError: what the accelerator or the config asks for is not possible.
     """
+
+    requirements = Requirements(
+        trains_field=True, base_jacobian=True, next_actions=True, host_acts=True, shards=True
+    )
 
     def __init__(
         self,
@@ -345,6 +240,8 @@ class TRQAM:
         self._step_factor = 1.0
         rate = config.average_rate
         self.average = WeightAverage(policy.trainable_parameters(), rate) if rate else None
+        self._result: UpdateResult | None = None
+        self._critic_result: CriticUpdateResult | None = None
 
     @property
     def step_factor(self) -> float:
@@ -387,10 +284,74 @@ class TRQAM:
         """Inside, the policy has the weights that act; no update may be made there."""
         return nullcontext() if self.average is None else self.average.in_place()
 
+    def update(
+        self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1
+    ) -> None:
+        """One update of critic, tuned field, lambda and targets; see :meth:`Method.update`."""
+        noise = UpdateNoise.draw(batch.action, self.policy.num_flow_steps, generator)
+        self._result = self.update_in_parts(micro_batches(batch, noise, num_parts))
+        outputs = self._result.outputs
+        self.next_action = torch.cat([output.next_action for output in outputs])
+
     def update_critic(
+        self,
+        batch: TransitionBatch[Any],
+        generator: torch.Generator,
+        next_action: Tensor | None = None,
+    ) -> None:
+        """Policy and lambda stand still; see :meth:`OffPolicyMethod.update_critic`."""
+        noise = UpdateNoise.draw(batch.action, 0, generator)
+        self._critic_result = self.update_critic_with(batch, noise, next_action)
+
+    def metrics(self) -> dict[str, float]:
+        """The update's own and the trust region's."""
+        assert self._result is not None, "metrics() before the first update()"
+        values = self._result.metrics() | {"kl_ema": self.trust_region.kl_ema}
+        if self.config.dual_step_size > 0.0:
+            bounds = ("kl_budget", "lam_min", "lam_max")
+            values |= {name: getattr(self.config, name) for name in bounds}
+        return values
+
+    def critic_metrics(self) -> dict[str, float]:
+        """The last update's of the critic alone."""
+        assert self._critic_result is not None, "critic_metrics() before the first update_critic()"
+        return self._critic_result.metrics()
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Policy and critic, and the policy's average where that acts."""
+        average = {} if self.average is None else {"average": self.average}
+        return {"policy": self.policy, "critic": self.critic, **average}
+
+    def scalars(self) -> Scalars:
+        """The trust region's state, and the scheme in whose units it is."""
+        state = self.trust_region.state_dict()
+        return state | super().scalars() | {SCHEME: self.config.scheme}
+
+    def load_scalars(self, values: Mapping[str, float | str]) -> None:
+        """Restores :meth:`scalars`.
+
+        Raises:
+            UserError: they are of another scheme, whose KL is in other units.
+        """
+        state = {name: float(values[name]) for name in self.trust_region.state_dict()}
+        theirs, own = values.get(SCHEME, FORMER_SCHEME), self.config.scheme
+        if theirs != own:
+            raise UserError(
+                f"lambda and its KL are of the {theirs} scheme and this run is of {own}, which has "
+                f"other units: --method.scheme={theirs} goes on with them"
+            )
+        self.trust_region.load_state_dict(state)
+        super().load_scalars(values)
+
+    @property
+    def kl_unit(self) -> str:
+        """Nats of the chain, per action or per chunk."""
+        return "nats per action" if self.config.kl_per_action else "nats per chunk"
+
+    def update_critic_with(
         self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
     ) -> CriticUpdateResult:
-        """One update of the critic and its target alone; policy and lambda stand still.
+        """:meth:`update_critic` with given noise.
 
         Args:
             batch: of chunks; this rank's.
@@ -415,8 +376,8 @@ class TRQAM:
         self.optimizer.step()
         return CriticUpdateResult(output, share, norm, self.ranks)
 
-    def update(self, batch: TransitionBatch, noise: UpdateNoise) -> UpdateResult:
-        """One update of critic, tuned field, lambda and target networks.
+    def update_with(self, batch: TransitionBatch, noise: UpdateNoise) -> UpdateResult:
+        """:meth:`update` with given noise.
 
         Args:
             batch: of chunks; this rank's.
@@ -424,8 +385,8 @@ class TRQAM:
         """
         return self.update_in_parts([(batch, noise)])
 
-    def update_in_parts(self, parts: Sequence[tuple[TransitionBatch, UpdateNoise]]) -> UpdateResult:
-        """:meth:`update` on the joint batch of these micro-batches, one after the other.
+    def update_in_parts(self, parts: Sequence[Part]) -> UpdateResult:
+        """:meth:`update_with` on the joint batch of these micro-batches, one after the other.
 
         One step of the optimizer, of lambda and of the targets, as if the batch had been one: only
         the memory is that of a micro-batch.

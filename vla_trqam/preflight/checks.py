@@ -17,7 +17,7 @@ from torch import nn
 from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.errors import UserError
-from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.methods.base import MethodConfig
 from vla_trqam.preflight import data, disk, memory, model
 from vla_trqam.preflight.data import RewardSummary
 from vla_trqam.preflight.disk import ReplayPlan
@@ -46,7 +46,7 @@ def preflight_machine(
     plan: ReplayPlan,
     *,
     critic: nn.Module | None = None,
-    method: TRQAMConfig,
+    method: MethodConfig,
     share: Share,
     output_dir: Path,
     num_checkpoints: int,
@@ -157,7 +157,7 @@ class _Machine:
     reader: LeRobotReader
     plan: ReplayPlan
     critic: nn.Module | None
-    method: TRQAMConfig
+    method: MethodConfig
     share: Share
     output_dir: Path
     num_checkpoints: int
@@ -169,7 +169,7 @@ class _Machine:
     @cached_property
     def memory(self) -> memory.Memory:
         chunks = self.plan.next_action_bytes(self.policy)
-        averages = self.method.average_rate > 0.0
+        averages = self.method.keeps_average
         return memory.measure_memory(self.policy, self.critic, self.dry, chunks, averages=averages)
 
     def check_observation(self) -> Finding:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_trqam.data.frame_replay import FrameObservation
-from vla_trqam.methods.trqam import TRQAMConfig
-from vla_trqam.preflight.model import path_fields, prepared
+from vla_trqam.methods.base import MethodConfig
+from vla_trqam.preflight.model import device_of, prepared, seeded
 from vla_trqam.preflight.report import Finding
 
 if TYPE_CHECKING:
@@ -142,30 +142,33 @@ class DryPass:
         prefix: bytes of the encoded observation.
         activations: bytes that the path keeps for gradients at a time: of all flow steps, or of
             one where they are computed again.
-        reached: trained tensors that get a gradient.
+        reached: trained tensors that get a gradient; None where the method trains none.
         finite: whether all of them are.
     """
 
     prefix: int
     activations: int
-    reached: int
+    reached: int | None
     finite: bool
 
 
-def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation, method: TRQAMConfig) -> DryPass:
+def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation, method: MethodConfig) -> DryPass:
     """Takes it with one raw observation; no gradient stays on the parameters."""
     observation = prepared(policy, seen)
     context = policy.encode(observation)
     not_counted = {t.untyped_storage().data_ptr() for t in policy.parameters()}
-    with saved_bytes(not_counted) as saved:
-        loss = path_fields(policy, context, 1, method).tuned().square().sum()
+    with saved_bytes(not_counted) as saved, seeded(device_of(policy)):
+        rehearsal = method.rehearse(policy, context, 1)
+    prefix = tensor_bytes(policy.packed(observation).values())
+    if rehearsal is None:
+        return DryPass(prefix, activations=0, reached=None, finite=True)
+    loss = rehearsal.values.square().sum()
     trained = list(policy.trainable_parameters())
     found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
     gradients = [gradient for gradient in found if gradient is not None]
-    at_once = 1 if method.keep_activations else policy.num_flow_steps
     return DryPass(
-        prefix=tensor_bytes(policy.packed(observation).values()),
-        activations=-(-sum(saved.values()) // at_once),
+        prefix=prefix,
+        activations=-(-sum(saved.values()) // rehearsal.parts),
         reached=len(gradients),
         finite=all(bool(torch.isfinite(gradient).all()) for gradient in gradients),
     )
@@ -173,6 +176,8 @@ def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation, method: TRQAMCon
 
 def check_gradient(dry: DryPass, policy: LeRobotFlowPolicy) -> Finding:
     """The loss moves what is trained."""
+    if dry.reached is None:
+        return Finding("gradient", "the method leaves the policy's weights as they are")
     wanted = len(list(policy.trainable_parameters()))
     found = f"the tuned field's gradient reaches {dry.reached} of {wanted} trained tensors"
     if dry.reached and dry.finite:

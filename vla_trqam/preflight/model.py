@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.methods.adjoint_matching import sampled_fields
 from vla_trqam.methods.trqam import TRQAMConfig
-from vla_trqam.policy import PathFields
 from vla_trqam.preflight.report import Finding
-from vla_trqam.sde import sample_ode, sample_path_and_next_action
+from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
 
 if TYPE_CHECKING:
@@ -140,7 +140,9 @@ def check_base(policy: LeRobotFlowPolicy, replay: FrameReplay, *, resumed: bool)
     context = policy.encode(first_observations(policy, replay, BATCH))
     # A chain that may have a single step: the claim is of any state.
     authors = TRQAMConfig(scheme="shifted_euler")
-    fields = path_fields(policy, context, len(policy.features(context)), authors)
+    rows = len(policy.features(context))
+    with seeded(device_of(policy)):
+        fields = sampled_fields(policy, context, rows, authors)
     gap = float((fields.tuned().detach() - fields.base()).abs().max())
     found = f"the tuned field differs by {gap:.2g} from the base"
     if gap == 0.0 or (resumed and math.isfinite(gap)):
@@ -150,17 +152,3 @@ def check_base(policy: LeRobotFlowPolicy, replay: FrameReplay, *, resumed: bool)
         found + " before the first step, so the KL does not start at 0",
         "a policy as load_policy gives it, or --resume where training goes on",
     )
-
-
-def path_fields(
-    policy: LeRobotFlowPolicy, context: Any, batch_size: int, method: TRQAMConfig
-) -> PathFields:
-    """Both fields along a path of the method's chain from fixed noise, activations kept."""
-    grid, device = TimeGrid(policy.num_flow_steps, method.chain), device_of(policy)
-    with seeded(device):
-        shape = grid.num_flow_steps + 2, batch_size, *policy.chunk_shape
-        noise = torch.randn(shape, device=device)
-    fields = policy.path_fields(context, context)
-    lean = method.adjoint == "lean"
-    sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid, jacobians=lean)
-    return fields

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vla_trqam.critic import Critic
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.policy import FlowPolicy
 
@@ -36,7 +37,7 @@ class CriticCheck:
 @torch.no_grad()
 def check_critic(
     policy: FlowPolicy,
-    critic: Critic,
+    score: Callable[[Tensor, Tensor], Tensor],
     sampler: ChunkSampler[Any],
     *,
     num_chunks: int = 2000,
@@ -49,7 +50,7 @@ def check_critic(
 
     Args:
         policy: what the critic's features come from.
-        critic: to be checked.
+        score: the critic's value of features (B, F) and executed chunks (B, H, a): (B,).
         sampler: of the chunks; its discount and reward make the returns.
         num_chunks: at most so many of them.
         seed: of their choice.
@@ -60,6 +61,6 @@ def check_critic(
     batch = batch.to(next(policy.trainable_parameters()).device)
     features = policy.features(policy.encode(batch.observation))
     actions = policy.executed(policy.from_robot(batch.action), clip=False)
-    q = critic.online(features, actions).mean(dim=0).cpu()
+    q = score(features, actions).cpu()
     returns, success = sampler.outcomes(chosen)
     return CriticCheck(q[whole].numpy(), returns[whole.numpy()], success[whole.numpy()])

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vla_trqam.errors import UserError
-from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.methods.base import MethodConfig
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.time_grid import TimeGrid
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class FlowSteps:
         return "fewer steps" if self.tuned < self.own else "more steps"
 
 
-def check_flow_steps(count: int, what: str, config: TRQAMConfig) -> None:
-    """Refuses a number of flow steps that the method's chain cannot be trained with.
+def check_flow_steps(count: int, what: str, config: MethodConfig) -> None:
+    """Refuses a number of flow steps that a method cannot be trained with.
 
     Args:
         count: K.
@@ -50,15 +49,12 @@ def check_flow_steps(count: int, what: str, config: TRQAMConfig) -> None:
         UserError: it is too small.
     """
     try:
-        TimeGrid(count, config.chain).steps  # noqa: B018 (refuses a grid that is too coarse)
-    except UserError:
-        raise UserError(
-            f"{what} is too few for the {config.scheme} scheme, whose last step has no noise: take "
-            "at least 2 by --policy.tuned_flow_steps, or --trqam.scheme=shifted_euler"
-        ) from None
+        config.check_flow_steps(count)
+    except UserError as error:
+        raise UserError(f"{what} {error}") from None
 
 
-def check_own_steps(policy: FlowPolicy, count: int | None, config: TRQAMConfig) -> None:
+def check_own_steps(policy: FlowPolicy, count: int | None, config: MethodConfig) -> None:
     """The same of a given policy's own number, where the settings have none.
 
     Raises:

@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla_trqam.engine.folder.manifest import damage, write_manifest
-from vla_trqam.engine.learners import (
-    Learner,
+from vla_trqam.engine.folder.state import (
     load_module_tensors,
     load_optimizer_tensors,
     module_tensors,
@@ -30,6 +29,7 @@ from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.errors import UserError
 from vla_trqam.files import discard, written_durably
+from vla_trqam.methods.base import Method
 
 CHECKPOINTS = "checkpoints"
 LAST = "last"
@@ -63,7 +63,7 @@ class Position:
 def save_checkpoint(
     output_dir: Path,
     name: str,
-    learner: Learner,
+    method: Method,
     save_policy: Callable[[Path], None],
     generators: Generators,
     position: Position,
@@ -77,17 +77,17 @@ def save_checkpoint(
     final = output_dir / CHECKPOINTS / name
     # Hidden, so that it is no checkpoint, until the main process puts it in place.
     others = final.with_name(f".{name}_ranks")
-    team.together(lambda: None if team.is_main else _write_rank(others, team, learner, generators))
+    team.together(lambda: None if team.is_main else _write_rank(others, team, method, generators))
 
     def write() -> None:
         with written_durably(final) as part:
             for folder in (PRETRAINED, TRAINING, ALGORITHM):
                 (part / folder).mkdir(parents=True)
             save_policy(part / PRETRAINED)
-            save_file(module_tensors(learner), part / ALGORITHM / NETWORKS)
-            _write_json(part / ALGORITHM / "scalars.json", learner.scalars())
+            save_file(module_tensors(method), part / ALGORITHM / NETWORKS)
+            _write_json(part / ALGORITHM / "scalars.json", method.scalars())
             training = part / TRAINING
-            moments = optimizer_tensors(learner.optimizer)
+            moments = optimizer_tensors(method.optimizer)
             save_file(moments, training / "optimizer_state.safetensors")
             _write_generators(training, generators)
             _write_json(training / "position.json", asdict(position))
@@ -101,11 +101,11 @@ def save_checkpoint(
     return final
 
 
-def _write_rank(folder: Path, team: Team, learner: Learner, generators: Generators) -> None:
+def _write_rank(folder: Path, team: Team, method: Method, generators: Generators) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with written_durably(folder / _rank_name(team.rank)) as own:
         own.mkdir()
-        save_file(module_tensors(learner, own=True), own / NETWORKS)
+        save_file(module_tensors(method, own=True), own / NETWORKS)
         _write_generators(own, generators)
 
 
@@ -207,9 +207,9 @@ def read_position(checkpoint: Path) -> Position:
 
 
 def load_checkpoint(
-    checkpoint: Path, learner: Learner, generators: Generators, rank: int = 0
+    checkpoint: Path, method: Method, generators: Generators, rank: int = 0
 ) -> None:
-    """Restores learner and generators of a process to the bit.
+    """Restores method and generators of a process to the bit.
 
     Raises:
         UserError: a file is missing or damaged, or of another run's names or shapes.
@@ -222,10 +222,10 @@ def load_checkpoint(
         tensors = _read_tensors(algorithm / NETWORKS)
         if rank:
             tensors |= _read_tensors(own / NETWORKS)
-        load_module_tensors(learner, tensors)
-        learner.load_scalars(_read_json(algorithm / "scalars.json"))
+        load_module_tensors(method, tensors)
+        method.load_scalars(_read_json(algorithm / "scalars.json"))
         moments = _read_tensors(training / "optimizer_state.safetensors")
-        load_optimizer_tensors(learner.optimizer, moments)
+        load_optimizer_tensors(method.optimizer, moments)
         _read_generators(own, generators)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from datetime import timedelta
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.errors import UserError
 from vla_trqam.launched import launched_processes
-from vla_trqam.methods.trqam import UpdateNoise
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -190,37 +186,3 @@ class Team:
                 return None
             raise FailedElsewhereError(outcome["error"])
         return outcome["result"]
-
-
-def micro_batches(
-    batch: TransitionBatch[Any], noise: UpdateNoise, count: int
-) -> list[tuple[TransitionBatch[Any], UpdateNoise]]:
-    """A batch and its noise in ``count`` parts, for :meth:`TRQAM.update_in_parts`.
-
-    Raises:
-        UserError: there are fewer rows than parts.
-    """
-    rows = len(batch)
-    if not 1 <= count <= rows:
-        raise UserError(f"a batch of {rows} rows cannot be split in {count} micro-batches")
-    edges = [rows * i // count for i in range(count + 1)]
-    return [rows_of(batch, noise, slice(a, b)) for a, b in pairwise(edges)]
-
-
-def rows_of(
-    batch: TransitionBatch[Any], noise: UpdateNoise, rows: slice
-) -> tuple[TransitionBatch[Any], UpdateNoise]:
-    """These rows of a batch, and of its noise."""
-    values = {field.name: _rows(getattr(batch, field.name), rows) for field in fields(batch)}
-    drawn = {
-        field.name: getattr(noise, field.name)[rows]
-        for field in fields(noise)
-        if field.name != "sde_steps"
-    }
-    return TransitionBatch(**values), UpdateNoise(sde_steps=noise.sde_steps[:, rows], **drawn)
-
-
-def _rows(value: Any, rows: slice) -> Any:
-    if isinstance(value, dict):
-        return {key: _rows(entry, rows) for key, entry in value.items()}
-    return value[rows]

@@ -1,0 +1,211 @@
+"""Methods for large policies: many updates of the critic for each one of the policy.
+
+The critic's batches hold cached features and, where the method's target wants them, use next
+actions that were drawn before (:class:`~vla_trqam.engine.next_actions.NextActions`); the policy's
+own update draws its next actions afresh and leaves them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.engine.next_actions import FRAME, NextActions
+from vla_trqam.methods.base import Actor, OffPolicyMethod, Scalars, Which
+from vla_trqam.policy import FlowPolicy
+
+
+class TrainedWeights(nn.Module):
+    """The weights of a policy that are trained, and no others: what a checkpoint needs.
+
+    Their names have ``/`` where the policy's have a dot.
+    """
+
+    def __init__(self, policy: FlowPolicy) -> None:
+        super().__init__()
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "/"), parameter)
+
+
+class Around(OffPolicyMethod):
+    """Another method with something around it; what is not said here is that one's.
+
+    Args:
+        method: the other.
+    """
+
+    def __init__(self, method: OffPolicyMethod) -> None:
+        self.method = method
+        self.policy, self.critic = method.policy, method.critic
+        self.optimizer = method.optimizer
+        self.requirements = method.requirements  # type: ignore[misc]
+        self.own_modules = method.own_modules
+
+    @property
+    def step_factor(self) -> float:
+        """The method's."""
+        return self.method.step_factor
+
+    @step_factor.setter
+    def step_factor(self, factor: float) -> None:
+        self.method.step_factor = factor
+
+    def update(
+        self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1
+    ) -> None:
+        """The method's."""
+        self.method.update(batch, generator, num_parts=num_parts)
+
+    def update_critic(
+        self,
+        batch: TransitionBatch[Any],
+        generator: torch.Generator,
+        next_action: Tensor | None = None,
+    ) -> None:
+        """The method's."""
+        self.method.update_critic(batch, generator, next_action)
+
+    def metrics(self) -> dict[str, float]:
+        """The method's."""
+        return self.method.metrics()
+
+    def critic_metrics(self) -> dict[str, float]:
+        """The method's."""
+        return self.method.critic_metrics()
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The method's."""
+        return self.method.modules()
+
+    def actor(self, which: Which = "tuned") -> Actor:
+        """The method's."""
+        return self.method.actor(which)
+
+    def acting(self) -> AbstractContextManager[None]:
+        """The method's."""
+        return self.method.acting()
+
+    def scalars(self) -> Scalars:
+        """The method's."""
+        return self.method.scalars()
+
+    def load_scalars(self, values: Mapping[str, float | str]) -> None:
+        """The method's."""
+        self.method.load_scalars(values)
+
+    def score(self, features: Tensor, action: Tensor) -> Tensor:
+        """The method's."""
+        return self.method.score(features, action)
+
+    @property
+    def kl_unit(self) -> str:
+        """The method's."""
+        return self.method.kl_unit
+
+
+class CriticOnly(Around):
+    """The critic of a method by itself, before its policy moves."""
+
+    def update(
+        self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1
+    ) -> None:
+        """One update of the critic."""
+        assert num_parts == 1, "the critic takes its batch whole"
+        self.method.update_critic(batch, generator)
+
+    def metrics(self) -> dict[str, float]:
+        """The critic's."""
+        return self.method.critic_metrics()
+
+
+class Cached(Around):
+    """One update of the policy and the critic, then more of the critic alone.
+
+    Args:
+        method: the method.
+        next_actions: of the replay's frames; None where the method's target wants none.
+        sampler: of the critic's batches, whose observations are numbered features.
+        critic_updates: of the critic alone, after each update of the policy.
+        batch_size: of the critic's batches.
+        redraws: frames whose oldest next action is drawn anew after each update of the policy.
+        num_micro_batches: the policy's update takes its batch in so many parts, in less memory.
+    """
+
+    def __init__(
+        self,
+        method: OffPolicyMethod,
+        next_actions: NextActions | None,
+        sampler: ChunkSampler[Any] | MixedSampler[Any],
+        *,
+        critic_updates: int,
+        batch_size: int,
+        redraws: int = 0,
+        num_micro_batches: int = 1,
+    ) -> None:
+        super().__init__(method)
+        assert (next_actions is not None) == method.requirements.next_actions
+        self.next_actions, self.sampler = next_actions, sampler
+        self.critic_updates, self.batch_size = critic_updates, batch_size
+        self.redraws = redraws
+        self.num_micro_batches = num_micro_batches
+        # They are of the frames of the process's own replay.
+        self.own_modules = frozenset({"next_actions"} if next_actions is not None else ())
+        self._trained = TrainedWeights(method.policy)
+
+    def update(
+        self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1
+    ) -> None:
+        """One update of the method, then the critic's."""
+        if self.next_actions is not None:
+            self.next_actions.fill(generator)
+        self.method.update(batch, generator, num_parts=self.num_micro_batches)
+        frames = batch.next_observation[FRAME]
+        self._keep_next_actions(frames, generator)
+        for _ in range(self.critic_updates):
+            drawn = self.sampler.sample(self.batch_size, generator).to(frames.device)
+            own = replace(drawn, action=self.policy.from_robot(drawn.action))
+            self._update_critic(own, generator)
+
+    def _keep_next_actions(self, frames: Tensor, generator: torch.Generator) -> None:
+        if self.next_actions is None:
+            return
+        if self.method.next_action is not None:
+            self.next_actions.put(frames, self.method.next_action, generator)
+        self.next_actions.policy_moved()
+        if self.redraws:
+            self.next_actions.redraw(self.redraws, generator)
+
+    def update_critic(
+        self,
+        batch: TransitionBatch[Any],
+        generator: torch.Generator,
+        next_action: Tensor | None = None,
+    ) -> None:
+        """One update of the critic, at next actions that were drawn before."""
+        if self.next_actions is not None:
+            self.next_actions.fill(generator)
+        self._update_critic(batch, generator)
+
+    def _update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
+        chunks = None
+        if self.next_actions is not None:
+            chunks = self.next_actions.pick(batch.next_observation[FRAME], generator)
+        self.method.update_critic(batch, generator, chunks)
+
+    def metrics(self) -> dict[str, float]:
+        """The method's, and how old the next actions are."""
+        age = None if self.next_actions is None else self.next_actions.mean_age
+        return super().metrics() | ({} if age is None else {"next_action_age": age})
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What is trained of the policy, the method's networks, and the next actions."""
+        kept = {} if self.next_actions is None else {"next_actions": self.next_actions}
+        return {**self.method.modules(), "policy": self._trained, **kept}

@@ -1,0 +1,208 @@
+"""Q-learning with adjoint matching: the update that TRQAM and QAM share, up to the gradient.
+
+:class:`TRQAMLoss` is the algorithm box, one call a line, as one ``nn.Module`` whose ``forward``
+returns the scalar, so that distributed wrappers see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.adjoint import lean_adjoint, scalar_adjoint
+from vla_trqam.critic import Critic
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.losses import (
+    adjoint_matching_loss,
+    flow_matching_loss,
+    flow_matching_target,
+    td_loss,
+    td_target,
+)
+from vla_trqam.methods.off_policy import rows_of, slices, td_weight
+from vla_trqam.methods.results import CriticLossOutput, LossOutput
+from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.sde import sample_ode, sample_path_and_next_action
+from vla_trqam.time_grid import TimeGrid
+from vla_trqam.trust_region import path_kl_per_step
+
+if TYPE_CHECKING:
+    from vla_trqam.methods.trqam import TRQAMConfig
+
+
+@dataclass(frozen=True)
+class UpdateNoise:
+    """Every random number of one update.
+
+    Attributes:
+        next_action: start of the ODE that samples the next action chunk, (B, H, A).
+        sde_x_0: start of the memoryless SDE, (B, H, A).
+        sde_steps: its unit increments, (K, B, H, A).
+        bc_x_0: noise of the flow-matching loss, (B, H, A).
+        bc_tau: its times, uniform on [0, 1), (B,).
+    """
+
+    next_action: Tensor
+    sde_x_0: Tensor
+    sde_steps: Tensor
+    bc_x_0: Tensor
+    bc_tau: Tensor
+
+    @classmethod
+    def draw(cls, action: Tensor, num_flow_steps: int, generator: torch.Generator) -> UpdateNoise:
+        """Fresh noise for a batch of action chunks (B, H, A)."""
+        batch = action.shape[0]
+        normal = torch.empty((num_flow_steps + 3, *action.shape), device=action.device)
+        normal.normal_(generator=generator)
+        tau = torch.empty(batch, device=action.device).uniform_(generator=generator)
+        return cls(normal[0], normal[1], normal[3:], normal[2], tau)
+
+    def rows(self, rows: slice) -> UpdateNoise:
+        """Of these rows of the batch."""
+        return UpdateNoise(
+            self.next_action[rows],
+            self.sde_x_0[rows],
+            self.sde_steps[:, rows],
+            self.bc_x_0[rows],
+            self.bc_tau[rows],
+        )
+
+
+class TRQAMLoss(nn.Module):
+    """The update's scalar loss as a module over policy and critic."""
+
+    def __init__(self, policy: FlowPolicy, critic: Critic, config: TRQAMConfig) -> None:
+        super().__init__()
+        self.policy, self.critic, self.config = policy, critic, config
+        self.grid = TimeGrid(policy.num_flow_steps, config.chain)
+        self.grid.steps  # noqa: B018 (refuses a grid that is too coarse)
+
+    def forward(self, batch: TransitionBatch, noise: UpdateNoise, lam: float) -> LossOutput:
+        """Algorithm 2 up to the gradient step."""
+        policy, critic, grid = self.policy, self.critic, self.grid
+        context = policy.encode(batch.observation)
+        next_context = policy.encode(batch.next_observation)
+        features = policy.features(context)
+
+        fields = policy.path_fields(
+            context, next_context, keep_activations=self.config.keep_activations
+        )
+        trajectory, next_action = sample_path_and_next_action(
+            fields,
+            noise.sde_x_0,
+            noise.sde_steps,
+            noise.next_action,
+            grid,
+            jacobians=self.config.adjoint == "lean",
+        )
+        next_action = policy.executed(next_action)
+
+        q, target, td = self._temporal_difference(batch, features, next_context, next_action)
+
+        gradient, _ = critic.action_gradient(features, trajectory.x_1, policy.executed)
+        terminal_adjoint = -self.config.adjoint_scale * gradient
+        adjoint = self._adjoint(terminal_adjoint, fields)
+
+        control_gap = fields.tuned() - fields.base()
+        am = adjoint_matching_loss(control_gap, adjoint, grid, lam)
+        bc = self._behaviour_cloning(batch, noise, context) if self.config.train_base else None
+        return LossOutput(
+            loss=td + am if bc is None else td + am + bc,
+            td_loss=td.detach(),
+            adjoint_loss=am.detach(),
+            bc_loss=None if bc is None else bc.detach(),
+            kl_per_step=path_kl_per_step(control_gap, grid),
+            last_gap=control_gap[-1].detach(),
+            q=q.detach(),
+            target=target,
+            trajectory=trajectory,
+            adjoint=adjoint,
+            terminal_adjoint=terminal_adjoint,
+            next_action=next_action,
+        )
+
+    def _adjoint(self, terminal_adjoint: Tensor, fields: PathFields) -> Tensor:
+        if self.config.adjoint == "scalar":
+            return scalar_adjoint(terminal_adjoint, self.grid)
+        return lean_adjoint(terminal_adjoint, fields.base_pullback, self.grid)
+
+    def critic_loss(
+        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
+    ) -> CriticLossOutput:
+        """The TD part alone, with the next action as in :meth:`forward`.
+
+        Args:
+            batch: of chunks.
+            noise: of the update.
+            next_action: as executed, (B, H, a), where it has been drawn before.
+        """
+        policy = self.policy
+        context = policy.encode(batch.observation)
+        next_context = policy.encode(batch.next_observation)
+        if next_action is None:
+            with torch.no_grad():
+                x_1 = sample_ode(
+                    lambda x, tau: policy.velocity(x, tau, next_context),
+                    noise.next_action,
+                    self.grid,
+                )
+            next_action = policy.executed(x_1)
+        q, target, td = self._temporal_difference(
+            batch, policy.features(context), next_context, next_action
+        )
+        return CriticLossOutput(td, q.detach(), target)
+
+    def _temporal_difference(
+        self, batch: TransitionBatch, features: Tensor, next_context: object, next_action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Online values (E, B), targets (B,) and the loss."""
+        policy = self.policy
+        next_value = self.critic.next_value(policy.features(next_context), next_action)
+        target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
+        # What was executed is within the limits.
+        q = self.critic.online(features, policy.executed(batch.action, clip=False))
+        return q, target, td_loss(q, target, td_weight(batch))
+
+    def _behaviour_cloning(
+        self, batch: TransitionBatch, noise: UpdateNoise, context: object
+    ) -> Tensor:
+        x_tau, velocity = flow_matching_target(batch.action, noise.bc_x_0, noise.bc_tau)
+        predicted = self.policy.behaviour_velocity(x_tau, noise.bc_tau, context)
+        return flow_matching_loss(predicted, velocity, batch.valid)
+
+
+Part = tuple[TransitionBatch[Any], UpdateNoise]
+"""A micro-batch and its noise."""
+
+
+def micro_batches(batch: TransitionBatch[Any], noise: UpdateNoise, count: int) -> Sequence[Part]:
+    """A batch and its noise in ``count`` parts.
+
+    Raises:
+        UserError: there are fewer rows than parts.
+    """
+    if count == 1:
+        return [(batch, noise)]
+    return [(rows_of(batch, rows), noise.rows(rows)) for rows in slices(len(batch), count)]
+
+
+def sampled_fields(policy: FlowPolicy, context: Any, rows: int, config: TRQAMConfig) -> PathFields:
+    """Both fields along a path of the chain from torch's own noise, activations kept.
+
+    Args:
+        policy: whose fields.
+        context: of the observations.
+        rows: how many these are.
+        config: the chain and its adjoint.
+    """
+    grid = TimeGrid(policy.num_flow_steps, config.chain)
+    device = next(policy.parameters()).device
+    noise = torch.randn((grid.num_flow_steps + 2, rows, *policy.chunk_shape), device=device)
+    fields = policy.path_fields(context, context)
+    lean = config.adjoint == "lean"
+    sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid, jacobians=lean)
+    return fields

@@ -1,0 +1,179 @@
+r"""FQL: flow Q-learning; a one-step network acts, distilled from the flow (Park et al., 2025).
+
+``L = L_Q + alpha mean (mu(s, z) - clip ODE_v(s, z))^2 - mean_j Q_j(s, clip mu(s, z))``, a mean over
+batch and numbers (and ``+ L_BC(v)`` where the base keeps training); the first term trains the
+critic, the others mu alone. What acts, in the TD target too, is ``clip mu(s, z)`` with
+``z ~ N(0, I)``. There is no exploration beyond z.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.errors import UserError
+from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
+from vla_trqam.methods.off_policy import Draws, Losses, OffPolicyConfig, SummedLosses, draw_cloning
+from vla_trqam.networks import MLP
+from vla_trqam.policy import Context, FlowPolicy
+from vla_trqam.sde import sample_ode
+from vla_trqam.time_grid import TimeGrid
+
+ONE_STEP = "one_step"
+
+
+@dataclass(frozen=True)
+class FQLConfig(OffPolicyConfig):
+    """Knobs of FQL.
+
+    Attributes:
+        alpha: weight of the distillation, a mean over the chunk's numbers: the larger, the closer
+            the one-step network stays to the flow.
+        hidden_dims: widths of the one-step network's hidden layers.
+        layer_norm: normalise after every activation of it.
+        normalize_q_loss: divide the critic's term by the batch's mean |Q|, so that alpha means the
+            same on every scale of rewards.
+    """
+
+    alpha: float = 10.0
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    layer_norm: bool = False
+    normalize_q_loss: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.alpha < float("inf"):
+            raise UserError(f"alpha is {self.alpha}; it must be finite and not negative")
+
+
+class OneStep(nn.Module):
+    """``mu(s, z)``: from noise to the executed numbers of a chunk at once.
+
+    Args:
+        policy: whose features and chunks.
+        config: the network's shape.
+    """
+
+    def __init__(self, policy: FlowPolicy, config: FQLConfig) -> None:
+        super().__init__()
+        size = policy.chunk_shape[0] * int(policy.action_mask.sum())
+        width = policy.feature_dim + size
+        self.network = MLP(width, size, config.hidden_dims, layer_norm=config.layer_norm)
+
+    def forward(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Features (B, F), noise (B, H, a) -> actions before they are clipped, (B, H, a)."""
+        inputs = torch.cat([features, noise.flatten(1)], dim=1)
+        return self.network(inputs.to(torch.float32)).view_as(noise)
+
+
+@dataclass(frozen=True)
+class OneStepActor:
+    """``clip mu(s, z)``.
+
+    Attributes:
+        policy: whose features and limits.
+        network: mu.
+    """
+
+    policy: FlowPolicy
+    network: OneStep
+
+    @torch.no_grad()
+    def chunk(self, context: Context, noise: Noise) -> Tensor:
+        """See :meth:`Actor.chunk`; padded dimensions are zero."""
+        z = self.policy.real_actions(noise.normal(self.policy.chunk_shape))
+        action = self.network(self.policy.features(context), z)
+        return self.policy.embedded(self.policy.within_limits(action))
+
+
+class FQL(SummedLosses):
+    """See the module."""
+
+    requirements = Requirements(
+        trains_field=False, base_jacobian=False, next_actions=True, host_acts=False
+    )
+    config: FQLConfig
+
+    def make_networks(self) -> dict[str, nn.Module]:
+        """The one-step network."""
+        return {ONE_STEP: OneStep(self.policy, self.config)}
+
+    def values(self) -> tuple[str, ...]:
+        """None beside the critic."""
+        return ()
+
+    @property
+    def one_step(self) -> OneStep:
+        """Mu."""
+        network = self.own[ONE_STEP]
+        assert isinstance(network, OneStep)
+        return network
+
+    def actor(self, which: Which = "tuned") -> Actor:
+        """The one-step network; the base is the flow."""
+        if which == "base":
+            return FlowActor(self.policy, "base")
+        return OneStepActor(self.policy, self.one_step)
+
+    def draw(self, batch: TransitionBatch[Any], generator: torch.Generator) -> Draws:
+        """Noise of the next action and of the distillation, and the cloning's."""
+        normal = batch.action.new_empty((2, *batch.action.shape)).normal_(generator=generator)
+        return {"next": normal[0], "distill": normal[1], **draw_cloning(batch.action, generator)}
+
+    def losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
+        """See the module."""
+        policy = self.policy
+        context = policy.encode(batch.observation)
+        next_context = policy.encode(batch.next_observation)
+        features = policy.features(context)
+        next_action = self._next_action(next_context, draws)
+        td, logged = self._td(batch, features, next_context, next_action)
+        distilled = self._flow_action(context, draws["distill"])
+        action = self.one_step(features, policy.real_actions(draws["distill"]))
+        distill = (action - distilled).square().mean()
+        q = self.critic.online(features, policy.within_limits(action), frozen=True)
+        value = q.mean()
+        scale = q.detach().abs().mean() if self.config.normalize_q_loss else 1.0
+        loss = td + self.config.alpha * distill - value / scale
+        bc = self.behaviour_cloning(batch, draws, context)
+        terms = {"distill_loss": distill.detach(), "actor_q": value.detach()}
+        if bc is not None:
+            loss, terms["bc_loss"] = loss + bc, bc.detach()
+        return Losses(loss, logged | terms, next_action)
+
+    def critic_losses(
+        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
+    ) -> Losses:
+        """The TD loss."""
+        context = self.policy.encode(batch.next_observation)
+        if next_action is None:
+            next_action = self._next_action(context, draws)
+        features = self.policy.features(self.policy.encode(batch.observation))
+        td, logged = self._td(batch, features, context, next_action)
+        return Losses(td, logged)
+
+    def _td(
+        self,
+        batch: TransitionBatch[Any],
+        features: Tensor,
+        next_context: Context,
+        next_action: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        value = self.critic.next_value(self.policy.features(next_context), next_action)
+        return self.temporal_difference(batch, features, value)
+
+    @torch.no_grad()
+    def _next_action(self, context: Context, draws: Draws) -> Tensor:
+        noise = self.policy.real_actions(draws["next"])
+        return self.policy.within_limits(self.one_step(self.policy.features(context), noise))
+
+    @torch.no_grad()
+    def _flow_action(self, context: Context, x_0: Tensor) -> Tensor:
+        """What is executed of the flow's chunk; of a training base, by its online field."""
+        field = self.cloned_field
+        grid = TimeGrid(self.policy.num_flow_steps)
+        return self.policy.executed(sample_ode(lambda x, tau: field(x, tau, context), x_0, grid))

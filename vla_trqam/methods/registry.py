@@ -1,0 +1,67 @@
+"""The methods by name. A new one is its file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vla_trqam.critic import Critic
+from vla_trqam.methods.base import MethodConfig, OffPolicyMethod, Requirements
+from vla_trqam.methods.dsrl import DSRL, DSRLConfig
+from vla_trqam.methods.fql import FQL, FQLConfig
+from vla_trqam.methods.ifql import IFQL, IFQLConfig
+from vla_trqam.methods.qam import QAMConfig
+from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
+from vla_trqam.policy import FlowPolicy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method that can be chosen.
+
+    Attributes:
+        config: the dataclass of its knobs.
+        make: ``(policy, critic, config, accelerator) -> method``.
+        requirements: what it asks of a policy and a run.
+    """
+
+    config: type[MethodConfig]
+    make: Callable[..., OffPolicyMethod]
+    requirements: Requirements
+
+
+def _entry(config: type[MethodConfig], method: Any) -> Entry:
+    return Entry(config, method, method.requirements)
+
+
+METHODS = {
+    "trqam": _entry(TRQAMConfig, TRQAM),
+    "qam": _entry(QAMConfig, TRQAM),
+    "fql": _entry(FQLConfig, FQL),
+    "ifql": _entry(IFQLConfig, IFQL),
+    "dsrl": _entry(DSRLConfig, DSRL),
+}
+
+
+def name_of(config: MethodConfig) -> str:
+    """The method whose knobs these are."""
+    return next(name for name, entry in METHODS.items() if entry.config is type(config))
+
+
+def requirements_of(config: MethodConfig) -> Requirements:
+    """What the method with these knobs asks of a policy and a run."""
+    return METHODS[name_of(config)].requirements
+
+
+def make_method(
+    policy: FlowPolicy,
+    critic: Critic,
+    config: MethodConfig,
+    accelerator: Accelerator | None = None,
+) -> OffPolicyMethod:
+    """The method with these knobs."""
+    return METHODS[name_of(config)].make(policy, critic, config, accelerator)
