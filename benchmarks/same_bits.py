@@ -26,6 +26,7 @@ from run_difference import run_differences
 QUICK = ("--num_threads=1", "--eval.num_workers=1", "--eval.videos=0", "--eval.episodes=2")
 SHORT = (*QUICK, "--eval.episodes_during_training=2", "--log_freq=5")
 LIFT = ("--pretrain.steps=40", "--offline.base_episodes=2", "--offline.steps=20")
+AUTHORS = ("--trqam.scheme=shifted_euler", "--policy.num_flow_steps=10")
 ONLINE = ("--online.steps=10", "--online.updates_per_round=5", "--online.episodes_per_round=2")
 
 
@@ -38,33 +39,39 @@ class Short:
 
 
 RUNS = {
-    "lift": Short("finetune_robomimic", (*LIFT, "--evaluate_every=10")),
+    "lift": Short("finetune_robomimic", (*LIFT, *AUTHORS, "--evaluate_every=10")),
     "lift_full": Short(
         "finetune_robomimic",
-        (*LIFT, "--preset=full", "--offline.critic_steps=20", "--evaluate_every=10"),
+        (*LIFT, *AUTHORS, "--preset=full", "--offline.critic_steps=20", "--evaluate_every=10"),
     ),
     "lift_qam": Short(
         "finetune_robomimic",
-        (*LIFT, "--method.name=qam", "--method.inverse_temperature=3", "--evaluate_every=10"),
+        (*LIFT, *AUTHORS, "--method.name=qam", "--method.inverse_temperature=3"),
     ),
     "lift_posterior": Short(
-        "finetune_robomimic", (*LIFT, "--trqam.scheme=posterior", "--policy.tuned_flow_steps=3")
+        "finetune_robomimic",
+        (
+            *(*LIFT, "--trqam.scheme=posterior", "--policy.num_flow_steps=10"),
+            "--policy.tuned_flow_steps=3",
+        ),
     ),
     "lift_training_base": Short(
-        "finetune_robomimic", (*LIFT, "--trqam.train_base=true", "--trqam.shared_optimizer=true")
+        "finetune_robomimic",
+        (*LIFT, *AUTHORS, "--trqam.train_base=true", "--trqam.shared_optimizer=true"),
     ),
     "pi0": Short(
         "finetune_pi0",
         (
             *("--base_episodes=2", "--critic.warmup_steps=20", "--steps=6", "--evaluate_every=6"),
-            *("--trqam.scheme=posterior", "--policy.tuned_flow_steps=2"),
+            *("--trqam.scheme=posterior", "--policy.tuned_flow_steps=2", "--batch_size=32"),
         ),
     ),
-    "pi0_full": Short(
+    "pi0_shifted": Short(
         "finetune_pi0",
         (
-            *("--preset=full", "--base_episodes=2", "--critic.warmup_steps=20", "--steps=6"),
-            *("--evaluate_every=0", "--micro_batches=2"),
+            *("--base_episodes=2", "--critic.warmup_steps=20", "--steps=6", "--evaluate_every=0"),
+            *("--trqam.scheme=shifted_euler", "--policy.tuned_flow_steps=5", "--batch_size=32"),
+            "--micro_batches=2",
         ),
     ),
 }

@@ -316,7 +316,7 @@ def test_a_preset_says_what_the_run_then_does(preset):
 
 @pytest.mark.parametrize(
     ("preset", "scheme"),
-    [("default", "shifted_euler"), ("full", "shifted_euler"), ("paper", "shifted_euler")],
+    [("default", "posterior"), ("full", "shifted_euler"), ("paper", "shifted_euler")],
 )
 def test_presets_name_the_chain_that_their_pages_were_recorded_with(preset, scheme):
     assert finetune_robomimic.read_config([f"--preset={preset}"]).method.scheme == scheme
