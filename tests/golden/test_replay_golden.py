@@ -53,6 +53,38 @@ def test_the_authors_updates_are_reproduced(path: Path) -> None:
     assert comparison.not_compared == ["batch/terminals", "modules_target_actor_fast/mlp"]
 
 
+BASELINES = {
+    "fql": [
+        "info/actor/distill_loss",
+        "info/actor/bc_flow_loss",
+        "final/modules_actor_onestep_flow/mlp",
+    ],
+    "ifql": ["info/value/value_loss", "info/value/v_max", "final/modules_value/value_net"],
+    "dsrl": ["info/critic/distill_loss", "info/actor/entropy", "final/modules_alpha"],
+}
+# Derived numbers, and totals of what is compared by its parts.
+LEFT_OUT = {"batch/terminals", "info/actor", "info/critic"}
+
+
+@pytest.mark.parametrize("agent", BASELINES)
+def test_the_authors_baselines_are_reproduced(agent: str) -> None:
+    comparison = replay(FOLDER / f"golden_{agent}.npz", rtol=1e-5, atol=1e-6)
+    assert comparison.failures == []
+    shared = ["info/critic/critic_loss", "info/critic/q_min", "info/grad/norm"]
+    shared += ["final/modules_critic/value_net", "final/modules_target_critic/value_net"]
+    assert {*shared, *BASELINES[agent]} <= comparison.worst.keys()
+    assert set(comparison.not_compared) <= LEFT_OUT
+
+
+@pytest.mark.parametrize("agent", BASELINES)
+@pytest.mark.parametrize("key", ["u1/draw/00_normal", "u0/batch/actions", "u1/batch/masks"])
+def test_a_perturbed_input_of_a_baseline_is_found(agent: str, key: str, tmp_path: Path) -> None:
+    data = load(FOLDER / f"golden_{agent}.npz")
+    data[key] = 1 - data[key] if key.endswith("masks") else data[key] + np.float32(0.05)
+    np.savez(tmp_path / "perturbed.npz", **data)
+    assert main([str(tmp_path / "perturbed.npz")]) == 1
+
+
 def test_the_documented_command_prints_every_quantity_and_exits_with_0() -> None:
     command = [sys.executable, "benchmarks/replay_golden.py", str(TRQAM)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,0 +1,48 @@
+"""FQL, IFQL and DSRL on a tiny π0: its weights stay, and what acts is learnt beside it."""
+
+import pytest
+from safetensors.torch import load_file
+from toy_deaths import dies_at_update
+from toy_files import differences
+from toy_images import images_state
+from vla_runs import (
+    files,
+    forgetful_pool,
+    killed,
+    no_conclusion,
+    resume,
+    tiny,
+    without_simulator,
+)
+
+from vla_trqam.engine.cached import Cached
+
+__all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "without_simulator"]  # fixtures
+
+pytestmark = pytest.mark.slow
+
+METHODS = {
+    "fql": (["--method.hidden_dims=[16]"], "one_step."),
+    "ifql": (["--method.num_samples=3"], "value."),
+    "dsrl": (["--method.hidden_dims=[16]"], "noise_actor."),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_goes_whole_and_a_killed_one_to_the_same_bits(name, tiny, no_conclusion, tmp_path):
+    knobs, own = METHODS[name]
+    flags = [f"--method.type={name}", *knobs]
+    assert tiny(tmp_path / "whole", *flags) == 0
+    weights = load_file(tmp_path / "whole/checkpoints/last/algorithm/networks.safetensors")
+    assert any(key.startswith(own) for key in weights)
+    assert any(key.startswith("next_actions.") for key in weights) == (name != "ifql")
+    with killed(lambda patch: dies_at_update(patch, Cached, 5)):
+        tiny(tmp_path / "killed", *flags)
+    assert resume(tmp_path / "killed") == 0
+    found = differences(images_state(tmp_path / "killed"), images_state(tmp_path / "whole"))
+    assert found == []
+
+
+def test_the_whole_run_with_its_report_names_the_method(tiny, tmp_path):
+    assert tiny(tmp_path / "run", "--method.type=ifql", "--method.num_samples=2") == 0
+    assert (tmp_path / "run/report.md").read_text().startswith("# IFQL of ")
