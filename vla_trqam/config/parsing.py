@@ -59,11 +59,24 @@ def parse_config[C](
         raise UserError("--config_path and --preset are both given; choose one")
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     if config_path is None:
-        return _decode(config_class, _flatten(_section(presets, name), known) | flags)
+        return _decode(config_class, _of_choice(_flatten(_section(presets, name), known), flags))
     settings = _flatten(_read_yaml(str(config_path)), known)
     former = _former(settings, known) if OF_FORMER in settings else {}
     _tell_former(str(config_path), former.keys() - flags.keys())
-    return _decode(config_class, settings | former | flags)
+    return _decode(config_class, _of_choice(settings | former, flags))
+
+
+def _of_choice(settings: Settings, flags: Settings) -> Settings:
+    """A preset with the command line's flags, which may choose another ``type`` of something.
+
+    The preset's other settings of that are of the type that it chose, and do not stay.
+    """
+    others = tuple(
+        name.removesuffix("type")
+        for name, value in flags.items()
+        if name.endswith(".type") and value is not None and settings.get(name, value) != value
+    )
+    return {k: v for k, v in settings.items() if not k.startswith(others)} | flags
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:

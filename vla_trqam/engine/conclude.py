@@ -25,7 +25,6 @@ from vla_trqam.report.plots import plot_q_against_returns, plot_run
 from vla_trqam.report.success import success_lines
 
 EVALUATION_NAME = "evaluation.json"
-CONTROL_FREQUENCY = 20  # Hz
 FRAME_EVERY = 2
 DEFAULT_VIDEOS = 2
 
@@ -96,7 +95,7 @@ def film(run: Run, base: ChunkPolicy, evaluation: PairedEvaluation, count: int) 
         run.simulator.record(actor, seeds, every=FRAME_EVERY)
         for actor in (base, chunk_policy(run.policy, EVALUATION_NOISE))
     ]
-    paths = []
+    rate, paths = run.simulator.family.control_rate, []
     for before, after in zip(*pair, strict=True):
         path = run.output_dir / "videos" / f"seed_{before.seed}.mp4"
         path.parent.mkdir(exist_ok=True)
@@ -104,9 +103,9 @@ def film(run: Run, base: ChunkPolicy, evaluation: PairedEvaluation, count: int) 
             path,
             _frames(before),
             _frames(after),
-            base_label=_label("base", before),
-            tuned_label=_label("tuned", after),
-            fps=CONTROL_FREQUENCY / FRAME_EVERY,
+            base_label=_label("base", before, rate),
+            tuned_label=_label("tuned", after, rate),
+            fps=rate / FRAME_EVERY,
         )
         paths.append(path)
     return paths
@@ -227,6 +226,6 @@ def _frames(episode: Episode) -> Any:
     return episode.frames
 
 
-def _label(name: str, episode: Episode) -> str:
-    seconds = len(episode.actions) / CONTROL_FREQUENCY
+def _label(name: str, episode: Episode, control_rate: float) -> str:
+    seconds = len(episode.actions) / control_rate
     return f"{name}: {f'success at {seconds:.1f} s' if episode.success else 'failed'}"
