@@ -7,7 +7,7 @@ state and has reward 1, all before have 0. `success_minus_one` (the settings' `-
 LeRobot's recipes `--dataset.kind`) makes of it -1 until then and 0 on that step. For the mazes and
 `cube-single` these are OGBench's own rewards, to the number; for the tasks of several parts, where
 OGBench's count the parts that are missing (-2...0 for `cube-double`), they are what the papers call
-the sparse form: -1 where OGBench's is not 0. `success` leaves 1 and 0. Success that the last step
+the sparse form: -1 where OGBench's is not 0. `sparse` leaves 1 and 0. Success that the last step
 allowed leads to does not count, as in OGBench.
 """
 
