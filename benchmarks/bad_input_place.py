@@ -296,8 +296,6 @@ def _no_simulator(*_: object, **__: object) -> None:
 class _IdlePool:
     """Of a resumed run, whose checkpoint is read last; no episode may be asked of it."""
 
-    task_description = ""
-
     def __init__(self, *_: object, **__: object) -> None:
         pass
 

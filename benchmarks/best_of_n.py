@@ -24,6 +24,7 @@ from vla_trqam.data.robomimic_hdf5 import read_robomimic
 from vla_trqam.engine.acting import ChunkPolicy
 from vla_trqam.engine.folder.checkpoints import LAST
 from vla_trqam.engine.offline_data import dataset_path
+from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.rollout import Episode, RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.report.evaluation import PairedEvaluation
@@ -83,13 +84,13 @@ def run_command(
     subject = load_subject(run, checkpoint)
     config = subject.config
     seeds = list(range(FIRST_SEED, FIRST_SEED + states))
-    with RolloutPool(
+    family = robomimic_family(
         read_robomimic(dataset_path(config.dataset)).env_args,
-        chunk_length=subject.base.chunk_shape[0],
-        num_workers=num_workers,
         max_episode_steps=config.eval.max_episode_steps,
         obs_keys=config.dataset.obs_keys,
-    ) as pool:
+    )
+    chunk_length = subject.base.chunk_shape[0]
+    with RolloutPool(family, chunk_length=chunk_length, num_workers=num_workers) as pool:
         results = {n: pool.run(best_of_n(subject, n), seeds) for n in sorted({1, *sizes})}
     return describe(results, seeds)
 

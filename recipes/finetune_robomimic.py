@@ -42,6 +42,7 @@ from vla_trqam.engine.offline_data import pretraining_demos, read_dataset, reope
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.run import Phase, Run
+from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Method, OffPolicyMethod
@@ -151,13 +152,16 @@ def _set_up(
         reward=reward,
     )
     phases, everything = _phases(config, policy, draw), draw()
-    pool = RolloutPool(
+    family = robomimic_family(
         file.env_args,
+        max_episode_steps=config.eval.max_episode_steps,
+        obs_keys=config.dataset.obs_keys,
+    )
+    pool = RolloutPool(
+        family,
         chunk_length=policy.chunk_shape[0],
         num_workers=config.eval.num_workers or usable_cores(),
-        max_episode_steps=config.eval.max_episode_steps,
         chunk_deadline=config.eval.chunk_deadline,
-        obs_keys=config.dataset.obs_keys,
     )
     run = Run(
         output_dir=output_dir,

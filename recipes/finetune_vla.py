@@ -45,8 +45,8 @@ from vla_trqam.engine.next_actions import NextActions, NumberedFeatures
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.engine.run import Phase, Run
-from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
+from vla_trqam.envs.base import EnvFamily
+from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.methods.parallel import check_accelerator
@@ -120,10 +120,11 @@ def _finetune(
     config: FinetuneVLAConfig, packed: Path | None, accelerator: Accelerator, team: Team
 ) -> None:
     device = own_device(config, accelerator)
-    reader, policy = team.together(lambda: checked_inputs(config, packed, device, team))
+    family = team.together(lambda: _family(config))
+    reader, policy = team.together(lambda: checked_inputs(config, packed, device, team, family))
     team.together(lambda: check_machine(config, reader, policy, team))
     with ExitStack() as stack:
-        parts = _set_up(config, reader, policy, accelerator, stack)
+        parts = _set_up(config, reader, policy, accelerator, stack, family)
         run, phases, everything = parts
         with InterruptGuard(quiet=not team.is_main) as guard:
             method = run.train(phases, guard)
@@ -137,7 +138,7 @@ def _finetune(
                 evaluation_seeds=config.evaluation_seeds(),
                 num_videos=config.eval.videos,
                 config=settings_of(config),
-                title=_title(config, policy),
+                title=_title(config, policy, family),
                 seeds={"training": config.seed},
             )
 
@@ -148,6 +149,7 @@ def _set_up(
     policy: LeRobotFlowPolicy,
     accelerator: Accelerator,
     stack: ExitStack,
+    family: EnvFamily | None,
 ) -> tuple[Run, list[Phase], ChunkSampler[Any]]:
     """Folder, replay, phases, a sampler of all data, and last the simulators.
 
@@ -176,16 +178,11 @@ def _set_up(
     method()  # what it cannot be made of is refused here
     team.together(features.update)
     phases = _phases(config, draw, method, team)
-    pool = team.together(lambda: _start_simulators(config, policy))
+    pool = team.together(lambda: _start_simulators(config, family, policy))
     run = Run(
         output_dir=output_dir,
         policy=policy,
-        store=FrameStore(
-            replay,
-            features,
-            chunk_length=policy.chunk_shape[0],
-            task="" if pool is None else pool.task_description,
-        ),
+        store=FrameStore(replay, features, chunk_length=policy.chunk_shape[0]),
         pool=None if pool is None else stack.enter_context(pool),
         generators=team.generators(config.seed, device),
         metrics=metrics,
@@ -261,17 +258,22 @@ def prefix_fingerprint(policy: LeRobotFlowPolicy) -> str:
     return digest.hexdigest()
 
 
-def _start_simulators(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> RolloutPool | None:
+def _family(config: FinetuneVLAConfig) -> EnvFamily | None:
     if config.env.type is None:
         return None
+    return make_family(config.env, max_episode_steps=config.eval.max_episode_steps)
+
+
+def _start_simulators(
+    config: FinetuneVLAConfig, family: EnvFamily | None, policy: LeRobotFlowPolicy
+) -> RolloutPool | None:
+    if family is None:
+        return None
     return RolloutPool(
-        env_meta_for(config.env.task),
+        family,
         chunk_length=policy.chunk_shape[0],
         num_workers=config.eval.num_workers or usable_cores(),
-        max_episode_steps=config.eval.max_episode_steps,
         chunk_deadline=config.eval.chunk_deadline,
-        obs_keys=STATE_KEYS,
-        cameras=CameraSettings(config.env.cameras, config.env.image_size, config.env.shadows),
     )
 
 
@@ -385,6 +387,6 @@ def _online_sampler(
     return MixedSampler(offline, draw(None, ["online"]), online_fraction=fraction)
 
 
-def _title(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> str:
-    where = f" on {config.env.task}" if config.env.type else ""
+def _title(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy, family: EnvFamily | None) -> str:
+    where = f" on {family.task}" if family else ""
     return f"{name_of(config.method).upper()} of {policy.host.config.type}{where}"

@@ -25,7 +25,7 @@ from vla_trqam.engine.folder.checkpoints import last_checkpoint
 from vla_trqam.engine.folder.pins import write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, REPLAY_NAME
 from vla_trqam.engine.processes.team import Team
-from vla_trqam.envs.robomimic_images import ACTION_DIM, STATE_DIM
+from vla_trqam.envs.base import EnvFamily
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_durably
 from vla_trqam.hub.access import check_push
@@ -50,7 +50,11 @@ def own_device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.dev
 
 
 def checked_inputs(
-    config: FinetuneVLAConfig, packed: Path | None, device: torch.device, team: Team
+    config: FinetuneVLAConfig,
+    packed: Path | None,
+    device: torch.device,
+    team: Team,
+    family: EnvFamily | None,
 ) -> tuple[LeRobotReader, LeRobotFlowPolicy]:
     """This process's part of the dataset and the policy, after all that needs neither is checked.
 
@@ -65,14 +69,15 @@ def checked_inputs(
     given = _given_policy(config, packed)
     data = replace(_dataset(config, packed), looked_through=_looked_through(config, given))
     reader = LeRobotReader(data).part(team.rank, team.size)
-    policy = _load_policy(config, given, base_revision, device, say)
+    policy = _load_policy(config, given, base_revision, device, say, family)
     # Before anything is decoded.
     check_against_dataset(policy, reader.features)
-    for note in policy.cameras(
-        [key for key in reader.features if key.startswith(IMAGE_PREFIX)]
-    ).notes():
+    # A single camera without a name is `observation.image`.
+    cameras = [key for key in reader.features if key.startswith("observation.image")]
+    for note in policy.cameras(cameras).notes():
         say(note)
-    _check_simulator(config, reader, policy)
+    if family is not None:
+        _check_simulator(config, reader, policy, family)
     _check_base(config, policy)
     reader.check_cameras()
     if team.is_main and not config.resume:
@@ -149,39 +154,57 @@ def _check_base(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> None:
 
 
 def _check_simulator(
-    config: FinetuneVLAConfig, reader: LeRobotReader, policy: LeRobotFlowPolicy
+    config: FinetuneVLAConfig, reader: LeRobotReader, policy: LeRobotFlowPolicy, family: EnvFamily
 ) -> None:
     """The policy looks through the simulator's cameras; what is rolled out joins the dataset."""
-    if config.env.type is None:
-        return
     joins = bool(config.online.steps or config.base_episodes)
     looked_through = {
         n for n in reader.cameras if image_key(n) in policy.host.config.image_features
     }
-    wanted, size = set(reader.cameras) if joins else looked_through, config.env.image_size
-    there = set(config.env.cameras)
+    wanted, there = set(reader.cameras) if joins else looked_through, set(family.cameras)
     if wanted - there or (joins and there - wanted):
-        raise UserError(
-            f"--env.cameras=[{', '.join(sorted(there))}] are not those of the "
-            f"{'dataset' if joins else 'policy'}: --env.cameras=[{', '.join(sorted(wanted))}] "
-            "would be, or a --rename_map of the dataset's"
-        )
+        raise UserError(_other_cameras(family, wanted, "dataset" if joins else "policy"))
     for name, shape in reader.cameras.items() if joins else ():
-        if tuple(shape) != (size, size, 3):
+        if tuple(shape) != family.cameras[name]:
+            by = f" (--env.image_size={config.env.image_size})" if _has_size(family) else ""
             raise UserError(
-                f"the dataset's camera {name} has images of {' x '.join(map(str, shape))}, the "
-                f"simulator with --env.image_size={size} others; what is rolled out joins the "
-                "dataset's, so they must agree"
+                f"the dataset's camera {name} has images of {_by(shape)}, the simulator's of "
+                f"{_by(family.cameras[name])}{by}; what is rolled out joins the dataset's, so they "
+                "must agree"
             )
     for key, has, wants in (
-        ("observation.state", reader.state_dim, STATE_DIM),
-        ("action", reader.action_dim, ACTION_DIM),
+        ("observation.state", reader.state_dim, family.state_size),
+        ("action", reader.action_dim, family.action_size),
     ):
         if has != wants:
             raise UserError(
-                f"{key} has {has} numbers in the dataset and {wants} in Robomimic's simulator; "
-                "without one, leave out --env.type"
+                f"{key} has {has} numbers in the dataset and {wants} in the simulator of "
+                f"--env.type={family.name}; without one, leave out --env.type"
             )
+
+
+def _other_cameras(family: EnvFamily, wanted: set[str], whose: str) -> str:
+    there, needed = ", ".join(sorted(family.cameras)), ", ".join(sorted(wanted))
+    if _has_size(family):
+        return (
+            f"--env.cameras=[{there}] are not those of the {whose}: --env.cameras=[{needed}] "
+            "would be, or a --rename_map of the dataset's"
+        )
+    if not there:
+        return f"--env.type={family.name} shows no pictures, and the {whose} has [{needed}]"
+    return (
+        f"--env.type={family.name} has the cameras [{there}], the {whose} [{needed}]: name the "
+        "dataset's like the simulator's by --rename_map, or choose another simulator"
+    )
+
+
+def _has_size(family: EnvFamily) -> bool:
+    """Whether the settings say which cameras there are and how large their images."""
+    return family.name == "robomimic"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def push(config: FinetuneVLAConfig) -> None:
@@ -250,6 +273,7 @@ def _load_policy(
     base_revision: str | None,
     device: torch.device,
     say: Callable[[str], None],
+    family: EnvFamily | None,
 ) -> LeRobotFlowPolicy:
     knobs, peft = config.policy, config.peft
     lora = LoRASettings(peft.r, peft.lora_alpha, peft.target_modules)
@@ -259,7 +283,7 @@ def _load_policy(
         lora=lora if peft.method == "lora" else None,
         adapter=knobs.adapter,
         features=CriticFeatures(layer=knobs.critic_layer),
-        limits=(-1.0, 1.0) if config.env.type == "robomimic" else None,
+        limits=None if family is None else family.action_limits,
         device=str(device),
         revision=revision,
         base_revision=base_revision,

@@ -156,6 +156,14 @@ def test_imports_flow_one_way(module):
     assert upward_imports(module, TREES[module]) == []
 
 
+@pytest.mark.parametrize("name", ["base", "chunked", "pool_worker", "rollout", "worker"])
+def test_the_pool_knows_no_simulator(name):
+    known = {"base", "chunked", "pool_worker", "rollout", "seeding", "worker"}
+    targets = imports_of(TREES[f"vla_trqam.envs.{name}"])
+    envs = {target.split(".")[2] for target in targets if target.startswith("vla_trqam.envs.")}
+    assert envs <= known
+
+
 def test_modules_do_not_import_each_other_in_a_circle():
     graph = {
         name: {own for target in module_level_imports(tree) if (own := own_module(target))} - {name}

@@ -28,6 +28,19 @@ def test_uv_sync_installs_every_plugin() -> None:
     assert set(settings["tool"]["uv"]["workspace"]["members"]) == folders
 
 
+def test_uv_sync_installs_the_small_simulators_that_live_together() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras, groups = settings["project"]["optional-dependencies"], settings["dependency-groups"]
+    chosen = [name for key in ("robomimic", "ogbench", "pusht") for name in extras[key]]
+    assert sorted(groups["simulators"]) == sorted(chosen)
+    assert "simulators" in settings["tool"]["uv"]["default-groups"]
+    excluded = [
+        {next(iter(part.items())) for part in pair} for pair in settings["tool"]["uv"]["conflicts"]
+    ]
+    for other in (("extra", "robomimic"), ("group", "simulators")):
+        assert {("extra", "libero"), other} in excluded
+
+
 @pytest.mark.parametrize("name", PLUGINS)
 def test_a_plugin_brings_no_dependency_of_its_own(name: str) -> None:
     """Whoever installs it with pip has vla-trqam already, which is on no index."""

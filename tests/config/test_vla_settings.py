@@ -1,12 +1,15 @@
 """Settings that cannot work are refused before anything is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import vla_trqam.recipes
+import yaml
 
-from vla_trqam.config.parsing import parse_config
+from vla_trqam.config.parsing import dump_config, parse_config, saved_config, settings_of
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.envs.registry import EnvConfig
 from vla_trqam.errors import UserError
 
 RECIPES = Path(vla_trqam.recipes.__file__ or next(iter(vla_trqam.recipes.__path__)))
@@ -65,3 +68,28 @@ def test_base_rounds_and_evaluations_use_different_initial_states():
     every = [*config.evaluation_seeds(), *config.validation_seeds(), *config.base_seeds(), *rounds]
     assert len(every) == len(set(every))
     assert len(rounds) == config.num_training_episodes - config.base_episodes
+
+
+def test_another_simulator_than_the_presets_takes_none_of_its_settings():
+    preset = parse_config(FinetuneVLAConfig, PRESETS, [])
+    assert (preset.env.type, preset.env.task, preset.env.shadows) == ("robomimic", "Lift", False)
+    other = parse_config(FinetuneVLAConfig, PRESETS, ["--env.type=pusht", "--env.options={fps: 5}"])
+    assert other.env == EnvConfig("pusht", options={"fps": 5})
+    assert replace(other, env=preset.env) == preset
+    same = parse_config(FinetuneVLAConfig, PRESETS, ["--env.type=robomimic"])
+    assert same == preset
+
+
+def test_options_of_a_simulator_survive_the_runs_settings(tmp_path):
+    flags = ["--env.type=pusht", "--env.options={obs_type: pixels_agent_pos, fps: 5}"]
+    config = parse_config(FinetuneVLAConfig, PRESETS, flags)
+    dump_config(config, tmp_path / "config.yaml")
+    assert saved_config(FinetuneVLAConfig, tmp_path / "config.yaml") == config
+
+
+def test_settings_of_a_run_before_the_other_simulators_still_load(tmp_path):
+    config = parse_config(FinetuneVLAConfig, PRESETS, [])
+    settings = settings_of(config)
+    del settings["env"]["instruction"], settings["env"]["options"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert saved_config(FinetuneVLAConfig, tmp_path / "config.yaml") == config

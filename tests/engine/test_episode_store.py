@@ -21,6 +21,7 @@ def rolled_out(steps, *, terminated):
         truncated=not terminated,
         success=terminated,
         seed=1,
+        task=TASK + " it",
         images={CAMERA: rng.integers(0, 256, (looks, 4, 4, 3), dtype=np.uint8)},
     )
 
@@ -40,7 +41,7 @@ def test_images_belong_to_decisions_and_to_the_state_at_the_limit(
 ):
     policy, replay = PackedPolicy(), frame_replay(tmp_path / "replay")
     cache = FeatureCache(replay, policy.packed, fingerprint="1")
-    store = FrameStore(replay, cache, chunk_length=HORIZON, task=TASK)
+    store = FrameStore(replay, cache, chunk_length=HORIZON)
     first_row, episode = (
         replay.steps.num_steps + replay.num_episodes,
         rolled_out(steps, terminated=terminated),
@@ -51,4 +52,5 @@ def test_images_belong_to_decisions_and_to_the_state_at_the_limit(
     assert np.array_equal(replay.images(CAMERA)[-len(expected) :], episode.images[CAMERA])
     assert cache.num_frames == replay.num_frames
     assert store.num_episodes == 6
+    assert replay.task_of_episodes()[-2:] == [TASK, episode.task]
     replay.close()

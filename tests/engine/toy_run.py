@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy_task import ToyPool, homing_policy, roll_out
+from toy_task import ToyPool, homing_policy, roll_out, toy_family
 
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
@@ -48,7 +48,7 @@ def make_run(
         output_dir=folder,
         policy=policy,
         store=StateStore(replay),
-        pool=ToyPool({}, max_episode_steps=10),
+        pool=ToyPool(toy_family()),
         generators=Generators.seeded(0, torch.device("cpu")),
         metrics=metrics,
         device=torch.device("cpu"),

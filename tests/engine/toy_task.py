@@ -7,10 +7,12 @@ and the policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from vla_trqam.envs.base import EnvFamily, TaskEnv
 from vla_trqam.envs.rollout import Episode
 
 OBSERVATION_DIM, ACTION_DIM = 3, 2
@@ -66,6 +68,26 @@ def homing_policy(chunk_length: int, noise: float) -> ChunkPolicy:
     return act
 
 
+def never_made(rendering: bool) -> TaskEnv:
+    raise AssertionError("a toy pool starts no processes")
+
+
+def toy_family(max_episode_steps: int = 10, **changes: Any) -> EnvFamily:
+    """What recipes and pools know of the toy."""
+    known = EnvFamily(
+        name="robomimic",
+        task="Lift",
+        make=never_made,
+        max_episode_steps=max_episode_steps,
+        control_rate=20.0,
+        task_texts=("come near the origin",),
+        action_low=(-1.0,) * ACTION_DIM,
+        action_high=(1.0,) * ACTION_DIM,
+        state_size=OBSERVATION_DIM,
+    )
+    return replace(known, **changes)
+
+
 class ToyPool:
     """Takes `RolloutPool`'s arguments; remembers what it was asked.
 
@@ -79,8 +101,8 @@ class ToyPool:
     rounds: ClassVar[list[list[int]]] = []
     before_run: ClassVar[Callable[[int], None] | None] = None
 
-    def __init__(self, env_meta: dict[str, Any], *, max_episode_steps: int, **_: Any) -> None:
-        self.max_episode_steps = max_episode_steps
+    def __init__(self, family: EnvFamily, **_: Any) -> None:
+        self.family, self.max_episode_steps = family, family.max_episode_steps
         type(self).started += 1
 
     def run(

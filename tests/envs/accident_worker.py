@@ -34,7 +34,7 @@ class TinyServer:
             suffer("reset", self.seed)
             self.number, self.frames = 0, frames is not None
             self.state = np.random.default_rng(self.seed).normal(size=OBSERVATION)
-            return "observation", self.state.astype(np.float32), {}
+            return "observation", self.state.astype(np.float32), {}, "do it"
         return self.chunk(*arguments)
 
     def chunk(self, chunk):

@@ -10,6 +10,7 @@ import pytest
 import vla_trqam.data
 from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.render_demos import render_demos
+from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings, RobomimicImageEnv
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
@@ -47,15 +48,12 @@ def test_a_pools_policy_sees_what_the_environment_shows_at_its_decisions(env):
         assert observation["task"] == ["lift the cube"]
         return moves(int(seeds[0]), int(numbers[0]))[None]
 
-    with RolloutPool(
-        env_meta_for("Lift"),
-        chunk_length=HORIZON,
-        num_workers=1,
-        max_episode_steps=LIMIT,
-        obs_keys=STATE_KEYS,
-        cameras=CAMERAS,
-    ) as pool:
+    family = robomimic_family(
+        env_meta_for("Lift"), max_episode_steps=LIMIT, obs_keys=STATE_KEYS, cameras=CAMERAS
+    )
+    with RolloutPool(family, chunk_length=HORIZON, num_workers=1) as pool:
         (episode,) = pool.run(policy, [3])
+    assert episode.task == "lift the cube"
     observation, _ = env.reset(seed=3)
     expected = [observation]
     for step in range(LIMIT):

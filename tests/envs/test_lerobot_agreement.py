@@ -18,19 +18,19 @@ def test_lerobots_loop_plays_the_episode_of_our_rollouts() -> None:
 
     from vla_trqam.engine.acting import chunk_policy
     from vla_trqam.envs.env_meta import env_meta_for
-    from vla_trqam.envs.robomimic_images import STATE_KEYS
-    from vla_trqam.envs.rollout import CameraSettings, RolloutPool
+    from vla_trqam.envs.robomimic_family import robomimic_family
+    from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
+    from vla_trqam.envs.rollout import RolloutPool
     from vla_trqam.methods.base import FlowActor
 
     policy = load_policy(PACKED / "policy")
-    with RolloutPool(
+    family = robomimic_family(
         env_meta_for("Lift"),
-        chunk_length=policy.chunk_shape[0],
-        num_workers=1,
         max_episode_steps=STEPS,
         obs_keys=STATE_KEYS,
         cameras=CameraSettings(("agentview",), 96, False),
-    ) as pool:
+    )
+    with RolloutPool(family, chunk_length=policy.chunk_shape[0], num_workers=1) as pool:
         (ours,) = pool.run(chunk_policy(policy, FlowActor(policy), NOISE_SEED), [SEED])
     theirs = lerobots_actions(PACKED / "policy", policy.chunk_shape)
     # Before the first contact nothing magnifies the rounding of the two ways to add up Euler steps.

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from vla_trqam.envs import pool_worker
+from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.pool_worker import Deadlines
-from vla_trqam.envs.robomimic import env_meta_for
+from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.slow
 SEEDS = [30, 10, 20, 40, 5]
 HORIZON, ACTION = 5, 2
 DEADLINE = 2.0
+FAMILY = robomimic_family(env_meta_for("Lift"), max_episode_steps=15)
 
 
 def policy(observations, seeds, indices):
@@ -26,10 +28,7 @@ def policy(observations, seeds, indices):
 
 
 def make_pool(num_workers):
-    pool = RolloutPool(
-        env_meta_for("Lift"), chunk_length=HORIZON, num_workers=num_workers, max_episode_steps=15
-    )
-    return pool
+    return RolloutPool(FAMILY, chunk_length=HORIZON, num_workers=num_workers)
 
 
 @pytest.fixture
@@ -190,10 +189,4 @@ def test_a_slow_policy_is_not_the_simulators_fault(accidents, undisturbed, capfd
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_deadline_must_be_a_positive_number(deadline):
     with pytest.raises(UserError, match="chunk_deadline is"):
-        RolloutPool(
-            env_meta_for("Lift"),
-            chunk_length=5,
-            num_workers=1,
-            max_episode_steps=5,
-            chunk_deadline=deadline,
-        )
+        RolloutPool(FAMILY, chunk_length=5, num_workers=1, chunk_deadline=deadline)

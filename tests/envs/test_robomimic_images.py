@@ -3,7 +3,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.robomimic_images import STATE_KEYS, HoldAfterEnd, RobomimicImageEnv
+from vla_trqam.envs.robomimic_images import STATE_KEYS, RobomimicImageEnv
 from vla_trqam.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -90,16 +90,3 @@ def test_bad_arguments_are_refused():
         make(cameras=())
     with pytest.raises(UserError, match=r"Lift has no camera \['top'\]; it has .*agentview"):
         make(cameras=("top",))
-
-
-def test_a_held_episode_repeats_its_end_until_it_is_seeded(sparse):
-    held = HoldAfterEnd(sparse)
-    seen = episode(held, np.zeros((STEPS, 7)))
-    state = sparse.env.sim_state()
-    last, reward, _, truncated, info = held.step(np.ones(7))
-    assert (reward, truncated, info["frame_is_new"]) == (0.0, True, True)
-    np.testing.assert_array_equal(image((last, info)), image(seen[-1]))
-    np.testing.assert_array_equal(held.reset()[0]["agent_pos"], last["agent_pos"])
-    np.testing.assert_array_equal(sparse.env.sim_state(), state)
-    held.reset(seed=8)
-    assert (sparse.env.sim_state() != state).any()

@@ -3,17 +3,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vla_trqam.envs import pool_worker, worker
+from vla_trqam.envs import worker
 from vla_trqam.envs.chunked import ChunkEnv
-from vla_trqam.envs.robomimic import env_meta_for
+from vla_trqam.envs.env_meta import env_meta_for
+from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 
@@ -31,33 +29,10 @@ def noise_policy(observations, seeds, indices):
 
 
 def make_pool(**changes):
-    settings = {"chunk_length": 5, "num_workers": 2, "max_episode_steps": NUM_STEPS} | changes
-    return RolloutPool(env_meta_for("Lift"), **settings)
-
-
-class ThreadInsteadOfProcess:
-    """Serves a pool from a thread: saves the seconds that a process needs to import robosuite."""
-
-    def __init__(self, command, **_):
-        self.thread = threading.Thread(target=self.serve, args=[os.dup(int(command[-1]))])
-        self.thread.start()
-
-    def serve(self, handle):
-        with Connection(handle) as connection:
-            worker.serve(connection)
-
-    def kill(self):
-        self.thread.join()
-
-    def wait(self, timeout=None):
-        self.thread.join(timeout)
-        return 0
-
-
-@pytest.fixture
-def in_thread(monkeypatch):
-    stand_in = SimpleNamespace(Popen=ThreadInsteadOfProcess, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(pool_worker, "subprocess", stand_in)
+    settings = {"chunk_length": 5, "num_workers": 2} | changes
+    names = {"max_episode_steps", "obs_keys"} & settings.keys()
+    task = {"max_episode_steps": NUM_STEPS} | {name: settings.pop(name) for name in names}
+    return RolloutPool(robomimic_family(env_meta_for("Lift"), **task), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +159,9 @@ TRAINER = """
 import signal
 import sys
 import numpy as np
+from vla_trqam.envs.env_meta import env_meta_for
+from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
-from vla_trqam.envs.robomimic import env_meta_for
 
 # A shell that starts us in the background has us ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -195,7 +171,8 @@ def policy(observations, seeds, indices):
         print("running", flush=True)
     return np.zeros((1, 5, 7))
 
-with RolloutPool(env_meta_for("Lift"), chunk_length=5, num_workers=1, max_episode_steps=50) as pool:
+lift = robomimic_family(env_meta_for("Lift"), max_episode_steps=50)
+with RolloutPool(lift, chunk_length=5, num_workers=1) as pool:
     print(*[w._process.pid for w in pool._workers], flush=True)
     try:
         pool.run(policy, range(100000))

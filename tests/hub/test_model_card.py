@@ -218,6 +218,23 @@ def test_the_eval_command_repeats_the_evaluation(run: Path):
     ]
 
 
+def test_the_eval_command_of_lerobots_own_environment_has_that_ones_settings(tmp_path: Path):
+    changes = {"env__type": "pusht", "env__task": None, "env__options": {"fps": 10}}
+    card = card_of(with_config(tmp_path, **changes))
+    command = re.search(r"```bash\n(lerobot-eval.*?)\n```", card, re.DOTALL)
+    assert command is not None
+    assert shlex.split(command[1].replace("\\\n", "")) == [
+        "lerobot-eval",
+        "--policy.path=alice/lift",
+        "--env.type=pusht",
+        "--env.fps=10",
+        "--env.episode_length=150",
+        "--eval.n_episodes=50",
+        "--seed=10000",
+    ]
+    assert metadata(card)["model-index"][0]["results"][0]["dataset"]["type"] == "pusht"
+
+
 def test_the_command_to_go_on_with_is_the_runs_own_recipe(run: Path):
     assert (
         "accelerate launch -q recipes/finetune_pi0.py --policy.path=alice/lift"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_deaths import dies_at_update, signalled_at_update
 from toy_files import differences, final_state, metrics_lines
-from toy_task import Killed, ToyPool
+from toy_task import Killed, ToyPool, toy_family
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
@@ -25,7 +25,7 @@ def test_the_first_evaluation_is_the_bases(uninterrupted):
     _, folder, rounds = uninterrupted
     first = next(line for line in metrics_lines(folder) if line["phase"] == "eval")
     base = MLPFlowPolicy.from_pretrained(folder / "base_policy")
-    pool = ToyPool({}, max_episode_steps=10)
+    pool = ToyPool(toy_family())
     episodes = pool.run(chunk_policy(base, FlowActor(base), EVALUATION_NOISE), rounds[0])
     assert first["step"] == 0
     assert first["success_rate"] == np.mean([e.success for e in episodes])

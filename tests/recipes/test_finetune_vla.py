@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import torch
 from safetensors.torch import load_file
 from toy_files import metrics_lines
 from toy_images import (
-    CAMERA,
-    CHUNK,
-    MAX_STEPS,
     SIZE,
     ImageToyPool,
+    image_family,
+    toy_pool,
     write_toy_policy,
     write_toy_smolvla,
 )
@@ -39,7 +39,7 @@ from vla_runs import (
 )
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
-from vla_trqam.recipes import vla_inputs
+from vla_trqam.recipes import finetune_vla
 from vla_trqam.recipes.finetune_vla import read_config
 
 from vla_trqam.config.parsing import saved_config
@@ -48,7 +48,6 @@ from vla_trqam.data.frame_replay import FrameReplay
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.run import EVALUATION_NOISE
-from vla_trqam.envs.robomimic_images import CameraSettings
 from vla_trqam.envs.rollout import Episode
 from vla_trqam.methods.base import FlowActor
 
@@ -78,14 +77,7 @@ def trained(policy: LeRobotFlowPolicy) -> dict[str, torch.Tensor]:
 
 def episodes_of(policy: LeRobotFlowPolicy, seeds: list[int]) -> list[Episode]:
     """Episodes of the evaluation from these initial states."""
-    pool = ImageToyPool(
-        {},
-        chunk_length=CHUNK,
-        num_workers=1,
-        max_episode_steps=MAX_STEPS,
-        obs_keys=(),
-        cameras=CameraSettings((CAMERA,), SIZE),
-    )
+    pool = toy_pool()
     return pool.run(chunk_policy(policy, FlowActor(policy), EVALUATION_NOISE), seeds)
 
 
@@ -333,7 +325,7 @@ def test_a_datasets_camera_can_have_another_name(files, tmp_path):
     [
         ("--rename_map={front: top}", "--rename_map names front; the cameras of the dataset"),
         ("--env.cameras=[wrist]", "--env.cameras=[agentview] would be"),
-        ("--env.image_size=64", "the simulator with --env.image_size=64 others"),
+        ("--env.image_size=64", "the simulator's of 64 x 64 x 3 (--env.image_size=64)"),
         ("--policy.n_action_steps=1", "Right would be: --policy.n_action_steps="),
     ],
 )
@@ -360,8 +352,26 @@ def test_a_policy_can_be_made_to_execute_whole_chunks(files, tmp_path, refused):
 
 
 def test_the_simulators_state_and_action_are_the_datasets(refused, files, monkeypatch):
-    monkeypatch.setattr(vla_inputs, "STATE_DIM", 9)
+    def family(config, **settings):
+        return replace(image_family(config, **settings), **different)
+
+    monkeypatch.setattr(finetune_vla, "make_family", family)
+    different = {"state_size": 9}
     assert "observation.state has 3 numbers in the dataset and 9 in" in refused(*files.flags())
+    different = {"action_low": (-1.0,) * 7, "action_high": (1.0,) * 7}
+    assert "action has 2 numbers in the dataset and 7 in" in refused(*files.flags())
+
+
+def test_another_simulators_cameras_are_named_and_what_may_be_done(refused, files, monkeypatch):
+    def family(config, **settings):
+        seen = {"observation.image": (SIZE, SIZE, 3)}
+        return replace(image_family(config, **settings), name="pusht", cameras=seen)
+
+    monkeypatch.setattr(finetune_vla, "make_family", family)
+    assert (
+        "--env.type=pusht has the cameras [observation.image], the dataset [agentview]: name the "
+        "dataset's like the simulator's by --rename_map"
+    ) in refused(*files.flags())
 
 
 def test_a_base_that_would_have_to_train_is_refused(refused, files):

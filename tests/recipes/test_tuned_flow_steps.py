@@ -7,7 +7,7 @@ import yaml
 from toy_deaths import dies_at_update, diverges_at_update
 from toy_files import differences, final_state
 from toy_settings import TINY
-from toy_task import Killed, ToyPool
+from toy_task import Killed, ToyPool, toy_family
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
@@ -50,7 +50,7 @@ def steps_in(folder):
 def successes(folder, seeds, num_flow_steps):
     policy = MLPFlowPolicy.from_pretrained(folder)
     actor = chunk_policy(policy, FlowActor(policy, num_flow_steps=num_flow_steps), EVALUATION_NOISE)
-    return [e.success for e in ToyPool({}, max_episode_steps=10).run(actor, seeds)]
+    return [e.success for e in ToyPool(toy_family()).run(actor, seeds)]
 
 
 def test_the_tuned_policy_is_saved_with_its_steps_and_the_base_with_its_own(fewer):

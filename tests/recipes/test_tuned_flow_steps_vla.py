@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from toy_deaths import dies_at_update
 from toy_files import differences
-from toy_images import CAMERA, CHUNK, MAX_STEPS, SIZE, ImageToyPool, images_state
+from toy_images import images_state, toy_pool
 from vla_runs import (
     Whole,
     files,
@@ -28,7 +28,6 @@ from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.run import EVALUATION_NOISE
-from vla_trqam.envs.robomimic_images import CameraSettings
 from vla_trqam.methods.base import FlowActor
 
 __all__ = [  # fixtures
@@ -61,14 +60,7 @@ def steps_in(folder: Path) -> int:
 def successes(
     policy: LeRobotFlowPolicy, seeds: list[int], num_flow_steps: int | None
 ) -> list[bool]:
-    pool = ImageToyPool(
-        {},
-        chunk_length=CHUNK,
-        num_workers=1,
-        max_episode_steps=MAX_STEPS,
-        obs_keys=(),
-        cameras=CameraSettings((CAMERA,), SIZE),
-    )
+    pool = toy_pool()
     actor = chunk_policy(policy, FlowActor(policy, num_flow_steps=num_flow_steps), EVALUATION_NOISE)
     return [episode.success for episode in pool.run(actor, seeds)]
 

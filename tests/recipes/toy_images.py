@@ -12,7 +12,16 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from toy_files import checkpoint_state
-from toy_task import ACTION_DIM, NEAR, OBSERVATION_DIM, STEP, homing_policy, observe, start_of
+from toy_task import (
+    ACTION_DIM,
+    NEAR,
+    OBSERVATION_DIM,
+    STEP,
+    homing_policy,
+    observe,
+    start_of,
+    toy_family,
+)
 from vla_trqam.adapters.tiny.checkpoints import (
     flow_features,
     tiny_pi0_config,
@@ -24,7 +33,8 @@ from vla_trqam.adapters.tiny.checkpoints import (
 from vla_trqam.data.frame_files import CacheHeader
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
 from vla_trqam.data.lerobot_writer import write_lerobot_dataset
-from vla_trqam.envs.robomimic_images import CameraSettings
+from vla_trqam.envs.base import EnvFamily
+from vla_trqam.envs.registry import EnvConfig
 from vla_trqam.envs.rollout import ChunkPolicy, Episode
 
 CAMERA, SIZE, TASK = "agentview", 32, "come near the origin"
@@ -79,8 +89,22 @@ def roll_out(
         truncated=not success,
         success=success,
         seed=seed,
+        task=TASK,
         images={camera: np.stack(pictures) for camera in cameras},
     )
+
+
+def image_family(config: EnvConfig, *, max_episode_steps: int) -> EnvFamily:
+    """Stands in for `make_family`: the toy with the settings' cameras."""
+    shape = (config.image_size, config.image_size, 3)
+    return toy_family(max_episode_steps, cameras=dict.fromkeys(config.cameras, shape))
+
+
+def toy_pool() -> ImageToyPool:
+    """Of the camera and the episodes of these tests."""
+    config = EnvConfig("robomimic", cameras=(CAMERA,), image_size=SIZE)
+    family = image_family(config, max_episode_steps=MAX_STEPS)
+    return ImageToyPool(family, chunk_length=CHUNK, num_workers=1)
 
 
 class ImageToyPool:
@@ -95,21 +119,17 @@ class ImageToyPool:
     started: ClassVar[int] = 0
     rounds: ClassVar[list[list[Episode]]] = []
     before_run: ClassVar[Callable[[int], None] | None] = None
-    task_description = TASK
 
     def __init__(
         self,
-        env_meta: dict[str, Any],
+        family: EnvFamily,
         *,
         chunk_length: int,
         num_workers: int,
-        max_episode_steps: int,
-        obs_keys: Sequence[str],
-        cameras: CameraSettings,
         chunk_deadline: float = 120.0,
     ) -> None:
-        self.chunk_length, self.max_episode_steps = chunk_length, max_episode_steps
-        self.cameras = cameras.names
+        self.family, self.chunk_length = family, chunk_length
+        self.max_episode_steps, self.cameras = family.max_episode_steps, tuple(family.cameras)
         type(self).started += 1
 
     @classmethod

@@ -14,11 +14,12 @@ from toy_images import (
     MAX_STEPS,
     SIZE,
     ImageToyPool,
+    image_family,
     images_state,
     write_toy_dataset,
     write_toy_policy,
 )
-from toy_task import ACTION_DIM, OBSERVATION_DIM, Killed
+from toy_task import Killed
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla, vla_inputs
 
@@ -104,8 +105,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def without_simulator() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_vla, "RolloutPool", ImageToyPool)
-        patch.setattr(vla_inputs, "STATE_DIM", OBSERVATION_DIM)
-        patch.setattr(vla_inputs, "ACTION_DIM", ACTION_DIM)
+        patch.setattr(finetune_vla, "make_family", image_family)
         # Opening a dataset takes longer than these runs, and a reader does not change.
         patch.setattr(vla_inputs, "LeRobotReader", cache(LeRobotReader))
         yield

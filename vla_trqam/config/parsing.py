@@ -78,8 +78,18 @@ def parse_config[C](
 
 
 def _merged(settings: Settings, flags: Settings, known: Collection[str]) -> Settings:
-    """Flags over settings; of a configuration with a method, of the chosen one."""
-    return with_chosen_type(settings, flags) if TYPE in known else settings | flags
+    """A preset or file with the command line's flags, which may choose another ``type``.
+
+    The preset's other settings of what has another type are of the type that it chose, and do not
+    stay.
+    """
+    others = tuple(
+        name.removesuffix("type")
+        for name, value in flags.items()
+        if name.endswith(".type") and value is not None and settings.get(name, value) != value
+    )
+    kept = {name: value for name, value in settings.items() if not name.startswith(others)}
+    return with_chosen_type(kept, flags) if TYPE in known else kept | flags
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:

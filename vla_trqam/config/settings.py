@@ -158,7 +158,7 @@ class EvalConfig:
     Attributes:
         episodes: initial states.
         first_seed: of the initial states; training uses others.
-        max_episode_steps: control steps (20 a second) until an episode is cut.
+        max_episode_steps: control steps (Robomimic's are 20 a second) until an episode is cut.
         num_workers: simulator processes; None for one a core.
         chunk_deadline: seconds for a reset or the steps of a chunk; a simulator process that takes
             longer is replaced, and its episode played again from the start.

@@ -18,7 +18,7 @@ from vla_trqam.config.settings import (
 from vla_trqam.data.lerobot_labels import RewardSource
 from vla_trqam.data.lerobot_rows import TaskChanges
 from vla_trqam.data.sampling import RewardKind, ShortChunks
-from vla_trqam.envs.env_meta import Task
+from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
 from vla_trqam.report.flow_steps import check_flow_steps
 
@@ -134,25 +134,6 @@ class VLACriticConfig(CriticConfig):
 
 
 @dataclass
-class EnvConfig:
-    """The simulator; without one the run is offline and nothing is evaluated.
-
-    Attributes:
-        type: "robomimic", or null for none.
-        task: of Robomimic.
-        cameras: their images are ``observation.images.<camera>``.
-        image_size: height and width in pixels.
-        shadows: and reflections; a frame without them takes half the time on a CPU.
-    """
-
-    type: Literal["robomimic"] | None = None
-    task: Task = "Lift"
-    cameras: tuple[str, ...] = ("agentview",)
-    image_size: int = 96
-    shadows: bool = True
-
-
-@dataclass
 class FinetuneVLAConfig(RunSettings):
     """Every setting of the recipes for LeRobot's policies; ``--preset`` names a section.
 
@@ -244,6 +225,8 @@ class FinetuneVLAConfig(RunSettings):
                 f"--online.steps={self.online.steps} and --base_episodes={self.base_episodes} need "
                 "a simulator: give --env.type=robomimic, or set both to 0"
             )
+        if self.env.type in (None, "robomimic"):
+            robomimic_task(self.env.task)
         if self.micro_batches > self.batch_size:
             raise UserError(
                 f"--micro_batches={self.micro_batches} is more than --batch_size={self.batch_size}"

@@ -25,7 +25,6 @@ from vla_trqam.report.plots import plot_q_against_returns, plot_run
 from vla_trqam.report.success import success_lines
 
 EVALUATION_NAME = "evaluation.json"
-CONTROL_FREQUENCY = 20  # Hz
 FRAME_EVERY = 2
 DEFAULT_VIDEOS = 2
 BASE: Which = "base"
@@ -97,7 +96,7 @@ def film(
     if not seeds:
         return []
     pair = [run.simulator.record(actor, seeds, every=FRAME_EVERY) for actor in (base, tuned)]
-    paths = []
+    rate, paths = run.simulator.family.control_rate, []
     for before, after in zip(*pair, strict=True):
         path = run.output_dir / "videos" / f"seed_{before.seed}.mp4"
         path.parent.mkdir(exist_ok=True)
@@ -105,9 +104,9 @@ def film(
             path,
             _frames(before),
             _frames(after),
-            base_label=_label("base", before),
-            tuned_label=_label("tuned", after),
-            fps=CONTROL_FREQUENCY / FRAME_EVERY,
+            base_label=_label("base", before, rate),
+            tuned_label=_label("tuned", after, rate),
+            fps=rate / FRAME_EVERY,
         )
         paths.append(path)
     return paths
@@ -235,6 +234,6 @@ def _frames(episode: Episode) -> Any:
     return episode.frames
 
 
-def _label(name: str, episode: Episode) -> str:
-    seconds = len(episode.actions) / CONTROL_FREQUENCY
+def _label(name: str, episode: Episode, control_rate: float) -> str:
+    seconds = len(episode.actions) / control_rate
     return f"{name}: {f'success at {seconds:.1f} s' if episode.success else 'failed'}"

@@ -68,14 +68,12 @@ class FrameStore:
         replay: where they go.
         cache: of the images' features, kept up to date; None for none.
         chunk_length: steps from decision to decision.
-        task: what the policy was told to do.
     """
 
     def __init__(
-        self, replay: FrameReplay, cache: FeatureCache | None, *, chunk_length: int, task: str
+        self, replay: FrameReplay, cache: FeatureCache | None, *, chunk_length: int
     ) -> None:
-        self.replay, self.cache = replay, cache
-        self._chunk_length, self._task = chunk_length, task
+        self.replay, self.cache, self._chunk_length = replay, cache, chunk_length
 
     @property
     def num_episodes(self) -> int:
@@ -93,7 +91,7 @@ class FrameStore:
             terminated=episode.terminated,
             truncated=episode.truncated and not episode.terminated,
             success=episode.success,
-            task=self._task,
+            task=episode.task,
         )
         self.replay.add_episode(frames, source=source)
         if self.cache is not None:

@@ -9,21 +9,22 @@ import numpy as np
 class ChunkEnv(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
     """Executes chunks of H actions, stopping where the episode ends.
 
-    Action: (H, A) in [-1, 1]. Observation: the wrapped environment's, after the last action.
+    Action: (H, A) within the wrapped environment's limits. Observation: its own, after the last
+    action.
     Reward: the sum over the chunk. `info` holds what a replay needs, in arrays of fixed size whose
     rows from `num_steps` on are zero:
 
         chunk_observations (H, O): what was seen *before* each executed action,
-        chunk_actions (H, A): the actions as executed, clipped to [-1, 1],
+        chunk_actions (H, A): the actions as executed, clipped to those limits,
         chunk_rewards (H,),
         num_steps: int, actions really executed, and is_success: bool.
     """
 
     def __init__(self, env: gymnasium.Env[np.ndarray, np.ndarray], chunk_length: int) -> None:
-        """Wrap `env`, whose actions are a box [-1, 1] of shape (A,).
+        """Wrap `env`, whose actions are a box of shape (A,).
 
         Args:
-            env: for example `RobomimicEnv`.
+            env: for example a `TaskEnv`.
             chunk_length: H, at least 1.
 
         Raises:
@@ -33,9 +34,14 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
         if chunk_length < 1:
             raise ValueError(f"chunk_length is {chunk_length}; it must be at least 1")
         self.chunk_length = chunk_length
-        assert env.action_space.shape is not None
+        assert isinstance(env.action_space, gymnasium.spaces.Box)
+        self._low, self._high = (
+            limit.astype(np.float32) for limit in (env.action_space.low, env.action_space.high)
+        )
         shape = (chunk_length, *env.action_space.shape)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape, np.float32)
+        self.action_space = gymnasium.spaces.Box(
+            np.broadcast_to(self._low, shape), np.broadcast_to(self._high, shape), shape, np.float32
+        )
         self._observation: np.ndarray | None = None
         self._ended = (False, False)
         self._success = False
@@ -83,7 +89,7 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
     def _execute(self, action: np.ndarray, info: dict[str, Any]) -> None:
         step = info["num_steps"]
-        executed = np.clip(action, -1.0, 1.0)
+        executed = np.clip(action, self._low, self._high)
         info["chunk_observations"][step] = self._observation
         info["chunk_actions"][step] = executed
         self._observation, reward, terminated, truncated, step_info = self.env.step(executed)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from vla_trqam.envs.env_kwargs import check_env_kwargs, check_task_name
@@ -77,6 +78,23 @@ def env_meta_for(task: Task) -> dict[str, Any]:
     return {"env_name": task, "env_version": "1.5.1", "type": 1, "env_kwargs": env_kwargs}
 
 
+def require_robosuite() -> None:
+    """Refuse what would fail in every simulator process.
+
+    Raises:
+        UserError: robosuite is not installed, or of another series, as LIBERO wants it.
+    """
+    try:
+        found = f"robosuite {version('robosuite')}"
+    except PackageNotFoundError:
+        found = "none"
+    if not found.startswith(f"robosuite {ROBOSUITE_SERIES}."):
+        raise UserError(
+            f"Robomimic's tasks need robosuite {ROBOSUITE_SERIES}, and {found} is installed: "
+            "uv sync --extra robomimic"
+        )
+
+
 def check_env_meta(env_meta: Mapping[str, Any]) -> None:
     """Refuse `env_args` that robosuite 1.5 cannot honour, before anything heavy is imported.
 
@@ -91,11 +109,11 @@ def check_env_meta(env_meta: Mapping[str, Any]) -> None:
         raise UserError(
             f"env_args have type {env_meta['type']!r}; only robosuite tasks (type 1) are supported."
         )
-    version = str(env_meta["env_version"])
-    if not version.startswith(ROBOSUITE_SERIES + "."):
+    recorded = str(env_meta["env_version"])
+    if not recorded.startswith(ROBOSUITE_SERIES + "."):
         raise UserError(
-            f"env_args were recorded with robosuite {version}, whose controller and physics differ "
-            f"from the installed {ROBOSUITE_SERIES} series; use the task's v1.5 file."
+            f"env_args were recorded with robosuite {recorded}, whose controller and physics "
+            f"differ from the installed {ROBOSUITE_SERIES} series; use the task's v1.5 file."
         )
     try:
         json.dumps(env_meta)

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from vla_trqam.envs.worker import EnvSettings
+from vla_trqam.envs.worker import WorkerSettings
 from vla_trqam.errors import UserError
 
 Job = TypeVar("Job")
@@ -83,7 +83,7 @@ class Worker(Generic[Job]):  # noqa: UP046 (mypy of the class attribute)
         request: the kind of the last one.
     """
 
-    def __init__(self, settings: EnvSettings, deadlines: Deadlines) -> None:
+    def __init__(self, settings: WorkerSettings, deadlines: Deadlines) -> None:
         self.settings, self.deadlines = settings, deadlines
         self.spaces: tuple[int, int] | None = None
         self.job: Job | None = None

@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 import os
-import random
 import sys
 import types
 import warnings
@@ -24,7 +23,9 @@ from vla_trqam.envs.env_meta import (
     Task,
     check_env_meta,
     env_meta_for,
+    require_robosuite,
 )
+from vla_trqam.envs.seeding import global_seed
 from vla_trqam.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,9 +119,11 @@ def create_robomimic_env(env_meta: Mapping[str, Any], *, render_offscreen: bool 
         render_offscreen: open a GL context, so that `render(mode="rgb_array")` works.
 
     Raises:
-        UserError: see `check_env_meta`; an unknown task; or GL cannot start.
+        UserError: see `check_env_meta` and `require_robosuite`; an unknown task; or GL cannot
+            start.
     """
     check_env_meta(env_meta)
+    require_robosuite()
     if render_offscreen:
         _check_gl_platform()
     _stand_in_for_mujoco_py()
@@ -144,23 +147,6 @@ def create_robomimic_env(env_meta: Mapping[str, Any], *, render_offscreen: bool 
                 f"Off-screen rendering does not start ({type(error).__name__}: {error}); "
                 f"install EGL or OSMesa and set MUJOCO_GL to egl or osmesa."
             ) from error
-
-
-@contextlib.contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    """Seed the process-wide generators for a block, then put them back.
-
-    robosuite 1.5.1 draws object sizes, placements and the arm's initial noise from `np.random`
-    and the object of the single-object tasks from `random`; its own `env.rng` is never used.
-    """
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 class RobomimicEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -302,7 +288,7 @@ class RobomimicEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return OscStep(self.robosuite, self.obs_keys)
 
     def _reset_scene(self, seed: int) -> dict[str, np.ndarray]:
-        with _global_seed(seed):
+        with global_seed(seed):
             if self.task == "Lift":
                 from vla_trqam.envs.lift_cube import resample_cube_size
 

@@ -6,7 +6,6 @@ executes n actions of a chunk looks at every n-th state only.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import gymnasium
@@ -187,75 +186,3 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
     def _observation(self, state: Any) -> ImageObservation:
         self._state = state
         return {"agent_pos": state, "pixels": dict(self._images)}
-
-
-class HoldAfterEnd(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Once the episode has ended, repeats its last step until a reset with a seed.
-
-    In a lock-step vector environment the others go on; gymnasium would reset this one and run it
-    through steps that nobody looks at.
-    """
-
-    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
-        """Wrap `env`."""
-        super().__init__(env)
-        self._last: tuple[Any, float, bool, bool, dict[str, Any]] | None = None
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Reset with a seed; without one repeat the end, if there was one."""
-        if seed is None and self._last is not None:
-            return self._last[0], self._last[4]
-        self._last = None
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, or repeat the end with reward 0."""
-        if self._last is not None:
-            return self._last
-        result = self.env.step(action)
-        if result[2] or result[3]:
-            self._last = (result[0], 0.0, *result[2:])
-        return result
-
-
-def make_image_vector_env(
-    env_meta: Mapping[str, Any],
-    *,
-    num_envs: int,
-    max_episode_steps: int,
-    cameras: Sequence[str] = CAMERAS,
-    image_size: int = 64,
-    render_every: int = 1,
-    shadows: bool = True,
-) -> gymnasium.vector.SyncVectorEnv | gymnasium.vector.AsyncVectorEnv:
-    """`num_envs` of them in lock step, each in a process of its own if there is more than one.
-
-    The processes are spawned: call this under `if __name__ == "__main__":`.
-
-    Args:
-        env_meta: see `RobomimicImageEnv`, as the others.
-        num_envs: environments; as many as cores are best.
-        max_episode_steps: control steps after which an episode is truncated.
-        cameras: of the robosuite model.
-        image_size: height and width in pixels.
-        render_every: steps from frame to frame.
-        shadows: see `CameraSettings`.
-    """
-    make = partial(
-        _make_held,
-        dict(env_meta),
-        max_episode_steps=max_episode_steps,
-        cameras=tuple(cameras),
-        image_size=image_size,
-        render_every=render_every,
-        shadows=shadows,
-    )
-    if num_envs == 1:
-        return gymnasium.vector.SyncVectorEnv([make])
-    return gymnasium.vector.AsyncVectorEnv([make] * num_envs, context="spawn")
-
-
-def _make_held(env_meta: dict[str, Any], **settings: Any) -> gymnasium.Env[Any, Any]:
-    return HoldAfterEnd(RobomimicImageEnv(env_meta, **settings))

@@ -3,16 +3,16 @@
 A process that dies or hangs is therefore replaced, and its episode played again from the start: the
 numbers are the same.
 
-Each worker gets its next chunk on its own. A lock-step vector environment (`make_vector_env`) makes
-every worker wait for the slowest one and for the others' resets, and its policy sees batches whose
-size, and so whose rounding, depends on the number of workers.
+Each worker gets its next chunk on its own. A lock-step vector environment makes every worker wait
+for the slowest one and for the others' resets, and its policy sees batches whose size, and so whose
+rounding, depends on the number of workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import wait
@@ -20,10 +20,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from vla_trqam.envs.env_meta import LOW_DIM_KEYS, TASK_DESCRIPTIONS, check_env_meta
+from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.pool_worker import Deadlines, LostWorkerError, Worker
-from vla_trqam.envs.robomimic_images import CameraSettings
-from vla_trqam.envs.worker import EnvSettings, FrameSettings
+from vla_trqam.envs.worker import FrameSettings, WorkerSettings
 from vla_trqam.errors import UserError
 
 ChunkPolicy = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
@@ -41,12 +40,13 @@ class Episode:
 
     Attributes:
         observations: (T + 1, O) float32; the last row is what the last action led to.
-        actions: (T, A) float32 as executed, within [-1, 1].
+        actions: (T, A) float32 as executed, within the family's limits.
         rewards: (T,) float32: 1 on the step that succeeds, else 0.
         terminated: the episode ended by itself (success), so nothing is bootstrapped.
         truncated: the episode was cut at the step limit.
         success: whether the task was solved.
         seed: of the initial state.
+        task: what the policy was told.
         frames: (F, height, width, 3) uint8 when recorded: first, every n-th, and last step.
         images: with cameras, what they saw where the policy decided, and where the limit cut:
             name -> (D, height, width, 3) uint8.
@@ -59,6 +59,7 @@ class Episode:
     truncated: bool
     success: bool
     seed: int
+    task: str = ""
     frames: np.ndarray | None = None
     images: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -75,6 +76,7 @@ class _Unfinished:
     position: int
     seed: int
     losses: int = 0
+    task: str = ""
     chunks: list[dict[str, Any]] = field(default_factory=list)
     images: list[dict[str, np.ndarray]] = field(default_factory=list)
 
@@ -97,6 +99,7 @@ class _Unfinished:
             truncated=truncated,
             success=last["is_success"],
             seed=self.seed,
+            task=self.task,
             frames=np.stack(last["frames"]) if last["frames"] else None,
             images={n: np.stack([seen[n] for seen in self.images]) for n in self.images[0]},
         )
@@ -113,12 +116,10 @@ class _Schedule:
         policy: ChunkPolicy,
         seeds: Sequence[int],
         chunk_length: int,
-        task: str,
         frames: FrameSettings | None,
         on_episode: Callable[[Episode], None] | None,
     ) -> None:
-        self._policy, self._task = policy, task
-        self._chunk_length = chunk_length
+        self._policy, self._chunk_length = policy, chunk_length
         self._frames = frames
         self._on_episode = on_episode
         self._waiting = deque(_Unfinished(i, int(seed)) for i, seed in enumerate(seeds))
@@ -177,6 +178,8 @@ class _Schedule:
             terminated, truncated, info = rest
             episode.chunks.append(info)
             ended = terminated or truncated
+        else:
+            (episode.task,) = rest
         if not ended:
             worker.ask("chunk", self._chunk(observation, images, worker))
             return
@@ -197,7 +200,7 @@ class _Schedule:
         wanted = 1, self._chunk_length, spaces[1]
         seed, index = np.array([episode.seed]), np.array([len(episode.chunks)])
         state = observation[None]
-        seen = state if not images else self._seen(state, images)
+        seen = state if not images else _seen(state, images, episode.task)
         chunk = np.asarray(self._policy(seen, seed, index), dtype=np.float32)
         if chunk.shape != wanted or not np.isfinite(chunk).all():
             raise ValueError(
@@ -205,13 +208,6 @@ class _Schedule:
                 f"{wanted} finite numbers"
             )
         return chunk[0]
-
-    def _seen(self, state: np.ndarray, images: dict[str, np.ndarray]) -> dict[str, Any]:
-        return {
-            "agent_pos": state,
-            "pixels": {name: image[None] for name, image in images.items()},
-            "task": [self._task],
-        }
 
     def _deliver(self, position: int, episode: Episode) -> None:
         self._finished[position] = episode
@@ -221,8 +217,16 @@ class _Schedule:
                 self._on_episode(self._delivered[-1])
 
 
+def _seen(state: np.ndarray, images: dict[str, np.ndarray], task: str) -> dict[str, Any]:
+    return {
+        "agent_pos": state,
+        "pixels": {name: image[None] for name, image in images.items()},
+        "task": [task],
+    }
+
+
 class RolloutPool:
-    """Runs episodes of one task in worker processes.
+    """Runs episodes of a family in worker processes.
 
     Workers start (imports, model, compiled code) while the constructor has long returned; the first
     `run` waits for them. They ignore the terminal's Ctrl-C and end with the trainer, whatever ends
@@ -231,55 +235,31 @@ class RolloutPool:
 
     def __init__(
         self,
-        env_meta: Mapping[str, Any],
+        family: EnvFamily,
         *,
         chunk_length: int,
         num_workers: int,
-        max_episode_steps: int,
-        obs_keys: Sequence[str] = LOW_DIM_KEYS,
-        fast_step: bool = True,
-        cameras: CameraSettings | None = None,
         chunk_deadline: float = 120.0,
     ) -> None:
         """Start the workers.
 
         Args:
-            env_meta: a file's `env_args`, see `robomimic.env_meta_for`.
-            chunk_length: H, actions per call of the policy.
+            family: what is played.
+            chunk_length: H, actions per call of the policy; cameras look where it decides.
             num_workers: processes; one per core is best.
-            max_episode_steps: control steps after which an episode is truncated.
-            obs_keys: observation keys, in the order of concatenation.
-            fast_step: see `RobomimicEnv`.
-            cameras: what the policy sees beside `obs_keys`, rendered where it decides.
             chunk_deadline: seconds for the steps of one chunk, after which the process counts as
                 hanging.
 
         Raises:
-            UserError: a number below 1, a deadline that is not positive, or `env_meta` cannot be
-                honoured.
+            UserError: a number below 1, or a deadline that is not positive.
         """
-        numbers = {
-            "chunk_length": chunk_length,
-            "num_workers": num_workers,
-            "max_episode_steps": max_episode_steps,
-        }
-        for name, number in numbers.items():
+        for name, number in {"chunk_length": chunk_length, "num_workers": num_workers}.items():
             if number < 1:
                 raise UserError(f"{name} is {number}; it must be at least 1.")
-        check_env_meta(env_meta)
+        self.family = family
         self._deadlines = Deadlines(chunk_deadline)
         self._num_workers = num_workers
-        self._settings = EnvSettings(
-            env_meta=dict(env_meta),
-            chunk_length=chunk_length,
-            max_episode_steps=max_episode_steps,
-            obs_keys=tuple(obs_keys),
-            fast_step=fast_step,
-            render_offscreen=False,
-            cameras=cameras,
-        )
-        name = str(env_meta["env_name"])
-        self.task_description = TASK_DESCRIPTIONS.get(name, name)
+        self._settings = WorkerSettings(family.make, rendering=False, chunk_length=chunk_length)
         self._workers = self._start(num_workers)
         self._recorders: _Crew = []
 
@@ -314,7 +294,7 @@ class RolloutPool:
         neither the number of workers nor the other episodes.
 
         Args:
-            policy: see `ChunkPolicy`; its actions are clipped to [-1, 1] when executed.
+            policy: see `ChunkPolicy`; its actions are clipped to the limits when executed.
             seeds: of the initial states.
             on_episode: called in the order of `seeds`, as soon as all earlier ones are done.
 
@@ -376,7 +356,7 @@ class RolloutPool:
         self.close()
 
     def _start(self, number: int, *, rendering: bool = False) -> _Crew:
-        settings = dataclasses.replace(self._settings, render_offscreen=rendering)
+        settings = dataclasses.replace(self._settings, rendering=rendering)
         return [Worker(settings, self._deadlines) for _ in range(number)]
 
     def _run(
@@ -391,12 +371,5 @@ class RolloutPool:
             return []
         if not workers:
             raise RuntimeError("this RolloutPool is closed")
-        schedule = _Schedule(
-            policy,
-            seeds,
-            self._settings.chunk_length,
-            self.task_description,
-            frames,
-            on_episode,
-        )
-        return schedule.run(workers)
+        length = self._settings.chunk_length
+        return _Schedule(policy, seeds, length, frames, on_episode).run(workers)

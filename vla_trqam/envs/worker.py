@@ -6,11 +6,11 @@ that Ctrl-C reaches the trainer alone. It ends when its connection closes, howev
 
 Requests are tuples, answered in order:
     ("make", settings)                  -> ("spaces", O, A)
-    ("reset", seed, frames or None)     -> ("observation", (O,), images)
+    ("reset", seed, frames or None)     -> ("observation", (O,), images, task)
     ("chunk", (H, A))                   -> ("chunk", (O,), images, terminated, truncated, info)
-`images` is what the settings' cameras see then, {} without cameras and after a termination, when
-nobody looks. An episode's last info also holds its `frames`. Anything that fails is answered by
-("user_error", message) or ("error", traceback).
+`images` is what the family's cameras see then, {} without cameras and after a termination, when
+nobody looks; `task` is what the policy is told. An episode's last info also holds its `frames`.
+Anything that fails is answered by ("user_error", message) or ("error", traceback).
 """
 
 import sys
@@ -22,23 +22,18 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from vla_trqam.envs.base import MakeEnv, TaskEnv
 from vla_trqam.envs.chunked import ChunkEnv
-from vla_trqam.envs.robomimic import RobomimicEnv
-from vla_trqam.envs.robomimic_images import Cameras, CameraSettings
 from vla_trqam.errors import UserError
 
 
 @dataclass(frozen=True)
-class EnvSettings:
-    """What a worker needs to make its `ChunkEnv`; the fields of `RolloutPool`."""
+class WorkerSettings:
+    """What a worker needs to make its `ChunkEnv`: a family's `make`, whether to film, and H."""
 
-    env_meta: dict[str, Any]
+    make: MakeEnv
+    rendering: bool
     chunk_length: int
-    max_episode_steps: int
-    obs_keys: tuple[str, ...]
-    fast_step: bool
-    render_offscreen: bool
-    cameras: CameraSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -53,28 +48,25 @@ class FrameSettings:
 class FrameRecorder(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
     """Keeps the frames of an episode: the first, every n-th, and the last."""
 
-    def __init__(self, env: RobomimicEnv) -> None:
+    def __init__(self, env: TaskEnv) -> None:
         """Wrap an environment; nothing is rendered before `configure`."""
         super().__init__(env)
-        self._robomimic_env = env
-        self._every = 0
+        self._task_env = env
+        self._settings: FrameSettings | None = None
         self._steps = 0
         self.frames: list[np.ndarray] = []
 
     def configure(self, settings: FrameSettings | None) -> None:
         """What to record from the next reset on."""
-        self._every = 0 if settings is None else settings.every
-        if settings is not None:
-            self._robomimic_env.render_height = settings.height
-            self._robomimic_env.render_width = settings.width
+        self._settings = settings
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """Reset and take the first frame."""
         result = self.env.reset(**kwargs)
         self._steps = 0
         self.frames = []
-        if self._every:
-            self._take()
+        if self._settings:
+            self._take(self._settings)
         return result
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
@@ -82,34 +74,27 @@ class FrameRecorder(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.nda
         result = self.env.step(action)
         self._steps += 1
         ended = result[2] or result[3]
-        if self._every and (ended or self._steps % self._every == 0):
-            self._take()
+        if self._settings and (ended or self._steps % self._settings.every == 0):
+            self._take(self._settings)
         return result
 
-    def _take(self) -> None:
-        self.frames.append(self._robomimic_env.render())
+    def _take(self, settings: FrameSettings) -> None:
+        self.frames.append(self._task_env.frame(settings.height, settings.width))
 
 
 class EnvServer:
     """Answers a pool's requests with one environment."""
 
-    def __init__(self, settings: EnvSettings) -> None:
-        """Make the environment; errors are `RobomimicEnv`'s."""
-        env = RobomimicEnv(
-            settings.env_meta,
-            max_episode_steps=settings.max_episode_steps,
-            obs_keys=settings.obs_keys,
-            fast_step=settings.fast_step,
-            render_offscreen=settings.render_offscreen or settings.cameras is not None,
-        )
-        self._cameras = Cameras(env, settings.cameras) if settings.cameras else None
+    def __init__(self, settings: WorkerSettings) -> None:
+        """Make the environment; errors are its own."""
+        env = self._task_env = settings.make(settings.rendering)
         self._recorder = FrameRecorder(env)
         self._env = ChunkEnv(self._recorder, settings.chunk_length)
-        assert env.observation_space.shape is not None
-        assert env.action_space.shape is not None
-        self.spaces = ("spaces", env.observation_space.shape[0], env.action_space.shape[0])
+        assert isinstance(env.action_space, gymnasium.spaces.Box)
         # The first step loads compiled code; do it while the trainer is still busy elsewhere.
-        env.step(np.zeros(env.action_space.shape))
+        observation, _ = env.reset(seed=0)
+        env.step(np.clip(0.0, env.action_space.low, env.action_space.high))
+        self.spaces = ("spaces", len(observation), env.action_space.shape[0])
 
     def answer(self, request: tuple[Any, ...]) -> tuple[Any, ...]:
         """One request's reply, see the module's documentation."""
@@ -122,17 +107,14 @@ class EnvServer:
     def _reset(self, seed: int, frames: FrameSettings | None) -> tuple[Any, ...]:
         self._recorder.configure(frames)
         observation, _ = self._env.reset(seed=seed)
-        return "observation", observation, self._images()
+        return "observation", observation, self._task_env.look(), self._task_env.task_text
 
     def _chunk(self, chunk: np.ndarray) -> tuple[Any, ...]:
         observation, _, terminated, truncated, info = self._env.step(chunk)
         if terminated or truncated:
             info["frames"] = self._recorder.frames
-        images = {} if terminated else self._images()
+        images = {} if terminated else self._task_env.look()
         return "chunk", observation, images, terminated, truncated, info
-
-    def _images(self) -> dict[str, np.ndarray]:
-        return self._cameras.look() if self._cameras else {}
 
 
 def serve(connection: Connection) -> None:

@@ -17,13 +17,8 @@ from vla_trqam.report.success import differences, effect_of_steps, success_table
 PLOTS = "plots"
 TINY = "tiny_"
 BASE_TAGS = ("robotics", "reinforcement-learning", "off-policy-rl", "flow-matching", "vla_trqam")
-ENV_FLAGS = {
-    "env.task": "env.task",
-    "env.cameras": "env.cameras",
-    "env.image_size": "env.image_size",
-    "env.shadows": "env.shadows",
-    "eval.max_episode_steps": "env.episode_length",
-}
+OF_ROBOMIMIC = ("env.cameras", "env.image_size", "env.shadows")
+"""Settings that LeRobot's other environments do not have."""
 
 
 def model_card(facts: RunFacts, repo_id: str, license_name: str | None) -> str:
@@ -86,7 +81,8 @@ def _results(facts: RunFacts) -> list[EvalResult]:
 def _where(facts: RunFacts) -> str:
     # The recipe for state observations has no setting for it: the file it learns from decides.
     task = facts.setting("env.task") or (facts.title or "").rpartition(" on ")[2]
-    return f"Robomimic {task}".strip()
+    simulator = str(facts.setting("env.type") or "robomimic").replace("robomimic", "Robomimic")
+    return f"{simulator} {task}".strip()
 
 
 def _introduction(facts: RunFacts, license_name: str | None) -> str:
@@ -191,15 +187,21 @@ def _lerobot_eval(facts: RunFacts, repo_id: str) -> str:
     if facts.setting("env.type") is None:
         flags.append("--env.type=YOUR_ENVIRONMENT")
     else:
-        flags.append(f"--env.type={facts.setting('env.type')}")
-        flags += [
-            f"--{theirs}={_flag(facts.setting(ours))}"
-            for ours, theirs in ENV_FLAGS.items()
-            if facts.setting(ours) is not None
-        ]
+        flags += [f"--{name}={_flag(value)}" for name, value in _environment(facts)]
         flags.append(f"--eval.n_episodes={facts.setting('eval.episodes')}")
         flags.append(f"--seed={facts.setting('eval.first_seed')}")
     return " \\\n  ".join(["lerobot-eval", *map(shlex.quote, flags)])
+
+
+def _environment(facts: RunFacts) -> Iterable[tuple[str, Any]]:
+    """LeRobot's names of the settings that made the simulator."""
+    own = OF_ROBOMIMIC if facts.setting("env.type") == "robomimic" else ()
+    for name in ("env.type", "env.task", *own):
+        if facts.setting(name) is not None:
+            yield name, facts.setting(name)
+    for name, value in facts.setting("env.options", {}).items():
+        yield f"env.{name}", value
+    yield "env.episode_length", facts.setting("eval.max_episode_steps")
 
 
 def _flag(value: Any) -> str:

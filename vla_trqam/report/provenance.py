@@ -12,7 +12,7 @@ import vla_trqam
 
 PACKAGES = (
     *("vla-trqam", "torch", "numpy", "accelerate", "lerobot", "transformers", "robomimic"),
-    *("robosuite", "mujoco", "gymnasium"),
+    *("robosuite", "ogbench", "gym-pusht", "metaworld", "mujoco", "gymnasium"),
 )
 
 
