@@ -55,6 +55,7 @@ TINY = [
     "--eval.episodes_during_training=2",
     "--eval.num_workers=1",
     "--eval.videos=0",
+    "--policy.tuned_flow_steps=null",
 ]
 
 
