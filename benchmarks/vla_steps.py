@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.methods import trqam
+from vla_trqam.methods import adjoint_matching
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, TRQAMLoss, UpdateNoise
 from vla_trqam.time_grid import TimeGrid
 
@@ -79,14 +79,14 @@ class Update:
         calls: list[tuple[Any, str, str]] = [
             (policy, "encode", prefix),
             (policy, "path_fields", chain),
-            (trqam, "sample_path_and_next_action", chain),
+            (adjoint_matching, "sample_path_and_next_action", chain),
             (critic, "action_gradient", value),
             (critic, "next_value", value),
             (critic.online, "forward", value),
-            (trqam, "lean_adjoint", adjoint),
-            (trqam, "scalar_adjoint", adjoint),
-            (trqam, "adjoint_matching_loss", error),
-            (trqam, "path_kl_per_step", error),
+            (adjoint_matching, "lean_adjoint", adjoint),
+            (adjoint_matching, "scalar_adjoint", adjoint),
+            (adjoint_matching, "adjoint_matching_loss", error),
+            (adjoint_matching, "path_kl_per_step", error),
             (Tensor, "backward", backward),
             (nn.utils, "clip_grad_norm_", optimiser),
             (critic, "update_target", optimiser),

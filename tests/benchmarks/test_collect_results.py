@@ -235,7 +235,7 @@ def test_the_page_of_methods_shows_the_collapse_that_the_metrics_hold(tmp_path: 
     assert row(text, "QAM beta=1", "0")[2:5] == ["50.0%", "20.0%", "**yes**"]
     assert row(text, "TRQAM", "0")[4] == "no"
     assert "Seeds whose runs all start from one base policy, to the bit: 0." in text
-    assert '`method.name` "trqam", "qam"' in text
+    assert '`method.type` "trqam", "qam"' in text
 
 
 @pytest.mark.usefixtures("no_rendering")

@@ -316,9 +316,9 @@ def test_a_preset_says_what_the_run_then_does(preset):
 
 @pytest.mark.parametrize(
     ("preset", "scheme"),
-    [("default", "posterior"), ("full", "shifted_euler"), ("paper", "shifted_euler")],
+    [("default", "posterior"), ("full", "posterior"), ("paper", "shifted_euler")],
 )
-def test_presets_name_the_chain_that_their_pages_were_recorded_with(preset, scheme):
+def test_presets_take_the_posterior_chain_but_the_papers_which_has_the_authors(preset, scheme):
     assert finetune_robomimic.read_config([f"--preset={preset}"]).method.scheme == scheme
 
 
