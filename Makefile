@@ -17,7 +17,7 @@ lint:
 	$(RUN) ruff check .
 
 types:
-	$(RUN) mypy
+	$(RUN) python benchmarks/check_types.py
 
 test-fast:
 	$(RUN) pytest -m "not long and not slow and not network and not gpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from vla_trqam.adapters.tiny import checkpoints as tiny
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 
-FULL = {"pi0": PI0Config, "pi05": PI05Config}
-TINY = {
+FULL: dict[str, Callable[..., Any]] = {"pi0": PI0Config, "pi05": PI05Config}
+TINY: dict[str, Callable[..., Any]] = {
     "pi0": tiny.tiny_pi0_config,
     "pi05": tiny.tiny_pi05_config,
     "smolvla": tiny.tiny_smolvla_config,

@@ -176,7 +176,7 @@ def demonstrated(demos: Sequence[RenderedDemo]) -> Scenes:
         },
         states=np.concatenate([e.states[:-1] for e in episodes]),
         poses=pose_targets(np.concatenate([demo.objects[:-1] for demo in demos])),
-        task=episodes[0].task,
+        task=str(episodes[0].task),
     )
 
 

@@ -294,8 +294,6 @@ class Critic(nn.Module):
 
 
 @torch.no_grad()
-def ema_update(
-    average: Iterable[nn.Parameter], current: Iterable[nn.Parameter], rate: float
-) -> None:
-    """``average <- (1 - rate) average + rate current``, parameter by parameter."""
+def ema_update(average: Iterable[Tensor], current: Iterable[Tensor], rate: float) -> None:
+    """``average <- (1 - rate) average + rate current``, tensor by tensor."""
     torch._foreach_lerp_(list(average), list(current), rate)
