@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.adjoint import lean_adjoint, scalar_adjoint
+from vla_trqam.adjoint import AdjointKind, lean_adjoint, scalar_adjoint
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import (
@@ -27,11 +27,32 @@ from vla_trqam.methods.off_policy import rows_of, slices, td_weight
 from vla_trqam.methods.results import CriticLossOutput, LossOutput
 from vla_trqam.policy import FlowPolicy, PathFields
 from vla_trqam.sde import sample_ode, sample_path_and_next_action
-from vla_trqam.time_grid import TimeGrid
+from vla_trqam.time_grid import Scheme, TimeGrid
 from vla_trqam.trust_region import path_kl_per_step
 
-if TYPE_CHECKING:
-    from vla_trqam.methods.trqam import TRQAMConfig
+
+class Knobs(Protocol):
+    """What of a method's config the update up to the gradient depends on."""
+
+    @property
+    def chain(self) -> Scheme:
+        """How the memoryless SDE is discretised."""
+
+    @property
+    def adjoint(self) -> AdjointKind:
+        """Through the base's Jacobians, or without them."""
+
+    @property
+    def adjoint_scale(self) -> float:
+        """Factor of the terminal adjoint."""
+
+    @property
+    def keep_activations(self) -> bool:
+        """Of every flow step, until its gradients are taken."""
+
+    @property
+    def train_base(self) -> bool:
+        """Whether the base keeps training."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,7 @@ class UpdateNoise:
 class TRQAMLoss(nn.Module):
     """The update's scalar loss as a module over policy and critic."""
 
-    def __init__(self, policy: FlowPolicy, critic: Critic, config: TRQAMConfig) -> None:
+    def __init__(self, policy: FlowPolicy, critic: Critic, config: Knobs) -> None:
         super().__init__()
         self.policy, self.critic, self.config = policy, critic, config
         self.grid = TimeGrid(policy.num_flow_steps, config.chain)
@@ -190,7 +211,7 @@ def micro_batches(batch: TransitionBatch[Any], noise: UpdateNoise, count: int) -
     return [(rows_of(batch, rows), noise.rows(rows)) for rows in slices(len(batch), count)]
 
 
-def sampled_fields(policy: FlowPolicy, context: Any, rows: int, config: TRQAMConfig) -> PathFields:
+def sampled_fields(policy: FlowPolicy, context: Any, rows: int, config: Knobs) -> PathFields:
     """Both fields along a path of the chain from torch's own noise, activations kept.
 
     Args:
