@@ -48,9 +48,11 @@ from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.rollout import RolloutPool
+from vla_trqam.hub.public_copy import without_paths
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.registry import make_method, name_of
+from vla_trqam.report.tracker import check_tracker, tracker
 
 CRITIC_FEATURES = (PACKED + "features",)
 
@@ -105,6 +107,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
         UserError: the settings, policy, data or folder do not work; no folder is left then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
+    check_tracker(config.log_with)
     accelerator = prepare_torch(config, several=True)
     team = Team(accelerator)
     team.together(lambda: check_accelerator(accelerator))
@@ -167,6 +170,9 @@ def _set_up(
     stack.callback(replay.close)
     if metrics is not None:
         stack.enter_context(metrics)
+        if config.log_with is not None:
+            settings = without_paths(settings_of(config))
+            metrics.tracker = stack.enter_context(tracker(config.log_with, output_dir, settings))
     features = FeatureCache(
         replay, lambda seen: _pack(policy, seen), fingerprint=prefix_fingerprint(policy)
     )
