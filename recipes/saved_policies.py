@@ -27,7 +27,7 @@ from vla_trqam.engine.folder.checkpoints import (
     read_position,
 )
 from vla_trqam.engine.folder.manifest import damage
-from vla_trqam.engine.folder.pins import read_pins
+from vla_trqam.engine.folder.pins import Pin, read_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, CONFIG_NAME
 from vla_trqam.engine.launch import make_critic
 from vla_trqam.envs.base import EnvFamily
@@ -157,26 +157,22 @@ class Loading:
 
     def _given_base(self, run: Path, settings: FinetuneVLAConfig) -> FlowPolicy:
         pins, knobs = read_pins(run), settings.policy
-        for name in ("policy", "base"):
-            pin = pins.get(name)
-            folder = None if pin is None or pin.commit is not None else pin.folder
-            for file, facts in {} if pin is None or folder is None else pin.files.items():
-                if not facts.is_still(Path(folder) / file):
-                    raise UserError(
-                        f"{Path(folder) / file} is not the one that the run in {run} began with: "
-                        "bring that one back, or name another policy by --b"
-                    )
-        pin, base = pins.get("policy"), pins.get("base")
-        local = pin is not None and pin.folder is not None and pin.commit is None
-        path = pin.folder if pin is not None and local else knobs.path
+        given, below = pins.get("policy"), pins.get("base")
+        path, revision = knobs.path, knobs.revision
+        for pin in (given, below):
+            _check_still(pin, run)
+        if given is not None:
+            # The path of a folder may be relative to where the run was begun.
+            path = path if given.commit else given.folder
+            revision = given.commit or revision
         if path is None:
             raise UserError(f"{run} does not say which policy it began with: name one by --b")
         return self._lerobot(
             path,
             settings,
             adapter=knobs.adapter,
-            revision=(pin and pin.commit) or knobs.revision,
-            base_revision=base and base.commit,
+            revision=revision,
+            base_revision=None if below is None else below.commit,
         )
 
     def policy(self, folder: Path, settings: RunSettings | None) -> FlowPolicy:
@@ -218,6 +214,19 @@ class Loading:
         assert policy.processors is not None, "load_policy brings processors"
         policy.processors.pad_instructions()
         return policy
+
+
+def _check_still(pin: Pin | None, run: Path) -> None:
+    """Refuses files of this machine that are not those that a run began with."""
+    if pin is None or pin.folder is None or pin.commit:
+        return
+    for name, facts in pin.files.items():
+        path = Path(pin.folder) / name
+        if not facts.is_still(path):
+            raise UserError(
+                f"{path} is not the one that the run in {run} began with: bring that one back, or "
+                "name another policy by --b"
+            )
 
 
 def settings_of_run(run: Path) -> RunSettings:

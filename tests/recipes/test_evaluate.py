@@ -10,6 +10,8 @@ from vla_trqam.recipes import evaluate, finetune_robomimic
 
 from vla_trqam.engine import conclude as showcase
 
+pytestmark = pytest.mark.slow
+
 METHODS = {
     "trqam": [],
     "fewer_steps": ["--policy.tuned_flow_steps=2"],
