@@ -1,6 +1,7 @@
 """evaluate.py on the toy task: what acts, on what, and what does not go together."""
 
 import json
+import shutil
 
 import pytest
 from toy_settings import TINY
@@ -9,6 +10,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import evaluate, finetune_robomimic
 
 from vla_trqam.engine import conclude as showcase
+from vla_trqam.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -138,3 +140,61 @@ def test_what_does_not_go_together_is_one_sentence_and_leaves_no_folder(runs, tm
         assert sentence in said
         assert said.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_by_itself_acts_where_its_saved_policy_is_what_acts(runs, tmp_path, capsys):
+    """As it is pulled from the Hub: without the settings of its run."""
+    for name in ("trqam", "fql"):
+        shutil.copytree(runs[name] / "checkpoints/000012", tmp_path / name)
+    found = compared(tmp_path / "out", f"--a={tmp_path / 'trqam'}", f"--b={runs['trqam']}")
+    assert found["tuned_steps"] == found["base_steps"]
+    ToyPool.rounds = []
+    said = refusal(capsys, f"--a={tmp_path / 'fql'}", f"--b={runs['trqam']}")
+    assert "acts by networks of its method (one_step), which only the settings of its run" in said
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_file(runs, tmp_path, capsys):
+    shutil.copytree(runs["dsrl"], tmp_path / "run", symlinks=True)
+    networks = tmp_path / "run/checkpoints/000012/algorithm/networks.safetensors"
+    networks.write_bytes(networks.read_bytes()[:-1])
+    assert str(networks) in refusal(capsys, f"--a={tmp_path / 'run'}")
+
+
+def test_networks_of_other_settings_are_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs["fql"], tmp_path / "run", symlinks=True)
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("  - 16\n", "  - 12\n"))
+    said = refusal(capsys, f"--a={tmp_path / 'run'}", f"--output_dir={tmp_path / 'out'}")
+    assert "networks.safetensors does not fit the settings of its run: " in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_tasks_or_observations_are_refused(runs, tmp_path, capsys, monkeypatch):
+    shutil.copytree(runs["trqam"], tmp_path / "run", symlinks=True)
+    both = [f"--a={runs['trqam']}", f"--b={tmp_path / 'run'}", f"--output_dir={tmp_path / 'out'}"]
+    config = tmp_path / "run/config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("- object", "- robot0_eef_pos"))
+    assert "different observations, [object] and [robot0_eef_pos]" in refusal(capsys, *both)
+    config.write_text(text)
+    meta = iter(["Lift", "Can"])
+    monkeypatch.setattr(evaluate, "read_env_args", lambda path: {"env_name": next(meta)})
+    said = refusal(capsys, *both)
+    assert "different tasks, --a in Lift of robomimic and --b in Can of robomimic" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_videos_that_cannot_be_had_are_said_and_the_result_stays(
+    runs, tmp_path, capsys, monkeypatch
+):
+    def record(self, policy, seeds, *, every):
+        raise UserError("no EGL here")
+
+    monkeypatch.setattr(ToyPool, "record", record, raising=False)
+    flags = [f"--a={runs['trqam']}", "--episodes=2"]
+    assert evaluate.main([*flags, f"--output_dir={tmp_path / 'any'}"]) == 0
+    assert "no videos: no EGL here" in capsys.readouterr().out
+    assert evaluate.main([*flags, f"--output_dir={tmp_path / 'asked'}", "--videos=1"]) == 2
+    assert "error: no EGL here" in capsys.readouterr().err
+    for name in ("any", "asked"):
+        assert (tmp_path / name / "evaluation.json").is_file()
