@@ -15,8 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes.saved_policies import Contestant, Loading, Place
 
@@ -29,7 +27,7 @@ from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.conclude import EVALUATION_NAME, paired_evaluation
 from vla_trqam.engine.film import DEFAULT_VIDEOS, Player, film
 from vla_trqam.engine.folder.own_folder import own_folder
-from vla_trqam.engine.launch import exit_status, prepare_process, usable_cores
+from vla_trqam.engine.launch import exit_status, own_device, prepare_process, usable_cores
 from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.base import EnvFamily
@@ -112,7 +110,9 @@ def evaluate(config: EvaluateConfig) -> None:
             accelerator = prepare_process(config.num_threads or threads)
             family = _family(config, a, b, home)
             loading = Loading(
-                family, _device(config, accelerator), None if home is None else home.settings
+                family,
+                own_device("device", config.device, accelerator),
+                None if home is None else home.settings,
             )
             match = _match(loading, a, b)
             _check_fit(match, family)
@@ -177,18 +177,6 @@ def _family_of_run(config: EvaluateConfig, place: Place) -> EnvFamily | None:
     if settings.env.type is None:
         return None
     return make_family(settings.env, max_episode_steps=steps)
-
-
-def _device(config: EvaluateConfig, accelerator: Accelerator) -> torch.device:
-    own = accelerator.device
-    # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
-    try:
-        device = torch.device(config.device or ("cpu" if own.type == "cpu" else own))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--device={config.device} is not here: {reason}") from None
-    return device
 
 
 def _match(loading: Loading, a: Place, b: Place | None) -> _Match:

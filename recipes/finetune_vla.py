@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
-from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, own_device, push
+from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, push
 from vla_trqam.recipes.vla_preflight import (
     all_rewards,
     check_data,
@@ -40,7 +40,13 @@ from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.more_updates import check_resumed
 from vla_trqam.engine.folder.own_folder import own_folder
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME, open_folder, save_settings
-from vla_trqam.engine.launch import exit_status, make_critic, prepare_torch, usable_cores
+from vla_trqam.engine.launch import (
+    exit_status,
+    make_critic,
+    own_device,
+    prepare_torch,
+    usable_cores,
+)
 from vla_trqam.engine.next_actions import NextActions, NumberedFeatures
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.processes.team import Team
@@ -122,7 +128,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
 def _finetune(
     config: FinetuneVLAConfig, packed: Path | None, accelerator: Accelerator, team: Team
 ) -> None:
-    device = own_device(config, accelerator)
+    device = own_device("policy.device", config.policy.device, accelerator)
     family = team.together(lambda: _family(config))
     reader, policy = team.together(lambda: checked_inputs(config, packed, device, team, family))
     team.together(lambda: check_machine(config, reader, policy, team))

@@ -127,6 +127,28 @@ def prepare_process(num_threads: int | None, *, several: bool = False) -> Accele
     return accelerator
 
 
+def own_device(flag: str, wanted: str | None, accelerator: Accelerator) -> torch.device:
+    """The device of this process.
+
+    Args:
+        flag: of the settings.
+        wanted: its value; None for the launcher's.
+        accelerator: the launcher's.
+
+    Raises:
+        UserError: it is not here.
+    """
+    own = accelerator.device
+    # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
+    try:
+        device = torch.device(wanted or ("cpu" if own.type == "cpu" else own))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--{flag}={wanted} is not here: {reason}") from None
+    return device
+
+
 def usable_cores() -> int:
     """The cores that this process may use: its share of the machine's, and at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
