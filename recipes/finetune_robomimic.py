@@ -45,10 +45,12 @@ from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
+from vla_trqam.hub.public_copy import without_paths
 from vla_trqam.methods.base import Method, OffPolicyMethod
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.registry import make_method, name_of
 from vla_trqam.report.flow_steps import check_own_steps
+from vla_trqam.report.tracker import check_tracker, tracker
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 # Sensors that hardly move would be blown up to unit variance.
@@ -85,6 +87,7 @@ def finetune(config: FinetuneRobomimicConfig) -> None:
         UserError: the settings, the data or the folder do not work; no folder is left then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
+    check_tracker(config.log_with)
     device = prepare_torch(config).device
     with own_folder(config):
         _finetune(config, device)
@@ -144,6 +147,9 @@ def _set_up(
     stack.callback(replay.close)
     assert metrics is not None, "this is the main process"
     stack.enter_context(metrics)
+    if config.log_with is not None:
+        settings = without_paths(settings_of(config))
+        metrics.tracker = stack.enter_context(tracker(config.log_with, output_dir, settings))
     draw = partial(
         replay.sampler,
         chunk_length=policy.chunk_shape[0],

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
-from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, own_device, push
+from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, push
 from vla_trqam.recipes.vla_preflight import (
     all_rewards,
     check_data,
@@ -40,7 +40,13 @@ from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.more_updates import check_resumed
 from vla_trqam.engine.folder.own_folder import own_folder
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME, open_folder, save_settings
-from vla_trqam.engine.launch import exit_status, make_critic, prepare_torch, usable_cores
+from vla_trqam.engine.launch import (
+    exit_status,
+    make_critic,
+    own_device,
+    prepare_torch,
+    usable_cores,
+)
 from vla_trqam.engine.next_actions import NextActions, NumberedFeatures
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.processes.team import Team
@@ -48,9 +54,11 @@ from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.rollout import RolloutPool
+from vla_trqam.hub.public_copy import without_paths
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.registry import make_method, name_of
+from vla_trqam.report.tracker import check_tracker, tracker
 
 CRITIC_FEATURES = (PACKED + "features",)
 
@@ -105,6 +113,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
         UserError: the settings, policy, data or folder do not work; no folder is left then.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
+    check_tracker(config.log_with)
     accelerator = prepare_torch(config, several=True)
     team = Team(accelerator)
     team.together(lambda: check_accelerator(accelerator))
@@ -119,7 +128,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
 def _finetune(
     config: FinetuneVLAConfig, packed: Path | None, accelerator: Accelerator, team: Team
 ) -> None:
-    device = own_device(config, accelerator)
+    device = own_device("policy.device", config.policy.device, accelerator)
     family = team.together(lambda: _family(config))
     reader, policy = team.together(lambda: checked_inputs(config, packed, device, team, family))
     team.together(lambda: check_machine(config, reader, policy, team))
@@ -167,6 +176,9 @@ def _set_up(
     stack.callback(replay.close)
     if metrics is not None:
         stack.enter_context(metrics)
+        if config.log_with is not None:
+            settings = without_paths(settings_of(config))
+            metrics.tracker = stack.enter_context(tracker(config.log_with, output_dir, settings))
     features = FeatureCache(
         replay, lambda seen: _pack(policy, seen), fingerprint=prefix_fingerprint(policy)
     )

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
@@ -34,19 +33,6 @@ from vla_trqam.report.flow_steps import check_own_steps
 
 NO_PACKED = "give --policy.path and --dataset.repo_id: this recipe has no packed ones"
 LOCAL_BASE = "would push adapters whose base is a folder of this machine; add --policy.merged=true"
-
-
-def own_device(config: FinetuneVLAConfig, accelerator: Accelerator) -> torch.device:
-    """The device of this process."""
-    own = accelerator.device
-    # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
-    try:
-        device = torch.device(config.policy.device or ("cpu" if own.type == "cpu" else own))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--policy.device={config.policy.device} is not here: {reason}") from None
-    return device
 
 
 def checked_inputs(

@@ -33,6 +33,7 @@ from vla_trqam.files import written_whole
 from vla_trqam.launched import launched_first
 from vla_trqam.methods.base import MethodConfig
 from vla_trqam.methods.registry import METHODS, name_of
+from vla_trqam.report.tracker import Service
 
 Settings = dict[str, Any]
 YAML_START, YAML_END = b"---\n", b"\n...\n"
@@ -106,9 +107,12 @@ class Resumable(Protocol):
     checkpoint: str | None
     num_threads: int | None
     on_divergence: OnDivergence
+    log_with: Service | None
 
 
-ALLOWED = {"--resume", "--output_dir", "--num_threads", "--checkpoint", "--on_divergence"}
+ALLOWED = {
+    *("--resume", "--output_dir", "--num_threads", "--checkpoint", "--on_divergence", "--log_with")
+}
 MoreUpdates = Callable[[Any, Mapping[str, int]], None]
 """Refuses numbers of updates, by flag, that a run with these settings cannot be gone on with."""
 
@@ -151,6 +155,8 @@ def resumed_config[C: Resumable](
     saved.num_threads = config.num_threads or saved.num_threads
     if "--on_divergence" in given:
         saved.on_divergence = config.on_divergence
+    if "--log_with" in given:
+        saved.log_with = config.log_with
     return saved
 
 

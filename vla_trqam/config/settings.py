@@ -14,6 +14,7 @@ from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.bc import BehaviourCloningConfig
 from vla_trqam.report.flow_steps import check_flow_steps
+from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
 
@@ -194,6 +195,7 @@ class RunSettings(ABC):
     log_freq: int
     save_freq: int
     on_divergence: OnDivergence
+    log_with: Service | None
     num_threads: int | None
     critic: CriticConfig
     method: MethodChoice
@@ -335,6 +337,7 @@ class FinetuneRobomimicConfig(RunSettings):
         save_freq: updates between checkpoints.
         on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
             its last checkpoint with half the step sizes ("rollback", at most five times).
+        log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
         num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
         policy: the policy.
@@ -358,6 +361,7 @@ class FinetuneRobomimicConfig(RunSettings):
     log_freq: int = 100
     save_freq: int = 1000
     on_divergence: OnDivergence = "stop"
+    log_with: Service | None = None
     num_threads: int | None = None
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

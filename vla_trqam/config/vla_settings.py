@@ -21,6 +21,7 @@ from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
 from vla_trqam.report.flow_steps import check_flow_steps
+from vla_trqam.report.tracker import Service
 
 
 @dataclass
@@ -152,6 +153,7 @@ class FinetuneVLAConfig(RunSettings):
         save_freq: updates between checkpoints.
         on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
             its last checkpoint with half the step sizes ("rollback", at most five times).
+        log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
         num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
         rename_map: from the dataset's cameras to those that the policy looks through, like
@@ -180,6 +182,7 @@ class FinetuneVLAConfig(RunSettings):
     log_freq: int = 10
     save_freq: int = 250
     on_divergence: OnDivergence = "stop"
+    log_with: Service | None = None
     num_threads: int | None = None
     dataset: VLADatasetConfig = field(default_factory=VLADatasetConfig)
     rename_map: dict[str, str] = field(default_factory=dict)

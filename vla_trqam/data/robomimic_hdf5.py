@@ -108,6 +108,16 @@ class LoadSummary:
         )
 
 
+def read_env_args(path: Path) -> dict[str, Any]:
+    """Robomimic's description of a file's environment; no demo is read.
+
+    Raises:
+        UserError: the file is missing or damaged, or has none.
+    """
+    with _opened(path) as file:
+        return _read_env_args(require_group(file, "data", str(path)), path)
+
+
 def read_robomimic(
     path: str | Path,
     *,

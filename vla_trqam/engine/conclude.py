@@ -10,10 +10,10 @@ import numpy as np
 
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.engine.acting import chunk_policy
+from vla_trqam.engine.film import DEFAULT_VIDEOS, Player, film
 from vla_trqam.engine.folder.run_folder import command_of
 from vla_trqam.engine.run import EVALUATION_NOISE, METRICS_NAME, Run
-from vla_trqam.envs.rollout import ChunkPolicy, Episode
-from vla_trqam.envs.video import write_side_by_side
+from vla_trqam.envs.rollout import ChunkPolicy
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import FlowActor, OffPolicyMethod, Which
 from vla_trqam.policy import FlowPolicy
@@ -25,8 +25,6 @@ from vla_trqam.report.plots import plot_q_against_returns, plot_run
 from vla_trqam.report.success import success_lines
 
 EVALUATION_NAME = "evaluation.json"
-FRAME_EVERY = 2
-DEFAULT_VIDEOS = 2
 BASE: Which = "base"
 TUNED: Which = "tuned"
 
@@ -82,34 +80,6 @@ def write_plots(
     path = folder / "q_against_returns.png"
     plot_q_against_returns(check.q, check.returns, path, success=check.success)
     return [*paths, path]
-
-
-def film(
-    run: Run, base: ChunkPolicy, tuned: ChunkPolicy, evaluation: PairedEvaluation, count: int
-) -> list[Path]:
-    """Films base and tuned policy side by side: gained episodes first, then lost, then others.
-
-    Raises:
-        UserError: off-screen rendering does not start.
-    """
-    seeds = _interesting(evaluation)[:count]
-    if not seeds:
-        return []
-    pair = [run.simulator.record(actor, seeds, every=FRAME_EVERY) for actor in (base, tuned)]
-    rate, paths = run.simulator.family.control_rate, []
-    for before, after in zip(*pair, strict=True):
-        path = run.output_dir / "videos" / f"seed_{before.seed}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        write_side_by_side(
-            path,
-            _frames(before),
-            _frames(after),
-            base_label=_label("base", before, rate),
-            tuned_label=_label("tuned", after, rate),
-            fps=rate / FRAME_EVERY,
-        )
-        paths.append(path)
-    return paths
 
 
 def conclude(
@@ -185,7 +155,11 @@ def _tell(
     try:
         with run.timed("videos"):
             count = DEFAULT_VIDEOS if num_videos is None else num_videos
-            videos = film(run, *pair, evaluation, count)
+            before, after = (
+                Player(name, run.simulator, policy)
+                for name, policy in zip((BASE, TUNED), pair, strict=True)
+            )
+            videos = film(before, after, evaluation, count, run.output_dir / "videos")
     except UserError as error:
         # Without a wish of the user's, a machine that cannot render gets a sentence.
         if num_videos is not None:
@@ -222,18 +196,3 @@ def _evaluate(
 
 def _verdict(evaluation: PairedEvaluation, path: Path) -> str:
     return "\n".join(["", *success_lines(evaluation), f"report {path}"])
-
-
-def _interesting(evaluation: PairedEvaluation) -> list[int]:
-    first = [int(seed) for seed in (*evaluation.gained, *evaluation.lost)]
-    return first + [int(seed) for seed in evaluation.seeds if int(seed) not in first]
-
-
-def _frames(episode: Episode) -> Any:
-    assert episode.frames is not None, "the episode was not filmed"
-    return episode.frames
-
-
-def _label(name: str, episode: Episode, control_rate: float) -> str:
-    seconds = len(episode.actions) / control_rate
-    return f"{name}: {f'success at {seconds:.1f} s' if episode.success else 'failed'}"

@@ -37,8 +37,13 @@ class Settings(Protocol):
     """What the settings of every recipe have."""
 
     output_dir: Path | None
-    seed: int
     num_threads: int | None
+
+
+class TrainingSettings(Settings, Protocol):
+    """What the settings of every recipe that trains have."""
+
+    seed: int
 
 
 def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -> int:
@@ -92,12 +97,19 @@ def _going_on(config: Settings | None, where: str) -> str:
     return how_to_go_on(folder if begun else None, where)
 
 
-def prepare_torch(config: Settings, *, several: bool = False) -> Accelerator:
-    """Threads, memory and the seed of weights yet to be made; returns the launcher's settings.
+def prepare_torch(config: TrainingSettings, *, several: bool = False) -> Accelerator:
+    """:func:`prepare_process`, and the seed of weights yet to be made."""
+    accelerator = prepare_process(config.num_threads, several=several)
+    torch.manual_seed(config.seed)
+    return accelerator
+
+
+def prepare_process(num_threads: int | None, *, several: bool = False) -> Accelerator:
+    """Threads and memory; returns the launcher's settings.
 
     Args:
-        config: of the run.
-        several: whether the recipe can train in several processes.
+        num_threads: torch's; None for one a core.
+        several: whether the recipe can work in several processes.
 
     Raises:
         UserError: the launcher started several processes, and the recipe cannot.
@@ -105,15 +117,36 @@ def prepare_torch(config: Settings, *, several: bool = False) -> Accelerator:
     count = launched_processes()
     if count != 1 and not several:
         raise UserError(
-            f"the launcher started {count} processes; this recipe trains in one: "
+            f"the launcher started {count} processes; this recipe works in one: "
             "add --num_processes=1"
         )
     accelerator = make_accelerator()
     # accelerate launch sets OMP_NUM_THREADS to 1 on its own; this is the owner of the number.
-    torch.set_num_threads(config.num_threads or usable_cores())
+    torch.set_num_threads(num_threads or usable_cores())
     keep_freed_memory()
-    torch.manual_seed(config.seed)
     return accelerator
+
+
+def own_device(flag: str, wanted: str | None, accelerator: Accelerator) -> torch.device:
+    """The device of this process.
+
+    Args:
+        flag: of the settings.
+        wanted: its value; None for the launcher's.
+        accelerator: the launcher's.
+
+    Raises:
+        UserError: it is not here.
+    """
+    own = accelerator.device
+    # accelerate numbers the processes of a CPU; LeRobot knows no cpu:0.
+    try:
+        device = torch.device(wanted or ("cpu" if own.type == "cpu" else own))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--{flag}={wanted} is not here: {reason}") from None
+    return device
 
 
 def usable_cores() -> int:

@@ -1,14 +1,15 @@
 """Intervals and a test for success rates: Wilson, Newcombe's paired difference, McNemar, bootstrap.
 
-numpy and the standard library only; counts in, floats out.
+Wilson's interval and McNemar's test are scipy's, the other two are in no library that we keep.
+Counts in, floats out.
 """
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,13 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
     Raises:
         ValueError: For counts or a confidence outside these ranges.
     """
+    # scipy would answer NaN.
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials is not a count of successes")
-    z = _normal_quantile(confidence)
-    centre = (successes + z**2 / 2) / (trials + z**2)
-    half_width = z * math.sqrt(successes * (trials - successes) / trials + z**2 / 4)
-    half_width /= trials + z**2
-    # At 0 and at `trials` a limit is exactly 0 or 1; rounding must not leave it at -1e-17.
-    low = 0.0 if successes == 0 else centre - half_width
-    high = 1.0 if successes == trials else centre + half_width
-    return Interval(low, high)
+    if not 0 < confidence < 1:
+        raise ValueError(f"a confidence lies between 0 and 1, not {confidence}")
+    found = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def paired_difference_interval(
@@ -96,8 +94,7 @@ def mcnemar_exact_p(tuned_only: int, base_only: int) -> float:
     if min(tuned_only, base_only) < 0:
         raise ValueError(f"{(tuned_only, base_only)} are not counts")
     discordant = tuned_only + base_only
-    tail = sum(math.comb(discordant, k) for k in range(min(tuned_only, base_only) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return float(stats.binomtest(tuned_only, discordant).pvalue) if discordant else 1.0
 
 
 def pigeonhole_interval(
@@ -148,9 +145,3 @@ def _square_and_add(first: float, second: float, phi: float) -> float:
     """Distance of a limit from the estimate: the root of first² - 2 phi first second + second²."""
     # Where both distances agree and phi is 1 the sum is zero, and rounding may make it negative.
     return math.sqrt(max(first**2 - 2 * phi * first * second + second**2, 0.0))
-
-
-def _normal_quantile(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"a confidence lies between 0 and 1, not {confidence}")
-    return NormalDist().inv_cdf((1 + confidence) / 2)

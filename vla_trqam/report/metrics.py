@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_trqam.errors import UserError
+from vla_trqam.report.tracker import Tracker
 
 RESERVED_NAMES = frozenset({"step", "phase", "time"})
 TRAINING_PHASES = ("offline", "online")
@@ -54,6 +55,11 @@ class MetricsLog:
     `MetricsLog(path)` begins a new file. After an interruption, `resume_after_line` (with the
     `num_lines` that the checkpoint recorded; exact) or `resume_after_step` (keeps the lines up to
     the checkpoint's step) drops what the lost updates wrote.
+
+    Attributes:
+        path: the file.
+        num_lines: lines in it.
+        tracker: gets every line as well; None for none.
 
     Raises:
         UserError: When the file exists already (a new log), or does not reach as far as the
@@ -113,6 +119,7 @@ class MetricsLog:
         self.num_lines = num_lines
         self._clock = clock
         self._start = clock() - elapsed
+        self.tracker: Tracker | None = None
         self._file = path.open("ab")
 
     def log(self, step: int, phase: str, values: Mapping[str, SupportsFloat]) -> None:
@@ -137,6 +144,8 @@ class MetricsLog:
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self.num_lines += 1
+        if self.tracker is not None:
+            self.tracker.log(self.num_lines, step, phase, values)
 
     def sync(self) -> None:
         """Wait until the disk itself has every line: survives a power cut, not just a kill."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.evaluation import Interval, PairedEvaluation, wilson_interval
@@ -243,16 +244,9 @@ def plot_episodes(evaluation: PairedEvaluation, path: Path) -> Path:
 
 def rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Spearman's rank correlation; NaN when one of the two is constant."""
-    ranks = np.stack([_average_ranks(first), _average_ranks(second)])
-    if np.ptp(ranks, axis=1).min() == 0:
-        return float("nan")
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def _average_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of theirs (returns have many equal values)."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
+    if min(np.ptp(first), np.ptp(second)) == 0:
+        return float("nan")  # scipy's answer too, with a warning
+    return float(stats.spearmanr(first, second).statistic)
 
 
 def _logged(metrics: Metrics, name: str, phases: tuple[str, ...] = TRAINING_PHASES) -> bool:

@@ -14,6 +14,24 @@ from vla_trqam.report.formats import percent, points, points_interval, table
 
 
 @dataclass(frozen=True)
+class Names:
+    """What the two policies of an evaluation are called, and the difference of their rates.
+
+    Attributes:
+        base: that which comes first.
+        tuned: the other.
+        gain: of the second over the first.
+    """
+
+    base: str = "base"
+    tuned: str = "tuned"
+    gain: str = "gain"
+
+
+OF_A_RUN = Names()
+
+
+@dataclass(frozen=True)
 class Rate:
     """A policy's success.
 
@@ -43,9 +61,9 @@ def flow_steps(count: int) -> str:
     return f"{count} flow step{'' if count == 1 else 's'}"
 
 
-def rates(evaluation: PairedEvaluation) -> list[Rate]:
+def rates(evaluation: PairedEvaluation, names: Names = OF_A_RUN) -> list[Rate]:
     """Of base and tuned policy, and before them of the base as it came where that is another."""
-    came, labels = evaluation.as_it_came, ["base", "tuned"]
+    came, labels = evaluation.as_it_came, [names.base, names.tuned]
     outcomes = [evaluation.base_success, evaluation.tuned_success]
     if came is not None:
         labels = [f"{label}, {flow_steps(came.flow_steps.tuned)}" for label in labels]
@@ -96,15 +114,15 @@ def success_table(evaluation: PairedEvaluation) -> str:
     return table(["", "success", "95% interval", "episodes"], rows)
 
 
-def success_lines(evaluation: PairedEvaluation) -> list[str]:
+def success_lines(evaluation: PairedEvaluation, names: Names = OF_A_RUN) -> list[str]:
     """The same for the terminal."""
-    width = max(len(found.label) for found in rates(evaluation))
+    width = max(len(found.label) for found in rates(evaluation, names))
     lines = []
-    for found in rates(evaluation):
+    for found in rates(evaluation, names):
         low, high = found.interval.low, found.interval.high
         interval = f"(95% interval {percent(low)} to {percent(high)})"
         lines.append(f"{found.label:<{width}}  {percent(found.rate)} {interval}")
-    for label, pair in differences(evaluation, "gain"):
+    for label, pair in differences(evaluation, names.gain):
         interval = f"(95% interval {points_interval(pair.difference_interval())})"
         lines.append(
             f"{label:<{width}}  {points(pair.difference)} points {interval} on {len(pair)} initial "

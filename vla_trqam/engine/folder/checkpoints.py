@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vla_trqam.data.foreign import check_header
 from vla_trqam.engine.folder.manifest import damage, write_manifest
 from vla_trqam.engine.folder.state import (
     load_module_tensors,
@@ -230,6 +231,26 @@ def load_checkpoint(
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{checkpoint} does not fit this run: {detail}") from None
+
+
+def load_networks(checkpoint: Path, method: Method, *, without: Collection[str] = ()) -> None:
+    """Restores a method's weights, to act and not to be trained.
+
+    Args:
+        checkpoint: its folder.
+        method: made like the run's.
+        without: modules that stay as they are.
+
+    Raises:
+        UserError: the file is missing, or of another method's names or shapes.
+    """
+    path = checkpoint / ALGORITHM / NETWORKS
+    check_header(path)
+    try:
+        load_module_tensors(method, _read_tensors(path), without=without)
+    except (UserError, RuntimeError, KeyError, ValueError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit the settings of its run: {detail}") from None
 
 
 def _age(checkpoint: Path) -> tuple[int, float, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,23 @@ def module_tensors(method: Method, *, own: bool = False) -> dict[str, Tensor]:
     }
 
 
-def load_module_tensors(method: Method, tensors: Mapping[str, Tensor]) -> None:
+def load_module_tensors(
+    method: Method, tensors: Mapping[str, Tensor], *, without: Collection[str] = ()
+) -> None:
     """Restores :func:`module_tensors`.
+
+    Args:
+        method: whose.
+        tensors: by name.
+        without: modules that stay as they are, and whose tensors are passed over.
 
     Raises:
         UserError: a key belongs to no module.
         RuntimeError: a module lacks a key, or has it in another shape.
     """
-    modules = method.modules()
-    strange = sorted(key for key in tensors if key.partition(".")[0] not in modules)
+    modules = {name: part for name, part in method.modules().items() if name not in without}
+    known = {*modules, *without}
+    strange = sorted(key for key in tensors if key.partition(".")[0] not in known)
     if strange:
         raise UserError(f"{strange[0]} is a weight of none of {', '.join(modules)}")
     for name, module in modules.items():

@@ -1,0 +1,129 @@
+"""evaluate.py on runs of a tiny π0: adapters, whole experts, methods that act beside the policy."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_images import ImageToyPool, image_family
+from vla_runs import TINY, files, forgetful_pool, main, without_simulator
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.recipes import evaluate
+
+from vla_trqam.engine import conclude as showcase
+
+__all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
+
+pytestmark = pytest.mark.slow
+
+METHODS = {
+    "lora": [],
+    "full": ["--peft.method=full"],
+    "merged": ["--policy.merged=true"],
+    "fewer_steps": ["--policy.tuned_flow_steps=2"],
+    "fql": ["--method.type=fql", "--method.hidden_dims=[16]"],
+    "dsrl": ["--method.type=dsrl", "--method.hidden_dims=[16]", "--peft.method=full"],
+}
+STATES = 8
+
+
+@dataclass
+class Finished:
+    """A run that is over.
+
+    Attributes:
+        folder: the run's.
+        base: the actions of the base's episodes in the final evaluation.
+        tuned: of the tuned policy's.
+    """
+
+    folder: Path
+    base: list[np.ndarray]
+    tuned: list[np.ndarray]
+
+
+def last_actions():
+    return [[e.actions for e in episodes] for episodes in ImageToyPool.rounds[-2:]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, files, without_simulator):
+    """Finished runs, by name."""
+    root, found = tmp_path_factory.mktemp("runs"), {}
+    short = ["--steps=2", "--online.steps=0", "--evaluate_every=0", "--critic.warmup_steps=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(showcase, "write_plots", lambda *_, **__: [])
+        for name, flags in METHODS.items():
+            given = [*files.flags(), *short, *flags, f"--eval.episodes={STATES}"]
+            assert main(*given, f"--output_dir={root / name}") == 0
+            found[name] = Finished(root / name, *last_actions())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setattr(evaluate, "RolloutPool", ImageToyPool)
+    monkeypatch.setattr(evaluate, "make_family", image_family)
+
+
+def compared(folder, *flags):
+    assert evaluate.main([*flags, f"--output_dir={folder}", "--videos=0"]) == 0
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_runs_last_checkpoint_against_its_base_gives_the_runs_own_evaluation(
+    name, runs, tmp_path
+):
+    run = runs[name]
+    expected = json.loads((run.folder / "evaluation.json").read_text())
+    found = compared(tmp_path / "out", f"--a={run.folder}")
+    assert {key: found.get(key) for key in expected} == expected
+    base, tuned = last_actions()
+    # Merged weights are the sum of what acted in the run, rounded.
+    error = 1e-5 if name == "merged" else 0.0
+    for ours, theirs in ((base, run.base), (tuned, run.tuned)):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=error)
+    assert any((b[0] != t[0]).any() for b, t in zip(base, tuned, strict=True))
+
+
+def test_two_methods_play_the_same_states(runs, tmp_path):
+    compared(tmp_path / "out", f"--a={runs['fql'].folder}", f"--b={runs['lora'].folder}")
+    base, tuned = last_actions()
+    np.testing.assert_array_equal(np.concatenate(tuned), np.concatenate(runs["fql"].tuned))
+    np.testing.assert_array_equal(np.concatenate(base), np.concatenate(runs["lora"].tuned))
+
+
+def test_a_policy_of_states_is_refused_where_there_are_pictures(runs, tmp_path, capsys):
+    MLPFlowPolicy(MLPFlowConfig(3, 2, 2, hidden_dims=(8,))).save_pretrained(tmp_path / "mlp")
+    flags = [
+        f"--a={runs['lora'].folder}",
+        f"--b={tmp_path / 'mlp'}",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    assert evaluate.main(flags) == 2
+    assert "error: b acts on states alone, and the simulator shows" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_policies_of_no_run_play_in_a_simulator_of_the_flags(files, tmp_path):
+    env = [flag for flag in TINY if flag.startswith("--env.")]
+    flags = [f"--a={files.policy}", f"--b={files.policy}", "--episodes=2", "--max_episode_steps=4"]
+    found = compared(tmp_path / "out", *flags, *env, "--num_threads=1")
+    assert found["base_steps"] == found["tuned_steps"]
+    assert found["simulator"]["max_episode_steps"] == 4
+
+
+def test_a_base_that_is_another_since_is_refused(runs, files, tmp_path, capsys):
+    config = files.policy / "config.json"
+    text = config.read_text()
+    config.write_text(text + "\n")
+    try:
+        assert (
+            evaluate.main([f"--a={runs['full'].folder}", f"--output_dir={tmp_path / 'out'}"]) == 2
+        )
+    finally:
+        config.write_text(text)
+    assert f"{config} is not the one that the run in" in capsys.readouterr().err
