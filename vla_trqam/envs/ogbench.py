@@ -79,7 +79,7 @@ def ogbench_family(task: str | None, *, max_episode_steps: int | None = None) ->
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     if max_episode_steps is not None and max_episode_steps < 1:
         raise UserError(f"max_episode_steps is {max_episode_steps}; it must be at least 1.")
-    env = _made(task, **limit)
+    env = make_ogbench(task, **limit)
     state, _ = env.reset(seed=0)
     assert env.spec is not None
     assert env.spec.max_episode_steps is not None
@@ -118,10 +118,11 @@ class OGBenchEnv(SeededTaskEnv):
 
 def _make(task: str, text: str, steps: int, rendering: bool) -> OGBenchEnv:
     size = {"width": FRAME_SIZE, "height": FRAME_SIZE} if rendering else {}
-    return OGBenchEnv(_made(task, max_episode_steps=steps, **size), text, steps)
+    return OGBenchEnv(make_ogbench(task, max_episode_steps=steps, **size), text, steps)
 
 
-def _made(task: str, **settings: Any) -> gymnasium.Env[Any, np.ndarray]:
+def make_ogbench(task: str, **settings: Any) -> gymnasium.Env[Any, np.ndarray]:
+    """OGBench's own environment of a task, its rewards those of the state before the action."""
     if "width" in settings:
         # mujoco reads it when it is imported, and without a display finds nothing by itself.
         os.environ.setdefault("MUJOCO_GL", "egl")
