@@ -1,14 +1,17 @@
-"""The settings of a run on OGBench's states: what is its own beside those of every run on states."""
+"""The settings of a run on OGBench's states, beside those of every run on states."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from vla_trqam.config.settings import StateRunConfig
-from vla_trqam.data.sampling import RewardKind, ShortChunks
-from vla_trqam.errors import UserError
+from vla_trqam.data.sampling import ShortChunks
 from vla_trqam.methods.bc import BehaviourCloningConfig
+
+OGBenchReward = Literal["success_minus_one", "sparse"]
+"""Of the kinds of a reward; there is no column, as the data is relabelled for the task."""
 
 
 @dataclass
@@ -34,7 +37,7 @@ class OGBenchDataConfig:
     """
 
     path: Path | None = None
-    reward: RewardKind = "success_minus_one"
+    reward: OGBenchReward = "success_minus_one"
     short_chunks: ShortChunks = "pad"
 
 
@@ -64,10 +67,3 @@ class FinetuneOGBenchConfig(StateRunConfig):
     dataset: OGBenchDataConfig = field(default_factory=OGBenchDataConfig)
     pretrain: OGBenchCloningConfig = field(default_factory=OGBenchCloningConfig)
     env: OGBenchTaskConfig = field(default_factory=OGBenchTaskConfig)
-
-    def _check_data(self) -> None:
-        if self.dataset.reward == "column":
-            raise UserError(
-                "--dataset.reward=column is not for OGBench, whose data is relabelled for the "
-                "task; choose success_minus_one or sparse"
-            )

@@ -322,8 +322,11 @@ class RunSettings(ABC):
 class StateData(Protocol):
     """What every recipe of states asks of its offline data."""
 
-    reward: RewardKind
     short_chunks: ShortChunks
+
+    @property
+    def reward(self) -> RewardKind:
+        """What the critic maximises."""
 
 
 class Cloning(Protocol):
