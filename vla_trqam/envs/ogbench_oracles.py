@@ -8,6 +8,7 @@ repository, so this is their driver. Ant and humanoid want an expert policy, and
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -99,8 +100,9 @@ class PointPlayer(Player):
 
     def begin(self, seed: int | None) -> np.ndarray:
         """At a random free cell."""
-        self._inner: Any = self.env.unwrapped
-        self._cells = [tuple(map(int, ij)) for ij in np.argwhere(self._inner.maze_map == 0)]
+        inner: Any = self.env.unwrapped
+        self._inner, free = inner, np.argwhere(inner.maze_map == 0)
+        self._cells = [tuple(map(int, ij)) for ij in free]
         info = {"init_ij": self._cell(), "goal_ij": self._cell()}
         observation, _ = self.env.reset(seed=seed, options={"task_info": info})
         return np.asarray(observation)
@@ -263,32 +265,15 @@ def _rows(player: Player, seed: int | None, count: int) -> dict[str, np.ndarray]
 
 
 def _oracles(env: Any, domain: str, noisy: bool) -> dict[str, Any]:
-    """OGBench's, by the kind of target."""
-    from ogbench.manipspace.oracles.markov import button_markov, cube_markov
-    from ogbench.manipspace.oracles.markov import drawer_markov as dm
-    from ogbench.manipspace.oracles.markov import window_markov as wm
-    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
-
-    shut = {"gripper_always_closed": True} if domain == "puzzle" else {}
-    if noisy:
-        makers = {
-            "cube": cube_markov.CubeMarkovOracle,
-            "button": button_markov.ButtonMarkovOracle,
-            "drawer": dm.DrawerMarkovOracle,
-            "window": wm.WindowMarkovOracle,
-        }
-    else:
-        makers = {
-            "cube": cube_plan.CubePlanOracle,
-            "button": button_plan.ButtonPlanOracle,
-            "drawer": drawer_plan.DrawerPlanOracle,
-            "window": window_plan.WindowPlanOracle,
-        }
-    knobs = {} if noisy else PLAN_NOISE
-    return {
-        target: make(env=env, **knobs, **(shut if target == "button" else {}))
-        for target, make in makers.items()
-    }
+    """OGBench's, by the kind of target: cube, button, drawer, window."""
+    kind, style, knobs = ("markov", "Markov", {}) if noisy else ("plan", "Plan", PLAN_NOISE)
+    oracles = {}
+    for target in ("cube", "button", "drawer", "window"):
+        module = importlib.import_module(f"ogbench.manipspace.oracles.{kind}.{target}_{kind}")
+        make = getattr(module, f"{target.title()}{style}Oracle")
+        shut = {"gripper_always_closed": True} if (domain, target) == ("puzzle", "button") else {}
+        oracles[target] = make(env=env, **knobs, **shut)
+    return oracles
 
 
 _player: Player | None = None
