@@ -270,8 +270,6 @@ def read_rows(path: Path) -> Rows:
     try:
         _check_size(path)
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is a single array; OGBench's data is an npz of several")
             rows = _rows(file, path)
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as OGBench's npz: {error}") from None
