@@ -73,11 +73,13 @@ def test_the_number_of_workers_does_not_change_the_data(tmp_path):
     same(tmp_path / "here.npz", tmp_path / "two.npz")
 
 
-def test_the_seed_decides(tmp_path):
+def test_seed_and_number_decide():
     plan = PlayPlan(MAZE, seed=0, number=0, num_steps=20)
     player = make_player(MAZE)
-    first, other = play(player, plan), play(player, replace(plan, seed=1))
-    assert (first.arrays["observations"] != other.arrays["observations"]).any()
+    plans = plan, replace(plan, seed=1), replace(plan, number=1)
+    first, *others = (play(player, p).arrays["observations"] for p in plans)
+    assert all((other != first).any() for other in others)
+    np.testing.assert_array_equal(play(player, plan).arrays["observations"], first)
 
 
 def test_a_point_reaches_its_goals():
