@@ -1,8 +1,11 @@
 """OGBench's npz data against OGBench's own loader, on files made here."""
 
+import weakref
+
 import numpy as np
 import pytest
 
+from vla_trqam.data import ogbench_npz
 from vla_trqam.data.ogbench_npz import (
     data_path,
     dataset_name,
@@ -134,6 +137,22 @@ def test_the_shards_of_a_folder_are_read_in_order_and_those_for_validation_are_n
     np.testing.assert_allclose(data.mean, both.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(data.std, both.std(axis=0), rtol=1e-4)
     assert (data.num_trajectories, data.num_steps) == (6, 180)
+
+
+def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    for number in range(3):
+        saved(tmp_path / "data", f"part-{number}", maze_rows(number))
+    read, alive = ogbench_npz.read_rows, []
+
+    def watched(path):
+        assert [ref() for ref in alive] == [None] * len(alive)
+        rows = read(path)
+        alive.append(weakref.ref(rows.observations))
+        return rows
+
+    monkeypatch.setattr(ogbench_npz, "read_rows", watched)
+    loaded(tmp_path / "data", MAZE, tmp_path / "replay")
+    assert len(alive) == 6, "looked through, then loaded"
 
 
 def test_reading_leaves_the_runs_random_numbers_alone(tmp_path):

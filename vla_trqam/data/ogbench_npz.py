@@ -144,41 +144,34 @@ def read_ogbench(path: Path, task: str) -> OGBenchData:
     Raises:
         UserError: there is no file, or one does not hold what OGBench's data of the task does.
     """
-    files = _files(path)
-    trajectories = steps = solved = count = 0
-    total, squares = 0.0, 0.0
+    files, seen = _files(path), _Seen()
     with _judge(task) as judge:
         for file in files:
-            rows = read_rows(file)
-            judge.check(rows, file)
-            trajectories += int(rows.last.sum())
-            steps += int((~rows.last).sum())
-            solved += int((judge.solved(rows) & ~rows.last).sum())
-            wide = rows.observations.astype(np.float64)
-            count, total = count + len(wide), total + wide.sum(axis=0)
-            squares = squares + (wide**2).sum(axis=0)
+            seen.look(file, judge)
         sizes = judge.observation_dim, judge.action_dim
-    mean = np.asarray(total / count)
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    floats = mean.astype(np.float32), std.astype(np.float32)
-    return OGBenchData(path, files, task, *sizes, trajectories, steps, solved, *floats)
+    counts = seen.trajectories, seen.steps, seen.solved
+    return OGBenchData(path, files, task, *sizes, *counts, *seen.moments())
 
 
 def load_into_replay(data: OGBenchData, replay: ReplayBuffer, *, source: str) -> None:
     """Appends all episodes to a replay of the same sizes, with one file in memory at a time."""
     with _judge(data.task) as judge:
         for file in data.files:
-            rows = read_rows(file)
-            for episode in cut_episodes(rows, judge.solved(rows)):
-                replay.add_episode(
-                    episode.observations,
-                    episode.actions,
-                    episode.rewards,
-                    terminated=episode.success,
-                    truncated=not episode.success,
-                    source=source,
-                    success=episode.success,
-                )
+            _load(file, judge, replay, source)
+
+
+def _load(file: Path, judge: _Judge, replay: ReplayBuffer, source: str) -> None:
+    rows = read_rows(file)
+    for episode in cut_episodes(rows, judge.solved(rows)):
+        replay.add_episode(
+            episode.observations,
+            episode.actions,
+            episode.rewards,
+            terminated=episode.success,
+            truncated=not episode.success,
+            source=source,
+            success=episode.success,
+        )
 
 
 def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[OGBenchEpisode]:
@@ -239,6 +232,32 @@ class _Judge:
         with global_seed(0):
             relabel_dataset(self._task, self._env, dataset)
         return np.asarray(dataset["masks"] == 0.0)
+
+
+class _Seen:
+    """What all files together have."""
+
+    def __init__(self) -> None:
+        self.trajectories = self.steps = self.solved = self._count = 0
+        self._total = self._squares = np.zeros(())
+
+    def look(self, file: Path, judge: _Judge) -> None:
+        """Adds a file, once it is checked."""
+        rows = read_rows(file)
+        judge.check(rows, file)
+        self.trajectories += int(rows.last.sum())
+        self.steps += int((~rows.last).sum())
+        self.solved += int((judge.solved(rows) & ~rows.last).sum())
+        wide = rows.observations.astype(np.float64)
+        self._count += len(wide)
+        self._total = self._total + wide.sum(axis=0)
+        self._squares = self._squares + (wide**2).sum(axis=0)
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the observations, (O,) float32 each."""
+        mean = self._total / self._count
+        std = np.sqrt(np.maximum(self._squares / self._count - mean**2, 0.0))
+        return mean.astype(np.float32), std.astype(np.float32)
 
 
 @contextmanager
