@@ -132,9 +132,11 @@ class Originals:
         """A run of the Robomimic recipe without simulator and report."""
         from vla_trqam.recipes import finetune_robomimic
 
+        from vla_trqam.engine import state_runs
+
         folder = self.root / "robomimic_run"
         flags = (*ROBOMIMIC, *NEW_POLICY, f"--dataset.path={self.hdf5}", f"--output_dir={folder}")
-        with patch.object(finetune_robomimic, "conclude", lambda *_, **__: None):
+        with patch.object(state_runs, "conclude", lambda *_, **__: None):
             _ended_well(finetune_robomimic.main(flags))
         return folder
 

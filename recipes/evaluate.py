@@ -19,6 +19,7 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes.saved_policies import Contestant, Loading, Place
 
 from vla_trqam.config.evaluate_settings import EvaluateConfig
+from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import EvalConfig, FinetuneRobomimicConfig
 from vla_trqam.data.frame_replay import image_key
@@ -31,6 +32,7 @@ from vla_trqam.engine.launch import exit_status, own_device, prepare_process, us
 from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.base import EnvFamily
+from vla_trqam.envs.ogbench import ogbench_family
 from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.robomimic_family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
@@ -174,6 +176,8 @@ def _family_of_run(config: EvaluateConfig, place: Place) -> EnvFamily | None:
             max_episode_steps=steps,
             obs_keys=settings.dataset.obs_keys,
         )
+    if isinstance(settings, FinetuneOGBenchConfig):
+        return ogbench_family(settings.env.task, max_episode_steps=steps)
     if settings.env.type is None:
         return None
     return make_family(settings.env, max_episode_steps=steps)

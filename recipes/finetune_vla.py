@@ -54,10 +54,10 @@ from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.rollout import RolloutPool
-from vla_trqam.hub.public_copy import without_paths
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.methods.parallel import check_accelerator
 from vla_trqam.methods.registry import make_method, name_of
+from vla_trqam.report.public_copy import without_paths
 from vla_trqam.report.tracker import check_tracker, tracker
 
 CRITIC_FEATURES = (PACKED + "features",)

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
+from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import read_settings, saved_config
 from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
@@ -236,9 +237,12 @@ def settings_of_run(run: Path) -> RunSettings:
         UserError: it is damaged.
     """
     path = run / CONFIG_NAME
-    if "pretrain" in read_settings(path):
-        return saved_config(FinetuneRobomimicConfig, path)
-    return saved_config(FinetuneVLAConfig, path)
+    sections = read_settings(path).keys()
+    if "pretrain" not in sections:
+        return saved_config(FinetuneVLAConfig, path)
+    if "env" in sections:
+        return saved_config(FinetuneOGBenchConfig, path)
+    return saved_config(FinetuneRobomimicConfig, path)
 
 
 def acting_method(checkpoint: Path, place: Place) -> str | None:

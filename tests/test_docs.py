@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
@@ -36,6 +37,7 @@ def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
     presets = Path(finetune_robomimic.__file__)
     for config, name in (
         (FinetuneRobomimicConfig, "finetune_robomimic.yaml"),
+        (FinetuneOGBenchConfig, "finetune_ogbench.yaml"),
         (FinetuneVLAConfig, "finetune_pi0.yaml"),
     ):
         for method in METHODS:

@@ -12,9 +12,9 @@ from hub_fixtures import REPO, SENDS_DEPRECATED, hub, push, refused  # noqa: F40
 from hub_server import HubServer, Repository
 from pushed_run import CONFIG, evaluation, write_run
 
-from vla_trqam.hub.public_copy import public_copy, without_paths
 from vla_trqam.hub.pull import pull_checkpoint
 from vla_trqam.report.page import write_report
+from vla_trqam.report.public_copy import public_copy, without_paths
 
 MARKER, HOST = "ann-7f3a", "laptop-of-7f3a"
 

@@ -12,6 +12,8 @@ from toy_settings import OF_THE_POLICY, TINY
 from toy_task import ToyPool
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.engine import state_runs
+
 
 @pytest.fixture(scope="session")
 def toy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -20,7 +22,7 @@ def toy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def toy_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ToyPool]]:
-    monkeypatch.setattr(finetune_robomimic, "RolloutPool", ToyPool)
+    monkeypatch.setattr(state_runs, "RolloutPool", ToyPool)
     ToyPool.started, ToyPool.rounds, ToyPool.before_run = 0, [], None
     yield ToyPool
     ToyPool.before_run = None
@@ -36,7 +38,7 @@ def no_conclusion(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     ) -> None:
         calls.append({"run": run, "base": base, "critic": critic, **settings})
 
-    monkeypatch.setattr(finetune_robomimic, "conclude", conclude)
+    monkeypatch.setattr(state_runs, "conclude", conclude)
     return calls
 
 
@@ -68,8 +70,8 @@ def uninterrupted(
     """A whole run without conclusion: its end, its folder and the seeds of all rollouts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_robomimic, "RolloutPool", ToyPool)
-        patch.setattr(finetune_robomimic, "conclude", lambda *a, **k: None)
+        patch.setattr(state_runs, "RolloutPool", ToyPool)
+        patch.setattr(state_runs, "conclude", lambda *a, **k: None)
         ToyPool.rounds, ToyPool.before_run = [], None
         arguments = [f"--dataset.path={toy_file}", *TINY, f"--output_dir={folder}"]
         assert finetune_robomimic.main(arguments) == 0

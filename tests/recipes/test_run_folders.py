@@ -13,7 +13,8 @@ from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.settings import FinetuneRobomimicConfig
-from vla_trqam.engine.folder import own_folder, run_folder
+from vla_trqam.engine import state_runs
+from vla_trqam.engine.folder import own_folder
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM
 
@@ -36,9 +37,9 @@ def test_whatever_fails_before_the_first_checkpoint_does_not_block_the_command(
     def fail(*_, **__):
         raise error
 
-    where = {"fill_replay": run_folder, "update": BehaviourCloning}
+    where = {"fill_replay": finetune_robomimic, "update": BehaviourCloning}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(where.get(place, finetune_robomimic), place, fail)
+        patch.setattr(where.get(place, state_runs), place, fail)
         outcome = attempt(tiny, tmp_path / "run")
         assert outcome == (130 if error is KeyboardInterrupt else error)
     assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ from vla_trqam.recipes import finetune_robomimic
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import FinetuneRobomimicConfig
 from vla_trqam.engine import conclude as showcase
+from vla_trqam.engine import state_runs
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.methods.base import FlowActor
@@ -35,7 +36,7 @@ def fewer(tmp_path_factory, toy_file):
     """A whole run with its conclusion: its folder and what it printed of the evaluation."""
     folder = tmp_path_factory.mktemp("fewer") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_robomimic, "RolloutPool", ToyPool)
+        patch.setattr(state_runs, "RolloutPool", ToyPool)
         patch.setattr(showcase, "write_plots", no_plots)
         ToyPool.rounds, ToyPool.before_run = [], None
         arguments = [f"--dataset.path={toy_file}", *TINY, FEWER, STATES]

@@ -1,4 +1,4 @@
-"""The settings of a Robomimic run; every knob has one owner, here or in the part it belongs to."""
+"""The settings of a run on states; every knob has one owner, here or in the part it belongs to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.data.sampling import RewardKind, ShortChunks
@@ -321,9 +321,27 @@ class RunSettings(ABC):
             )
 
 
+class StateData(Protocol):
+    """What every recipe of states asks of its offline data."""
+
+    short_chunks: ShortChunks
+
+    @property
+    def reward(self) -> RewardKind:
+        """What the critic maximises."""
+
+
+class Cloning(Protocol):
+    """What every recipe of states asks of the pretraining."""
+
+    steps: int
+    batch_size: int
+    optimizer: BehaviourCloningConfig
+
+
 @dataclass
-class FinetuneRobomimicConfig(RunSettings):
-    """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml.
+class StateRunConfig(RunSettings):
+    """Every setting of a run on states; a recipe's own say what data and which cloning.
 
     Attributes:
         output_dir: the run's folder; null for a new one named after the time.
@@ -363,9 +381,9 @@ class FinetuneRobomimicConfig(RunSettings):
     on_divergence: OnDivergence = "stop"
     log_with: Service | None = None
     num_threads: int | None = None
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    dataset: StateData = field(default_factory=DatasetConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    pretrain: Cloning = field(default_factory=PretrainConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     method: MethodChoice = field(default_factory=default_method)
     offline: OfflineConfig = field(default_factory=OfflineConfig)
@@ -385,7 +403,6 @@ class FinetuneRobomimicConfig(RunSettings):
             "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
             "pretrain.steps": self.pretrain.steps,
             "pretrain.batch_size": self.pretrain.batch_size,
-            "pretrain.num_demos": self.pretrain.num_demos,
         }
 
     def _not_negative(self) -> dict[str, int | None]:
@@ -395,16 +412,15 @@ class FinetuneRobomimicConfig(RunSettings):
             "offline.base_episodes": self.offline.base_episodes,
         }
 
+    def _check_data(self) -> None:
+        """Refuses settings of the recipe's own data that do not go together."""
+
     def _check_choices(self) -> None:
         if self.offline.steps + self.online.steps < 1:
             raise UserError(
                 "--offline.steps and --online.steps are both 0: nothing would be trained"
             )
-        if self.dataset.path is not None and self.dataset.name is not None:
-            raise UserError("--dataset.path and --dataset.name are both given; choose one")
-        keys = self.dataset.obs_keys
-        if len(set(keys)) < len(keys):
-            raise UserError(f"--dataset.obs_keys=[{', '.join(keys)}] has an observation twice")
+        self._check_data()
         if self.eval.max_episode_steps < self.policy.chunk_length:
             raise UserError(
                 f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
@@ -419,7 +435,25 @@ class FinetuneRobomimicConfig(RunSettings):
         super()._check_choices()
 
 
-def refuse_idle_flags(config: FinetuneRobomimicConfig, flags: set[str]) -> None:
+@dataclass
+class FinetuneRobomimicConfig(StateRunConfig):
+    """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml."""
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    def _at_least_one(self) -> dict[str, int | None]:
+        return super()._at_least_one() | {"pretrain.num_demos": self.pretrain.num_demos}
+
+    def _check_data(self) -> None:
+        if self.dataset.path is not None and self.dataset.name is not None:
+            raise UserError("--dataset.path and --dataset.name are both given; choose one")
+        keys = self.dataset.obs_keys
+        if len(set(keys)) < len(keys):
+            raise UserError(f"--dataset.obs_keys=[{', '.join(keys)}] has an observation twice")
+
+
+def refuse_idle_flags(config: StateRunConfig, flags: set[str]) -> None:
     """Refuses flags that a given policy leaves without effect.
 
     Args:

@@ -1,4 +1,4 @@
-"""A run's offline data: the file that the settings name, and the replay that begins with it."""
+"""A Robomimic run's offline data: the file that the settings name, put into the replay."""
 
 from __future__ import annotations
 
@@ -69,14 +69,8 @@ def pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> l
     return names[:count]
 
 
-def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
-    """A new replay of all demos, those to clone under a source of their own."""
-    replay = ReplayBuffer.create(
-        path,
-        observation_dim=file.observation_dim,
-        action_dim=file.action_dim,
-        capacity=_capacity(config, file),
-    )
+def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: ReplayBuffer) -> None:
+    """Puts all demos into an empty replay, those to clone under a source of their own."""
     cloned = set(pretraining_demos(config, file))
     parts = {
         "pretrain": [demo.name for demo in file.demos if demo.name in cloned],
@@ -86,16 +80,3 @@ def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path
         if names:
             summary = load_into_replay(file.select(names), replay, source=source)
             print(f"{source}: {summary.describe()}")
-    return replay
-
-
-def reopen_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, path: Path) -> ReplayBuffer:
-    """The replay of a run that is gone on with, which may have got more rollouts to come."""
-    replay = ReplayBuffer.open(path)
-    replay.grow(_capacity(config, file))
-    return replay
-
-
-def _capacity(config: FinetuneRobomimicConfig, file: RobomimicFile) -> int:
-    """Steps of the file and of all rollouts of the training."""
-    return file.num_steps + config.num_training_episodes * config.eval.max_episode_steps

@@ -72,14 +72,11 @@ def ogbench_family(task: str | None, *, max_episode_steps: int | None = None) ->
             f"--env.task={task} is none of OGBench's single tasks with states; they have names "
             f"like {task_names()[-1]} or pointmaze-medium-navigate-singletask-task1-v0"
         )
-    if importlib.util.find_spec("ogbench") is None:
-        raise UserError(
-            f"--env.task={task} needs the package ogbench, which is not here: {INSTALL}"
-        )
+    require_ogbench(f"--env.task={task}")
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     if max_episode_steps is not None and max_episode_steps < 1:
         raise UserError(f"max_episode_steps is {max_episode_steps}; it must be at least 1.")
-    env = _made(task, **limit)
+    env = make_ogbench(task, **limit)
     state, _ = env.reset(seed=0)
     assert env.spec is not None
     assert env.spec.max_episode_steps is not None
@@ -97,6 +94,16 @@ def ogbench_family(task: str | None, *, max_episode_steps: int | None = None) ->
         action_high=tuple(map(float, space.high)),
         state_size=len(state),
     )
+
+
+def require_ogbench(flag: str) -> None:
+    """Refuses what needs OGBench where it is not installed.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    if importlib.util.find_spec("ogbench") is None:
+        raise UserError(f"{flag} needs the package ogbench, which is not here: {INSTALL}")
 
 
 class OGBenchEnv(SeededTaskEnv):
@@ -118,10 +125,11 @@ class OGBenchEnv(SeededTaskEnv):
 
 def _make(task: str, text: str, steps: int, rendering: bool) -> OGBenchEnv:
     size = {"width": FRAME_SIZE, "height": FRAME_SIZE} if rendering else {}
-    return OGBenchEnv(_made(task, max_episode_steps=steps, **size), text, steps)
+    return OGBenchEnv(make_ogbench(task, max_episode_steps=steps, **size), text, steps)
 
 
-def _made(task: str, **settings: Any) -> gymnasium.Env[Any, np.ndarray]:
+def make_ogbench(task: str, **settings: Any) -> gymnasium.Env[Any, np.ndarray]:
+    """OGBench's own environment of a task, its rewards those of the state before the action."""
     if "width" in settings:
         # mujoco reads it when it is imported, and without a display finds nothing by itself.
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -135,11 +143,11 @@ def _made(task: str, **settings: Any) -> gymnasium.Env[Any, np.ndarray]:
             )
         except gymnasium.error.Error as error:
             raise UserError(f"--env.task={task} is no task of OGBench's: {error}") from None
-        _keep_action_space(env.unwrapped)
+        keep_action_space(env.unwrapped)
     return env
 
 
-def _keep_action_space(env: gymnasium.Env[Any, np.ndarray]) -> None:
+def keep_action_space(env: gymnasium.Env[Any, np.ndarray]) -> None:
     """Makes it one object, so that it can be seeded.
 
     The arm's tasks make a new one at every look, and a reset executes two of its random actions.

@@ -21,7 +21,6 @@ from vla_trqam.engine.folder.checkpoints import (
 )
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.errors import UserError
-from vla_trqam.hub.public_copy import without_paths
 from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.flow_steps import FlowSteps
 from vla_trqam.report.metrics import (
@@ -32,6 +31,7 @@ from vla_trqam.report.metrics import (
     read_metrics,
     summarise_trust_region,
 )
+from vla_trqam.report.public_copy import without_paths
 
 METRICS, REPORT = "metrics.jsonl", "report.json"
 POLICY_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

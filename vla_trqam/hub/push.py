@@ -46,7 +46,7 @@ from vla_trqam.hub.card_facts import (
     read_facts,
 )
 from vla_trqam.hub.model_card import PLOTS, model_card
-from vla_trqam.hub.public_copy import WHERE_FROM, public_copy
+from vla_trqam.report.public_copy import WHERE_FROM, public_copy
 
 CARD, RUN = "README.md", "run"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")

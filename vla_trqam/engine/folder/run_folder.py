@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from vla_trqam.config.parsing import Resumable, dump_config
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.settings import StateRunConfig
 from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
-from vla_trqam.engine.offline_data import fill_replay
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.engine.run import METRICS_NAME
 from vla_trqam.errors import UserError
@@ -120,10 +118,13 @@ def command_of(output_dir: Path) -> str:
         raise UserError(f"{output_dir / COMMAND_NAME} cannot be read: {error}") from None
 
 
-def begin_robomimic(
-    config: FinetuneRobomimicConfig, file: RobomimicFile, policy: FlowPolicy, replay: Path
+def begin_states(
+    config: StateRunConfig,
+    policy: FlowPolicy,
+    begin: Callable[[Path], ReplayBuffer],
+    replay: Path,
 ) -> ReplayBuffer:
-    """What a new run of the Robomimic recipe begins with; returns its filled replay."""
+    """What a new run on states begins with; returns its replay, filled by `begin`."""
     output_dir = replay.parent
     if config.policy.path is None:
         # Of a run that lost its checkpoints: this one makes its own.
@@ -133,10 +134,10 @@ def begin_robomimic(
         with written_durably(output_dir / BASE_NAME) as part:
             policy.save_pretrained(part)
     save_settings(config, output_dir)
-    return fill_replay(config, file, replay)
+    return begin(replay)
 
 
-def given_policy(config: FinetuneRobomimicConfig) -> Path | None:
+def given_policy(config: StateRunConfig) -> Path | None:
     """The folder of the policy that the run begins with; a resumed run has a copy of its own."""
     if config.policy.path is None or not config.resume:
         return config.policy.path

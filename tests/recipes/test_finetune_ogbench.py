@@ -1,0 +1,145 @@
+"""The recipe for OGBench, on a maze played in this process."""
+
+import json
+
+import numpy as np
+import pytest
+from toy_deaths import dies_at_update
+from toy_files import differences, final_state, metrics_lines
+from toy_settings import TINY
+from toy_task import Killed
+from vla_trqam.adapters.mlp import MLPFlowPolicy
+from vla_trqam.recipes import finetune_ogbench, make_ogbench_data
+
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.engine import state_runs
+from vla_trqam.envs.rollout import Episode
+from vla_trqam.methods.fql import FQL
+from vla_trqam.methods.trqam import TRQAM
+
+pytest.importorskip("ogbench", reason="uv sync --extra ogbench")
+OWN = ("--dataset.obs_keys", "--pretrain.filter_key", "--pretrain.num_demos", "--eval.max")
+FLAGS = [flag for flag in TINY if not flag.startswith(OWN)] + ["--eval.max_episode_steps=12"]
+
+
+class PoolHere:
+    """`RolloutPool` without processes."""
+
+    def __init__(self, family, **_):
+        self.family, self.env = family, family.make(False)
+
+    def run(self, policy, seeds, *, on_episode=None):
+        episodes = [self.play(policy, seed) for seed in seeds]
+        for episode in episodes if on_episode else ():
+            on_episode(episode)
+        return episodes
+
+    def play(self, policy, seed):
+        state, _ = self.env.reset(seed=seed)
+        states, actions, rewards, chunk, number = [state], [], [], [], 0
+        ended = cut = False
+        while not (ended or cut):
+            if not chunk:
+                chunk = list(policy(states[-1][None], np.array([seed]), np.array([number]))[0])
+                number += 1
+            actions.append(np.clip(chunk.pop(0), -1.0, 1.0).astype(np.float32))
+            state, reward, ended, cut, _ = self.env.step(actions[-1])
+            states.append(state)
+            rewards.append(reward)
+        parts = np.stack(states), np.stack(actions), np.array(rewards, np.float32)
+        return Episode(*parts, terminated=ended, truncated=cut, success=ended, seed=seed)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.env.close()
+
+
+@pytest.fixture(scope="module")
+def maze(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "maze.npz"
+    flags = ["--dataset=pointmaze-medium-navigate-v0", "--episodes=4", "--steps=300"]
+    assert make_ogbench_data.main([*flags, "--workers=0", f"--output={path}"]) == 0
+    return path
+
+
+@pytest.fixture
+def tiny(maze, monkeypatch):
+    monkeypatch.setattr(state_runs, "RolloutPool", PoolHere)
+
+    def run(folder, *flags):
+        given = [f"--dataset.path={maze}", *FLAGS, f"--output_dir={folder}"]
+        return finetune_ogbench.main([*given, *flags])
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_goes_whole_to_its_report(tiny, tmp_path, capsys):
+    flags = ["--method.type=fql", "--method.hidden_dims=[16]"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().out
+    assert "cut after 12 steps, where OGBench cuts after 1000" in said
+    assert "pretrain: 4 trajectories in 1 files, 1200 steps" in said
+    report = (tmp_path / "run/report.md").read_text()
+    assert report.startswith("# FQL on pointmaze-medium-navigate-singletask-task1-v0")
+    outcome = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert len(outcome["base_steps"]) == len(outcome["tuned_steps"]) == 2
+    phases = {line["phase"] for line in metrics_lines(tmp_path / "run")}
+    assert phases >= {"pretrain", "offline", "online", "eval"}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "knobs"),
+    [("trqam", TRQAM, []), ("fql", FQL, ["--method.hidden_dims=[16]"])],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(name, method, knobs, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(state_runs, "conclude", lambda *_, **__: None)
+    flags = [f"--method.type={name}", *knobs]
+    assert tiny(tmp_path / "whole", *flags) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at_update(patch, method, 5)
+        with pytest.raises(Killed):
+            tiny(tmp_path / "killed", *flags)
+    resume = ["--resume=true", f"--output_dir={tmp_path / 'killed'}"]
+    assert finetune_ogbench.main(resume) == 0
+    assert differences(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
+
+
+def test_the_replay_begins_with_the_data_and_the_policy_with_its_moments(
+    tiny, maze, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(state_runs, "conclude", lambda *_, **__: None)
+    assert tiny(tmp_path / "run", "--online.steps=0") == 0
+    replay = ReplayBuffer.open(tmp_path / "run/replay")
+    assert replay.stats.by_source["pretrain"].steps == 1200
+    assert replay.stats.by_source["offline"].episodes == 2, "the base's"
+    rows = np.load(maze)["observations"]
+    base = MLPFlowPolicy.from_pretrained(tmp_path / "run/base_policy")
+    buffers = dict(base.named_buffers())
+    found = [np.allclose(b, rows.mean(axis=0), atol=1e-4) for b in buffers.values()]
+    assert any(found), list(buffers)
+
+
+def test_data_of_another_task_is_refused_before_there_is_a_folder(tiny, tmp_path, capsys):
+    assert tiny(tmp_path / "run", "--env.task=cube-single-play-singletask-task2-v0") == 2
+    assert "has observations of 2 numbers, the task cube-single-play" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(tiny, maze, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(state_runs, "conclude", lambda *_, **__: None)
+    copy = tmp_path / "maze.npz"
+    copy.write_bytes(maze.read_bytes())
+    assert tiny(tmp_path / "run", f"--dataset.path={copy}", "--online.steps=0") == 0
+    copy.write_bytes(maze.with_name("maze-val.npz").read_bytes())
+    assert finetune_ogbench.main(["--resume=true", f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "is not the one that the run" in capsys.readouterr().err
+
+
+def test_every_preset_is_of_a_task_that_there_is():
+    for preset, steps in (("default", 600), ("cube_single", 200), ("paper", 500)):
+        config = finetune_ogbench.read_config([f"--preset={preset}"])
+        assert config.eval.max_episode_steps == steps
+        assert "singletask" in config.env.task

@@ -1,0 +1,69 @@
+"""The settings of a run on OGBench's states, beside those of every run on states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from vla_trqam.config.settings import StateRunConfig
+from vla_trqam.data.sampling import ShortChunks
+from vla_trqam.methods.bc import BehaviourCloningConfig
+
+OGBenchReward = Literal["success_minus_one", "sparse"]
+"""Of the kinds of a reward; there is no column, as the data is relabelled for the task."""
+
+
+@dataclass
+class OGBenchTaskConfig:
+    """The task.
+
+    Attributes:
+        task: OGBench's name of a single task with states; without -taskN, the domain's default one.
+    """
+
+    task: str = "pointmaze-medium-navigate-singletask-task1-v0"
+
+
+@dataclass
+class OGBenchDataConfig:
+    """The replay's offline data.
+
+    Attributes:
+        path: an npz of OGBench's format, or a folder of them, which are read one after the other;
+            null for the place where OGBench keeps the task's own.
+        reward: what the critic maximises, of a success that is 1 and everything else 0.
+        short_chunks: chunks that a solved state cuts short.
+    """
+
+    path: Path | None = None
+    reward: OGBenchReward = "success_minus_one"
+    short_chunks: ShortChunks = "pad"
+
+
+@dataclass
+class OGBenchCloningConfig:
+    """Behaviour cloning of the base, of all of the data.
+
+    Attributes:
+        steps: updates.
+        batch_size: chunks a batch.
+        optimizer: its step size and averaging.
+    """
+
+    steps: int = 5000
+    batch_size: int = 256
+    optimizer: BehaviourCloningConfig = field(default_factory=BehaviourCloningConfig)
+
+
+@dataclass
+class FinetuneOGBenchConfig(StateRunConfig):
+    """Every setting of the recipe; ``--preset`` names a section of finetune_ogbench.yaml.
+
+    Attributes:
+        env: the task.
+    """
+
+    dataset: OGBenchDataConfig = field(default_factory=OGBenchDataConfig)
+    pretrain: OGBenchCloningConfig = field(default_factory=OGBenchCloningConfig)
+    env: OGBenchTaskConfig = field(default_factory=OGBenchTaskConfig)
