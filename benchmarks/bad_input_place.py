@@ -269,6 +269,8 @@ def cut(path: Path, share: float = 0.5) -> Path:
 
 def run_main(command: Command) -> int:
     """The recipe's ``main`` in this process, with no Hub, no token and no simulator to reach."""
+    from vla_trqam.engine import state_runs
+
     module = importlib.import_module(f"vla_trqam.recipes.{command.recipe}")
     arguments = list(command.arguments)
     if command.recipe == "finetune_pi0":
@@ -278,9 +280,11 @@ def run_main(command: Command) -> int:
         main = module.main
     idle = _IdlePool if "--resume=true" in arguments else _no_simulator
     with ExitStack() as stack:
-        for name in SIMULATORS:
-            if hasattr(module, name):
-                stack.enter_context(patch.object(module, name, idle))
+        # Runs on states have their simulators in the engine.
+        for place in (module, state_runs):
+            for name in SIMULATORS:
+                if hasattr(place, name):
+                    stack.enter_context(patch.object(place, name, idle))
         stack.enter_context(patch("huggingface_hub.constants.HF_HUB_OFFLINE", True))
         stack.enter_context(patch("vla_trqam.hub.access.get_token", lambda: None))
         status: int = main(arguments)
