@@ -11,6 +11,7 @@ from test_bandit import SHAPE, pretrained, reward, transitions
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.errors import UserError
 from vla_trqam.methods import registry
 from vla_trqam.methods.base import GeneratorNoise
 
@@ -54,6 +55,20 @@ def test_the_pages_method_learns_to_choose(example: types.ModuleType) -> None:
     assert earns("tuned") > -0.4
 
 
+def test_micro_batches_make_the_same_update_of_it(example: types.ModuleType) -> None:
+    found = []
+    for parts in (1, 4):
+        torch.manual_seed(1)
+        policy = MLPFlowPolicy(SHAPE)
+        critic = Critic(CriticEnsemble(1, 2, (48, 48), 2))
+        method = registry.make_method(policy, critic, example.BestOfNConfig())
+        batch = transitions(torch.Generator().manual_seed(3))
+        batch.terminated[:] = False
+        method.update(batch, torch.Generator().manual_seed(4), num_parts=parts)
+        found.append(method.metrics()["target_mean"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_the_pages_knobs_are_checked(example: types.ModuleType) -> None:
-    with pytest.raises(Exception, match="num_samples is 0"):
+    with pytest.raises(UserError, match="num_samples is 0"):
         example.BestOfNConfig(num_samples=0)

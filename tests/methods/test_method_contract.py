@@ -118,6 +118,13 @@ def test_the_critic_alone_moves_and_what_acts_stays(name: str) -> None:
         assert torch.equal(acted(method), action)
 
 
+def test_the_critic_alone_leaves_a_training_base_and_its_mean_alone(name: str) -> None:
+    method = updated(method_of(name, train_base=True), 2)
+    before = state_of(method)
+    method.update_critic(batch_of(5), torch.Generator().manual_seed(5))
+    assert [key for key in changed(method, before) if key.startswith("policy.")] == []
+
+
 def test_the_base_acts_by_its_own_flow_and_never_changes(name: str) -> None:
     method = method_of(name)
     context = method.policy.encode(batch_of(7).observation)

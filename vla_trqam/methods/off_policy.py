@@ -192,7 +192,7 @@ class SummedLosses(OffPolicyMethod):
             (rows_of(batch, rows), {name: value[rows] for name, value in draws.items()})
             for rows in slices(len(batch), num_parts)
         ]
-        self._found = self._step(parts, lambda part: self.losses(*part))
+        self._found = self._step(parts, lambda part: self.losses(*part), moves_base=True)
         chunks = [output.next_action for output in self._found.outputs]
         known = [chunk for chunk in chunks if chunk is not None]
         self.next_action = torch.cat(known) if len(known) == len(chunks) else None
@@ -206,7 +206,9 @@ class SummedLosses(OffPolicyMethod):
         """See :meth:`OffPolicyMethod.update_critic`."""
         draws = self.draw(batch, generator)
         self._critic_found = self._step(
-            [(batch, draws)], lambda part: self.critic_losses(*part, next_action)
+            [(batch, draws)],
+            lambda part: self.critic_losses(*part, next_action),
+            moves_base=False,
         )
 
     def metrics(self) -> dict[str, float]:
@@ -225,6 +227,8 @@ class SummedLosses(OffPolicyMethod):
         self,
         parts: Sequence[tuple[TransitionBatch[Any], Draws]],
         forward: Callable[[tuple[TransitionBatch[Any], Draws]], Losses],
+        *,
+        moves_base: bool,
     ) -> _Found:
         shares = self.ranks.shares([len(batch) for batch, _ in parts])
         self.optimizer.zero_grad(set_to_none=True)
@@ -245,7 +249,8 @@ class SummedLosses(OffPolicyMethod):
         self._check(outputs, shares, norms)
         # The targets follow the weights as they were before this step, as in the authors' code.
         self.critic.update_target()
-        self.policy.update_base(self.config.base_ema_rate)
+        if moves_base:
+            self.policy.update_base(self.config.base_ema_rate)
         # Adam leaves alone what has no gradient.
         self.optimizer.step()
         return _Found(outputs, shares, norms, self.ranks)
