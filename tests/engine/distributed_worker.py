@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 from update_problems import BATCH, batch_of, method_of, noise_of
 
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.engine.folder.state import module_tensors
 from vla_trqam.engine.processes.team import (
     FailedElsewhereError,
     Team,
@@ -30,7 +32,11 @@ from vla_trqam.engine.processes.team import (
 )
 from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.methods.adjoint_matching import micro_batches
-from vla_trqam.methods.off_policy import rows_of
+from vla_trqam.methods.dsrl import DSRLConfig
+from vla_trqam.methods.fql import FQLConfig
+from vla_trqam.methods.ifql import IFQLConfig
+from vla_trqam.methods.off_policy import OffPolicyConfig, SummedLosses, rows_of
+from vla_trqam.methods.registry import make_method
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 
 CUT = 7
@@ -224,7 +230,37 @@ def _together(team: Team) -> bool:
     return fine and all(team.gather(said() == expected)) and all(team.gather(told()))
 
 
+def beside_the_flow(config: OffPolicyConfig, place: Place) -> dict[str, Tensor]:
+    """Updates of a method that acts by networks of its own; a base in training, micro-batches."""
+    made = method_of(CONFIG)
+    torch.manual_seed(10 + place.team.rank)  # the ranks' networks come with different weights
+    if place.team.rank == 0:
+        torch.manual_seed(10)
+    method = make_method(made.policy, made.critic, config, place.accelerator)
+    assert isinstance(method, SummedLosses)
+    history = []
+    for step in range(3):
+        batch = batch_with_short_chunks(step)
+        draws = method.draw(batch, torch.Generator().manual_seed(step))
+        own = {name: value[place.rows] for name, value in draws.items()}
+        parts = 1 if place.team.size == 1 else 2
+        method.update_from(rows_of(batch, place.rows), own, num_parts=parts)
+        history.append(method.metrics())
+    found = {k: v.clone() for k, v in module_tensors(method).items()}
+    for step, metrics in enumerate(history):
+        found |= {f"{step}.{k}": torch.tensor(v).double() for k, v in metrics.items()}
+    return found
+
+
+BESIDE = {
+    "fql": FQLConfig(hidden_dims=(16,), train_base=True),
+    "ifql": IFQLConfig(train_base=True, max_grad_norm=0.5),
+    "dsrl": DSRLConfig(hidden_dims=(16,)),
+}
+
 SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {
+    name: partial(beside_the_flow, config) for name, config in BESIDE.items()
+} | {
     function.__name__: function
     for function in (
         updates,
