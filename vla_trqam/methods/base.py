@@ -134,20 +134,14 @@ class Requirements:
     Attributes:
         trains_field: the policy's own weights move; otherwise the policy stays as it came and only
             networks beside it are trained.
-        base_jacobian: products with the base field's Jacobian.
         next_actions: the TD target needs an action of the policy at the next observation.
         host_acts: the saved policy acts by itself in its host library; otherwise what acts needs
             the method's own networks too.
-        several_processes: can be trained by several processes.
-        shards: can leave every process a part of the weights only.
     """
 
     trains_field: bool
-    base_jacobian: bool
     next_actions: bool
     host_acts: bool
-    several_processes: bool = True
-    shards: bool = False
 
 
 class Method(ABC):

@@ -44,13 +44,7 @@ class BehaviourCloningConfig:
 class BehaviourCloning(Method):
     """Trains the tuned field on demonstrations; :meth:`finish` makes its average the policy."""
 
-    requirements = Requirements(
-        trains_field=True,
-        base_jacobian=False,
-        next_actions=False,
-        host_acts=True,
-        several_processes=False,
-    )
+    requirements = Requirements(trains_field=True, next_actions=False, host_acts=True)
 
     def __init__(self, policy: FlowPolicy, config: BehaviourCloningConfig, num_steps: int) -> None:
         self.policy, self.config, self._num_steps = policy, config, num_steps

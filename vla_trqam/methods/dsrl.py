@@ -83,9 +83,7 @@ class NoiseActor:
 class DSRL(SummedLosses):
     """See the module."""
 
-    requirements = Requirements(
-        trains_field=False, base_jacobian=False, next_actions=True, host_acts=False
-    )
+    requirements = Requirements(trains_field=False, next_actions=True, host_acts=False)
     config: DSRLConfig
 
     def make_networks(self) -> dict[str, nn.Module]:

@@ -93,9 +93,7 @@ class OneStepActor:
 class FQL(SummedLosses):
     """See the module."""
 
-    requirements = Requirements(
-        trains_field=False, base_jacobian=False, next_actions=True, host_acts=False
-    )
+    requirements = Requirements(trains_field=False, next_actions=True, host_acts=False)
     config: FQLConfig
 
     def make_networks(self) -> dict[str, nn.Module]:

@@ -89,9 +89,7 @@ class BestOfN:
 class IFQL(SummedLosses):
     """See the module."""
 
-    requirements = Requirements(
-        trains_field=False, base_jacobian=False, next_actions=False, host_acts=False
-    )
+    requirements = Requirements(trains_field=False, next_actions=False, host_acts=False)
     config: IFQLConfig
 
     def make_networks(self) -> dict[str, nn.Module]:

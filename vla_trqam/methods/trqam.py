@@ -210,9 +210,7 @@ class TRQAM(OffPolicyMethod):
         UserError: what the accelerator or the config asks for is not possible.
     """
 
-    requirements = Requirements(
-        trains_field=True, base_jacobian=True, next_actions=True, host_acts=True, shards=True
-    )
+    requirements = Requirements(trains_field=True, next_actions=True, host_acts=True)
 
     def __init__(
         self,
