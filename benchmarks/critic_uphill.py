@@ -41,7 +41,8 @@ from uphill_report import StepResult, describe, draw, to_json
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
 from vla_trqam.config.parsing import saved_config
-from vla_trqam.config.settings import TRAINING_SEED, FinetuneRobomimicConfig
+from vla_trqam.config.settings import TRAINING_SEED
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.robomimic_hdf5 import read_robomimic
 from vla_trqam.data.sampling import RewardSpec

@@ -31,7 +31,7 @@ from vla_trqam.recipes.finetune_robomimic import PRESETS
 
 from vla_trqam.adjoint import AdjointKind
 from vla_trqam.config.parsing import parse_config
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.engine.processes.memory import keep_freed_memory

@@ -21,7 +21,8 @@ from vla_trqam.recipes.saved_policies import Contestant, Loading, Place
 from vla_trqam.config.evaluate_settings import EvaluateConfig
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import parse_config
-from vla_trqam.config.settings import EvalConfig, FinetuneRobomimicConfig
+from vla_trqam.config.settings import EvalConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.frame_replay import image_key
 from vla_trqam.data.robomimic_hdf5 import read_env_args
 from vla_trqam.engine.acting import chunk_policy

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.robomimic_hdf5 import RobomimicFile
 from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder.pins import Source

@@ -15,7 +15,7 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import read_settings, saved_config
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.engine.folder.checkpoints import (
@@ -37,7 +37,7 @@ from vla_trqam.methods.base import Actor, FlowActor
 from vla_trqam.methods.registry import make_method, name_of, requirements_of
 from vla_trqam.policy import FlowPolicy
 
-RunSettings = FinetuneRobomimicConfig | FinetuneVLAConfig
+RunSettings = FinetuneRobomimicConfig | FinetuneOGBenchConfig | FinetuneVLAConfig
 POLICY_CONFIG = "config.json"
 # A checkpoint's folder lies in its run's, and a policy's in a checkpoint's.
 DEPTH = 4

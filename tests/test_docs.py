@@ -8,7 +8,7 @@ from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import parse_config
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.methods.registry import METHODS
 

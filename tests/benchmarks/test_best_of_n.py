@@ -10,7 +10,7 @@ from critic_uphill import Subject
 from torch import Tensor, nn
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.envs.rollout import Episode
 

@@ -24,7 +24,8 @@ from uphill_report import describe, draw, q_against_returns, to_json, verdict
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.config.parsing import dump_config
-from vla_trqam.config.settings import CriticConfig, FinetuneRobomimicConfig
+from vla_trqam.config.settings import CriticConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.envs.chunked import ChunkEnv

@@ -7,7 +7,7 @@ from update_step import AUTHORS_CHAIN, Chain, Size
 from vla_trqam.recipes.finetune_robomimic import PRESETS
 
 from vla_trqam.config.parsing import parse_config
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 
 SMALL = Size("small", 3, 2, 2, 9, (6,), (5,), 2, False)
 ROWS, CHUNK, IN = 9, 4, 3 + 4 + 1

@@ -12,11 +12,8 @@ from vla_trqam.config.parsing import (
     resumed_config,
     saved_config,
 )
-from vla_trqam.config.settings import (
-    LARGEST_SEED,
-    FinetuneRobomimicConfig,
-    OnlineConfig,
-)
+from vla_trqam.config.settings import LARGEST_SEED, OnlineConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.errors import UserError
 
 

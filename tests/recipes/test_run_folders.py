@@ -12,7 +12,7 @@ from toy_task import Killed, ToyPool
 from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.config.parsing import saved_config
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder import own_folder
 from vla_trqam.methods.bc import BehaviourCloning

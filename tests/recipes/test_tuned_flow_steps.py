@@ -12,7 +12,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.config.parsing import parse_config
-from vla_trqam.config.settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine import state_runs
 from vla_trqam.engine.acting import chunk_policy

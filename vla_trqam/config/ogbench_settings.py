@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vla_trqam.config.settings import StateRunConfig
+from vla_trqam.config.state_settings import StateRunConfig
 from vla_trqam.data.sampling import ShortChunks
 from vla_trqam.methods.bc import BehaviourCloningConfig
 

@@ -1,4 +1,4 @@
-"""The settings of a run on states; every knob has one owner, here or in the part it belongs to."""
+"""What the settings of every run have; every knob has one owner, here or in its part."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import ClassVar, Literal, get_args
 
 from vla_trqam.config.methods import MethodChoice, default_method
-from vla_trqam.data.sampling import RewardKind, ShortChunks
-from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
-from vla_trqam.methods.bc import BehaviourCloningConfig
-from vla_trqam.report.flow_steps import check_flow_steps
 from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
@@ -32,68 +28,6 @@ def check_on_divergence(value: str) -> None:
     """
     if value not in get_args(OnDivergence):
         raise UserError(f"--on_divergence={value} must be {' or '.join(get_args(OnDivergence))}")
-
-
-@dataclass
-class DatasetConfig:
-    """The replay's offline data.
-
-    Attributes:
-        path: a Robomimic HDF5 file; without path and name, the packed file of Lift.
-        name: an official dataset ("lift/mh"), downloaded from the Hub.
-        filter_key: only the demos of this key.
-        obs_keys: low-dimensional observations, concatenated in this order.
-        reward: what the critic maximises.
-        short_chunks: chunks that the episode's end cuts short.
-    """
-
-    path: Path | None = None
-    name: str | None = None
-    filter_key: str | None = None
-    obs_keys: tuple[str, ...] = LOW_DIM_KEYS
-    reward: RewardKind = "success_minus_one"
-    short_chunks: ShortChunks = "pad"
-
-
-@dataclass
-class PolicyConfig:
-    """The policy: a checkpoint, or the shape of a new one.
-
-    Attributes:
-        path: folder of a pretrained policy, whose shape it keeps; skips the pretraining.
-        chunk_length: H, all of which is executed before the policy is asked again.
-        hidden_dims: widths of the hidden layers.
-        layer_norm: normalise after every activation.
-        num_flow_steps: K, the steps from noise to action of the pretrained policy.
-        tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
-            Few steps want ``method.scheme: posterior``.
-    """
-
-    path: Path | None = None
-    chunk_length: int = 5
-    hidden_dims: tuple[int, ...] = (256, 256, 256)
-    layer_norm: bool = False
-    num_flow_steps: int = 10
-    tuned_flow_steps: int | None = None
-
-
-@dataclass
-class PretrainConfig:
-    """Behaviour cloning of the base.
-
-    Attributes:
-        steps: updates.
-        batch_size: chunks a batch.
-        filter_key: the demos of this key; None for all of the replay's.
-        num_demos: the first so many of them; None for all.
-        optimizer: its step size and averaging.
-    """
-
-    steps: int = 5000
-    batch_size: int = 256
-    filter_key: str | None = None
-    num_demos: int | None = None
-    optimizer: BehaviourCloningConfig = field(default_factory=BehaviourCloningConfig)
 
 
 @dataclass
@@ -117,22 +51,6 @@ class CriticConfig:
     adjoint_pessimism: float = 0.0
     target_rate: float = 0.005
     clip_actions: bool = True
-
-
-@dataclass
-class OfflineConfig:
-    """Updates from the dataset.
-
-    Attributes:
-        critic_steps: updates of the critic alone before the policy moves.
-        steps: updates.
-        base_episodes: episodes of the base policy that join the replay first, so that the critic
-            knows what the base does.
-    """
-
-    critic_steps: int = 0
-    steps: int = 10000
-    base_episodes: int = 60
 
 
 @dataclass
@@ -176,31 +94,51 @@ class EvalConfig:
     videos: int | None = None
 
 
+@dataclass
 class RunSettings(ABC):
-    """What the settings of every run have: a method, and initial states for each purpose.
+    """What the settings of every run have.
 
     ``GROWING`` has the numbers of updates that a resumed run may be given more of, by flag, and
     their phases, in order.
+
+    Attributes:
+        output_dir: the run's folder; null for a new one named after the time.
+        resume: go on with the run in ``output_dir``, whose settings it keeps.
+        checkpoint: the one of that run to go on from, like 000500; null for its last.
+        seed: of all that is random in training; the evaluation does not depend on it.
+        batch_size: chunks a batch of the updates that move the policy.
+        discount: gamma, per control step.
+        evaluate_every: updates between evaluations during training; 0 for none.
+        log_freq: updates between lines of ``metrics.jsonl``.
+        save_freq: updates between checkpoints.
+        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
+            its last checkpoint with half the step sizes ("rollback", at most five times).
+        log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
+        num_threads: torch's threads; null for one a core.
+        critic: the critic ensemble.
+        method: which method, and its knobs.
+        online: updates with rollouts between them.
+        eval: the evaluations.
     """
 
     GROWING: ClassVar[Mapping[str, str]] = {}
 
-    output_dir: Path | None
-    resume: bool
-    checkpoint: str | None
-    seed: int
-    batch_size: int
-    discount: float
-    evaluate_every: int
-    log_freq: int
-    save_freq: int
-    on_divergence: OnDivergence
-    log_with: Service | None
-    num_threads: int | None
-    critic: CriticConfig
-    method: MethodChoice
-    online: OnlineConfig
-    eval: EvalConfig
+    output_dir: Path | None = None
+    resume: bool = False
+    checkpoint: str | None = None
+    seed: int = 0
+    batch_size: int = 128
+    discount: float = 0.99
+    evaluate_every: int = 3000
+    log_freq: int = 100
+    save_freq: int = 1000
+    on_divergence: OnDivergence = "stop"
+    log_with: Service | None = None
+    num_threads: int | None = None
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    method: MethodChoice = field(default_factory=default_method)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property
     @abstractmethod
@@ -319,159 +257,6 @@ class RunSettings(ABC):
                 f"the settings roll out {self.num_training_episodes} episodes for training; "
                 f"there are initial states for {TRAINING_SEED_STRIDE}"
             )
-
-
-class StateData(Protocol):
-    """What every recipe of states asks of its offline data."""
-
-    short_chunks: ShortChunks
-
-    @property
-    def reward(self) -> RewardKind:
-        """What the critic maximises."""
-
-
-class Cloning(Protocol):
-    """What every recipe of states asks of the pretraining."""
-
-    steps: int
-    batch_size: int
-    optimizer: BehaviourCloningConfig
-
-
-@dataclass
-class StateRunConfig(RunSettings):
-    """Every setting of a run on states; a recipe's own say what data and which cloning.
-
-    Attributes:
-        output_dir: the run's folder; null for a new one named after the time.
-        resume: go on with the run in ``output_dir``, whose settings it keeps.
-        checkpoint: the one of that run to go on from, like 000500; null for its last.
-        seed: of all that is random in training; the evaluation does not depend on it.
-        batch_size: chunks a batch of the offline and online updates.
-        discount: gamma, per control step.
-        evaluate_every: updates between evaluations during training; 0 for none.
-        log_freq: updates between lines of ``metrics.jsonl``.
-        save_freq: updates between checkpoints.
-        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
-            its last checkpoint with half the step sizes ("rollback", at most five times).
-        log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
-        num_threads: torch's threads; null for one a core.
-        dataset: the replay's offline data.
-        policy: the policy.
-        pretrain: behaviour cloning of the base.
-        critic: the critic ensemble.
-        method: which method, and its knobs.
-        offline: updates from the dataset.
-        online: updates with rollouts between them.
-        eval: the evaluations.
-    """
-
-    GROWING: ClassVar[Mapping[str, str]] = {"offline.steps": "offline", "online.steps": "online"}
-
-    output_dir: Path | None = None
-    resume: bool = False
-    checkpoint: str | None = None
-    seed: int = 0
-    batch_size: int = 128
-    discount: float = 0.99
-    evaluate_every: int = 3000
-    log_freq: int = 100
-    save_freq: int = 1000
-    on_divergence: OnDivergence = "stop"
-    log_with: Service | None = None
-    num_threads: int | None = None
-    dataset: StateData = field(default_factory=DatasetConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    pretrain: Cloning = field(default_factory=PretrainConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    method: MethodChoice = field(default_factory=default_method)
-    offline: OfflineConfig = field(default_factory=OfflineConfig)
-    online: OnlineConfig = field(default_factory=OnlineConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-
-    @property
-    def num_base_episodes(self) -> int:
-        """Episodes of the base policy that join the replay before it moves."""
-        return self.offline.base_episodes
-
-    def _at_least_one(self) -> dict[str, int | None]:
-        return {
-            "policy.chunk_length": self.policy.chunk_length,
-            "policy.hidden_dims": min(self.policy.hidden_dims, default=0),
-            "policy.num_flow_steps": self.policy.num_flow_steps,
-            "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
-            "pretrain.steps": self.pretrain.steps,
-            "pretrain.batch_size": self.pretrain.batch_size,
-        }
-
-    def _not_negative(self) -> dict[str, int | None]:
-        return {
-            "offline.steps": self.offline.steps,
-            "offline.critic_steps": self.offline.critic_steps,
-            "offline.base_episodes": self.offline.base_episodes,
-        }
-
-    def _check_data(self) -> None:
-        """Refuses settings of the recipe's own data that do not go together."""
-
-    def _check_choices(self) -> None:
-        if self.offline.steps + self.online.steps < 1:
-            raise UserError(
-                "--offline.steps and --online.steps are both 0: nothing would be trained"
-            )
-        self._check_data()
-        if self.eval.max_episode_steps < self.policy.chunk_length:
-            raise UserError(
-                f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
-                f"its first chunk of {self.policy.chunk_length} steps"
-            )
-        tuned = self.policy.tuned_flow_steps
-        if tuned is not None:
-            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)
-        elif self.policy.path is None:
-            own = self.policy.num_flow_steps
-            check_flow_steps(own, f"--policy.num_flow_steps={own}", self.method)
-        super()._check_choices()
-
-
-@dataclass
-class FinetuneRobomimicConfig(StateRunConfig):
-    """Every setting of the recipe; ``--preset`` names a section of finetune_robomimic.yaml."""
-
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-
-    def _at_least_one(self) -> dict[str, int | None]:
-        return super()._at_least_one() | {"pretrain.num_demos": self.pretrain.num_demos}
-
-    def _check_data(self) -> None:
-        if self.dataset.path is not None and self.dataset.name is not None:
-            raise UserError("--dataset.path and --dataset.name are both given; choose one")
-        keys = self.dataset.obs_keys
-        if len(set(keys)) < len(keys):
-            raise UserError(f"--dataset.obs_keys=[{', '.join(keys)}] has an observation twice")
-
-
-def refuse_idle_flags(config: StateRunConfig, flags: set[str]) -> None:
-    """Refuses flags that a given policy leaves without effect.
-
-    Args:
-        config: all settings.
-        flags: the names, with their dashes, of those on the command line.
-
-    Raises:
-        UserError: there is such a flag.
-    """
-    if config.policy.path is None:
-        return
-    used = {"--policy.path", "--policy.tuned_flow_steps"}
-    idle = sorted(f for f in flags - used if f.startswith(("--policy.", "--pretrain")))
-    if idle:
-        raise UserError(
-            f"--policy.path={config.policy.path} is a policy that is trained already and has its "
-            f"own shape; leave out {', '.join(idle)}"
-        )
 
 
 def refuse_below(values: Mapping[str, int | None], least: int) -> None:

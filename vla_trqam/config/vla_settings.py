@@ -7,12 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.config.settings import (
     CriticConfig,
-    EvalConfig,
-    OnDivergence,
-    OnlineConfig,
     RunSettings,
 )
 from vla_trqam.data.lerobot_labels import RewardSource
@@ -21,7 +17,6 @@ from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
 from vla_trqam.report.flow_steps import check_flow_steps
-from vla_trqam.report.tracker import Service
 
 
 @dataclass
@@ -139,60 +134,34 @@ class FinetuneVLAConfig(RunSettings):
     """Every setting of the recipes for LeRobot's policies; ``--preset`` names a section.
 
     Attributes:
-        output_dir: the run's folder; null for a new one named after the time.
-        resume: go on with the run in ``output_dir``, whose settings it keeps.
-        checkpoint: the one of that run to go on from, like 000500; null for its last.
-        seed: of all that is random in training; the evaluation does not depend on it.
         steps: updates of the policy from the dataset, before the online ones.
         base_episodes: episodes of the base policy that join the replay first.
         batch_size: chunks a batch of the policy's updates.
         micro_batches: parts that such a batch is taken in, one after the other: less memory.
-        discount: gamma, per control step.
-        evaluate_every: updates between evaluations during training; 0 for none.
-        log_freq: updates between lines of ``metrics.jsonl``.
-        save_freq: updates between checkpoints.
-        on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
-            its last checkpoint with half the step sizes ("rollback", at most five times).
-        log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
-        num_threads: torch's threads; null for one a core.
         dataset: the replay's offline data.
         rename_map: from the dataset's cameras to those that the policy looks through, like
             ``{observation.images.front: observation.images.top}``.
         policy: the policy.
         peft: what is trained of it.
-        critic: the critic ensemble.
-        method: which method, and its knobs.
         online: updates with rollouts between them; none without ``env``.
         env: the simulator.
-        eval: the evaluations.
     """
 
     GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
 
-    output_dir: Path | None = None
-    resume: bool = False
-    checkpoint: str | None = None
-    seed: int = 0
     steps: int = 1000
     base_episodes: int = 0
     batch_size: int = 32
     micro_batches: int = 1
-    discount: float = 0.99
     evaluate_every: int = 0
     log_freq: int = 10
     save_freq: int = 250
-    on_divergence: OnDivergence = "stop"
-    log_with: Service | None = None
-    num_threads: int | None = None
     dataset: VLADatasetConfig = field(default_factory=VLADatasetConfig)
     rename_map: dict[str, str] = field(default_factory=dict)
     policy: VLAPolicyConfig = field(default_factory=VLAPolicyConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     critic: VLACriticConfig = field(default_factory=VLACriticConfig)
-    method: MethodChoice = field(default_factory=default_method)
-    online: OnlineConfig = field(default_factory=OnlineConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property
     def num_base_episodes(self) -> int:

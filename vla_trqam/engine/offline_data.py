@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import vla_trqam.data
-from vla_trqam.config.settings import DatasetConfig, FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import DatasetConfig, FinetuneRobomimicConfig
 from vla_trqam.data.official import download_official
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.robomimic_hdf5 import (

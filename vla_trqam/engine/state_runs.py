@@ -17,7 +17,7 @@ import torch
 
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, settings_of
-from vla_trqam.config.settings import StateRunConfig, refuse_idle_flags
+from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vla_trqam.config.parsing import Resumable, dump_config
-from vla_trqam.config.settings import StateRunConfig
+from vla_trqam.config.state_settings import StateRunConfig
 from vla_trqam.data.replay import ReplayBuffer
 from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
 from vla_trqam.engine.processes.team import Team
