@@ -76,7 +76,13 @@ def _json(
     texts = [(root / name).read_text() for root in (one, other)]
     for number, place in enumerate(places or ()):
         texts[number] = texts[number].replace(str(place.resolve()), "RUN")
-    if _without_costs(json.loads(texts[0])) != _without_costs(json.loads(texts[1])):
+    mine, theirs = (_without_costs(json.loads(text)) for text in texts)
+    if mine == theirs:
+        return
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        entries = sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
+        yield f"{name} differs in {', '.join(entries)}"
+    else:
         yield f"{name} differs"
 
 
