@@ -20,17 +20,6 @@ from vla_trqam.envs.rollout import Episode, RolloutPool
 pytest.register_assert_rewrite("family_contract")
 
 
-@pytest.fixture(autouse=True)
-def platform_of_one_process() -> Iterator[None]:
-    """Simulator processes choose how they render; here several families share one process."""
-    chosen = os.environ.get("MUJOCO_GL")
-    yield
-    if chosen is None:
-        os.environ.pop("MUJOCO_GL", None)
-    else:
-        os.environ["MUJOCO_GL"] = chosen
-
-
 @pytest.fixture(scope="class")
 def family(request: pytest.FixtureRequest) -> EnvFamily:
     """Of a subclass of `FamilyContract`."""

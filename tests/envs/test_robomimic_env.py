@@ -1,5 +1,7 @@
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,8 +9,6 @@ from gymnasium.utils.env_checker import check_env
 
 from vla_trqam.envs.robomimic import RobomimicEnv, create_robomimic_env, env_meta_for
 from vla_trqam.errors import UserError
-
-MUJOCO_GL_AT_START = os.environ.get("MUJOCO_GL")
 
 
 def model_arrays(model):
@@ -173,5 +173,22 @@ def test_a_gl_platform_that_robosuite_would_replace_is_refused(monkeypatch):
         create_robomimic_env(env_meta_for("Lift"), render_offscreen=True)
 
 
-def test_the_environment_variable_is_left_as_the_user_has_it(lift):
-    assert os.environ.get("MUJOCO_GL") == MUJOCO_GL_AT_START
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [None, "osmesa"])
+def test_the_environment_variable_is_left_as_the_user_has_it(chosen):
+    """In a process of its own: what sets it is robosuite's import, which comes once a process."""
+    code = (
+        "import os\n"
+        "from vla_trqam.envs.robomimic import create_robomimic_env, env_meta_for\n"
+        "create_robomimic_env(env_meta_for('Lift'))\n"
+        "print('left as', os.environ.get('MUJOCO_GL'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    environment |= {} if chosen is None else {"MUJOCO_GL": chosen}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    if chosen is not None and "install its GL library" in done.stderr:
+        pytest.skip(f"no {chosen} here")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"left as {chosen}"
