@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vla_trqam.adapters.flow_family import FlowFamily
+from vla_trqam.adapters.families.base import FlowFamily
 
 
 @dataclass(frozen=True)

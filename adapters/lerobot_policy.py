@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from vla_trqam.adapters.base_field import AdaptersOff, BaseField, FrozenCopy
 from vla_trqam.adapters.cameras import Cameras, cameras_of
 from vla_trqam.adapters.critic_features import CriticFeatures, layer_index, mean_over_valid
-from vla_trqam.adapters.flow_family import FlowFamily, Observation
+from vla_trqam.adapters.families.base import FlowFamily, Observation
 from vla_trqam.adapters.path_fields import LeRobotPathFields
 from vla_trqam.adapters.processors import Limits, Processors
 
@@ -317,7 +317,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         Raises:
             UserError: the adapters alone are asked for, and their base is in no file.
         """
-        from vla_trqam.adapters.saving import save_adapters, save_whole
+        from vla_trqam.adapters.checkpoint.saving import save_adapters, save_whole
 
         directory = Path(directory)
         if isinstance(self.model, PeftModel) and not merged:
@@ -338,7 +338,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         It acts with :attr:`own_flow_steps`. Adapters that are saved later name it after
         :meth:`name_base`.
         """
-        from vla_trqam.adapters.saving import save_base
+        from vla_trqam.adapters.checkpoint.saving import save_base
 
         assert isinstance(self.model, PeftModel), "a base of its own is of adapters"
         taken = self.num_flow_steps

@@ -16,12 +16,8 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import PeftModel
-from vla_trqam.adapters.critic_features import CriticFeatures
-from vla_trqam.adapters.families import check_type, family_of
-from vla_trqam.adapters.intake import reconcile, switch_off
-from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy, check_config
-from vla_trqam.adapters.lora import LoRASettings, check_kind, with_lora
-from vla_trqam.adapters.policy_gate import (
+from vla_trqam.adapters.checkpoint.intake import reconcile, switch_off
+from vla_trqam.adapters.checkpoint.policy_gate import (
     ADAPTER_CONFIG,
     ADAPTERS,
     CONFIG,
@@ -31,11 +27,15 @@ from vla_trqam.adapters.policy_gate import (
     check_policy_folder,
     no_foreign_code,
 )
+from vla_trqam.adapters.checkpoint.weights import verify_adapters, verify_policy
+from vla_trqam.adapters.critic_features import CriticFeatures
+from vla_trqam.adapters.families.registry import check_type, family_of
+from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy, check_config
+from vla_trqam.adapters.lora import LoRASettings, check_kind, with_lora
 from vla_trqam.adapters.processors import Limits, Processors
-from vla_trqam.adapters.weights import verify_adapters, verify_policy
 
 from vla_trqam.data.foreign import read_json
-from vla_trqam.data.lerobot_hub import commit_of
+from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.errors import UserError
 
 PREPROCESSOR = "policy_preprocessor.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import PeftModel, PeftType
-from vla_trqam.adapters.flow_family import FlowFamily
+from vla_trqam.adapters.families.base import FlowFamily
 
 from vla_trqam.errors import UserError
 

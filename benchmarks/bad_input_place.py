@@ -19,8 +19,8 @@ import numpy as np
 
 import vla_trqam.data
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
-from vla_trqam.data.lerobot_writer import write_lerobot_dataset
-from vla_trqam.envs.env_meta import env_meta_for
+from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
 
 RecipeName = Literal[
     "finetune_robomimic", "finetune_pi0", "hub", "make_robomimic_data", "make_tiny_vla"

@@ -44,14 +44,14 @@ from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.settings import TRAINING_SEED
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.data.robomimic_hdf5 import read_robomimic
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.robomimic.hdf5 import read_robomimic
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.folder.checkpoints import ALGORITHM, CHECKPOINTS, LAST, PRETRAINED
 from vla_trqam.engine.folder.run_folder import BASE_NAME, CONFIG_NAME
 from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.envs.chunked import ChunkEnv
-from vla_trqam.envs.robomimic import RobomimicEnv
+from vla_trqam.envs.robomimic.env import RobomimicEnv
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.report.provenance import command_line, git_commit, package_versions

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_trqam.envs.demonstrators.tasks import DEMO_TASKS, demo_task
-from vla_trqam.envs.env_meta import LOW_DIM_KEYS, Task, env_meta_for
-from vla_trqam.envs.robomimic import RobomimicEnv, create_robomimic_env
+from vla_trqam.envs.robomimic.demonstrators.tasks import DEMO_TASKS, demo_task
+from vla_trqam.envs.robomimic.env import RobomimicEnv, create_robomimic_env
+from vla_trqam.envs.robomimic.env_meta import LOW_DIM_KEYS, Task, env_meta_for
 from vla_trqam.errors import UserError
 
 EPISODE_STEPS = 100

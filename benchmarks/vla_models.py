@@ -13,7 +13,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from torch import Tensor
-from vla_trqam.adapters.families import family_of
+from vla_trqam.adapters.families.registry import family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.lora import LoRASettings, with_lora
 from vla_trqam.adapters.tiny import checkpoints as tiny

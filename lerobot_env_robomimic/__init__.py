@@ -4,6 +4,6 @@ Where it is not installed as one, `--env.discover_packages_path=lerobot_env_robo
 for any LeRobot command that is run beside this folder.
 """
 
-from vla_trqam.envs.lerobot_env import RobomimicEnvConfig
+from vla_trqam.envs.robomimic.lerobot_env import RobomimicEnvConfig
 
 __all__ = ["RobomimicEnvConfig"]

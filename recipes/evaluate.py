@@ -24,7 +24,7 @@ from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import EvalConfig
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.frame_replay import image_key
-from vla_trqam.data.robomimic_hdf5 import read_env_args
+from vla_trqam.data.sources.robomimic.hdf5 import read_env_args
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.conclude import EVALUATION_NAME, paired_evaluation
 from vla_trqam.engine.film import DEFAULT_VIDEOS, Player, film
@@ -33,9 +33,9 @@ from vla_trqam.engine.launch import exit_status, own_device, prepare_process, us
 from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.base import EnvFamily
-from vla_trqam.envs.ogbench import ogbench_family
+from vla_trqam.envs.ogbench.family import ogbench_family
 from vla_trqam.envs.registry import make_family
-from vla_trqam.envs.robomimic_family import robomimic_family
+from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import FlowActor

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
-from vla_trqam.data.ogbench_npz import OGBenchData, data_path, load_into_replay, read_ogbench
 from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.sources.ogbench import OGBenchData, data_path, load_into_replay, read_ogbench
 from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder.pins import Source
 from vla_trqam.engine.launch import exit_status
 from vla_trqam.engine.state_runs import StateTask
-from vla_trqam.envs.ogbench import ogbench_family
+from vla_trqam.envs.ogbench.family import ogbench_family
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 

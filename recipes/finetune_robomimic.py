@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
-from vla_trqam.data.robomimic_hdf5 import RobomimicFile
+from vla_trqam.data.sources.robomimic.hdf5 import RobomimicFile
 from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder.pins import Source
 from vla_trqam.engine.launch import exit_status
 from vla_trqam.engine.offline_data import fill_replay, pretraining_demos, read_dataset
 from vla_trqam.engine.state_runs import StateTask
-from vla_trqam.envs.robomimic_family import robomimic_family
+from vla_trqam.envs.robomimic.family import robomimic_family
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 

@@ -30,8 +30,8 @@ from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.data.lerobot_source import LeRobotReader
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
+from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 from vla_trqam.engine.cached import Cached, CriticOnly
 from vla_trqam.engine.conclude import conclude

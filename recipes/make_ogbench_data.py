@@ -22,7 +22,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from vla_trqam.envs.ogbench_oracles import PlayedEpisode, PlayPlan, make_player, play_all
+from vla_trqam.envs.ogbench.oracles import PlayedEpisode, PlayPlan, make_player, play_all
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 

@@ -17,12 +17,12 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from vla_trqam.data.robomimic_writer import RobomimicWriter
-from vla_trqam.envs.demonstrators.collect import collect
-from vla_trqam.envs.demonstrators.operators import operator_names
-from vla_trqam.envs.demonstrators.record import EpisodePlan
-from vla_trqam.envs.demonstrators.tasks import demo_task
-from vla_trqam.envs.robomimic import env_meta_for
+from vla_trqam.data.sources.robomimic.writer import RobomimicWriter
+from vla_trqam.envs.robomimic.demonstrators.collect import collect
+from vla_trqam.envs.robomimic.demonstrators.operators import operator_names
+from vla_trqam.envs.robomimic.demonstrators.record import EpisodePlan
+from vla_trqam.envs.robomimic.demonstrators.tasks import demo_task
+from vla_trqam.envs.robomimic.env import env_meta_for
 from vla_trqam.errors import UserError
 
 _VALID_SHARE = 0.1

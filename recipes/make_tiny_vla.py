@@ -43,11 +43,11 @@ from vla_trqam.adapters.tiny.pretraining import (
 import vla_trqam.data
 from vla_trqam.config.settings import refuse_below
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
-from vla_trqam.data.lerobot_writer import write_lerobot_dataset
-from vla_trqam.data.robomimic_hdf5 import read_robomimic
-from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.render_demos import RenderedDemo, initial_scenes, render_demos
-from vla_trqam.envs.robomimic_images import CameraSettings, RobomimicImageEnv
+from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
+from vla_trqam.data.sources.robomimic.hdf5 import read_robomimic
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.images import CameraSettings, RobomimicImageEnv
+from vla_trqam.envs.robomimic.render_demos import RenderedDemo, initial_scenes, render_demos
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 

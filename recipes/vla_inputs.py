@@ -19,7 +19,7 @@ from vla_trqam.recipes.vla_pins import sources_of, take_pinned_commits
 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.frame_replay import IMAGE_PREFIX, FrameReplay, image_key
-from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.engine.folder.checkpoints import last_checkpoint
 from vla_trqam.engine.folder.pins import write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, REPLAY_NAME

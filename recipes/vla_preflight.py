@@ -9,8 +9,8 @@ from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.data.lerobot_source import LeRobotReader
 from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.folder.checkpoints import all_checkpoints
 from vla_trqam.engine.folder.run_folder import replay_path
 from vla_trqam.engine.launch import make_critic

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lerobot.policies.factory import get_policy_class
 from lerobot_contract import checkpoint, host_chunk, make_policy, observation
-from vla_trqam.adapters.families import FAMILIES
+from vla_trqam.adapters.families.registry import FAMILIES
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
 

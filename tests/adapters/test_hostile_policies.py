@@ -21,9 +21,9 @@ from lerobot_contract import FAMILIES, checkpoint
 from lerobot_contract import make_policy as fresh_policy
 from test_policy_gate import Marks, change, runs
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from vla_trqam.adapters.checkpoint.policy_gate import no_foreign_code
+from vla_trqam.adapters.checkpoint.processor_gate import STEPS
 from vla_trqam.adapters.loading import load_policy
-from vla_trqam.adapters.policy_gate import no_foreign_code
-from vla_trqam.adapters.processor_gate import STEPS
 from vla_trqam.adapters.tiny.byte_tokenizer import byte_tokenizer
 
 from vla_trqam.errors import UserError

@@ -22,7 +22,7 @@ from lerobot_contract import (
 )
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from vla_trqam.adapters.families import family_of
+from vla_trqam.adapters.families.registry import family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import fetch as fetch_checkpoint
 from vla_trqam.adapters.loading import load_host, load_policy, read_config

@@ -28,12 +28,12 @@ from lerobot_contract import (
 from lerobot_contract import make_policy as fresh_policy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from vla_trqam.adapters.families import REFUSED
+from vla_trqam.adapters.checkpoint.weights import verify_policy
+from vla_trqam.adapters.families.registry import REFUSED
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.lora import LoRASettings
 from vla_trqam.adapters.tiny import checkpoints as tiny
-from vla_trqam.adapters.weights import verify_policy
 
 from vla_trqam.errors import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vla_trqam.adapters.policy_gate import check_policy_folder, is_safe_pattern
+from vla_trqam.adapters.checkpoint.policy_gate import check_policy_folder, is_safe_pattern
 
 from vla_trqam.data.foreign import LARGEST_JSON
 from vla_trqam.errors import UserError

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from vla_trqam.adapters.prefix_attention import (
+from vla_trqam.adapters.families.prefix_attention import (
     KeysValues,
     Suffix,
     prefix_attention,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 
 FPS, LENGTH, SIDE = 10, 6, 32
 DATA, EPISODES = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"

@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_trqam.data import hdf5_safety
-from vla_trqam.data.hdf5_safety import Allowance, attribute, child
-from vla_trqam.data.robomimic_hdf5 import RobomimicFile, read_robomimic
+from vla_trqam.data.sources.robomimic import safety as hdf5_safety
+from vla_trqam.data.sources.robomimic.hdf5 import RobomimicFile, read_robomimic
+from vla_trqam.data.sources.robomimic.safety import Allowance, attribute, child
 from vla_trqam.errors import UserError
 
 from .robomimic_files import write_ph

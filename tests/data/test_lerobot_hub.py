@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.errors import UserError
 
 from .lerobot_files import DATA, VIDEO, Written

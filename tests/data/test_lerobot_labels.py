@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vla_trqam.data.lerobot_labels import Outcome, plan_labels, read_success_labels
+from vla_trqam.data.sources.lerobot.labels import Outcome, plan_labels, read_success_labels
 from vla_trqam.errors import UserError
 
 FALSE, TRUE = False, True

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vla_trqam.data.lerobot_safety import DatasetFolder, read_info
+from vla_trqam.data.sources.lerobot.safety import DatasetFolder, read_info
 from vla_trqam.errors import UserError
 
 from .lerobot_files import (

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
-from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
-from vla_trqam.data.lerobot_writer import write_lerobot_dataset
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.errors import UserError
 
 from .raw_frames import ACTION_DIM, CAMERAS, STATE_DIM, frame_episode

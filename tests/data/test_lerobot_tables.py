@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla_trqam.data.lerobot_tables import ParquetTable, read_tasks
+from vla_trqam.data.sources.lerobot.tables import ParquetTable, read_tasks
 from vla_trqam.errors import UserError
 
 TEXTS = {0: "reach", 1: "lift", 2: "put"}

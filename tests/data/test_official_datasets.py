@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from vla_trqam.data.official import OFFICIAL_DATASETS, download_official, official_dataset
+from vla_trqam.data.sources.robomimic.official import (
+    OFFICIAL_DATASETS,
+    download_official,
+    official_dataset,
+)
 from vla_trqam.errors import UserError
 
 CONTENT = b"what the Hub holds under this name"

@@ -5,15 +5,15 @@ import weakref
 import numpy as np
 import pytest
 
-from vla_trqam.data import ogbench_npz
-from vla_trqam.data.ogbench_npz import (
+from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources import ogbench as source
+from vla_trqam.data.sources.ogbench import (
     data_path,
     dataset_name,
     load_into_replay,
     read_ogbench,
 )
-from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
 
 ogbench = pytest.importorskip("ogbench", reason="uv sync --extra ogbench")
@@ -142,7 +142,7 @@ def test_the_shards_of_a_folder_are_read_in_order_and_those_for_validation_are_n
 def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
     for number in range(3):
         saved(tmp_path / "data", f"part-{number}", maze_rows(number))
-    read, alive = ogbench_npz.read_rows, []
+    read, alive = source.read_rows, []
 
     def watched(path):
         assert [ref() for ref in alive] == [None] * len(alive)
@@ -150,7 +150,7 @@ def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
         alive.append(weakref.ref(rows.observations))
         return rows
 
-    monkeypatch.setattr(ogbench_npz, "read_rows", watched)
+    monkeypatch.setattr(source, "read_rows", watched)
     loaded(tmp_path / "data", MAZE, tmp_path / "replay")
     assert len(alive) == 6, "looked through, then loaded"
 
@@ -216,7 +216,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
 
 
 def test_zeros_that_unpack_to_more_than_a_file_can_hold_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("vla_trqam.data.ogbench_npz.HARMLESS_IN_ALL", 1000)
+    monkeypatch.setattr("vla_trqam.data.sources.ogbench.HARMLESS_IN_ALL", 1000)
     np.savez_compressed(tmp_path / "zeros.npz", observations=np.zeros((1000, 1000)))
     with pytest.raises(UserError, match=r"zeros\.npz of \d+ bytes claims to hold 80001\d\d"):
         read_ogbench(tmp_path / "zeros.npz", MAZE)

@@ -8,15 +8,15 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_trqam.data import robomimic_hdf5
 from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.robomimic_hdf5 import (
+from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.robomimic import hdf5 as robomimic_hdf5
+from vla_trqam.data.sources.robomimic.hdf5 import (
     DEFAULT_OBS_KEYS,
     load_into_replay,
     read_robomimic,
     require_env_version,
 )
-from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
 
 from .robomimic_files import add_demo, env_args, stored_observations, write_file, write_mg, write_ph

@@ -7,13 +7,13 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_trqam.data.robomimic_writer import Demonstration
-from vla_trqam.envs.demonstrators.base import OPEN, Demonstrator, Target
-from vla_trqam.envs.demonstrators.motion import Reading
-from vla_trqam.envs.demonstrators.operators import OPERATOR_NAMES, draw_operator
-from vla_trqam.envs.demonstrators.record import EpisodePlan, make_env, record_episode
-from vla_trqam.envs.demonstrators.tasks import DEMO_TASKS, DemoTask
-from vla_trqam.envs.robomimic import LOW_DIM_KEYS, RobomimicEnv
+from vla_trqam.data.sources.robomimic.writer import Demonstration
+from vla_trqam.envs.robomimic.demonstrators.base import OPEN, Demonstrator, Target
+from vla_trqam.envs.robomimic.demonstrators.motion import Reading
+from vla_trqam.envs.robomimic.demonstrators.operators import OPERATOR_NAMES, draw_operator
+from vla_trqam.envs.robomimic.demonstrators.record import EpisodePlan, make_env, record_episode
+from vla_trqam.envs.robomimic.demonstrators.tasks import DEMO_TASKS, DemoTask
+from vla_trqam.envs.robomimic.env import LOW_DIM_KEYS, RobomimicEnv
 
 LIFT = DEMO_TASKS["lift"]
 PACKED = Path(__file__).parents[2] / "vla_trqam" / "data" / "lift_mixed.hdf5"

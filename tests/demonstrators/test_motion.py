@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from vla_trqam.envs.demonstrators.motion import (
+from vla_trqam.envs.robomimic.demonstrators.motion import (
     downward_quat,
     hand_yaw_of,
     nearest_turn,

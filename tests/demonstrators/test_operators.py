@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
 
-from vla_trqam.envs.demonstrators.operators import OPERATOR_NAMES, draw_operator, operator_names
+from vla_trqam.envs.robomimic.demonstrators.operators import (
+    OPERATOR_NAMES,
+    draw_operator,
+    operator_names,
+)
 from vla_trqam.errors import UserError
 
 

@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_trqam.data.robomimic_writer import Demonstration, RobomimicWriter
-from vla_trqam.envs.robomimic import LOW_DIM_KEYS, env_meta_for
+from vla_trqam.data.sources.robomimic.writer import Demonstration, RobomimicWriter
+from vla_trqam.envs.robomimic.env import LOW_DIM_KEYS, env_meta_for
 from vla_trqam.errors import UserError
 
 WIDTHS = (3, 4, 2, 10)
@@ -137,7 +137,7 @@ _WRITE_FOREVER = """
 import sys
 from pathlib import Path
 import numpy as np
-from vla_trqam.data.robomimic_writer import Demonstration, RobomimicWriter
+from vla_trqam.data.sources.robomimic.writer import Demonstration, RobomimicWriter
 demo = Demonstration({"object": np.zeros((101, 10))}, np.zeros((100, 7)), np.zeros(100))
 with RobomimicWriter(Path(sys.argv[1]), {}) as writer:
     while True:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vla_trqam.data.lerobot_hub import commit_of
+from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.engine.folder import pins
 from vla_trqam.engine.folder.pins import Source, check_pins, read_pins, write_pins
 from vla_trqam.errors import UserError

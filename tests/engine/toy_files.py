@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from toy_task import homing_policy, roll_out
 
-from vla_trqam.envs.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
 
 NUM_DEMOS, CHUNK_LENGTH, MAX_STEPS = 8, 2, 12
 TIMES = ("time", "updates_per_s")

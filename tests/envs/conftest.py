@@ -14,7 +14,7 @@ import pytest
 
 from vla_trqam.envs import pool_worker, worker
 from vla_trqam.envs.base import EnvFamily, TaskEnv
-from vla_trqam.envs.robomimic import RobomimicEnv, create_robomimic_env, env_meta_for
+from vla_trqam.envs.robomimic.env import RobomimicEnv, create_robomimic_env, env_meta_for
 from vla_trqam.envs.rollout import Episode, RolloutPool
 
 pytest.register_assert_rewrite("family_contract")

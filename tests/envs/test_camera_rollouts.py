@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import vla_trqam.data
-from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.render_demos import render_demos
-from vla_trqam.envs.robomimic_family import robomimic_family
-from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings, RobomimicImageEnv
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.family import robomimic_family
+from vla_trqam.envs.robomimic.images import STATE_KEYS, CameraSettings, RobomimicImageEnv
+from vla_trqam.envs.robomimic.render_demos import render_demos
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from vla_trqam.envs.env_kwargs import GRIPPER_NAMES, ROBOT_NAMES
-from vla_trqam.envs.env_meta import check_env_meta, env_meta_for
+from vla_trqam.envs.robomimic.env_kwargs import GRIPPER_NAMES, ROBOT_NAMES
+from vla_trqam.envs.robomimic.env_meta import check_env_meta, env_meta_for
 from vla_trqam.errors import UserError
 
 
@@ -129,7 +129,7 @@ def test_what_files_of_other_tasks_say_is_let_in(name: str) -> None:
 
 @pytest.mark.slow
 def test_robots_grippers_and_controllers_are_robosuites_own() -> None:
-    from vla_trqam.envs import robomimic
+    from vla_trqam.envs.robomimic import env as robomimic
 
     robomimic.create_robomimic_env(env_meta_for("Lift"))  # imports robosuite in quiet
     import robosuite

@@ -17,9 +17,9 @@ def test_lerobots_loop_plays_the_episode_of_our_rollouts() -> None:
     from vla_trqam.recipes.finetune_pi0 import PACKED
 
     from vla_trqam.engine.acting import chunk_policy
-    from vla_trqam.envs.env_meta import env_meta_for
-    from vla_trqam.envs.robomimic_family import robomimic_family
-    from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
+    from vla_trqam.envs.robomimic.env_meta import env_meta_for
+    from vla_trqam.envs.robomimic.family import robomimic_family
+    from vla_trqam.envs.robomimic.images import STATE_KEYS, CameraSettings
     from vla_trqam.envs.rollout import RolloutPool
     from vla_trqam.methods.base import FlowActor
 
@@ -47,7 +47,7 @@ def lerobots_actions(path: Any, chunk_shape: tuple[int, int]) -> np.ndarray:
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
     from lerobot.scripts.lerobot_eval import rollout
 
-    from vla_trqam.envs.lerobot_env import RobomimicEnvConfig
+    from vla_trqam.envs.robomimic.lerobot_env import RobomimicEnvConfig
 
     config = PreTrainedConfig.from_pretrained(path)
     config.device = "cpu"

@@ -68,9 +68,9 @@ def test_lerobots_environment_is_ours_and_waits_at_its_end() -> None:
     from lerobot.envs.factory import make_env
     from lerobot.envs.utils import NEW_ROLLOUT_OPTION, env_to_policy_features
 
-    from vla_trqam.envs.env_meta import env_meta_for
-    from vla_trqam.envs.lerobot_env import RobomimicEnvConfig
-    from vla_trqam.envs.robomimic_images import RobomimicImageEnv
+    from vla_trqam.envs.robomimic.env_meta import env_meta_for
+    from vla_trqam.envs.robomimic.images import RobomimicImageEnv
+    from vla_trqam.envs.robomimic.lerobot_env import RobomimicEnvConfig
 
     config = RobomimicEnvConfig(
         cameras=["agentview"], image_size=32, episode_length=4, shadows=False
@@ -109,7 +109,7 @@ def test_lerobots_environment_is_ours_and_waits_at_its_end() -> None:
 
 
 def test_unknown_task_is_refused_with_a_sentence() -> None:
-    from vla_trqam.envs.lerobot_env import RobomimicEnvConfig
+    from vla_trqam.envs.robomimic.lerobot_env import RobomimicEnvConfig
     from vla_trqam.errors import UserError
 
     with pytest.raises(UserError, match=r"--env.task is 'Lfit'; choose one of Lift, PickPlaceCan"):

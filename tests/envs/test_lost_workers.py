@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from vla_trqam.envs import pool_worker
-from vla_trqam.envs.env_meta import env_meta_for
 from vla_trqam.envs.pool_worker import Deadlines
-from vla_trqam.envs.robomimic_family import robomimic_family
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 

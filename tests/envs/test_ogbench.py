@@ -8,7 +8,7 @@ import pytest
 from family_contract import FamilyContract
 
 from vla_trqam.data.sampling import RewardSpec
-from vla_trqam.envs.ogbench import ogbench_family, task_names
+from vla_trqam.envs.ogbench.family import ogbench_family, task_names
 from vla_trqam.errors import UserError
 
 ogbench = pytest.importorskip("ogbench", reason="uv sync --extra ogbench")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vla_trqam.envs.robomimic import RobomimicEnv, env_meta_for
+from vla_trqam.envs.robomimic.env import RobomimicEnv, env_meta_for
 from vla_trqam.errors import UserError
 
 
@@ -55,7 +55,7 @@ def test_all_sensors_equal_the_stock_ones(stock_square, restless_actions):
 def test_sample_clock_ticks_when_robosuites_sensors_sample(lift):
     from robosuite.utils.observables import Observable, sensor
 
-    from vla_trqam.envs.osc_step import SampleClock
+    from vla_trqam.envs.robomimic.osc_step import SampleClock
 
     samples = []
 

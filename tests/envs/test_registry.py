@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from vla_trqam.envs.env_meta import LOW_DIM_KEYS
 from vla_trqam.envs.registry import EnvConfig, make_family
+from vla_trqam.envs.robomimic.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 
 

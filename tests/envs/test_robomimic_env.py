@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from vla_trqam.envs.robomimic import RobomimicEnv, create_robomimic_env, env_meta_for
+from vla_trqam.envs.robomimic.env import RobomimicEnv, create_robomimic_env, env_meta_for
 from vla_trqam.errors import UserError
 
 
@@ -179,7 +179,7 @@ def test_the_environment_variable_is_left_as_the_user_has_it(chosen):
     """In a process of its own: what sets it is robosuite's import, which comes once a process."""
     code = (
         "import os\n"
-        "from vla_trqam.envs.robomimic import create_robomimic_env, env_meta_for\n"
+        "from vla_trqam.envs.robomimic.env import create_robomimic_env, env_meta_for\n"
         "create_robomimic_env(env_meta_for('Lift'))\n"
         "print('left as', os.environ.get('MUJOCO_GL'))"
     )

@@ -9,10 +9,10 @@ import pytest
 from family_contract import FamilyContract
 
 import vla_trqam.data
-from vla_trqam.envs import env_meta
-from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.robomimic_family import robomimic_family
-from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
+from vla_trqam.envs.robomimic import env_meta
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.family import robomimic_family
+from vla_trqam.envs.robomimic.images import STATE_KEYS, CameraSettings
 from vla_trqam.errors import UserError
 
 PACKED = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.robomimic_images import STATE_KEYS, RobomimicImageEnv
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.images import STATE_KEYS, RobomimicImageEnv
 from vla_trqam.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 
 from vla_trqam.envs import worker
 from vla_trqam.envs.chunked import ChunkEnv
-from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.robomimic_family import robomimic_family
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 
@@ -159,8 +159,8 @@ TRAINER = """
 import signal
 import sys
 import numpy as np
-from vla_trqam.envs.env_meta import env_meta_for
-from vla_trqam.envs.robomimic_family import robomimic_family
+from vla_trqam.envs.robomimic.env_meta import env_meta_for
+from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 
 # A shell that starts us in the background has us ignore Ctrl-C.

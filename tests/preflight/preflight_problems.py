@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
-from vla_trqam.data.lerobot_rows import RowNumbers
+from vla_trqam.data.sources.lerobot.rows import RowNumbers
 from vla_trqam.preflight.disk import ReplayPlan
 
 STATE, ACTION, EXECUTED, STEPS = 5, 3, 4, 8

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vla_trqam.data.lerobot_rows import RowNumbers
 from vla_trqam.data.outliers import outliers
+from vla_trqam.data.sources.lerobot.rows import RowNumbers
 from vla_trqam.preflight.outliers import check_outliers, policy_scale
 
 ROWS = 60

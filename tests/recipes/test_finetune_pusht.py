@@ -16,7 +16,7 @@ from vla_trqam.adapters.tiny.checkpoints import (
 from vla_trqam.recipes import finetune_pi0, finetune_vla
 
 from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.data.lerobot_writer import write_lerobot_dataset
+from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.engine.episode_store import FrameStore
 from vla_trqam.envs.lerobot import lerobot_family
 from vla_trqam.envs.rollout import Episode, RolloutPool

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from vla_trqam.recipes import make_ogbench_data as recipe
 
-from vla_trqam.envs import ogbench_oracles
-from vla_trqam.envs.ogbench_oracles import PlayPlan, make_player, play
+from vla_trqam.envs.ogbench import oracles
+from vla_trqam.envs.ogbench.oracles import PlayPlan, make_player, play
 
 ogbench = pytest.importorskip("ogbench", reason="uv sync --extra ogbench")
 MAZE = "pointmaze-medium-navigate-v0"
@@ -140,7 +140,7 @@ def test_a_killed_writer_leaves_no_half_an_episode(tmp_path):
 
 
 def test_a_scene_whose_cube_is_lost_is_not_kept():
-    player = object.__new__(ogbench_oracles.ArmPlayer)
+    player = object.__new__(oracles.ArmPlayer)
     player._domain = "scene"
     qpos = np.zeros((3, 25))
     assert player.keeps({"qpos": qpos})

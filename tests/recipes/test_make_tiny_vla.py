@@ -11,7 +11,7 @@ from vla_trqam.adapters.loading import load_policy
 from vla_trqam.recipes import make_tiny_vla
 
 import vla_trqam.data
-from vla_trqam.data.lerobot_source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 
 DATA = Path(vla_trqam.data.__file__).parent
 PACKED = DATA / "lift_pi0"

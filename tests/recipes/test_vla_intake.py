@@ -34,7 +34,7 @@ from vla_runs import (
 from vla_trqam.recipes import vla_inputs
 
 from vla_trqam.data.frame_replay import FrameReplay, image_key
-from vla_trqam.data.lerobot_pictures import Pictures
+from vla_trqam.data.sources.lerobot.pictures import Pictures
 from vla_trqam.engine.cached import Cached
 from vla_trqam.preflight import memory as preflight_memory
 

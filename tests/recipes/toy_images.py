@@ -32,7 +32,7 @@ from vla_trqam.adapters.tiny.checkpoints import (
 
 from vla_trqam.data.frame_files import CacheHeader
 from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
-from vla_trqam.data.lerobot_writer import write_lerobot_dataset
+from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import EnvConfig
 from vla_trqam.envs.rollout import ChunkPolicy, Episode

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 from vla_trqam.config.settings import RunSettings
 from vla_trqam.data.sampling import RewardKind, ShortChunks
-from vla_trqam.envs.env_meta import LOW_DIM_KEYS
+from vla_trqam.envs.robomimic.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.bc import BehaviourCloningConfig
 from vla_trqam.report.flow_steps import check_flow_steps

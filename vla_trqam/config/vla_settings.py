@@ -11,9 +11,9 @@ from vla_trqam.config.settings import (
     CriticConfig,
     RunSettings,
 )
-from vla_trqam.data.lerobot_labels import RewardSource
-from vla_trqam.data.lerobot_rows import TaskChanges
 from vla_trqam.data.sampling import RewardKind, ShortChunks
+from vla_trqam.data.sources.lerobot.labels import RewardSource
+from vla_trqam.data.sources.lerobot.rows import TaskChanges
 from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
 from vla_trqam.report.flow_steps import check_flow_steps

@@ -8,16 +8,16 @@ import numpy as np
 
 import vla_trqam.data
 from vla_trqam.config.state_settings import DatasetConfig, FinetuneRobomimicConfig
-from vla_trqam.data.official import download_official
 from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.robomimic_hdf5 import (
+from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.robomimic.hdf5 import (
     RobomimicFile,
     load_into_replay,
     read_robomimic,
     require_env_version,
 )
-from vla_trqam.data.sampling import RewardSpec
-from vla_trqam.envs.env_meta import check_env_meta
+from vla_trqam.data.sources.robomimic.official import download_official
+from vla_trqam.envs.robomimic.env_meta import check_env_meta
 from vla_trqam.errors import UserError
 
 PACKED = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")

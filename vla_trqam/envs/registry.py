@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from vla_trqam.envs.base import EnvFamily
-from vla_trqam.envs.env_meta import Task, env_meta_for
 from vla_trqam.envs.lerobot import lerobot_family
-from vla_trqam.envs.ogbench import ogbench_family
-from vla_trqam.envs.robomimic_family import robomimic_family
-from vla_trqam.envs.robomimic_images import STATE_KEYS, CameraSettings
+from vla_trqam.envs.ogbench.family import ogbench_family
+from vla_trqam.envs.robomimic.env_meta import Task, env_meta_for
+from vla_trqam.envs.robomimic.family import robomimic_family
+from vla_trqam.envs.robomimic.images import STATE_KEYS, CameraSettings
 from vla_trqam.errors import UserError
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vla_trqam.adapters.policy_gate import PICKLED, check_policy_folder
+from vla_trqam.adapters.checkpoint.policy_gate import PICKLED, check_policy_folder
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.engine.folder.checkpoints import ALGORITHM, PRETRAINED
 from vla_trqam.errors import UserError

@@ -25,7 +25,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from vla_trqam.adapters.policy_gate import NAMES_A_MODEL, check_policy_folder
+from vla_trqam.adapters.checkpoint.policy_gate import NAMES_A_MODEL, check_policy_folder
 from vla_trqam.data.foreign import read_json
 from vla_trqam.engine.folder.checkpoints import ALGORITHM
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME

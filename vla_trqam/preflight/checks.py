@@ -27,7 +27,7 @@ from vla_trqam.preflight.report import Finding, PreflightReport
 
 if TYPE_CHECKING:
     from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-    from vla_trqam.data.lerobot_source import LeRobotReader
+    from vla_trqam.data.sources.lerobot.source import LeRobotReader
 
 __all__ = [
     "Finding",

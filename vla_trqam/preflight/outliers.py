@@ -12,8 +12,8 @@ from vla_trqam.preflight.report import Finding
 
 if TYPE_CHECKING:
     from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-    from vla_trqam.data.lerobot_rows import RowNumbers
-    from vla_trqam.data.lerobot_source import LeRobotReader
+    from vla_trqam.data.sources.lerobot.rows import RowNumbers
+    from vla_trqam.data.sources.lerobot.source import LeRobotReader
 
 NAMED = 3
 """So many outliers are named, the rest counted."""

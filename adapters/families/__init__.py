@@ -1,0 +1,1 @@
+"""One file a family of host policies: how it is seen as a velocity field."""

@@ -1,0 +1,1 @@
+"""LeRobotDatasets (v3): read, checked, labelled, and written."""

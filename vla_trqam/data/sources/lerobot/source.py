@@ -1,0 +1,388 @@
+"""A LeRobotDataset (v3) as RL data: decoded once into a `FrameReplay`. Actions stay raw.
+
+Its files are read here and not by LeRobot: only what is asked for is opened, after it was checked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from vla_trqam.data.frame_replay import (
+    STATE_KEY,
+    TASK_KEY,
+    FrameEpisode,
+    FrameObservation,
+    FrameReplay,
+    image_key,
+)
+from vla_trqam.data.sampling import RewardKind
+from vla_trqam.data.sources.lerobot.episodes import EpisodeTable
+from vla_trqam.data.sources.lerobot.hub import find_dataset
+from vla_trqam.data.sources.lerobot.labels import (
+    FINAL_OBSERVATION,
+    FRAME_IS_NEW,
+    LABELS,
+    REWARD,
+    LabelPlan,
+    Outcome,
+    RewardSource,
+    check_rewards,
+    plan_labels,
+    read_success_labels,
+    reward_values,
+)
+from vla_trqam.data.sources.lerobot.pictures import Pictures
+from vla_trqam.data.sources.lerobot.rows import (
+    TASK_CHANGES,
+    EpisodeRows,
+    RowNumbers,
+    RowsWanted,
+    TaskChanges,
+    read_rows,
+)
+from vla_trqam.data.sources.lerobot.safety import DatasetFolder, read_info, vector_length
+from vla_trqam.data.sources.lerobot.tables import Tasks, read_tasks
+from vla_trqam.errors import UserError
+
+
+@dataclass(frozen=True)
+class LeRobotConfig:
+    """Which dataset, and what to take from it: the flags `--dataset.*`.
+
+    Attributes:
+        repo_id: of the dataset; with `root`, any name.
+        root: its local folder; None looks where LeRobot does, and then on the Hub.
+        revision: branch, tag or commit on the Hub; None takes the newest v3 tag, as LeRobot does.
+        episodes: numbers of those to read; None reads all.
+        cameras: to read, without `observation.images.`; None reads all.
+        looked_through: a policy's cameras, as renamed; the dataset's others are left unopened.
+        reward: where rewards come from; None takes what there is, see `plan_labels`.
+        kind: what the critic will make of the rewards, see `RewardSpec`; None does not ask.
+        success_labels: a JSON list, one label for each episode of the dataset.
+        instruction: column with the policy's instruction; None takes the tasks.
+        task_changes: what to do where it changes within an episode: refuse, tell the episode's
+            first, or tell each frame's own.
+        tolerance_s: seconds that a timestamp may be off its frame's number.
+        rename_map: from the dataset's cameras to the policy's, `observation.images.` included.
+    """
+
+    repo_id: str
+    root: Path | None = None
+    revision: str | None = None
+    episodes: tuple[int, ...] | None = None
+    cameras: tuple[str, ...] | None = None
+    looked_through: tuple[str, ...] | None = None
+    reward: RewardSource | None = None
+    kind: RewardKind | None = None
+    success_labels: Path | None = None
+    instruction: str | None = None
+    task_changes: TaskChanges = "refuse"
+    tolerance_s: float = 1e-4
+    rename_map: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+class LeRobotReader:
+    """An opened and checked dataset; all of it but the pictures is in memory.
+
+    Attributes:
+        config: what was asked for.
+        revision: the dataset's commit on the Hub; None for a folder that did not come from there.
+        plan: what decides about rewards and ends.
+        fps: frames per second.
+        state_dim: S.
+        action_dim: A.
+        cameras: name, as renamed -> (height, width, channels).
+    """
+
+    def __init__(self, config: LeRobotConfig) -> None:
+        """Open the dataset and check that RL can use it; of the pictures, see `check_cameras`.
+
+        Raises:
+            UserError: it is missing, damaged, of version 2 or without state, action or rewards; or
+                it has not what `config` asks for.
+        """
+        self.config = config
+        self._where = f"The dataset {config.root or config.repo_id}"
+        place = find_dataset(config.repo_id, config.root, config.revision)
+        self.revision = place.commit
+        self._folder = folder = DatasetFolder(place.root)
+        self._info = read_info(folder, config.repo_id)
+        self.fps = self._info.fps
+        table = EpisodeTable(folder, self._info)
+        positions = table.chosen(config.episodes)
+        self.state_dim = vector_length(self._where, STATE_KEY, self._info.features)
+        self.action_dim = vector_length(self._where, "action", self._info.features)
+        self._pictures = Pictures(self._where, place, folder, self._info, table, config.rename_map)
+        self.cameras = self._pictures.shapes(config.cameras, config.looked_through)
+        place.fetch(sorted({table.data_file(position) for position in positions}))
+        wanted = self._wanted()
+        self._rows, self._strangers = read_rows(folder, table, positions, wanted)
+        self.plan = self._plan(wanted.scalars)
+        for rows in self._rows:
+            self._check_outcome(rows)
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """State, action and all cameras by a policy's names, each with `dtype` and `shape`."""
+        own, names = self._info.features, self._pictures.names
+        keys = {key: key for key in (STATE_KEY, "action")}
+        keys |= {image_key(name): key for name, key in names.items()}
+        shapes = {image_key(name): shape for name, shape in self.cameras.items()}
+        return {
+            name: {"dtype": own[key].dtype, "shape": shapes.get(name, own[key].shape)}
+            for name, key in keys.items()
+        }
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes to read."""
+        return len(self._rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Frames to read."""
+        return sum(rows.length for rows in self._rows)
+
+    @property
+    def num_frames(self) -> int:
+        """Rows whose images are their own: what is decoded, at most."""
+        return int(sum(_new(rows).sum() for rows in self._rows))
+
+    @property
+    def tasks(self) -> list[str]:
+        """What the policy is told in these episodes, each text once."""
+        whole = self.config.task_changes == "frame"
+        told = (text for rows in self._rows for text in (rows.told if whole else rows.told[:1]))
+        return sorted(set(told))
+
+    def first_observation(self) -> FrameObservation:
+        """What is seen first, in LeRobot's raw format, but for its pictures: they are black."""
+        first = self._rows[0]
+        seen: FrameObservation = {
+            STATE_KEY: torch.from_numpy(first.columns[STATE_KEY][:1].astype(np.float32)),
+            TASK_KEY: [first.told[0]],
+        }
+        for name, (height, width, channels) in self.cameras.items():
+            seen[image_key(name)] = torch.zeros(1, channels, height, width)
+        return seen
+
+    def row_numbers(self) -> RowNumbers:
+        """States and actions of every row to read, by the dataset's own episode numbers."""
+        return RowNumbers(
+            states=np.concatenate([rows.columns[STATE_KEY] for rows in self._rows]),
+            actions=np.concatenate([rows.columns["action"] for rows in self._rows]),
+            episodes=np.concatenate([np.full(rows.length, rows.number) for rows in self._rows]),
+            frames=np.concatenate([np.arange(rows.length) for rows in self._rows]),
+        )
+
+    def part(self, number: int, count: int) -> Self:
+        """The same dataset, of whose episodes only every ``count``-th from ``number`` on is read.
+
+        Raises:
+            UserError: there are fewer episodes than parts.
+        """
+        if count > self.num_episodes:
+            raise UserError(
+                f"{self._where} has {self.num_episodes} episodes for {count} processes; each "
+                "needs one at least."
+            )
+        reader = copy.copy(self)
+        reader._rows = self._rows[number::count]
+        return reader
+
+    def check_cameras(self) -> None:
+        """Look at the first picture of each video and table, before anything is decoded.
+
+        Raises:
+            UserError: a file is missing or damaged, its pictures are not of the declared size, or
+                it does not show the episodes that it should.
+        """
+        for camera, shape in self.cameras.items():
+            self._pictures.check(camera, shape, self._rows, self.config.tolerance_s)
+
+    def create_replay(
+        self, path: Path, *, more_steps: int = 0, more_frames: int = 0
+    ) -> FrameReplay:
+        """An empty replay with room for this dataset and what is collected later.
+
+        Args:
+            path: its folder, made if absent.
+            more_steps: collected later.
+            more_frames: of them with images.
+        """
+        return FrameReplay.create(
+            path,
+            state_dim=self.state_dim,
+            action_dim=self.action_dim,
+            cameras=self.cameras,
+            capacity=self.num_rows + more_steps,
+            frame_capacity=self.num_frames + more_frames,
+            tasks_of_rows=self.config.task_changes == "frame",
+        )
+
+    def load_into(
+        self,
+        replay: FrameReplay,
+        *,
+        source: str = "demonstrations",
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Decode every episode into the replay; goes on where an interrupted call stopped.
+
+        Args:
+            replay: from `create_replay`; episodes that it has of this `source` are not read again.
+            source: name that the episodes get there.
+            say: gets each assumption about rewards and ends, once.
+
+        Raises:
+            UserError: an episode cannot be read, or does not fit the replay.
+        """
+        self.check_cameras()
+        for note in self._notes():
+            say(f"{self._where}: {note}")
+        done = int((replay.steps.episodes().source == source).sum())
+        left_out, unseen = 0, 0
+        for rows in self._rows[done:]:
+            episode = self._episode(rows)
+            replay.add_episode(episode, source=source)
+            left_out += max(rows.length - len(episode.actions) - 1, 0)
+            unseen += episode.truncated and not episode.observed[-1]
+        if left_out:
+            say(f"{self._where}: {left_out} rows after the end of their episode are left out")
+        if unseen:
+            say(
+                f"{self._where}: {unseen} truncated episodes have no observation after their last "
+                "action; chunks that reach it are left out"
+            )
+
+    def episodes(self) -> Iterator[FrameEpisode]:
+        """Every episode, in order."""
+        for number in range(self.num_episodes):
+            yield self.episode(number)
+
+    def episode(self, number: int) -> FrameEpisode:
+        """Decode one; they are counted from 0 in the order of their numbers in the dataset.
+
+        Raises:
+            UserError: its frames cannot be decoded.
+        """
+        return self._episode(self._rows[number])
+
+    def _episode(self, rows: EpisodeRows) -> FrameEpisode:
+        outcome = self._outcome(rows)
+        num_steps = outcome.num_steps
+        seen = np.minimum(np.arange(num_steps + 1), rows.length - 1)
+        observed = np.zeros(num_steps + 1, dtype=bool)
+        own = _new(rows)[: num_steps + 1]
+        observed[: len(own)] = own
+        taken = np.flatnonzero(observed)
+        told = tuple(rows.told[row] for row in seen)
+        return FrameEpisode(
+            states=rows.columns[STATE_KEY].astype(np.float32)[seen],
+            images={
+                name: self._pictures.decode(name, shape, rows, taken, self.config.tolerance_s)
+                for name, shape in self.cameras.items()
+            },
+            observed=observed,
+            actions=rows.columns["action"].astype(np.float32)[:num_steps],
+            rewards=outcome.rewards,
+            terminated=outcome.terminated,
+            truncated=not outcome.terminated,
+            success=outcome.success,
+            task=told if self.config.task_changes == "frame" else told[0],
+        )
+
+    def _outcome(self, rows: EpisodeRows) -> Outcome:
+        return self.plan.outcome(rows.columns, rows.position)
+
+    def _check_outcome(self, rows: EpisodeRows) -> None:
+        where = f"{rows.file}: episode {rows.number}"
+        if rows.length == 1 and rows.columns.get(FINAL_OBSERVATION, np.zeros(1))[0]:
+            raise UserError(f"{where} has a final observation and no step before it.")
+        if not _new(rows)[0]:
+            raise UserError(f"{where}, frame 0 says that its images repeat an earlier frame's.")
+        if self.config.kind is not None:
+            check_rewards(where, self._outcome(rows), self.plan, self.config.kind)
+
+    def _notes(self) -> list[str]:
+        notes = self.plan.notes()
+        if self.config.instruction is not None:
+            notes.append(f"instruction: the column {self.config.instruction}")
+        if self.config.task_changes == "first":
+            notes.append("instruction: each episode's first, where it changes")
+        if self._strangers:
+            notes.append(
+                f"{self._strangers} rows of episodes that meta/episodes does not list are left out"
+            )
+        return notes
+
+    def _wanted(self) -> RowsWanted:
+        config, features = self.config, self._info.features
+        if config.task_changes not in TASK_CHANGES:
+            known = ", ".join(TASK_CHANGES)
+            raise UserError(
+                f"--dataset.task_changes is {config.task_changes!r}; choose one of {known}."
+            )
+        if not 0 < config.tolerance_s < 0.5 / self.fps:
+            raise UserError(
+                f"--dataset.tolerance_s={config.tolerance_s:g} must be above 0 and below "
+                f"{0.5 / self.fps:g}, half of the time between two frames at {self.fps:g} Hz."
+            )
+        for name in set(LABELS) & features.keys():
+            if features[name].shape not in ((), (1,)):
+                raise UserError(
+                    f"{self._where} has {list(features[name].shape)} numbers a frame in {name!r}, "
+                    "which is read as one."
+                )
+        return RowsWanted(
+            vectors={STATE_KEY: self.state_dim, "action": self.action_dim},
+            scalars=[name for name in LABELS if name in features],
+            told=self._told(),
+            changes=config.task_changes,
+            fps=self.fps,
+            tolerance=config.tolerance_s,
+        )
+
+    def _told(self) -> Tasks | str:
+        """Where the instruction is: the column that the user named, or the tasks."""
+        column = self.config.instruction
+        if column is None:
+            return read_tasks(self._folder.file("meta/tasks.parquet"))
+        texts = sorted(n for n, f in self._info.features.items() if f.dtype == "string")
+        if column not in texts:
+            raise UserError(
+                f"{self._where} has no column of texts {column!r} for --dataset.instruction; its "
+                f"columns of texts are {', '.join(texts) or 'none'}."
+            )
+        return column
+
+    def _plan(self, columns: Collection[str]) -> LabelPlan:
+        config, total = self.config, self._info.total_episodes
+        successes = None
+        if config.success_labels is not None:
+            successes = read_success_labels(config.success_labels)
+            if len(successes) != total:
+                raise UserError(
+                    f"--dataset.success_labels={config.success_labels} has {len(successes)} "
+                    f"labels; {self._where} has {total} episodes."
+                )
+        values = [reward_values(rows.columns) for rows in self._rows] if REWARD in columns else None
+        return plan_labels(
+            self._where,
+            columns,
+            reward=config.reward,
+            successes=successes,
+            reward_values=None if values is None else np.concatenate(values),
+        )
+
+
+def _new(rows: EpisodeRows) -> np.ndarray:
+    """(R,) bool: rows whose images are their own."""
+    return rows.columns.get(FRAME_IS_NEW, np.ones(rows.length)).astype(bool)

@@ -1,0 +1,1 @@
+"""Robomimic's HDF5 files: read, checked and written."""

@@ -1,0 +1,1 @@
+"""OGBench's tasks and the oracles that play them."""

@@ -1,0 +1,1 @@
+"""Robomimic's tasks: environments, their settings, demonstrations, plugins for LeRobot."""
