@@ -31,11 +31,11 @@ from vla_runs import (
     without_conclusion,
     without_simulator,
 )
-from vla_trqam.recipes import vla_inputs
 
 from vla_trqam.data.frame_replay import FrameReplay, image_key
 from vla_trqam.data.sources.lerobot.pictures import Pictures
 from vla_trqam.engine.cached import Cached
+from vla_trqam.jobs import vla_inputs
 from vla_trqam.preflight import memory as preflight_memory
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
