@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.ogbench import OGBenchData, data_path, load_into_replay, read_ogbench
 from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder.pins import Source
@@ -66,7 +66,7 @@ def open_task(config: FinetuneOGBenchConfig) -> StateTask:
     )
 
 
-def _fill(data: OGBenchData, replay: ReplayBuffer) -> None:
+def _fill(data: OGBenchData, replay: Replay) -> None:
     load_into_replay(data, replay, source="pretrain")
     print(f"pretrain: {data.describe()}")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
@@ -27,7 +28,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def episodes() -> list[FrameEpisode]:
+def episodes() -> list[Episode]:
     return [
         frame_episode(0, 7, terminated=True),
         frame_episode(1, 9, terminated=False, task="put the can"),
@@ -38,20 +39,20 @@ def episodes() -> list[FrameEpisode]:
 
 
 @pytest.fixture
-def replay(tmp_path: Path, episodes: list[FrameEpisode]) -> FrameReplay:
-    filled = FrameReplay.create(
+def replay(tmp_path: Path, episodes: list[Episode]) -> Replay:
+    filled = Replay.create(
         tmp_path / "direct",
-        state_dim=STATE_DIM,
+        observation_dim=STATE_DIM,
         action_dim=ACTION_DIM,
         cameras=CAMERAS,
         capacity=100,
     )
     for episode in episodes:
-        filled.add_episode(episode, source="online")
+        filled.add(episode, source="online")
     return filled
 
 
-def transitions(replay: FrameReplay, short_chunks: Any = "pad") -> Any:
+def transitions(replay: Replay, short_chunks: Any = "pad") -> Any:
     sampler = replay.sampler(
         chunk_length=4, discount=0.9, short_chunks=short_chunks, reward=RewardSpec("sparse")
     )
@@ -77,7 +78,7 @@ def assert_same_transitions(actual: Any, expected: Any, *, atol: float = 0) -> N
         )
 
 
-def read_back(root: Path, path: Path, **config: Any) -> tuple[FrameReplay, list[str]]:
+def read_back(root: Path, path: Path, **config: Any) -> tuple[Replay, list[str]]:
     said: list[str] = []
     reader = LeRobotReader(LeRobotConfig("local/rollouts", root=root, **config))
     replay = reader.create_replay(path)
@@ -86,13 +87,13 @@ def read_back(root: Path, path: Path, **config: Any) -> tuple[FrameReplay, list[
 
 
 def test_dataset_of_a_replay_reads_back_to_the_same_transitions(
-    replay: FrameReplay, tmp_path: Path
+    replay: Replay, tmp_path: Path
 ) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     again, said = read_back(tmp_path / "set", tmp_path / "again")
     for short_chunks in ("pad", "drop"):
         assert_same_transitions(transitions(again, short_chunks), transitions(replay, short_chunks))
-    ours, theirs = again.steps.episodes(), replay.steps.episodes()
+    ours, theirs = again.episodes(), replay.episodes()
     for name in ("terminated", "truncated", "success", "num_steps"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
     assert "next.terminated says so" in " ".join(said)
@@ -100,13 +101,13 @@ def test_dataset_of_a_replay_reads_back_to_the_same_transitions(
 
 
 def test_reading_goes_on_after_an_interruption(
-    replay: FrameReplay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     reader = LeRobotReader(LeRobotConfig("local/rollouts", root=tmp_path / "set"))
     part = reader.create_replay(tmp_path / "part")
     for episode in list(reader.episodes())[:2]:
-        part.add_episode(episode, source="online")
+        part.add(episode, source="online")
     reader.load_into(part, source="online", say=lambda line: None)
     assert_same_transitions(transitions(part), transitions(replay))
 
@@ -117,15 +118,15 @@ def test_videos_are_decoded_close_to_what_was_recorded(tmp_path: Path) -> None:
     episode = dataclasses.replace(
         frame_episode(0, 12, terminated=False), images={"front": images.astype(np.uint8)}
     )
-    replay = FrameReplay.create(
+    replay = Replay.create(
         tmp_path / "direct",
-        state_dim=STATE_DIM,
+        observation_dim=STATE_DIM,
         action_dim=ACTION_DIM,
         cameras={"front": (64, 64, 3)},
         capacity=50,
     )
-    replay.add_episode(episode, source="online")
-    replay.add_episode(episode, source="online")
+    replay.add(episode, source="online")
+    replay.add(episode, source="online")
     root = tmp_path / "set"
     write_lerobot_dataset(replay, root, repo_id="local/rollouts", fps=20, use_videos=True)
     assert list(root.rglob("*.mp4"))
@@ -134,7 +135,7 @@ def test_videos_are_decoded_close_to_what_was_recorded(tmp_path: Path) -> None:
     assert again.num_frames == 26
 
 
-def test_a_subset_of_episodes_and_cameras_is_read(replay: FrameReplay, tmp_path: Path) -> None:
+def test_a_subset_of_episodes_and_cameras_is_read(replay: Replay, tmp_path: Path) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     some, _ = read_back(tmp_path / "set", tmp_path / "again", episodes=(1, 3), cameras=("wrist",))
     assert some.task_of_episodes() == ["put the can", "lift the cube"]
@@ -142,7 +143,7 @@ def test_a_subset_of_episodes_and_cameras_is_read(replay: FrameReplay, tmp_path:
     assert some.cameras == {"wrist": CAMERAS["wrist"]}
 
 
-def test_the_parts_of_a_dataset_are_its_episodes(replay: FrameReplay, tmp_path: Path) -> None:
+def test_the_parts_of_a_dataset_are_its_episodes(replay: Replay, tmp_path: Path) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     whole = LeRobotReader(LeRobotConfig("local/rollouts", tmp_path / "set"))
     lengths = [len(episode.actions) for episode in whole.episodes()]
@@ -158,13 +159,13 @@ def test_the_parts_of_a_dataset_are_its_episodes(replay: FrameReplay, tmp_path: 
 
 
 def test_interrupted_writing_leaves_no_half_dataset(
-    replay: FrameReplay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: FrameReplay, rows: np.ndarray) -> list[str]:
+    def interrupt(self: Replay, rows: np.ndarray) -> list[str]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FrameReplay, "task_of_rows", interrupt)
+        patch.setattr(Replay, "task_of_rows", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     assert not (tmp_path / "set").exists()

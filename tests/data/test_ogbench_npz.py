@@ -5,7 +5,7 @@ import weakref
 import numpy as np
 import pytest
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.data.sources import ogbench as source
 from vla_trqam.data.sources.ogbench import (
@@ -73,7 +73,7 @@ def saved(folder, name, rows):
 
 def loaded(path, task, folder):
     data = read_ogbench(path, task)
-    replay = ReplayBuffer.create(
+    replay = Replay.create(
         folder,
         observation_dim=data.observation_dim,
         action_dim=data.action_dim,

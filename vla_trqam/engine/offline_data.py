@@ -8,7 +8,7 @@ import numpy as np
 
 import vla_trqam.data
 from vla_trqam.config.state_settings import DatasetConfig, FinetuneRobomimicConfig
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.data.sources.robomimic.hdf5 import (
     RobomimicFile,
@@ -69,7 +69,7 @@ def pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> l
     return names[:count]
 
 
-def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: ReplayBuffer) -> None:
+def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: Replay) -> None:
     """Puts all demos into an empty replay, those to clone under a source of their own."""
     cloned = set(pretraining_demos(config, file))
     parts = {

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.robomimic.safety import HARMLESS_IN_ALL, LARGEST_TOTAL_RATIO
 from vla_trqam.envs.ogbench.family import make_ogbench
 from vla_trqam.envs.seeding import global_seed
@@ -51,28 +52,6 @@ class Rows:
     last: np.ndarray
     qpos: np.ndarray
     button_states: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class OGBenchEpisode:
-    """Steps up to one that starts from a solved state, or to the trajectory's end.
-
-    Attributes:
-        observations: (T + 1, O).
-        actions: (T, A).
-        success: the last step starts from a solved state.
-    """
-
-    observations: np.ndarray
-    actions: np.ndarray
-    success: bool
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """(T,): 1 on a step from a solved state, else 0."""
-        rewards = np.zeros(len(self.actions), np.float32)
-        rewards[-1] = self.success
-        return rewards
 
 
 @dataclass(frozen=True)
@@ -153,29 +132,21 @@ def read_ogbench(path: Path, task: str) -> OGBenchData:
     return OGBenchData(path, files, task, *sizes, *counts, *seen.moments())
 
 
-def load_into_replay(data: OGBenchData, replay: ReplayBuffer, *, source: str) -> None:
+def load_into_replay(data: OGBenchData, replay: Replay, *, source: str) -> None:
     """Appends all episodes to a replay of the same sizes, with one file in memory at a time."""
     with _judge(data.task) as judge:
         for file in data.files:
             _load(file, judge, replay, source)
 
 
-def _load(file: Path, judge: _Judge, replay: ReplayBuffer, source: str) -> None:
+def _load(file: Path, judge: _Judge, replay: Replay, source: str) -> None:
     rows = read_rows(file)
     for episode in cut_episodes(rows, judge.solved(rows)):
-        replay.add_episode(
-            episode.observations,
-            episode.actions,
-            episode.rewards,
-            terminated=episode.success,
-            truncated=not episode.success,
-            source=source,
-            success=episode.success,
-        )
+        replay.add(episode, source=source)
 
 
-def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[OGBenchEpisode]:
-    """Cuts trajectories after every step from a solved state.
+def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[Episode]:
+    """Cuts trajectories after every step from a solved state, whose reward is 1.
 
     Args:
         rows: of a file.
@@ -192,8 +163,17 @@ def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[OGBenchEpisode]:
             start = row + 1
 
 
-def _episode(rows: Rows, start: int, end: int, *, success: bool) -> OGBenchEpisode:
-    return OGBenchEpisode(rows.observations[start : end + 1], rows.actions[start:end], success)
+def _episode(rows: Rows, start: int, end: int, *, success: bool) -> Episode:
+    rewards = np.zeros(end - start, np.float32)
+    rewards[-1] = success
+    return Episode(
+        observations=rows.observations[start : end + 1],
+        actions=rows.actions[start:end],
+        rewards=rewards,
+        terminated=success,
+        truncated=not success,
+        success=success,
+    )
 
 
 class _Judge:

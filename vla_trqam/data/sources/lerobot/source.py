@@ -1,4 +1,4 @@
-"""A LeRobotDataset (v3) as RL data: decoded once into a `FrameReplay`. Actions stay raw.
+"""A LeRobotDataset (v3) as RL data: decoded once into a `Replay`. Actions stay raw.
 
 Its files are read here and not by LeRobot: only what is asked for is opened, after it was checked.
 """
@@ -14,14 +14,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vla_trqam.data.frame_replay import (
-    STATE_KEY,
-    TASK_KEY,
-    FrameEpisode,
-    FrameObservation,
-    FrameReplay,
-    image_key,
-)
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.frames import STATE_KEY, TASK_KEY, FrameObservation, image_key
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind
 from vla_trqam.data.sources.lerobot.episodes import EpisodeTable
 from vla_trqam.data.sources.lerobot.hub import find_dataset
@@ -207,9 +202,7 @@ class LeRobotReader:
         for camera, shape in self.cameras.items():
             self._pictures.check(camera, shape, self._rows, self.config.tolerance_s)
 
-    def create_replay(
-        self, path: Path, *, more_steps: int = 0, more_frames: int = 0
-    ) -> FrameReplay:
+    def create_replay(self, path: Path, *, more_steps: int = 0, more_frames: int = 0) -> Replay:
         """An empty replay with room for this dataset and what is collected later.
 
         Args:
@@ -217,9 +210,9 @@ class LeRobotReader:
             more_steps: collected later.
             more_frames: of them with images.
         """
-        return FrameReplay.create(
+        return Replay.create(
             path,
-            state_dim=self.state_dim,
+            observation_dim=self.state_dim,
             action_dim=self.action_dim,
             cameras=self.cameras,
             capacity=self.num_rows + more_steps,
@@ -229,7 +222,7 @@ class LeRobotReader:
 
     def load_into(
         self,
-        replay: FrameReplay,
+        replay: Replay,
         *,
         source: str = "demonstrations",
         say: Callable[[str], None] = print,
@@ -247,13 +240,13 @@ class LeRobotReader:
         self.check_cameras()
         for note in self._notes():
             say(f"{self._where}: {note}")
-        done = int((replay.steps.episodes().source == source).sum())
+        done = int((replay.episodes().source == source).sum())
         left_out, unseen = 0, 0
         for rows in self._rows[done:]:
             episode = self._episode(rows)
-            replay.add_episode(episode, source=source)
+            replay.add(episode, source=source)
             left_out += max(rows.length - len(episode.actions) - 1, 0)
-            unseen += episode.truncated and not episode.observed[-1]
+            unseen += episode.truncated and not episode.where_observed[-1]
         if left_out:
             say(f"{self._where}: {left_out} rows after the end of their episode are left out")
         if unseen:
@@ -262,12 +255,12 @@ class LeRobotReader:
                 "action; chunks that reach it are left out"
             )
 
-    def episodes(self) -> Iterator[FrameEpisode]:
+    def episodes(self) -> Iterator[Episode]:
         """Every episode, in order."""
         for number in range(self.num_episodes):
             yield self.episode(number)
 
-    def episode(self, number: int) -> FrameEpisode:
+    def episode(self, number: int) -> Episode:
         """Decode one; they are counted from 0 in the order of their numbers in the dataset.
 
         Raises:
@@ -275,7 +268,7 @@ class LeRobotReader:
         """
         return self._episode(self._rows[number])
 
-    def _episode(self, rows: EpisodeRows) -> FrameEpisode:
+    def _episode(self, rows: EpisodeRows) -> Episode:
         outcome = self._outcome(rows)
         num_steps = outcome.num_steps
         seen = np.minimum(np.arange(num_steps + 1), rows.length - 1)
@@ -284,8 +277,8 @@ class LeRobotReader:
         observed[: len(own)] = own
         taken = np.flatnonzero(observed)
         told = tuple(rows.told[row] for row in seen)
-        return FrameEpisode(
-            states=rows.columns[STATE_KEY].astype(np.float32)[seen],
+        return Episode(
+            observations=rows.columns[STATE_KEY].astype(np.float32)[seen],
             images={
                 name: self._pictures.decode(name, shape, rows, taken, self.config.tolerance_s)
                 for name, shape in self.cameras.items()

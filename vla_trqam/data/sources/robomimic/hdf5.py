@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from vla_trqam.data.outliers import outliers
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.robomimic.demo import (
     SUCCESS_REWARD,
     RobomimicDemo,
@@ -178,7 +178,7 @@ def _check_outliers(path: Path, demos: Sequence[RobomimicDemo]) -> None:
     )
 
 
-def load_into_replay(file: RobomimicFile, replay: ReplayBuffer, *, source: str) -> LoadSummary:
+def load_into_replay(file: RobomimicFile, replay: Replay, *, source: str) -> LoadSummary:
     """Append every demo of the file to a replay; success terminates, anything else truncates.
 
     Args:
@@ -201,15 +201,7 @@ def load_into_replay(file: RobomimicFile, replay: ReplayBuffer, *, source: str) 
             f"{replay.capacity - replay.num_steps}: create it with a larger capacity."
         )
     for demo in file.demos:
-        replay.add_episode(
-            demo.observations,
-            demo.actions,
-            demo.rewards,
-            terminated=demo.success,
-            truncated=not demo.success,
-            source=source,
-            success=demo.success,
-        )
+        replay.add(demo.episode, source=source)
     return LoadSummary(
         episodes=len(file.demos),
         steps=file.num_steps,
