@@ -31,6 +31,7 @@ from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 from vla_trqam.engine.cached import Cached, CriticOnly
@@ -223,8 +224,8 @@ def _begin(
     if team.is_main:
         save_settings(config, path.parent)
     more_steps, more_frames = room_for_rollouts(config, chunk_length)
-    replay = reader.create_replay(path, more_steps=more_steps, more_frames=more_frames)
-    reader.load_into(replay, source="dataset", say=print if team.is_main else lambda _: None)
+    replay = create_replay(path, [reader], more_steps=more_steps, more_frames=more_frames)
+    fill(replay, reader, "dataset", say=print if team.is_main else lambda _: None)
     return replay
 
 

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pytest
 
 from vla_trqam.data.replay import Replay
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.errors import UserError
 
 from .lerobot_files import (
@@ -120,8 +121,8 @@ def test_rows_of_episodes_that_are_not_listed_are_left_out_with_a_line(
     delete_episode(root, 1)
     (root / DATA).write_bytes(data)
     reader, said = open_dataset(root), list[str]()
-    replay = reader.create_replay(tmp_path / "replay")
-    reader.load_into(replay, say=said.append)
+    replay = create_replay(tmp_path / "replay", [reader])
+    fill(replay, reader, "demonstrations", say=said.append)
     assert replay.observations[:, 0].tolist() == np.repeat([0, 2, 3], LENGTH + 1).tolist()
     assert f"{LENGTH} rows of episodes that meta/episodes does not list" in " ".join(said)
 
@@ -259,8 +260,8 @@ def test_tasks_that_change_are_refused_when_the_dataset_is_opened(root: Path) ->
 
 def filled(root: Path, path: Path, **config: Any) -> Replay:
     reader = open_dataset(root, **config)
-    replay = reader.create_replay(path)
-    reader.load_into(replay, say=lambda _: None)
+    replay = create_replay(path, [reader])
+    fill(replay, reader, "demonstrations", say=lambda _: None)
     return replay
 
 

@@ -12,6 +12,7 @@ import torch
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.errors import UserError
@@ -81,8 +82,8 @@ def assert_same_transitions(actual: Any, expected: Any, *, atol: float = 0) -> N
 def read_back(root: Path, path: Path, **config: Any) -> tuple[Replay, list[str]]:
     said: list[str] = []
     reader = LeRobotReader(LeRobotConfig("local/rollouts", root=root, **config))
-    replay = reader.create_replay(path)
-    reader.load_into(replay, source="online", say=said.append)
+    replay = create_replay(path, [reader])
+    fill(replay, reader, "online", say=said.append)
     return replay, said
 
 
@@ -105,10 +106,10 @@ def test_reading_goes_on_after_an_interruption(
 ) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     reader = LeRobotReader(LeRobotConfig("local/rollouts", root=tmp_path / "set"))
-    part = reader.create_replay(tmp_path / "part")
+    part = create_replay(tmp_path / "part", [reader])
     for episode in list(reader.episodes())[:2]:
         part.add(episode, source="online")
-    reader.load_into(part, source="online", say=lambda line: None)
+    fill(part, reader, "online", say=lambda line: None)
     assert_same_transitions(transitions(part), transitions(replay))
 
 
@@ -139,7 +140,7 @@ def test_a_subset_of_episodes_and_cameras_is_read(replay: Replay, tmp_path: Path
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     some, _ = read_back(tmp_path / "set", tmp_path / "again", episodes=(1, 3), cameras=("wrist",))
     assert some.task_of_episodes() == ["put the can", "lift the cube"]
-    assert some.steps.episodes().num_steps.tolist() == [9, 6]
+    assert some.episodes().num_steps.tolist() == [9, 6]
     assert some.cameras == {"wrist": CAMERAS["wrist"]}
 
 
@@ -215,11 +216,11 @@ def test_dataset_without_rewards_is_refused_by_the_flags_that_help(tmp_path: Pat
     with pytest.raises(UserError, match=r"no reward: .*--dataset.reward=terminal_success"):
         read_back(tmp_path / "set", tmp_path / "replay")
     demos, _ = read_back(tmp_path / "set", tmp_path / "demos", reward="terminal_success")
-    assert demos.steps.episodes().success.tolist() == [True, True]
+    assert demos.episodes().success.tolist() == [True, True]
     labels = tmp_path / "labels.json"
     labels.write_text("[false, true]")
     mixed, _ = read_back(tmp_path / "set", tmp_path / "mixed", success_labels=labels)
-    assert mixed.steps.episodes().terminated.tolist() == [False, True]
+    assert mixed.episodes().terminated.tolist() == [False, True]
     labels.write_text("[false]")
     with pytest.raises(UserError, match=r"has 1 labels; .* has 2 episodes"):
         read_back(tmp_path / "set", tmp_path / "none", success_labels=labels)
@@ -256,8 +257,8 @@ def test_cameras_have_the_policys_names_whatever_the_dataset_calls_them(tmp_path
     assert set(reader.features) == {
         *("observation.state", "action", "observation.images.front", "observation.images.top")
     }
-    replay = reader.create_replay(tmp_path / "replay")
-    reader.load_into(replay, source="dataset", say=lambda _: None)
+    replay = create_replay(tmp_path / "replay", [reader])
+    fill(replay, reader, "dataset", say=lambda _: None)
     assert replay.images("front")[:, 0, 0, 0].tolist() == [0, 1, 2]
     assert replay.images("top")[:, 0, 0, 0].tolist() == [50, 51, 52]
 

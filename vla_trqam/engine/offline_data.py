@@ -10,9 +10,9 @@ import vla_trqam.data
 from vla_trqam.config.state_settings import DatasetConfig, FinetuneRobomimicConfig
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.base import fill
 from vla_trqam.data.sources.robomimic.hdf5 import (
     RobomimicFile,
-    load_into_replay,
     read_robomimic,
     require_env_version,
 )
@@ -78,5 +78,4 @@ def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: Re
     }
     for source, names in parts.items():
         if names:
-            summary = load_into_replay(file.select(names), replay, source=source)
-            print(f"{source}: {summary.describe()}")
+            fill(replay, file.select(names), source)
