@@ -13,17 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
-from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.sources.ogbench import OGBenchData, data_path, load_into_replay, read_ogbench
+from vla_trqam.data.sources.base import fill
+from vla_trqam.data.sources.ogbench import data_path, read_ogbench
 from vla_trqam.engine.folder.pins import Source
 from vla_trqam.envs.ogbench.family import ogbench_family
 from vla_trqam.jobs import states
 from vla_trqam.jobs.states import StateTask
 
+PRESETS = Path(__file__).with_suffix(".yaml")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return states.main(FinetuneOGBenchConfig, Path(__file__), open_task, arguments)
+    return states.main(FinetuneOGBenchConfig, PRESETS, open_task, arguments)
 
 
 def open_task(config: FinetuneOGBenchConfig) -> StateTask:
@@ -47,14 +49,9 @@ def open_task(config: FinetuneOGBenchConfig) -> StateTask:
         action_dim=data.action_dim,
         num_steps=data.num_steps,
         moments=lambda: (data.mean, data.std),
-        fill=lambda replay: _fill(data, replay),
+        fill=lambda replay: fill(replay, data, "pretrain"),
         family=lambda: family,
     )
-
-
-def _fill(data: OGBenchData, replay: ReplayBuffer) -> None:
-    load_into_replay(data, replay, source="pretrain")
-    print(f"pretrain: {data.describe()}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,12 @@ from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.jobs import states
 from vla_trqam.jobs.states import StateTask
 
+PRESETS = Path(__file__).with_suffix(".yaml")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return states.main(FinetuneRobomimicConfig, Path(__file__), open_task, arguments)
+    return states.main(FinetuneRobomimicConfig, PRESETS, open_task, arguments)
 
 
 def open_task(config: FinetuneRobomimicConfig) -> StateTask:

@@ -11,9 +11,11 @@ from toy_task import Killed
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_ogbench, make_ogbench_data
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine import finetune as engine
-from vla_trqam.envs.rollout import Episode
+from vla_trqam.jobs import states
 from vla_trqam.methods.fql import FQL
 from vla_trqam.methods.trqam import TRQAM
 
@@ -112,7 +114,7 @@ def test_the_replay_begins_with_the_data_and_the_policy_with_its_moments(
 ):
     monkeypatch.setattr(engine, "conclude", lambda *_, **__: None)
     assert tiny(tmp_path / "run", "--online.steps=0") == 0
-    replay = ReplayBuffer.open(tmp_path / "run/replay")
+    replay = Replay.open(tmp_path / "run/replay")
     assert replay.stats.by_source["pretrain"].steps == 1200
     assert replay.stats.by_source["offline"].episodes == 2, "the base's"
     rows = np.load(maze)["observations"]
@@ -140,6 +142,8 @@ def test_a_run_is_not_gone_on_with_on_other_data(tiny, maze, tmp_path, monkeypat
 
 def test_every_preset_is_of_a_task_that_there_is():
     for preset, steps in (("default", 600), ("cube_single", 200), ("paper", 500)):
-        config = finetune_ogbench.read_config([f"--preset={preset}"])
+        config = states.read_config(
+            FinetuneOGBenchConfig, finetune_ogbench.PRESETS, [f"--preset={preset}"]
+        )
         assert config.eval.max_episode_steps == steps
         assert "singletask" in config.env.task

@@ -23,10 +23,10 @@ from toy_task import Killed
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.recipes import finetune_pi0, finetune_smolvla
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.run import Run
-from vla_trqam.envs.rollout import Episode
 from vla_trqam.jobs import vla, vla_inputs
 
 PI0, SMOLVLA = (Path(str(recipe.__file__)) for recipe in (finetune_pi0, finetune_smolvla))

@@ -36,7 +36,7 @@ from vla_trqam.report.metrics import MetricsLog
 from vla_trqam.report.public_copy import without_paths
 from vla_trqam.report.tracker import check_tracker, tracker
 
-type OpenJob[C: RunSettings] = Callable[[C, Accelerator, Team], Job[C, Any]]
+type OpenJob[C: RunSettings] = Callable[[C, Accelerator, Team], Job[Any]]
 
 
 def read_config[C: RunSettings](
@@ -91,7 +91,7 @@ def finetune[C: RunSettings](config: C, open_job: OpenJob[C], *, several: bool =
         team.on_main(job.publish)
 
 
-def _finetune(job: Job[Any, Any]) -> None:
+def _finetune(job: Job[Any]) -> None:
     config = job.config
     with ExitStack() as stack:
         run, phases, everything = _set_up(job, stack)
@@ -115,7 +115,7 @@ def _finetune(job: Job[Any, Any]) -> None:
             )
 
 
-def _set_up(job: Job[Any, Any], stack: ExitStack) -> tuple[Run, list[Phase], ChunkSampler[Any]]:
+def _set_up(job: Job[Any], stack: ExitStack) -> tuple[Run, list[Phase], ChunkSampler[Any]]:
     """Folder, replay, phases, a sampler of all data, and last the simulators.
 
     They start when all else is checked.
@@ -158,7 +158,7 @@ def _open_log(config: RunSettings, metrics: MetricsLog, stack: ExitStack) -> Non
         metrics.tracker = stack.enter_context(tracker(config.log_with, config.output_dir, settings))
 
 
-def _start_simulators(job: Job[Any, Any]) -> RolloutPool | None:
+def _start_simulators(job: Job[Any]) -> RolloutPool | None:
     family, knobs = job.family(), job.config.eval
     if family is None:
         return None

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from vla_trqam.config.settings import RunSettings
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.processes.team import Team
@@ -23,7 +24,7 @@ from vla_trqam.methods.base import OffPolicyMethod
 from vla_trqam.policy import FlowPolicy
 
 
-class Job[C: RunSettings, R](ABC):
+class Job[C: RunSettings](ABC):
     """A run of one kind, checked as far as it can be before its folder is filled.
 
     Args:
@@ -53,15 +54,15 @@ class Job[C: RunSettings, R](ABC):
         """Of the report."""
 
     @abstractmethod
-    def begin(self, path: Path) -> R:
+    def begin(self, path: Path) -> Replay:
         """A new replay of the data, after whatever else a new run's folder needs."""
 
     @abstractmethod
-    def reopen(self, path: Path) -> R:
+    def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
 
     @abstractmethod
-    def take(self, replay: R) -> EpisodeStore:
+    def take(self, replay: Replay) -> EpisodeStore:
         """The replay that all batches are drawn from; returns where rollouts go."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from vla_trqam.errors import UserError
 CRITIC, OFFLINE, ONLINE = "critic", "offline", "online"
 
 
-def phases_of(job: Job[Any, Any]) -> list[Phase]:
+def phases_of(job: Job[Any]) -> list[Phase]:
     """The phases of a run in order, as far as its settings want them.
 
     Raises:
@@ -31,7 +31,7 @@ def phases_of(job: Job[Any, Any]) -> list[Phase]:
     return phases
 
 
-def _wanted(job: Job[Any, Any]) -> list[Phase]:
+def _wanted(job: Job[Any]) -> list[Phase]:
     config = job.config
     phases = job.first_phases()
     if config.critic.warmup_steps:
@@ -65,7 +65,7 @@ def _wanted(job: Job[Any, Any]) -> list[Phase]:
     return phases
 
 
-def _warm_up(job: Job[Any, Any]) -> Phase:
+def _warm_up(job: Job[Any]) -> Phase:
     config = job.config
     return Phase(
         name=CRITIC,
@@ -79,7 +79,7 @@ def _warm_up(job: Job[Any, Any]) -> Phase:
     )
 
 
-def _online_sampler(job: Job[Any, Any]) -> ChunkSampler[Any] | MixedSampler[Any]:
+def _online_sampler(job: Job[Any]) -> ChunkSampler[Any] | MixedSampler[Any]:
     fraction = job.config.online.fraction
     if fraction is None:
         return job.draw()

@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.config.parsing import given_flags
 from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
 from vla_trqam.engine import finetune as engine
-from vla_trqam.engine.episode_store import StateStore
+from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED
 from vla_trqam.engine.folder.pins import Source, write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, SET_ASIDE, save_settings
@@ -64,13 +64,13 @@ class StateTask:
     action_dim: int
     num_steps: int
     moments: Callable[[], tuple[np.ndarray, np.ndarray]]
-    fill: Callable[[ReplayBuffer], None]
+    fill: Callable[[Replay], None]
     family: Callable[[], EnvFamily]
 
 
 def main[C: StateRunConfig](
     config_class: type[C],
-    recipe: Path,
+    presets: Path,
     open_task: Callable[[C], StateTask],
     arguments: Sequence[str] | None = None,
 ) -> int:
@@ -78,22 +78,21 @@ def main[C: StateRunConfig](
 
     Args:
         config_class: its settings.
-        recipe: its file, beside which the presets lie.
+        presets: its preset file, which bears the recipe's name.
         open_task: reads and checks the data.
         arguments: of the command line.
     """
     given = sys.argv[1:] if arguments is None else arguments
     return exit_status(
-        lambda: read_config(config_class, recipe, given),
+        lambda: read_config(config_class, presets, given),
         lambda config: finetune(config, open_task),
     )
 
 
 def read_config[C: StateRunConfig](
-    config_class: type[C], recipe: Path, arguments: Sequence[str]
+    config_class: type[C], presets: Path, arguments: Sequence[str]
 ) -> C:
     """The settings of a new run, or those of the run that is resumed."""
-    presets = recipe.with_suffix(".yaml")
     config = engine.read_config(config_class, presets, arguments, restart=_restart)
     if not config.resume:
         refuse_idle_flags(config, given_flags(arguments))
@@ -114,7 +113,7 @@ def finetune[C: StateRunConfig](config: C, open_task: Callable[[C], StateTask]) 
     engine.finetune(config, open_job)
 
 
-class StateJob(Job[StateRunConfig, ReplayBuffer]):
+class StateJob(Job[StateRunConfig]):
     """A run on states."""
 
     data_sources = (PRETRAIN, "dataset")
@@ -151,7 +150,7 @@ class StateJob(Job[StateRunConfig, ReplayBuffer]):
         """Method and task."""
         return f"{name_of(self.config.method).upper()} on {self.task.name}"
 
-    def begin(self, path: Path) -> ReplayBuffer:
+    def begin(self, path: Path) -> Replay:
         """The copy of a given policy, the settings, and a new replay of the data."""
         output_dir = path.parent
         if self.config.policy.path is None:
@@ -162,7 +161,7 @@ class StateJob(Job[StateRunConfig, ReplayBuffer]):
             with written_durably(output_dir / BASE_NAME) as part:
                 self.policy.save_pretrained(part)
         save_settings(self.config, output_dir)
-        replay = ReplayBuffer.create(
+        replay = Replay.create(
             path,
             observation_dim=self.task.observation_dim,
             action_dim=self.task.action_dim,
@@ -171,16 +170,16 @@ class StateJob(Job[StateRunConfig, ReplayBuffer]):
         self.task.fill(replay)
         return replay
 
-    def reopen(self, path: Path) -> ReplayBuffer:
+    def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
-        replay = ReplayBuffer.open(path)
+        replay = Replay.open(path)
         replay.grow(self._capacity)
         return replay
 
-    def take(self, replay: ReplayBuffer) -> StateStore:
+    def take(self, replay: Replay) -> EpisodeStore:
         """The replay that all batches are drawn from."""
         self._replay = replay
-        return StateStore(replay)
+        return EpisodeStore(replay)
 
     def draw(
         self, sources: Sequence[str] | None = None, *, for_critic: bool = False

@@ -20,12 +20,13 @@ from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 from vla_trqam.config.parsing import given_flags
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.cached import Cached
-from vla_trqam.engine.episode_store import FrameStore
+from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.run_folder import save_settings
 from vla_trqam.engine.job import Job
@@ -90,7 +91,7 @@ def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
     engine.finetune(config, partial(VLAJob.opened, packed=packed), several=True)
 
 
-class VLAJob(Job[FinetuneVLAConfig, FrameReplay]):
+class VLAJob(Job[FinetuneVLAConfig]):
     """A run of a LeRobot policy."""
 
     policy: LeRobotFlowPolicy
@@ -140,30 +141,30 @@ class VLAJob(Job[FinetuneVLAConfig, FrameReplay]):
         where = f" on {self._family.task}" if self._family else ""
         return f"{name_of(self.config.method).upper()} of {self.policy.host.config.type}{where}"
 
-    def begin(self, path: Path) -> FrameReplay:
+    def begin(self, path: Path) -> Replay:
         """The base, where the adapters' is in no file, the settings and a replay of the dataset."""
         main = self.team.is_main
         give_base(self.config, self.policy, path.parent, writes=main)
         if main:
             save_settings(self.config, path.parent)
         more_steps, more_frames = self._more_room
-        replay = self._reader.create_replay(path, more_steps=more_steps, more_frames=more_frames)
-        self._reader.load_into(replay, source="dataset", say=print if main else lambda _: None)
+        replay = create_replay(path, [self._reader], more_steps=more_steps, more_frames=more_frames)
+        fill(replay, self._reader, "dataset", say=print if main else lambda _: None)
         return replay
 
-    def reopen(self, path: Path) -> FrameReplay:
+    def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
         more_steps, more_frames = self._more_room
-        replay = FrameReplay.open(path)
+        replay = Replay.open(path)
         replay.grow(self._reader.num_rows + more_steps, self._reader.num_frames + more_frames)
         return replay
 
-    def take(self, replay: FrameReplay) -> FrameStore:
+    def take(self, replay: Replay) -> EpisodeStore:
         """The replay, and the cache of its frames' features, which is yet to be filled."""
         fingerprint = prefix_fingerprint(self.policy)
         self._replay = replay
         self._features = FeatureCache(replay, self._packed, fingerprint=fingerprint)
-        return FrameStore(replay, self._features, chunk_length=self.policy.chunk_shape[0])
+        return EpisodeStore(replay, self._features)
 
     def draw(
         self, sources: Sequence[str] | None = None, *, for_critic: bool = False
