@@ -17,6 +17,7 @@ from vla_trqam.adapters.velocity_mlp import MLPFlowConfig, MLPPathFields, Veloci
 from vla_trqam.critic import ema_update
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.errors import UserError
+from vla_trqam.kernel_choice import by_kernels
 from vla_trqam.policy import FlowPolicy, PathFields
 
 WEIGHTS_NAME = "model.safetensors"
@@ -134,9 +135,9 @@ class MLPFlowPolicy(FlowPolicy):
     def path_fields(
         self, context: Tensor, next_context: Tensor, *, keep_activations: bool = True
     ) -> PathFields:
-        """All evaluations of a step in few products; without kept activations the plain way."""
-        if not keep_activations:
-            return super().path_fields(context, next_context, keep_activations=False)
+        """By the kernel all evaluations of a step in few products, their activations kept."""
+        if not (keep_activations and by_kernels()):
+            return super().path_fields(context, next_context, keep_activations=keep_activations)
         return MLPPathFields(self.tuned, self.base, context, next_context, self.num_flow_steps)
 
     def save_pretrained(self, directory: Path) -> None:

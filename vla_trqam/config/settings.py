@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, get_args
 
 from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.errors import UserError
+from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, check_kernels
 from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
@@ -115,6 +116,8 @@ class RunSettings(ABC):
             its last checkpoint with half the step sizes ("rollback", at most five times).
         log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
         num_threads: torch's threads; null for one a core.
+        kernels: what is hot by hand-written kernels ("fast"), or by ordinary torch ("plain"): the
+            same up to rounding, and slower.
         critic: the critic ensemble.
         method: which method, and its knobs.
         online: updates with rollouts between them.
@@ -135,6 +138,7 @@ class RunSettings(ABC):
     on_divergence: OnDivergence = "stop"
     log_with: Service | None = None
     num_threads: int | None = None
+    kernels: Kernels = DEFAULT_KERNELS
     critic: CriticConfig = field(default_factory=CriticConfig)
     method: MethodChoice = field(default_factory=default_method)
     online: OnlineConfig = field(default_factory=OnlineConfig)
@@ -191,6 +195,7 @@ class RunSettings(ABC):
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
+        check_kernels(self.kernels)
         if self.checkpoint is not None and not self.resume:
             raise UserError(
                 f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
