@@ -155,7 +155,7 @@ class MLPFlowPolicy(FlowPolicy):
         Raises:
             UserError: a file is missing or unreadable, or its keys or shapes are not the config's.
         """
-        config = _read_config(Path(directory) / CONFIG_NAME)
+        config = read_shape(Path(directory))
         path = Path(directory) / WEIGHTS_NAME
         tensors = _read_weights(path)
         _check_weights(path, tensors, _saved_shapes(config))
@@ -165,7 +165,13 @@ class MLPFlowPolicy(FlowPolicy):
         return policy
 
 
-def _read_config(path: Path) -> MLPFlowConfig:
+def read_shape(directory: Path) -> MLPFlowConfig:
+    """What a saved policy's ``config.json`` says, without its weights.
+
+    Raises:
+        UserError: it is missing, unreadable, or of another kind of policy.
+    """
+    path = directory / CONFIG_NAME
     fields = read_json(path)
     if fields.pop("type", None) != "mlp_flow":
         raise UserError(f'{path}: "type" is not "mlp_flow"; this is not an MLP flow policy')

@@ -27,6 +27,7 @@ from vla_trqam.recipes.vla_preflight import (
 )
 
 from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, settings_of
+from vla_trqam.config.settings import refuse_idle_knobs
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_replay import FrameReplay
@@ -89,6 +90,7 @@ def read_config(recipe: Path, packed: Path | None, arguments: Sequence[str]) -> 
     if config.resume:
         check = partial(check_resumed, config, restart=partial(_restart, packed))
         return resumed_config(config, CONFIG_NAME, arguments, check)
+    refuse_idle_knobs(config, given_flags(arguments))
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     config.output_dir = config.output_dir or Path("outputs") / recipe.stem / stamp
     return config

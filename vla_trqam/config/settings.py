@@ -11,6 +11,8 @@ from typing import ClassVar, Literal, get_args
 from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.errors import UserError
 from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, check_kernels
+from vla_trqam.methods.base import Offers
+from vla_trqam.methods.registry import check_served, idle_knobs, name_of
 from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
@@ -100,7 +102,7 @@ class RunSettings(ABC):
     """What the settings of every run have.
 
     ``GROWING`` has the numbers of updates that a resumed run may be given more of, by flag, and
-    their phases, in order.
+    their phases, in order; ``OFFERS`` what the recipe's policies can do for a method.
 
     Attributes:
         output_dir: the run's folder; null for a new one named after the time.
@@ -125,6 +127,7 @@ class RunSettings(ABC):
     """
 
     GROWING: ClassVar[Mapping[str, str]] = {}
+    OFFERS: ClassVar[Offers] = Offers(training_base=True)
 
     output_dir: Path | None = None
     resume: bool = False
@@ -196,6 +199,7 @@ class RunSettings(ABC):
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
         check_kernels(self.kernels)
+        check_served(self.method, self.OFFERS)
         if self.checkpoint is not None and not self.resume:
             raise UserError(
                 f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
@@ -262,6 +266,24 @@ class RunSettings(ABC):
                 f"the settings roll out {self.num_training_episodes} episodes for training; "
                 f"there are initial states for {TRAINING_SEED_STRIDE}"
             )
+
+
+def refuse_idle_knobs(config: RunSettings, flags: set[str]) -> None:
+    """Refuses flags that the chosen method leaves without effect.
+
+    Args:
+        config: all settings.
+        flags: the names, with their dashes, of those on the command line.
+
+    Raises:
+        UserError: there is such a flag.
+    """
+    idle = sorted(flags & idle_knobs(config.method))
+    if idle:
+        raise UserError(
+            f"--method.type={name_of(config.method)} has no use for {' and '.join(idle)}: leave it "
+            "out"
+        )
 
 
 def refuse_below(values: Mapping[str, int | None], least: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from vla_trqam.config.settings import RunSettings
+from vla_trqam.config.settings import RunSettings, refuse_idle_knobs
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.envs.robomimic.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
@@ -193,7 +193,7 @@ class FinetuneRobomimicConfig(StateRunConfig):
 
 
 def refuse_idle_flags(config: StateRunConfig, flags: set[str]) -> None:
-    """Refuses flags that a given policy leaves without effect.
+    """Refuses flags that the method, or a given policy, leaves without effect.
 
     Args:
         config: all settings.
@@ -202,6 +202,7 @@ def refuse_idle_flags(config: StateRunConfig, flags: set[str]) -> None:
     Raises:
         UserError: there is such a flag.
     """
+    refuse_idle_knobs(config, flags)
     if config.policy.path is None:
         return
     used = {"--policy.path", "--policy.tuned_flow_steps"}

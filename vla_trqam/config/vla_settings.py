@@ -16,6 +16,7 @@ from vla_trqam.data.sources.lerobot.labels import RewardSource
 from vla_trqam.data.sources.lerobot.rows import TaskChanges
 from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
+from vla_trqam.methods.base import Offers
 from vla_trqam.report.flow_steps import check_flow_steps
 
 
@@ -148,6 +149,7 @@ class FinetuneVLAConfig(RunSettings):
     """
 
     GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
+    OFFERS: ClassVar[Offers] = Offers(training_base=False)
 
     steps: int = 1000
     base_episodes: int = 0

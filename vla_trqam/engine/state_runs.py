@@ -32,6 +32,7 @@ from vla_trqam.engine.folder.run_folder import (
     BASE_NAME,
     CONFIG_NAME,
     begin_states,
+    check_given_policy,
     given_policy,
     open_folder,
 )
@@ -45,7 +46,6 @@ from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Method, OffPolicyMethod
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.registry import make_method, name_of
-from vla_trqam.report.flow_steps import check_own_steps
 from vla_trqam.report.public_copy import without_paths
 from vla_trqam.report.tracker import check_tracker, tracker
 
@@ -139,12 +139,12 @@ def finetune[C: StateRunConfig](config: C, open_task: Callable[[C], StateTask]) 
     check_tracker(config.log_with)
     device = prepare_torch(config).device
     with own_folder(config):
+        check_given_policy(config)
         _finetune(config, open_task(config), device)
 
 
 def _finetune(config: StateRunConfig, task: StateTask, device: torch.device) -> None:
     policy = _make_policy(config, task).to(device)
-    check_own_steps(policy, config.policy.tuned_flow_steps, config.method)
     if not config.resume:
         assert config.output_dir is not None
         write_pins(config.output_dir, [task.data])  # of a given policy the run has a copy

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from vla_trqam.adapters.mlp import read_shape
 from vla_trqam.config.parsing import Resumable, dump_config
 from vla_trqam.config.state_settings import StateRunConfig
 from vla_trqam.data.replay import ReplayBuffer
@@ -19,6 +20,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.files import set_aside, written_durably
 from vla_trqam.launched import launcher
 from vla_trqam.policy import FlowPolicy
+from vla_trqam.report.flow_steps import check_own_steps
 from vla_trqam.report.metrics import MetricsLog
 
 CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
@@ -143,3 +145,15 @@ def given_policy(config: StateRunConfig) -> Path | None:
         return config.policy.path
     assert config.output_dir is not None
     return config.output_dir / BASE_NAME
+
+
+def check_given_policy(config: StateRunConfig) -> None:
+    """Refuses a given policy that the method cannot train, by its config, before any data is read.
+
+    Raises:
+        UserError: why it cannot serve, or its config is not one.
+    """
+    given = given_policy(config)
+    if given is not None:
+        own = read_shape(given).num_flow_steps
+        check_own_steps(own, config.policy.tuned_flow_steps, config.method)
