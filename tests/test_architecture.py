@@ -14,11 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A module may import only from lower ranks; packages (rank 3 and up) also from their own rank.
+# A module may import only from lower ranks and its own package; packages (rank 4 and up) also from
+# their own rank.
 MATH_RANKS = {
     "errors": -1,
-    "gelu": 0,
-    "precision": 0,
+    "precision": -1,
+    "kernel_choice": 0,
+    "kernels": 0,
     "time_grid": 0,
     "losses": 1,
     "networks": 1,
@@ -70,7 +72,8 @@ def source_files() -> dict[str, Path]:
 
 FILES = source_files()
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-MATH_FILES = sorted(f"vla_trqam.{name}" for name in MATH_RANKS)
+MATH_FILES = sorted(name for name in FILES if name.partition(".")[2].split(".")[0] in MATH_RANKS)
+KERNELS = "vla_trqam.kernels"
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
@@ -103,7 +106,9 @@ def upward_imports(module: str, tree: ast.AST) -> list[str]:
         rank = rank_of(target)
         if own is None or rank is None:
             continue
-        if rank > own or (rank == own and own < min(PACKAGE_RANKS.values())):
+        among_math = own < min(PACKAGE_RANKS.values())
+        same_package = target.split(".")[1] == module.split(".")[1]
+        if rank > own or (rank == own and among_math and not same_package):
             wrong.append(target)
     return wrong
 
@@ -149,7 +154,7 @@ def test_every_module_has_a_rank():
 
 
 def test_every_math_file_exists():
-    assert set(MATH_FILES) <= FILES.keys()
+    assert {f"vla_trqam.{name}" for name in MATH_RANKS} <= FILES.keys()
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
@@ -184,6 +189,59 @@ def module_level_imports(tree: ast.Module) -> Iterator[str]:
 def test_math_imports_only_torch_the_standard_library_and_math(module):
     allowed = {"torch", "vla_trqam", *sys.stdlib_module_names}
     assert [n for n in imports_of(TREES[module]) if n.split(".")[0] not in allowed] == []
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith(KERNELS)])
+def test_a_kernel_knows_torch_and_no_model(module):
+    own = [name for name in imports_of(TREES[module]) if name.startswith("vla_trqam.")]
+    assert [name for name in own if not name.startswith((KERNELS, "vla_trqam.precision"))] == []
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if not name.startswith(KERNELS)])
+def test_a_kernel_is_imported_only_where_it_is_called(module):
+    assert [n for n in module_level_imports(TREES[module]) if n.startswith(KERNELS)] == []
+
+
+def test_without_the_folder_of_kernels_an_update_differs_by_rounding():
+    code = UPDATE.replace("NAME", KERNELS)
+    found = {}
+    for hidden in ("True", "False"):
+        program = code.replace("HIDDEN", hidden)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        chosen, loaded, *numbers = done.stdout.split()
+        assert (chosen, loaded) == (("plain", "False") if hidden == "True" else ("fast", "True"))
+        found[hidden] = [float(number) for number in numbers]
+    assert found["True"] == pytest.approx(found["False"], rel=1e-4)
+
+
+UPDATE = """
+import sys
+if HIDDEN:
+    sys.modules["NAME"] = None  # as if the folder were not there
+import torch
+from vla_trqam import kernel_choice
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
+torch.manual_seed(0)
+policy = MLPFlowPolicy(MLPFlowConfig(4, 2, 3, (16, 16), True, 5))
+method = TRQAM(policy, Critic(CriticEnsemble(4, 6, (16,), 3)), TRQAMConfig())
+some, ones = torch.zeros(8, dtype=torch.bool), torch.ones(8)
+batch = TransitionBatch(
+    torch.randn(8, 4), torch.rand(8, 3, 2), torch.randn(8), torch.randn(8, 4), 0.9 * ones, some,
+    some, torch.ones(8, 3, dtype=torch.bool),
+)
+for seed in range(2):
+    method.update(batch, torch.Generator().manual_seed(seed))
+logged = method.metrics()
+names = ("adjoint_loss", "td_loss", "kl_estimate", "actor_grad_norm", "critic_grad_norm")
+loaded = sys.modules.get("NAME.mlp_path") is not None
+print(kernel_choice.DEFAULT_KERNELS, loaded, *(logged[n] for n in names))
+"""
 
 
 @pytest.mark.parametrize("module", MATH_FILES)

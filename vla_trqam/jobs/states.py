@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy, read_shape
 from vla_trqam.config.parsing import given_flags
 from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
 from vla_trqam.data.replay import Replay
@@ -108,6 +108,7 @@ def finetune[C: StateRunConfig](config: C, open_task: Callable[[C], StateTask]) 
     """The whole run; see :func:`vla_trqam.engine.finetune.finetune`."""
 
     def open_job(config: C, accelerator: Accelerator, team: Team) -> StateJob:
+        _check_given_policy(config)
         return StateJob.opened(config, open_task(config), accelerator.device, team)
 
     engine.finetune(config, open_job)
@@ -139,7 +140,6 @@ class StateJob(Job[StateRunConfig]):
             UserError: the given policy is not of the task.
         """
         policy = _make_policy(config, task).to(device)
-        check_own_steps(policy, config.policy.tuned_flow_steps, config.method)
         if not config.resume:
             assert config.output_dir is not None
             write_pins(config.output_dir, [task.data])  # of a given policy the run has a copy
@@ -292,3 +292,15 @@ def _given_policy(config: StateRunConfig) -> Path | None:
         return config.policy.path
     assert config.output_dir is not None
     return config.output_dir / BASE_NAME
+
+
+def _check_given_policy(config: StateRunConfig) -> None:
+    """Refuses a given policy that the method cannot train, by its config, before any data is read.
+
+    Raises:
+        UserError: why it cannot serve, or its config is not one.
+    """
+    given = _given_policy(config)
+    if given is not None:
+        own = read_shape(given).num_flow_steps
+        check_own_steps(own, config.policy.tuned_flow_steps, config.method)
