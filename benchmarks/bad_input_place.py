@@ -18,7 +18,8 @@ import h5py
 import numpy as np
 
 import vla_trqam.data
-from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.envs.robomimic.env_meta import env_meta_for
 
@@ -155,15 +156,15 @@ class Originals:
     def image_dataset(self) -> Path:
         """Two episodes of random numbers and pictures, for the packed policy."""
         generator = np.random.default_rng(0)
-        replay = FrameReplay.create(
+        replay = Replay.create(
             self.root / "replay",
-            state_dim=9,
+            observation_dim=9,
             action_dim=7,
             cameras={"agentview": PICTURE},
             capacity=2 * LONG_ENOUGH,
         )
         for success in (True, False):
-            replay.add_episode(_random_episode(generator, success), source="demonstrations")
+            replay.add(_random_episode(generator, success), source="demonstrations")
         write_lerobot_dataset(replay, self.root / "images", repo_id="local/x", fps=20)
         replay.close()
         return self.root / "images"
@@ -338,11 +339,11 @@ def _add_demo(demo: h5py.Group, number: int) -> None:
     demo["obs/object"], demo["next_obs/object"] = states[:-1], states[1:]
 
 
-def _random_episode(generator: np.random.Generator, success: bool) -> FrameEpisode:
+def _random_episode(generator: np.random.Generator, success: bool) -> Episode:
     rewards = np.zeros(LONG_ENOUGH, np.float32)
     rewards[-1] = success
-    return FrameEpisode(
-        states=generator.normal(size=(LONG_ENOUGH + 1, 9)).astype(np.float32),
+    return Episode(
+        observations=generator.normal(size=(LONG_ENOUGH + 1, 9)).astype(np.float32),
         images={
             "agentview": generator.integers(0, 256, (LONG_ENOUGH + 1, *PICTURE), dtype=np.uint8)
         },

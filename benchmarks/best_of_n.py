@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from critic_uphill import FIRST_SEED, NOISE_SEED, Subject, load_subject
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.robomimic.hdf5 import read_robomimic
 from vla_trqam.engine.acting import ChunkPolicy
 from vla_trqam.engine.folder.checkpoints import LAST
 from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.envs.robomimic.family import robomimic_family
-from vla_trqam.envs.rollout import Episode, RolloutPool
+from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.formats import percent, points, points_interval, table

@@ -11,8 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from vla_trqam.data.frame_files import FRAMES_NAME
-from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 
 COSTS = {"time", "updates_per_s", "wall_clock"}
 """Names of what differs from run to run and decides nothing."""
@@ -112,19 +111,18 @@ def _replays(one: Path, other: Path) -> Iterator[str]:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Everything that counts in a replay."""
-    frames = FrameReplay.open(path) if (path / FRAMES_NAME).exists() else None
-    steps = ReplayBuffer.open(path) if frames is None else frames.steps
-    episodes = steps.episodes()
+    replay = Replay.open(path)
+    episodes = replay.episodes()
     found = {
-        "observations": steps.observations,
-        "actions": steps.actions,
-        "rewards": steps.rewards,
+        "observations": replay.observations,
+        "actions": replay.actions,
+        "rewards": replay.rewards,
         **{name: getattr(episodes, name) for name in vars(episodes)},
     }
-    if frames is not None:
-        found |= {f"images {name}": frames.images(name) for name in frames.cameras}
-        found["tasks"] = np.array(frames.task_of_episodes())
-        found["frames"] = frames.frame_index.rows_of_frames()
+    if (path / FRAMES_NAME).exists():
+        found |= {f"images {name}": replay.images(name) for name in replay.cameras}
+        found["tasks"] = np.array(replay.task_of_episodes())
+        found["frames"] = replay.frame_index.rows_of_frames()
     return found
 
 

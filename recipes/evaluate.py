@@ -23,7 +23,7 @@ from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import EvalConfig
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
-from vla_trqam.data.frame_replay import image_key
+from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.robomimic.hdf5 import read_env_args
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.conclude import EVALUATION_NAME, paired_evaluation

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
-from vla_trqam.data.replay import ReplayBuffer
-from vla_trqam.data.sources.ogbench import OGBenchData, data_path, load_into_replay, read_ogbench
+from vla_trqam.data.sources.base import fill
+from vla_trqam.data.sources.ogbench import data_path, read_ogbench
 from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder.pins import Source
 from vla_trqam.engine.launch import exit_status
@@ -61,14 +61,9 @@ def open_task(config: FinetuneOGBenchConfig) -> StateTask:
         action_dim=data.action_dim,
         num_steps=data.num_steps,
         moments=lambda: (data.mean, data.std),
-        fill=lambda replay: _fill(data, replay),
+        fill=lambda replay: fill(replay, data, "pretrain"),
         family=lambda: family,
     )
-
-
-def _fill(data: OGBenchData, replay: ReplayBuffer) -> None:
-    load_into_replay(data, replay, source="pretrain")
-    print(f"pretrain: {data.describe()}")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ from vla_trqam.recipes.vla_preflight import (
 from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 from vla_trqam.engine.cached import Cached, CriticOnly
 from vla_trqam.engine.conclude import conclude
-from vla_trqam.engine.episode_store import FrameStore
+from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.more_updates import check_resumed
 from vla_trqam.engine.folder.own_folder import own_folder
@@ -194,7 +195,7 @@ def _set_up(
     run = Run(
         output_dir=output_dir,
         policy=policy,
-        store=FrameStore(replay, features, chunk_length=policy.chunk_shape[0]),
+        store=EpisodeStore(replay, features),
         pool=None if pool is None else stack.enter_context(pool),
         generators=team.generators(config.seed, device),
         metrics=metrics,
@@ -216,24 +217,24 @@ def _begin(
     team: Team,
     policy: LeRobotFlowPolicy,
     path: Path,
-) -> FrameReplay:
+) -> Replay:
     """The base, where the adapters' is in no file, the settings and the filled replay of a run."""
     chunk_length = policy.chunk_shape[0]
     give_base(config, policy, path.parent, writes=team.is_main)
     if team.is_main:
         save_settings(config, path.parent)
     more_steps, more_frames = room_for_rollouts(config, chunk_length)
-    replay = reader.create_replay(path, more_steps=more_steps, more_frames=more_frames)
-    reader.load_into(replay, source="dataset", say=print if team.is_main else lambda _: None)
+    replay = create_replay(path, [reader], more_steps=more_steps, more_frames=more_frames)
+    fill(replay, reader, "dataset", say=print if team.is_main else lambda _: None)
     return replay
 
 
 def _reopen(
     config: FinetuneVLAConfig, reader: LeRobotReader, chunk_length: int, path: Path
-) -> FrameReplay:
+) -> Replay:
     """The replay of a run that is gone on with, which may have got more rollouts to come."""
     more_steps, more_frames = room_for_rollouts(config, chunk_length)
-    replay = FrameReplay.open(path)
+    replay = Replay.open(path)
     replay.grow(reader.num_rows + more_steps, reader.num_frames + more_frames)
     return replay
 
@@ -292,7 +293,7 @@ def _start_simulators(
 def _sampler(
     config: FinetuneVLAConfig,
     policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
+    replay: Replay,
     features: FeatureCache,
     names: tuple[str, ...] | None,
     sources: Sequence[str] | None = None,
@@ -311,7 +312,7 @@ def _sampler(
 def _make_method(
     config: FinetuneVLAConfig,
     policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
+    replay: Replay,
     features: FeatureCache,
     accelerator: Accelerator,
 ) -> Cached:

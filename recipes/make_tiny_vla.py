@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +43,8 @@ from vla_trqam.adapters.tiny.pretraining import (
 
 import vla_trqam.data
 from vla_trqam.config.settings import refuse_below
-from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.data.sources.robomimic.hdf5 import read_robomimic
 from vla_trqam.envs.robomimic.env_meta import env_meta_for
@@ -174,7 +176,7 @@ def demonstrated(demos: Sequence[RenderedDemo]) -> Scenes:
             camera: np.concatenate([e.images[camera][: len(e.actions)] for e in episodes])
             for camera in CAMERAS.names
         },
-        states=np.concatenate([e.states[:-1] for e in episodes]),
+        states=np.concatenate([e.observations[:-1] for e in episodes]),
         poses=pose_targets(np.concatenate([demo.objects[:-1] for demo in demos])),
         task=str(episodes[0].task),
     )
@@ -226,15 +228,15 @@ def write_dataset(demos: Sequence[RenderedDemo], folder: Path) -> None:
     episodes = [thinned(demo.episode) for demo in demos]
     size = CAMERAS.image_size
     with tempfile.TemporaryDirectory() as scratch:
-        replay = FrameReplay.create(
+        replay = Replay.create(
             Path(scratch) / "replay",
-            state_dim=episodes[0].states.shape[1],
+            observation_dim=episodes[0].observations.shape[1],
             action_dim=episodes[0].actions.shape[1],
             cameras=dict.fromkeys(CAMERAS.names, (size, size, 3)),
             capacity=sum(len(e.actions) for e in episodes),
         )
         for episode in episodes:
-            replay.add_episode(episode, source="demonstrations")
+            replay.add(episode, source="demonstrations")
         write_lerobot_dataset(
             replay,
             folder,
@@ -246,14 +248,13 @@ def write_dataset(demos: Sequence[RenderedDemo], folder: Path) -> None:
         replay.close()
 
 
-def thinned(episode: FrameEpisode) -> FrameEpisode:
+def thinned(episode: Episode) -> Episode:
     """The episode with every fourth frame, and the one at which it was cut."""
     observed = np.arange(len(episode.actions) + 1) % STRIDE == 0
     observed[-1] = not episode.terminated
-    kept = observed[episode.observed]
+    kept = observed[episode.where_observed]
     images = {camera: frames[kept] for camera, frames in episode.images.items()}
-    fields = vars(episode) | {"images": images, "observed": observed}
-    return FrameEpisode(**fields)
+    return replace(episode, images=images, observed=observed)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from vla_trqam.adapters.lora import LoRASettings
 from vla_trqam.recipes.vla_pins import sources_of, take_pinned_commits
 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
-from vla_trqam.data.frame_replay import IMAGE_PREFIX, FrameReplay, image_key
+from vla_trqam.data.frames import IMAGE_PREFIX, image_key
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.engine.folder.checkpoints import last_checkpoint
 from vla_trqam.engine.folder.pins import write_pins
@@ -118,7 +119,7 @@ def _looked_through(config: FinetuneVLAConfig, given: tuple[str, str | None]) ->
     """The policy's cameras, which alone are opened; or all those that a resumed replay has."""
     assert config.output_dir is not None
     if config.resume and last_checkpoint(config.output_dir) is not None:
-        replay = FrameReplay.open(config.output_dir / REPLAY_NAME)
+        replay = Replay.open(config.output_dir / REPLAY_NAME)
         names = tuple(replay.cameras)
         replay.close()
         return names

@@ -7,7 +7,7 @@ from pathlib import Path
 from vla_trqam.adapters.loading import adapter_base, fetch
 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
-from vla_trqam.data.frame_replay import image_key
+from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.folder.pins import Source, read_pins

@@ -8,7 +8,7 @@ from typing import Any
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.folder.checkpoints import all_checkpoints
@@ -62,7 +62,7 @@ def check_machine(
 def check_data(
     config: FinetuneVLAConfig,
     policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
+    replay: Replay,
     everything: ChunkSampler[Any],
     rewards: RewardSummary | None,
     team: Team,
@@ -84,9 +84,7 @@ def check_data(
     _tell(report, team)
 
 
-def all_rewards(
-    replay: FrameReplay, everything: ChunkSampler[Any], team: Team
-) -> RewardSummary | None:
+def all_rewards(replay: Replay, everything: ChunkSampler[Any], team: Team) -> RewardSummary | None:
     """Of all processes: the episodes of one may all fail."""
     if team.size == 1:
         return None

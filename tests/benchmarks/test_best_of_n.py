@@ -12,7 +12,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.envs.rollout import Episode
+from vla_trqam.data.episode import Episode
 
 OBSERVATION, ACTION, HORIZON, STATES = 4, 2, 3, 6
 

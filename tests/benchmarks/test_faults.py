@@ -15,7 +15,8 @@ import pytest
 import run_difference
 from safetensors.numpy import load_file, save_file
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 
 WRITES = """
 import sys
@@ -43,16 +44,10 @@ def write_run(folder: Path) -> None:
     lines = [{"step": n, "time": 0.1 * n, "td_loss": 1.0 / n} for n in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "evaluation.json").write_text(json.dumps({"tuned_success": [True]}))
-    replay = ReplayBuffer.create(folder / "replay", observation_dim=2, action_dim=1, capacity=9)
-    replay.add_episode(
-        np.ones((4, 2)),
-        np.ones((3, 1)),
-        np.array([0.0, 0.0, 1.0]),
-        terminated=True,
-        truncated=False,
-        success=True,
-        source="online",
-    )
+    replay = Replay.create(folder / "replay", observation_dim=2, action_dim=1, capacity=9)
+    rewards = np.array([0.0, 0.0, 1.0])
+    episode = Episode(np.ones((4, 2)), np.ones((3, 1)), rewards, True, False, True)
+    replay.add(episode, source="online")
     replay.close()
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 
-from .raw_episodes import ACTION_DIM, OBSERVATION_DIM, RawEpisode, make_episode
+from .raw_episodes import ACTION_DIM, OBSERVATION_DIM, make_episode
 
 
 @pytest.fixture
-def episodes() -> list[RawEpisode]:
+def episodes() -> list[Episode]:
     """Both ends, both at once, and lengths below, at and above a chunk of 5."""
     ends = [(True, False), (False, True), (True, True)]
     lengths = [1, 4, 5, 6, 12]
@@ -23,9 +24,9 @@ def episodes() -> list[RawEpisode]:
 
 
 @pytest.fixture
-def new_buffer(tmp_path: Path) -> Callable[..., ReplayBuffer]:
-    def create(name: str = "replay", capacity: int = 1000) -> ReplayBuffer:
-        return ReplayBuffer.create(
+def new_buffer(tmp_path: Path) -> Callable[..., Replay]:
+    def create(name: str = "replay", capacity: int = 1000) -> Replay:
+        return Replay.create(
             tmp_path / name,
             observation_dim=OBSERVATION_DIM,
             action_dim=ACTION_DIM,
@@ -36,8 +37,8 @@ def new_buffer(tmp_path: Path) -> Callable[..., ReplayBuffer]:
 
 
 @pytest.fixture
-def buffer(new_buffer: Callable[..., ReplayBuffer], episodes: list[RawEpisode]) -> ReplayBuffer:
+def buffer(new_buffer: Callable[..., Replay], episodes: list[Episode]) -> Replay:
     filled = new_buffer()
     for episode in episodes:
-        episode.add_to(filled)
+        filled.add(episode, source="demonstrations")
     return filled

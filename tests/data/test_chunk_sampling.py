@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.errors import UserError
 
-from .raw_episodes import RawEpisode, make_episode
+from .raw_episodes import make_episode
 
 GAMMA = 0.9
 
 
-def sampler_of(buffer: ReplayBuffer, short_chunks: str = "drop", **changes: Any) -> ChunkSampler:
+def sampler_of(buffer: Replay, short_chunks: str = "drop", **changes: Any) -> ChunkSampler:
     arguments: dict[str, Any] = {
         "chunk_length": 5,
         "discount": GAMMA,
@@ -26,7 +27,7 @@ def sampler_of(buffer: ReplayBuffer, short_chunks: str = "drop", **changes: Any)
     return buffer.sampler(**arguments)
 
 
-def naive_chunks(episodes: list[RawEpisode], chunk_length: int, short_chunks: str) -> list[dict]:
+def naive_chunks(episodes: list[Episode], chunk_length: int, short_chunks: str) -> list[dict]:
     """Every admissible chunk, the slow and obvious way."""
     chunks = []
     for episode in episodes:
@@ -58,7 +59,7 @@ def naive_chunks(episodes: list[RawEpisode], chunk_length: int, short_chunks: st
 @pytest.mark.parametrize("short_chunks", ["drop", "pad"])
 @pytest.mark.parametrize("chunk_length", [1, 3, 5])
 def test_every_chunk_equals_the_naive_reading_of_the_episodes(
-    buffer: ReplayBuffer, episodes: list[RawEpisode], short_chunks: str, chunk_length: int
+    buffer: Replay, episodes: list[Episode], short_chunks: str, chunk_length: int
 ) -> None:
     expected = naive_chunks(episodes, chunk_length, short_chunks)
     sampler = sampler_of(buffer, short_chunks, chunk_length=chunk_length)
@@ -71,9 +72,7 @@ def test_every_chunk_equals_the_naive_reading_of_the_episodes(
         np.testing.assert_allclose(tensor.numpy(), values, rtol=1e-6, err_msg=name)
 
 
-def test_sampled_rows_are_chunks_of_the_replay(
-    buffer: ReplayBuffer, episodes: list[RawEpisode]
-) -> None:
+def test_sampled_rows_are_chunks_of_the_replay(buffer: Replay, episodes: list[Episode]) -> None:
     expected = {chunk["observation"].tobytes(): chunk for chunk in naive_chunks(episodes, 5, "pad")}
     batch = sampler_of(buffer, "pad").sample(200, np.random.default_rng(0))
     for row in range(200):
@@ -84,7 +83,7 @@ def test_sampled_rows_are_chunks_of_the_replay(
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-def test_every_start_is_equally_likely(buffer: ReplayBuffer, kind: str) -> None:
+def test_every_start_is_equally_likely(buffer: Replay, kind: str) -> None:
     generator = np.random.default_rng(0) if kind == "numpy" else torch.Generator().manual_seed(0)
     sampler = sampler_of(buffer, "pad")
     draws, num_starts = 40_000, sampler.num_starts
@@ -97,14 +96,14 @@ def test_every_start_is_equally_likely(buffer: ReplayBuffer, kind: str) -> None:
     assert abs(chi_square - degrees) < 4 * np.sqrt(2 * degrees)
 
 
-def test_same_generator_state_gives_the_same_batch(buffer: ReplayBuffer) -> None:
+def test_same_generator_state_gives_the_same_batch(buffer: Replay) -> None:
     sampler = sampler_of(buffer)
     first, second = (sampler.sample(32, np.random.default_rng(7)) for _ in range(2))
     assert all(torch.equal(getattr(second, name), field) for name, field in vars(first).items())
 
 
 def test_sampler_sees_episodes_added_later(
-    new_buffer: Callable[..., ReplayBuffer], episodes: list[RawEpisode]
+    new_buffer: Callable[..., Replay], episodes: list[Episode]
 ) -> None:
     growing = new_buffer()
     sampler = sampler_of(growing, "pad")
@@ -112,7 +111,7 @@ def test_sampler_sees_episodes_added_later(
     with pytest.raises(UserError, match="no episode with a chunk of 5 steps"):
         sampler.sample(1, np.random.default_rng(0))
     for number, episode in enumerate(episodes):
-        episode.add_to(growing)
+        growing.add(episode, source="demonstrations")
         assert sampler.num_starts == len(naive_chunks(episodes[: number + 1], 5, "pad"))
     fresh = sampler_of(growing, "pad")
     every = np.arange(fresh.num_starts)
@@ -120,7 +119,7 @@ def test_sampler_sees_episodes_added_later(
 
 
 def test_sampler_forgets_episodes_cut_from_the_replay(
-    buffer: ReplayBuffer, episodes: list[RawEpisode]
+    buffer: Replay, episodes: list[Episode]
 ) -> None:
     sampler = sampler_of(buffer)
     buffer.truncate_to(2)
@@ -128,7 +127,7 @@ def test_sampler_forgets_episodes_cut_from_the_replay(
         make_episode(500 + i, 8, terminated=True, truncated=False) for i in range(len(episodes) - 2)
     ]
     for episode in replacement:
-        episode.add_to(buffer)
+        buffer.add(episode, source="demonstrations")
     expected = naive_chunks([*episodes[:2], *replacement], 5, "drop")
     assert sampler.num_starts == len(expected)
     actual = sampler.gather(np.arange(len(expected))).observation.numpy()
@@ -136,11 +135,11 @@ def test_sampler_forgets_episodes_cut_from_the_replay(
 
 
 def test_sources_restrict_what_is_drawn(
-    new_buffer: Callable[..., ReplayBuffer], episodes: list[RawEpisode]
+    new_buffer: Callable[..., Replay], episodes: list[Episode]
 ) -> None:
     mixed = new_buffer()
     for number, episode in enumerate(episodes):
-        episode.add_to(mixed, source="online" if number % 2 else "demonstrations")
+        mixed.add(episode, source="online" if number % 2 else "demonstrations")
     sampler = sampler_of(mixed, sources=("online",))
     expected = naive_chunks(episodes[1::2], 5, "drop")
     actual = sampler.gather(np.arange(sampler.num_starts)).observation.numpy()
@@ -177,7 +176,7 @@ def test_dense_reward_is_refused_where_a_success_reward_is_wanted() -> None:
     ],
 )
 def test_sampler_refuses_arguments_out_of_range(
-    buffer: ReplayBuffer, changes: dict[str, Any], message: str
+    buffer: Replay, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         sampler_of(buffer, **changes)
@@ -185,20 +184,20 @@ def test_sampler_refuses_arguments_out_of_range(
 
 @pytest.fixture
 def offline_and_online(
-    new_buffer: Callable[..., ReplayBuffer],
-) -> tuple[ReplayBuffer, ReplayBuffer]:
+    new_buffer: Callable[..., Replay],
+) -> tuple[Replay, Replay]:
     """Marked by the sign of the first observation entry: offline negative, online positive."""
     buffers = new_buffer("offline"), new_buffer("online")
     for sign, buffer, length in zip((-1, 1), buffers, (304, 104), strict=True):
         episode = make_episode(0, length, terminated=False, truncated=True)
         episode.observations[:, 0] = sign
-        episode.add_to(buffer)
+        buffer.add(episode, source="demonstrations")
     return buffers
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.25, 16), (0.5, 32), (1.0, 64)])
 def test_mixture_has_exactly_the_given_share_of_online_rows(
-    offline_and_online: tuple[ReplayBuffer, ReplayBuffer], fraction: float, expected: int
+    offline_and_online: tuple[Replay, Replay], fraction: float, expected: int
 ) -> None:
     offline, online = map(sampler_of, offline_and_online)
     batch = MixedSampler(offline, online, online_fraction=fraction).sample(
@@ -209,7 +208,7 @@ def test_mixture_has_exactly_the_given_share_of_online_rows(
 
 
 def test_mixture_without_fraction_is_uniform_over_the_union(
-    offline_and_online: tuple[ReplayBuffer, ReplayBuffer],
+    offline_and_online: tuple[Replay, Replay],
 ) -> None:
     offline, online = map(sampler_of, offline_and_online)  # 300 and 100 starts
     mixed = MixedSampler(offline, online, online_fraction=None)
@@ -220,7 +219,7 @@ def test_mixture_without_fraction_is_uniform_over_the_union(
 
 
 def test_mixture_without_fraction_works_before_the_first_online_episode(
-    offline_and_online: tuple[ReplayBuffer, ReplayBuffer], new_buffer: Callable[..., ReplayBuffer]
+    offline_and_online: tuple[Replay, Replay], new_buffer: Callable[..., Replay]
 ) -> None:
     offline, empty = sampler_of(offline_and_online[0]), sampler_of(new_buffer("empty"))
     rng = np.random.default_rng(0)
@@ -231,7 +230,7 @@ def test_mixture_without_fraction_works_before_the_first_online_episode(
         MixedSampler(empty, empty, online_fraction=None).sample(8, rng)
 
 
-def test_mixture_refuses_bad_fraction_and_differing_chunks(buffer: ReplayBuffer) -> None:
+def test_mixture_refuses_bad_fraction_and_differing_chunks(buffer: Replay) -> None:
     sampler = sampler_of(buffer)
     with pytest.raises(UserError, match=r"fraction is 1\.5"):
         MixedSampler(sampler, sampler, online_fraction=1.5)
@@ -240,11 +239,13 @@ def test_mixture_refuses_bad_fraction_and_differing_chunks(buffer: ReplayBuffer)
 
 
 def test_a_batch_of_128_is_drawn_within_150_microseconds(
-    new_buffer: Callable[..., ReplayBuffer],
+    new_buffer: Callable[..., Replay],
 ) -> None:
     large = new_buffer(capacity=20_000)
     for seed in range(200):
-        make_episode(seed, 100, terminated=True, truncated=False).add_to(large)
+        large.add(
+            make_episode(seed, 100, terminated=True, truncated=False), source="demonstrations"
+        )
     sampler = sampler_of(large, "pad")
     rng = np.random.default_rng(0)
     # The best of many short stretches: other processes on the machine must not fail this.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vla_trqam.data.feature_cache import FeatureCache
-from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.data.frames import FrameObservation
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
 
@@ -33,21 +34,21 @@ class Counter:
 
 
 @pytest.fixture
-def replay(tmp_path: Path) -> FrameReplay:
-    replay = FrameReplay.create(
+def replay(tmp_path: Path) -> Replay:
+    replay = Replay.create(
         tmp_path / "replay",
-        state_dim=STATE_DIM,
+        observation_dim=STATE_DIM,
         action_dim=ACTION_DIM,
         cameras=CAMERAS,
         capacity=200,
     )
     for seed in range(3):
         episode = frame_episode(seed, 9, terminated=seed == 0, every=seed + 1)
-        replay.add_episode(episode, source="demonstrations")
+        replay.add(episode, source="demonstrations")
     return replay
 
 
-def sample(replay: FrameReplay, observer: Any) -> Any:
+def sample(replay: Replay, observer: Any) -> Any:
     sampler = replay.sampler(
         chunk_length=3,
         discount=0.9,
@@ -58,7 +59,7 @@ def sample(replay: FrameReplay, observer: Any) -> Any:
     return sampler.gather(np.arange(sampler.num_starts))
 
 
-def test_cached_rows_are_the_features_of_the_batchs_observations(replay: FrameReplay) -> None:
+def test_cached_rows_are_the_features_of_the_batchs_observations(replay: Replay) -> None:
     compute = Counter()
     cache = FeatureCache(replay, compute, fingerprint="a")
     cache.update(batch_size=4)
@@ -72,31 +73,31 @@ def test_cached_rows_are_the_features_of_the_batchs_observations(replay: FrameRe
     assert torch.equal(cached.action, raw.action)
 
 
-def test_each_frame_is_computed_once_even_over_a_restart(replay: FrameReplay) -> None:
+def test_each_frame_is_computed_once_even_over_a_restart(replay: Replay) -> None:
     compute = Counter()
     cache = FeatureCache(replay, compute, fingerprint="a")
     assert cache.update() == replay.num_frames == compute.frames
     assert cache.update() == 0
-    replay.add_episode(frame_episode(9, 4, terminated=True), source="online")
+    replay.add(frame_episode(9, 4, terminated=True), source="online")
     assert cache.update() == 5
     replay.close()
-    again = FeatureCache(FrameReplay.open(replay.path), compute, fingerprint="a")
+    again = FeatureCache(Replay.open(replay.path), compute, fingerprint="a")
     assert again.update() == 0
     assert compute.frames == replay.num_frames
 
 
-def test_another_fingerprint_computes_all_again(replay: FrameReplay) -> None:
+def test_another_fingerprint_computes_all_again(replay: Replay) -> None:
     FeatureCache(replay, Counter(), fingerprint="a").update()
     compute = Counter()
     FeatureCache(replay, compute, fingerprint="b").update()
     assert compute.frames == replay.num_frames
 
 
-def test_frames_that_were_replaced_are_computed_again(replay: FrameReplay) -> None:
+def test_frames_that_were_replaced_are_computed_again(replay: Replay) -> None:
     cache = FeatureCache(replay, Counter(), fingerprint="a")
     cache.update()
     replay.truncate_to(1)
-    replay.add_episode(frame_episode(50, 30, terminated=False), source="online")
+    replay.add(frame_episode(50, 30, terminated=False), source="online")
     with pytest.raises(UserError, match="update the cache"):
         sample(replay, cache)
     cache.update()
@@ -104,7 +105,7 @@ def test_frames_that_were_replaced_are_computed_again(replay: FrameReplay) -> No
     assert torch.equal(cached.observation["mean"], Counter()(raw.observation)["mean"])
 
 
-def test_sampling_before_the_update_is_refused(replay: FrameReplay) -> None:
+def test_sampling_before_the_update_is_refused(replay: Replay) -> None:
     cache = FeatureCache(replay, Counter(), fingerprint="a")
     with pytest.raises(UserError, match="update the cache after adding episodes"):
         sample(replay, cache)
@@ -118,7 +119,7 @@ def test_sampling_before_the_update_is_refused(replay: FrameReplay) -> None:
     ],
 )
 def test_features_that_cannot_be_kept_are_refused(
-    replay: FrameReplay, feature: Tensor, message: str
+    replay: Replay, feature: Tensor, message: str
 ) -> None:
     cache = FeatureCache(replay, lambda _: {"f": feature[: replay.num_frames]}, fingerprint="a")
     with pytest.raises(UserError, match=message):
@@ -126,10 +127,10 @@ def test_features_that_cannot_be_kept_are_refused(
 
 
 def test_features_of_another_shape_under_the_same_fingerprint_are_refused(
-    replay: FrameReplay,
+    replay: Replay,
 ) -> None:
     FeatureCache(replay, Counter(), fingerprint="a").update()
-    replay.add_episode(frame_episode(9, 4, terminated=True), source="online")
+    replay.add(frame_episode(9, 4, terminated=True), source="online")
     other = FeatureCache(replay, lambda o: {"f": torch.zeros(5, 1)}, fingerprint="a")
     with pytest.raises(UserError, match="another fingerprint"):
         other.update()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.replay_files import Header
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
 from vla_trqam.errors import UserError
@@ -22,13 +22,13 @@ from .raw_frames import ACTION_DIM, CAMERAS, STATE_DIM, frame_episode
 SPARSE = RewardSpec("sparse")
 
 
-def create(path: Path, **changes: Any) -> FrameReplay:
-    sizes: dict[str, Any] = {"state_dim": STATE_DIM, "action_dim": ACTION_DIM, "capacity": 200}
-    return FrameReplay.create(path, **({**sizes, "cameras": CAMERAS} | changes))
+def create(path: Path, **changes: Any) -> Replay:
+    sizes: dict[str, Any] = dict(observation_dim=STATE_DIM, action_dim=ACTION_DIM, capacity=200)
+    return Replay.create(path, **({**sizes, "cameras": CAMERAS} | changes))
 
 
 @pytest.fixture
-def episodes() -> list[FrameEpisode]:
+def episodes() -> list[Episode]:
     return [
         frame_episode(0, 7, terminated=True),
         frame_episode(1, 9, terminated=False, task="put the can"),
@@ -38,24 +38,24 @@ def episodes() -> list[FrameEpisode]:
 
 
 @pytest.fixture
-def replay(tmp_path: Path, episodes: list[FrameEpisode]) -> FrameReplay:
+def replay(tmp_path: Path, episodes: list[Episode]) -> Replay:
     filled = create(tmp_path / "replay")
     for episode in episodes:
-        filled.add_episode(episode, source="demonstrations")
+        filled.add(episode, source="demonstrations")
     return filled
 
 
-def assert_holds(replay: FrameReplay, episodes: list[FrameEpisode]) -> None:
+def assert_holds(replay: Replay, episodes: list[Episode]) -> None:
     assert replay.num_episodes == len(episodes)
     assert replay.num_frames == sum(e.observed.sum() for e in episodes)
     for camera in CAMERAS:
         images = np.concatenate([e.images[camera] for e in episodes])
         assert np.array_equal(replay.images(camera), images)
-    assert np.array_equal(replay.steps.observations, np.concatenate([e.states for e in episodes]))
+    assert np.array_equal(replay.observations, np.concatenate([e.observations for e in episodes]))
     assert replay.task_of_episodes() == [e.task for e in episodes]
 
 
-def slow_chunks(episodes: list[FrameEpisode], length: int, *, pad: bool) -> list[tuple[Any, ...]]:
+def slow_chunks(episodes: list[Episode], length: int, *, pad: bool) -> list[tuple[Any, ...]]:
     """(episode, t, n) of every admissible chunk, by the definition."""
     chunks = []
     for number, episode in enumerate(episodes):
@@ -70,7 +70,7 @@ def slow_chunks(episodes: list[FrameEpisode], length: int, *, pad: bool) -> list
     return chunks
 
 
-def frame_of(episode: FrameEpisode, t: int, camera: str) -> np.ndarray:
+def frame_of(episode: Episode, t: int, camera: str) -> np.ndarray:
     assert episode.observed[t]
     return episode.images[camera][episode.observed[:t].sum()]
 
@@ -83,7 +83,7 @@ def shown(batch: Any, key: str, camera: str, row: int) -> np.ndarray:
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_sampler_draws_exactly_the_chunks_whose_ends_were_seen(
-    replay: FrameReplay, episodes: list[FrameEpisode], length: int, pad: bool
+    replay: Replay, episodes: list[Episode], length: int, pad: bool
 ) -> None:
     sampler = replay.sampler(
         chunk_length=length,
@@ -98,7 +98,7 @@ def test_sampler_draws_exactly_the_chunks_whose_ends_were_seen(
         episode = episodes[number]
         state = batch.observation["observation.state"]
         assert isinstance(state, torch.Tensor)
-        assert np.array_equal(state[row].numpy(), episode.states[t])
+        assert np.array_equal(state[row].numpy(), episode.observations[t])
         assert np.array_equal(batch.action[row, :n].numpy(), episode.actions[t : t + n])
         assert batch.observation["task"][row] == episode.task
         assert bool(batch.terminated[row]) == (episode.terminated and t + n == len(episode.actions))
@@ -110,7 +110,7 @@ def test_sampler_draws_exactly_the_chunks_whose_ends_were_seen(
                 assert np.array_equal(seen, frame_of(episode, t + n, camera))
 
 
-def test_images_are_lerobots_floats_or_the_bytes_themselves(replay: FrameReplay) -> None:
+def test_images_are_lerobots_floats_or_the_bytes_themselves(replay: Replay) -> None:
     rows = np.array([0, 5])
     floats = replay.observation_at(rows)["observation.images.front"]
     assert isinstance(floats, torch.Tensor)
@@ -123,12 +123,10 @@ def test_images_are_lerobots_floats_or_the_bytes_themselves(replay: FrameReplay)
     assert torch.equal(raw / 255, floats)
 
 
-def test_reopened_replay_holds_what_was_added(
-    replay: FrameReplay, episodes: list[FrameEpisode]
-) -> None:
+def test_reopened_replay_holds_what_was_added(replay: Replay, episodes: list[Episode]) -> None:
     assert_holds(replay, episodes)
     replay.close()
-    assert_holds(FrameReplay.open(replay.path), episodes)
+    assert_holds(Replay.open(replay.path), episodes)
 
 
 def test_each_frame_is_on_the_disk_once(tmp_path: Path) -> None:
@@ -136,19 +134,19 @@ def test_each_frame_is_on_the_disk_once(tmp_path: Path) -> None:
     episode = frame_episode(0, 40, terminated=True)
     images = np.random.default_rng(0).integers(0, 256, (41, 64, 64, 3), dtype=np.uint8)
     episode = dataclasses.replace(episode, images={"front": images})
-    replay.add_episode(episode, source="online")
+    replay.add(episode, source="online")
     used = (replay.path / "images.front.npy").stat().st_blocks * 512
     assert images.nbytes <= used < 1.2 * images.nbytes
 
 
-def numbered(seed: int) -> FrameEpisode:
+def numbered(seed: int) -> Episode:
     return frame_episode(seed, 10 + seed % 5, terminated=seed % 2 == 0, task=f"task {seed % 7}")
 
 
 def write_until_killed(path: Path) -> None:
     replay = create(path, capacity=1_000_000)
     for seed in itertools.count():
-        replay.add_episode(numbered(seed), source="online")
+        replay.add(numbered(seed), source="online")
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -158,22 +156,22 @@ def test_replay_survives_a_kill_and_goes_on(tmp_path: Path) -> None:
     writer.start()
     deadline = time.monotonic() + 20
     try:
-        while not (path / "replay.json").exists() or ReplayBuffer.open(path).num_episodes <= 20:
+        while not (path / "replay.json").exists() or Replay.open(path).num_episodes <= 20:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
         writer.kill()
         writer.join()
-    replay = FrameReplay.open(path)
+    replay = Replay.open(path)
     expected = [numbered(seed) for seed in range(replay.num_episodes)]
     assert_holds(replay, expected)
     extra = frame_episode(999, 3, terminated=True, task="another")
-    replay.add_episode(extra, source="online")
-    assert_holds(FrameReplay.open(path), [*expected, extra])
+    replay.add(extra, source="online")
+    assert_holds(Replay.open(path), [*expected, extra])
 
 
 def test_half_written_episode_is_ignored_and_overwritten(
-    replay: FrameReplay, episodes: list[FrameEpisode], monkeypatch: pytest.MonkeyPatch
+    replay: Replay, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(header: Header, folder: Path) -> None:
         raise KeyboardInterrupt
@@ -181,19 +179,19 @@ def test_half_written_episode_is_ignored_and_overwritten(
     with monkeypatch.context() as patch:
         patch.setattr(Header, "write", die)
         with pytest.raises(KeyboardInterrupt):
-            replay.add_episode(frame_episode(77, 9, terminated=True), source="online")
+            replay.add(frame_episode(77, 9, terminated=True), source="online")
     assert_holds(replay, episodes)
     later = frame_episode(78, 4, terminated=True)
-    replay.add_episode(later, source="online")
-    assert_holds(FrameReplay.open(replay.path), [*episodes, later])
+    replay.add(later, source="online")
+    assert_holds(Replay.open(replay.path), [*episodes, later])
 
 
 def test_cutting_back_keeps_the_first_episodes_frames(
-    replay: FrameReplay, episodes: list[FrameEpisode]
+    replay: Replay, episodes: list[Episode]
 ) -> None:
     replay.truncate_to(2)
     assert_holds(replay, episodes[:2])
-    replay.add_episode(episodes[3], source="online")
+    replay.add(episodes[3], source="online")
     assert_holds(replay, [*episodes[:2], episodes[3]])
 
 
@@ -201,10 +199,10 @@ def sampled(sampler: ChunkSampler[Any]) -> int:
     return sampler.num_starts
 
 
-def test_sampler_sees_episodes_added_later(replay: FrameReplay) -> None:
+def test_sampler_sees_episodes_added_later(replay: Replay) -> None:
     sampler = replay.sampler(chunk_length=2, discount=0.9, short_chunks="drop", reward=SPARSE)
     before = sampled(sampler)
-    replay.add_episode(frame_episode(5, 8, terminated=False), source="online")
+    replay.add(frame_episode(5, 8, terminated=False), source="online")
     assert sampled(sampler) == before + 7
 
 
@@ -220,37 +218,52 @@ def test_sampler_sees_episodes_added_later(replay: FrameReplay) -> None:
         ),
     ],
 )
-def test_bad_frames_are_refused(replay: FrameReplay, changes: Any, message: str) -> None:
+def test_bad_frames_are_refused(replay: Replay, changes: Any, message: str) -> None:
     good = frame_episode(0, 7, terminated=True)
     with pytest.raises(UserError, match=message):
-        replay.add_episode(dataclasses.replace(good, **changes), source="online")
+        replay.add(dataclasses.replace(good, **changes), source="online")
     assert replay.num_episodes == 4
 
 
 def test_full_frames_are_refused(tmp_path: Path) -> None:
     replay = create(tmp_path / "replay", frame_capacity=10)
     with pytest.raises(UserError, match="holds 0 of 10 frames and 13 more do not fit"):
-        replay.add_episode(frame_episode(0, 12, terminated=True), source="online")
+        replay.add(frame_episode(0, 12, terminated=True), source="online")
 
 
 def test_replay_without_images_is_refused_by_name(
-    tmp_path: Path, new_buffer: Callable[..., ReplayBuffer]
+    tmp_path: Path, new_buffer: Callable[..., Replay]
 ) -> None:
-    plain = new_buffer()
+    plain = Replay.open(new_buffer().path)
+    assert plain.cameras == {}
     with pytest.raises(UserError, match=r"not a replay with images: it has no frames.json"):
-        FrameReplay.open(plain.path)
+        plain.images("front")
 
 
-def test_damaged_frame_header_is_refused(replay: FrameReplay) -> None:
+def test_images_that_a_replay_of_states_would_lose_are_refused(
+    new_buffer: Callable[..., Replay],
+) -> None:
+    with pytest.raises(UserError, match=r"cameras \['front', 'wrist'\], not \[\]"):
+        new_buffer().add(frame_episode(0, 7, terminated=True), source="online")
+
+
+def test_frames_of_a_replay_that_was_killed_as_it_was_made_do_not_count(tmp_path: Path) -> None:
+    create(tmp_path / "replay").close()
+    (tmp_path / "replay/replay.json").unlink()
+    Replay.create(tmp_path / "replay", observation_dim=1, action_dim=1, capacity=9).close()
+    assert Replay.open(tmp_path / "replay").cameras == {}
+
+
+def test_damaged_frame_header_is_refused(replay: Replay) -> None:
     (replay.path / "frames.json").write_text("[]")
     with pytest.raises(UserError, match="damaged"):
-        FrameReplay.open(replay.path)
+        Replay.open(replay.path)
 
 
-def test_second_replay_in_a_folder_is_refused(replay: FrameReplay) -> None:
+def test_second_replay_in_a_folder_is_refused(replay: Replay) -> None:
     with pytest.raises(UserError, match="already holds a replay"):
         create(replay.path)
-    assert FrameReplay.open(replay.path).num_episodes == 4
+    assert Replay.open(replay.path).num_episodes == 4
 
 
 def test_a_task_that_changes_is_told_in_each_row(tmp_path: Path) -> None:
@@ -259,10 +272,10 @@ def test_a_task_that_changes_is_told_in_each_row(tmp_path: Path) -> None:
     steady = frame_episode(1, 4, terminated=False, task="lift")
     replay = create(tmp_path / "replay", tasks_of_rows=True)
     for episode in (steady, changing, steady):
-        replay.add_episode(episode, source="demonstrations")
+        replay.add(episode, source="demonstrations")
     replay.truncate_to(2)
     replay.close()
-    again = FrameReplay.open(tmp_path / "replay")
+    again = Replay.open(tmp_path / "replay")
     assert again.observation_at(np.arange(13))["task"] == ["lift"] * 5 + list(tasks)
     assert again.observation_at(np.array([12, 5]))["task"] == ["lift", "reach"]
     assert again.task_of_episodes() == ["lift", "reach"]
@@ -273,15 +286,15 @@ def test_tasks_that_a_replay_cannot_hold_are_refused(tmp_path: Path) -> None:
     episode = frame_episode(0, 3, terminated=True)
     replay = create(tmp_path / "replay")
     with pytest.raises(UserError, match="has a task that changes; create the replay with tasks_of"):
-        replay.add_episode(dataclasses.replace(episode, task=("a", "a", "b", "b")), source="x")
+        replay.add(dataclasses.replace(episode, task=("a", "a", "b", "b")), source="x")
     with pytest.raises(UserError, match="has 3 tasks, not one for each of 4 rows"):
-        replay.add_episode(dataclasses.replace(episode, task=("a", "a", "a")), source="x")
-    replay.add_episode(dataclasses.replace(episode, task=("a",) * 4), source="x")
+        replay.add(dataclasses.replace(episode, task=("a", "a", "a")), source="x")
+    replay.add(dataclasses.replace(episode, task=("a",) * 4), source="x")
     assert replay.observation_at(np.arange(4))["task"] == ["a"] * 4
 
 
 def test_a_replay_from_before_tasks_could_change_opens(
-    replay: FrameReplay, episodes: list[FrameEpisode]
+    replay: Replay, episodes: list[Episode]
 ) -> None:
     replay.close()
     path = replay.path / "frames.json"
@@ -289,4 +302,4 @@ def test_a_replay_from_before_tasks_could_change_opens(
     assert header.pop("tasks_of_rows") is False
     path.write_text(json.dumps(header))
     assert not (replay.path / "row_tasks.npy").exists()
-    assert_holds(FrameReplay.open(replay.path), episodes)
+    assert_holds(Replay.open(replay.path), episodes)

@@ -10,8 +10,7 @@ import torch
 
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.frame_files import FrameHeader
-from vla_trqam.data.frame_replay import FrameReplay
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.replay_files import Column, Header
 from vla_trqam.errors import UserError
 
@@ -25,15 +24,15 @@ class Killed(BaseException):
     pass
 
 
-def create(path: Path, **sizes: int) -> FrameReplay:
-    replay = FrameReplay.create(
-        path, state_dim=STATE_DIM, action_dim=ACTION_DIM, cameras=CAMERAS, **sizes
+def create(path: Path, **sizes: int) -> Replay:
+    replay = Replay.create(
+        path, observation_dim=STATE_DIM, action_dim=ACTION_DIM, cameras=CAMERAS, **sizes
     )
-    replay.add_episode(FIRST, source="demonstrations")
+    replay.add(FIRST, source="demonstrations")
     return replay
 
 
-def cache_of(replay: FrameReplay) -> FeatureCache:
+def cache_of(replay: Replay) -> FeatureCache:
     return FeatureCache(
         replay, lambda seen: {"sum": torch.as_tensor(seen["observation.state"])}, fingerprint="x"
     )
@@ -50,17 +49,17 @@ def test_a_grown_replay_is_the_one_that_was_large_from_the_start(tmp_path: Path)
     for replay in (grown, large):
         assert cache_of(replay).update() == 8
     with pytest.raises(UserError, match="is full"):
-        grown.add_episode(SECOND, source="online")
+        grown.add(SECOND, source="online")
     grown.grow(**LARGE)
     for replay in (grown, large):
         cache = cache_of(replay)
         assert cache.num_frames == 8
-        replay.add_episode(SECOND, source="online")
+        replay.add(SECOND, source="online")
         assert cache.update() == 10
         replay.close()
     assert contents(tmp_path / "grown") == contents(tmp_path / "large")
-    reopened = FrameReplay.open(tmp_path / "grown")
-    assert (reopened.steps.capacity, reopened.frame_capacity) == (5000, 3000)
+    reopened = Replay.open(tmp_path / "grown")
+    assert (reopened.capacity, reopened.frame_capacity) == (5000, 3000)
 
 
 def test_a_smaller_number_changes_nothing(tmp_path: Path) -> None:
@@ -86,9 +85,9 @@ def test_a_kill_while_it_grows_leaves_a_replay_that_opens_and_grows(tmp_path: Pa
         cache_of(replay).update()
         finished = dies_while_growing(replay, number)
         replay.close()
-        again = FrameReplay.open(folder)
+        again = Replay.open(folder)
         assert again.num_episodes == 1
-        assert np.array_equal(again.steps.actions, FIRST.actions)
+        assert np.array_equal(again.actions, FIRST.actions)
         assert cache_of(again).num_frames == 8
         again.grow(**LARGE)
         again.close()
@@ -98,7 +97,7 @@ def test_a_kill_while_it_grows_leaves_a_replay_that_opens_and_grows(tmp_path: Pa
     assert number == len(list((tmp_path / "large").glob("*.npy"))) + 2
 
 
-def dies_while_growing(replay: FrameReplay, number: int) -> bool:
+def dies_while_growing(replay: Replay, number: int) -> bool:
     """Whether the replay had grown before the n-th step of it, counted from 0."""
     steps = itertools.count()
 
@@ -122,7 +121,7 @@ def dies_while_growing(replay: FrameReplay, number: int) -> bool:
 
 
 def test_a_file_whose_header_is_full_is_refused(tmp_path: Path) -> None:
-    replay = ReplayBuffer.create(tmp_path / "r", observation_dim=1, action_dim=1, capacity=9)
+    replay = Replay.create(tmp_path / "r", observation_dim=1, action_dim=1, capacity=9)
     path = tmp_path / "r" / "rewards.npy"
     values = np.load(path, allow_pickle=False)
     # As numpy wrote it before it left room: the header ends at the next multiple of 16.

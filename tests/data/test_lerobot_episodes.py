@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.errors import UserError
 
 from .lerobot_files import (
@@ -55,7 +56,7 @@ def test_frames_are_the_episodes_own_where_others_were_deleted(tmp_path: Path, k
     assert len(left) == 3
     for number, episode in zip((0, 2, 3), left, strict=True):
         assert np.array_equal(episode.images["front"], whole[number].images["front"])
-        assert episode.states[:, 0].tolist() == [number] * (LENGTH + 1)
+        assert episode.observations[:, 0].tolist() == [number] * (LENGTH + 1)
         grey = episode.images["front"].mean(axis=(1, 2, 3))
         assert np.abs(grey - [level(number, t) for t in range(LENGTH)]).max() < 3
     (last,) = open_dataset(root, episodes=(3,)).episodes()
@@ -87,7 +88,7 @@ def test_lerobot_reads_the_written_dataset_alike(
     for t in range(LENGTH):
         frame = theirs[2 * LENGTH + t]
         assert np.array_equal(frame["front"].permute(1, 2, 0).numpy(), episode.images["front"][t])
-        assert frame["observation.state"].tolist() == episode.states[t].tolist()
+        assert frame["observation.state"].tolist() == episode.observations[t].tolist()
 
 
 @pytest.mark.parametrize(
@@ -120,9 +121,9 @@ def test_rows_of_episodes_that_are_not_listed_are_left_out_with_a_line(
     delete_episode(root, 1)
     (root / DATA).write_bytes(data)
     reader, said = open_dataset(root), list[str]()
-    replay = reader.create_replay(tmp_path / "replay")
-    reader.load_into(replay, say=said.append)
-    assert replay.steps.observations[:, 0].tolist() == np.repeat([0, 2, 3], LENGTH + 1).tolist()
+    replay = create_replay(tmp_path / "replay", [reader])
+    fill(replay, reader, "demonstrations", say=said.append)
+    assert replay.observations[:, 0].tolist() == np.repeat([0, 2, 3], LENGTH + 1).tolist()
     assert f"{LENGTH} rows of episodes that meta/episodes does not list" in " ".join(said)
 
 
@@ -257,10 +258,10 @@ def test_tasks_that_change_are_refused_when_the_dataset_is_opened(root: Path) ->
         open_dataset(root, task_changes="last")
 
 
-def filled(root: Path, path: Path, **config: Any) -> FrameReplay:
+def filled(root: Path, path: Path, **config: Any) -> Replay:
     reader = open_dataset(root, **config)
-    replay = reader.create_replay(path)
-    reader.load_into(replay, say=lambda _: None)
+    replay = create_replay(path, [reader])
+    fill(replay, reader, "demonstrations", say=lambda _: None)
     return replay
 
 
@@ -270,7 +271,7 @@ def test_tasks_that_change_are_told_as_the_flag_says(root: Path, tmp_path: Path)
     assert first.task_of_episodes() == ["reach", "reach", "lift", "lift"]
     frame = filled(root, tmp_path / "frame", task_changes="frame")
     frame.close()
-    frame = FrameReplay.open(tmp_path / "frame")
+    frame = Replay.open(tmp_path / "frame")
     # The last state of an episode is its last row's again, for all are taken as terminated.
     rows = np.arange(LENGTH + 1, 2 * (LENGTH + 1))
     assert frame.observation_at(rows)["task"] == ["reach"] * 2 + ["lift"] * 5

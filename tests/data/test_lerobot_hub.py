@@ -76,7 +76,7 @@ def test_a_revision_is_resolved_to_a_commit_and_that_is_read(
     assert hub.asked == [resolved]
     assert reader.revision == COMMIT
     assert [revision for revision, _ in hub.downloads] == [resolved, COMMIT]
-    assert reader.episode(3).states[0].tolist() == [3, 0]
+    assert reader.episode(3).observations[0].tolist() == [3, 0]
 
 
 def test_only_what_is_read_is_downloaded(hub: FolderAsHub) -> None:

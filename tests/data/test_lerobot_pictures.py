@@ -202,7 +202,7 @@ def test_episodes_are_found_in_their_own_files(tmp_path: Path) -> None:
     reader = open_dataset(root)
     reader.check_cameras()
     for number, episode in enumerate(reader.episodes()):
-        assert np.array_equal(episode.states, whole[number].states)
+        assert np.array_equal(episode.observations, whole[number].observations)
         assert np.array_equal(episode.images["wrist"], whole[number].images["wrist"])
         difference = episode.images["front"].astype(int) - whole[number].images["front"]
         assert np.abs(difference).max() < 3
@@ -210,7 +210,7 @@ def test_episodes_are_found_in_their_own_files(tmp_path: Path) -> None:
     (root / DATA).unlink()
     later = open_dataset(root, episodes=(2, 3))
     later.check_cameras()
-    assert later.episode(1).states[0].tolist() == [3, 0]
+    assert later.episode(1).observations[0].tolist() == [3, 0]
 
 
 def test_no_library_is_asked_for_a_camera_that_nobody_looks_through(

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.errors import UserError
@@ -27,7 +29,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def episodes() -> list[FrameEpisode]:
+def episodes() -> list[Episode]:
     return [
         frame_episode(0, 7, terminated=True),
         frame_episode(1, 9, terminated=False, task="put the can"),
@@ -38,20 +40,20 @@ def episodes() -> list[FrameEpisode]:
 
 
 @pytest.fixture
-def replay(tmp_path: Path, episodes: list[FrameEpisode]) -> FrameReplay:
-    filled = FrameReplay.create(
+def replay(tmp_path: Path, episodes: list[Episode]) -> Replay:
+    filled = Replay.create(
         tmp_path / "direct",
-        state_dim=STATE_DIM,
+        observation_dim=STATE_DIM,
         action_dim=ACTION_DIM,
         cameras=CAMERAS,
         capacity=100,
     )
     for episode in episodes:
-        filled.add_episode(episode, source="online")
+        filled.add(episode, source="online")
     return filled
 
 
-def transitions(replay: FrameReplay, short_chunks: Any = "pad") -> Any:
+def transitions(replay: Replay, short_chunks: Any = "pad") -> Any:
     sampler = replay.sampler(
         chunk_length=4, discount=0.9, short_chunks=short_chunks, reward=RewardSpec("sparse")
     )
@@ -77,22 +79,22 @@ def assert_same_transitions(actual: Any, expected: Any, *, atol: float = 0) -> N
         )
 
 
-def read_back(root: Path, path: Path, **config: Any) -> tuple[FrameReplay, list[str]]:
+def read_back(root: Path, path: Path, **config: Any) -> tuple[Replay, list[str]]:
     said: list[str] = []
     reader = LeRobotReader(LeRobotConfig("local/rollouts", root=root, **config))
-    replay = reader.create_replay(path)
-    reader.load_into(replay, source="online", say=said.append)
+    replay = create_replay(path, [reader])
+    fill(replay, reader, "online", say=said.append)
     return replay, said
 
 
 def test_dataset_of_a_replay_reads_back_to_the_same_transitions(
-    replay: FrameReplay, tmp_path: Path
+    replay: Replay, tmp_path: Path
 ) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     again, said = read_back(tmp_path / "set", tmp_path / "again")
     for short_chunks in ("pad", "drop"):
         assert_same_transitions(transitions(again, short_chunks), transitions(replay, short_chunks))
-    ours, theirs = again.steps.episodes(), replay.steps.episodes()
+    ours, theirs = again.episodes(), replay.episodes()
     for name in ("terminated", "truncated", "success", "num_steps"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
     assert "next.terminated says so" in " ".join(said)
@@ -100,14 +102,14 @@ def test_dataset_of_a_replay_reads_back_to_the_same_transitions(
 
 
 def test_reading_goes_on_after_an_interruption(
-    replay: FrameReplay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     reader = LeRobotReader(LeRobotConfig("local/rollouts", root=tmp_path / "set"))
-    part = reader.create_replay(tmp_path / "part")
+    part = create_replay(tmp_path / "part", [reader])
     for episode in list(reader.episodes())[:2]:
-        part.add_episode(episode, source="online")
-    reader.load_into(part, source="online", say=lambda line: None)
+        part.add(episode, source="online")
+    fill(part, reader, "online", say=lambda line: None)
     assert_same_transitions(transitions(part), transitions(replay))
 
 
@@ -117,15 +119,15 @@ def test_videos_are_decoded_close_to_what_was_recorded(tmp_path: Path) -> None:
     episode = dataclasses.replace(
         frame_episode(0, 12, terminated=False), images={"front": images.astype(np.uint8)}
     )
-    replay = FrameReplay.create(
+    replay = Replay.create(
         tmp_path / "direct",
-        state_dim=STATE_DIM,
+        observation_dim=STATE_DIM,
         action_dim=ACTION_DIM,
         cameras={"front": (64, 64, 3)},
         capacity=50,
     )
-    replay.add_episode(episode, source="online")
-    replay.add_episode(episode, source="online")
+    replay.add(episode, source="online")
+    replay.add(episode, source="online")
     root = tmp_path / "set"
     write_lerobot_dataset(replay, root, repo_id="local/rollouts", fps=20, use_videos=True)
     assert list(root.rglob("*.mp4"))
@@ -134,15 +136,15 @@ def test_videos_are_decoded_close_to_what_was_recorded(tmp_path: Path) -> None:
     assert again.num_frames == 26
 
 
-def test_a_subset_of_episodes_and_cameras_is_read(replay: FrameReplay, tmp_path: Path) -> None:
+def test_a_subset_of_episodes_and_cameras_is_read(replay: Replay, tmp_path: Path) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     some, _ = read_back(tmp_path / "set", tmp_path / "again", episodes=(1, 3), cameras=("wrist",))
     assert some.task_of_episodes() == ["put the can", "lift the cube"]
-    assert some.steps.episodes().num_steps.tolist() == [9, 6]
+    assert some.episodes().num_steps.tolist() == [9, 6]
     assert some.cameras == {"wrist": CAMERAS["wrist"]}
 
 
-def test_the_parts_of_a_dataset_are_its_episodes(replay: FrameReplay, tmp_path: Path) -> None:
+def test_the_parts_of_a_dataset_are_its_episodes(replay: Replay, tmp_path: Path) -> None:
     write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     whole = LeRobotReader(LeRobotConfig("local/rollouts", tmp_path / "set"))
     lengths = [len(episode.actions) for episode in whole.episodes()]
@@ -158,13 +160,13 @@ def test_the_parts_of_a_dataset_are_its_episodes(replay: FrameReplay, tmp_path: 
 
 
 def test_interrupted_writing_leaves_no_half_dataset(
-    replay: FrameReplay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: FrameReplay, rows: np.ndarray) -> list[str]:
+    def interrupt(self: Replay, rows: np.ndarray) -> list[str]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FrameReplay, "task_of_rows", interrupt)
+        patch.setattr(Replay, "task_of_rows", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_lerobot_dataset(replay, tmp_path / "set", repo_id="local/rollouts", fps=20)
     assert not (tmp_path / "set").exists()
@@ -214,11 +216,11 @@ def test_dataset_without_rewards_is_refused_by_the_flags_that_help(tmp_path: Pat
     with pytest.raises(UserError, match=r"no reward: .*--dataset.reward=terminal_success"):
         read_back(tmp_path / "set", tmp_path / "replay")
     demos, _ = read_back(tmp_path / "set", tmp_path / "demos", reward="terminal_success")
-    assert demos.steps.episodes().success.tolist() == [True, True]
+    assert demos.episodes().success.tolist() == [True, True]
     labels = tmp_path / "labels.json"
     labels.write_text("[false, true]")
     mixed, _ = read_back(tmp_path / "set", tmp_path / "mixed", success_labels=labels)
-    assert mixed.steps.episodes().terminated.tolist() == [False, True]
+    assert mixed.episodes().terminated.tolist() == [False, True]
     labels.write_text("[false]")
     with pytest.raises(UserError, match=r"has 1 labels; .* has 2 episodes"):
         read_back(tmp_path / "set", tmp_path / "none", success_labels=labels)
@@ -255,8 +257,8 @@ def test_cameras_have_the_policys_names_whatever_the_dataset_calls_them(tmp_path
     assert set(reader.features) == {
         *("observation.state", "action", "observation.images.front", "observation.images.top")
     }
-    replay = reader.create_replay(tmp_path / "replay")
-    reader.load_into(replay, source="dataset", say=lambda _: None)
+    replay = create_replay(tmp_path / "replay", [reader])
+    fill(replay, reader, "dataset", say=lambda _: None)
     assert replay.images("front")[:, 0, 0, 0].tolist() == [0, 1, 2]
     assert replay.images("top")[:, 0, 0, 0].tolist() == [50, 51, 52]
 

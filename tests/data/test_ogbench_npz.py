@@ -5,16 +5,18 @@ import weakref
 import numpy as np
 import pytest
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.data.sources import ogbench as source
+from vla_trqam.data.sources.base import fill
 from vla_trqam.data.sources.ogbench import (
     data_path,
     dataset_name,
-    load_into_replay,
     read_ogbench,
 )
 from vla_trqam.errors import UserError
+
+from .source_contract import SourceContract
 
 ogbench = pytest.importorskip("ogbench", reason="uv sync --extra ogbench")
 MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
@@ -73,13 +75,13 @@ def saved(folder, name, rows):
 
 def loaded(path, task, folder):
     data = read_ogbench(path, task)
-    replay = ReplayBuffer.create(
+    replay = Replay.create(
         folder,
         observation_dim=data.observation_dim,
         action_dim=data.action_dim,
         capacity=data.num_steps,
     )
-    load_into_replay(data, replay, source="pretrain")
+    fill(replay, data, "pretrain", say=lambda line: None)
     return data, replay
 
 
@@ -137,6 +139,14 @@ def test_the_shards_of_a_folder_are_read_in_order_and_those_for_validation_are_n
     np.testing.assert_allclose(data.mean, both.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(data.std, both.std(axis=0), rtol=1e-4)
     assert (data.num_trajectories, data.num_steps) == (6, 180)
+
+
+class TestOGBench(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path):
+        for number in range(2):
+            saved(tmp_path / "data", f"part-{number}", maze_rows(number))
+        return read_ogbench(tmp_path / "data", MAZE)
 
 
 def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):

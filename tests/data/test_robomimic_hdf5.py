@@ -8,12 +8,12 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.base import fill
 from vla_trqam.data.sources.robomimic import hdf5 as robomimic_hdf5
 from vla_trqam.data.sources.robomimic.hdf5 import (
     DEFAULT_OBS_KEYS,
-    load_into_replay,
     read_robomimic,
     require_env_version,
 )
@@ -98,18 +98,11 @@ def test_machine_generated_failures_are_kept_whole_and_truncated(mg: Path, tmp_p
     assert [demo.success for demo in read.demos] == [False, True, False, True]
     assert [demo.num_steps for demo in read.demos] == [15, 5, 15, 15]
     assert all(demo.filter_keys == () for demo in read.demos)
-    replay = ReplayBuffer.create(
-        tmp_path / "replay", observation_dim=19, action_dim=7, capacity=100
-    )
-    summary = load_into_replay(read, replay, source="mg")
-    assert vars(summary) == {
-        "episodes": 4,
-        "steps": 50,
-        "successes": 2,
-        "reward_total": 2.0,
-        "steps_cut": 10,
-    }
-    assert "4 episodes, 2 successful, 50 steps, total reward 2; 10 steps cut" in summary.describe()
+    replay = Replay.create(tmp_path / "replay", observation_dim=19, action_dim=7, capacity=100)
+    said: list[str] = []
+    fill(replay, read, "mg", said.append)
+    (line,) = said
+    assert "mg: 4 episodes, 2 successful, 50 steps, total reward 2; 10 steps cut" in line
     assert replay.episodes().terminated.tolist() == [False, True, False, True]
     assert replay.episodes().truncated.tolist() == [True, False, True, False]
     assert replay.stats.by_source["mg"].successes == 2
@@ -336,10 +329,10 @@ def test_replay_of_other_sizes_or_without_room_is_refused_and_left_empty(
     ph: Path, tmp_path: Path
 ) -> None:
     read = read_robomimic(ph)  # 138 steps
-    other = ReplayBuffer.create(tmp_path / "other", observation_dim=23, action_dim=7, capacity=500)
+    other = Replay.create(tmp_path / "other", observation_dim=23, action_dim=7, capacity=500)
     with pytest.raises(UserError, match=r"of \(19, 7\), but the replay .* is for \(23, 7\)"):
-        load_into_replay(read, other, source="ph")
-    small = ReplayBuffer.create(tmp_path / "small", observation_dim=19, action_dim=7, capacity=100)
+        fill(other, read, "ph")
+    small = Replay.create(tmp_path / "small", observation_dim=19, action_dim=7, capacity=100)
     with pytest.raises(UserError, match=r"has 138 steps, but the replay .* has room for 100"):
-        load_into_replay(read, small, source="ph")
+        fill(small, read, "ph")
     assert (other.num_episodes, small.num_episodes) == (0, 0)

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.data.frame_replay import STATE_KEY, FrameEpisode, FrameReplay, image_key
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.frames import STATE_KEY, image_key
+from vla_trqam.data.replay import Replay
 from vla_trqam.policy import FlowPolicy
 
 HORIZON, ACTION, STATE, CAMERA, TASK = 2, 2, 3, "front", "come near"
@@ -69,15 +71,15 @@ class PackedPolicy(FlowPolicy):
         raise NotImplementedError
 
 
-def frame_episode(steps: int, *, success: bool, seed: int) -> FrameEpisode:
+def frame_episode(steps: int, *, success: bool, seed: int) -> Episode:
     """An episode with a frame every `HORIZON` steps."""
     rng = np.random.default_rng(seed)
     observed = np.arange(steps + 1) % HORIZON == 0
     observed[-1] = not success
     rewards = np.zeros(steps, np.float32)
     rewards[-1] = success
-    return FrameEpisode(
-        states=rng.normal(size=(steps + 1, STATE)).astype(np.float32),
+    return Episode(
+        observations=rng.normal(size=(steps + 1, STATE)).astype(np.float32),
         images={CAMERA: rng.integers(0, 256, (int(observed.sum()), 4, 4, 3), dtype=np.uint8)},
         observed=observed,
         actions=rng.uniform(-1, 1, (steps, ACTION)).astype(np.float32),
@@ -89,13 +91,11 @@ def frame_episode(steps: int, *, success: bool, seed: int) -> FrameEpisode:
     )
 
 
-def frame_replay(path: Path) -> FrameReplay:
+def frame_replay(path: Path) -> Replay:
     """Five episodes with images."""
-    replay = FrameReplay.create(
-        path, state_dim=STATE, action_dim=ACTION, cameras={CAMERA: (4, 4, 3)}, capacity=200
+    replay = Replay.create(
+        path, observation_dim=STATE, action_dim=ACTION, cameras={CAMERA: (4, 4, 3)}, capacity=200
     )
     for seed in range(5):
-        replay.add_episode(
-            frame_episode(5 + seed, success=seed % 2 == 0, seed=seed), source="dataset"
-        )
+        replay.add(frame_episode(5 + seed, success=seed % 2 == 0, seed=seed), source="dataset")
     return replay

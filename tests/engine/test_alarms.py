@@ -1,12 +1,13 @@
 """Alarms by injected lines of metrics, and by a run."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from toy_task import homing_policy, roll_out
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 
@@ -150,23 +151,13 @@ def test_no_return_of_any_length_lies_outside():
     ],
 )
 def test_rewards_are_those_of_the_kind_or_of_the_data(kind, rolls_out, expected, tmp_path):
-    buffer = ReplayBuffer.create(
-        tmp_path / "replay", observation_dim=3, action_dim=2, capacity=1000
-    )
+    buffer = Replay.create(tmp_path / "replay", observation_dim=3, action_dim=2, capacity=1000)
     for source, scale in (("dataset", 3.0), ("online", 99.0)):
         episode = roll_out(homing_policy(2, 0.2), 3, 12)
         rewards = np.linspace(0.25 if source == "dataset" else 0.0, scale, episode.num_steps)
         if kind != "column":
             rewards = episode.rewards
-        buffer.add_episode(
-            episode.observations,
-            episode.actions,
-            rewards,
-            terminated=episode.terminated,
-            truncated=episode.truncated,
-            source=source,
-            success=episode.success,
-        )
+        buffer.add(replace(episode, rewards=rewards), source=source)
     sampler = buffer.sampler(
         chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec(kind)
     )

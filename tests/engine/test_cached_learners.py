@@ -75,7 +75,7 @@ def test_frames_that_have_chunks_keep_them_and_new_ones_get_theirs(setting):
     actions.fill(generator)
     before, old = actions.chunks.clone(), replay.num_frames
     assert actions.fill(generator) == 0
-    replay.add_episode(frame_episode(6, success=False, seed=9), source="online")
+    replay.add(frame_episode(6, success=False, seed=9), source="online")
     cache.update()
     assert actions.fill(generator) == replay.num_frames - old > 0
     assert torch.equal(actions.chunks[:old], before[:old])

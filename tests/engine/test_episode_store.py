@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 from packed_policy import ACTION, CAMERA, HORIZON, STATE, TASK, PackedPolicy, frame_replay
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.feature_cache import FeatureCache
-from vla_trqam.engine.episode_store import FrameStore
-from vla_trqam.envs.rollout import Episode
+from vla_trqam.engine.episode_store import EpisodeStore
+from vla_trqam.envs.rollout import where_cameras_look
 
 
 def rolled_out(steps, *, terminated):
     """As a pool with cameras gives it: images at decisions, and where the limit cut."""
     looks = len(range(0, steps, HORIZON)) + (not terminated)
+    observed = where_cameras_look(steps, HORIZON, terminated)
     rng = np.random.default_rng(steps)
     return Episode(
         observations=rng.normal(size=(steps + 1, STATE)).astype(np.float32),
@@ -23,6 +25,7 @@ def rolled_out(steps, *, terminated):
         seed=1,
         task=TASK + " it",
         images={CAMERA: rng.integers(0, 256, (looks, 4, 4, 3), dtype=np.uint8)},
+        observed=observed,
     )
 
 
@@ -41,9 +44,9 @@ def test_images_belong_to_decisions_and_to_the_state_at_the_limit(
 ):
     policy, replay = PackedPolicy(), frame_replay(tmp_path / "replay")
     cache = FeatureCache(replay, policy.packed, fingerprint="1")
-    store = FrameStore(replay, cache, chunk_length=HORIZON)
+    store = EpisodeStore(replay, cache)
     first_row, episode = (
-        replay.steps.num_steps + replay.num_episodes,
+        replay.num_steps + replay.num_episodes,
         rolled_out(steps, terminated=terminated),
     )
     store.add(episode, source="online")

@@ -12,7 +12,8 @@ from toy_learners import make_cloning, make_off_policy
 from toy_run import chunks, filled_replay, make_run, phase
 from toy_task import ToyPool, homing_policy, roll_out
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.run import METRICS_NAME
 from vla_trqam.errors import UserError
@@ -164,16 +165,9 @@ def test_the_critic_check_is_q_beside_the_return_of_whole_chunks(replay):
 
 
 def test_without_a_whole_chunk_the_critic_check_is_empty(tmp_path):
-    short = ReplayBuffer.create(tmp_path / "short", observation_dim=3, action_dim=2, capacity=9)
-    short.add_episode(
-        np.zeros((2, 3)),
-        np.zeros((1, 2)),
-        np.ones(1),
-        terminated=True,
-        truncated=False,
-        source="dataset",
-        success=True,
-    )
+    short = Replay.create(tmp_path / "short", observation_dim=3, action_dim=2, capacity=9)
+    episode = Episode(np.zeros((2, 3)), np.zeros((1, 2)), np.ones(1), True, False, True)
+    short.add(episode, source="dataset")
     method = make_off_policy()
     check = check_critic(method.policy, method.score, chunks(short))
     assert len(check.q) == 0

@@ -12,7 +12,7 @@ from toy_learners import make_cloning, make_off_policy
 from toy_run import filled_replay, make_run, phase
 from toy_task import Killed, ToyPool
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine.divergence import not_finite
 from vla_trqam.engine.folder.state import module_tensors, optimizer_tensors
 from vla_trqam.engine.processes.interruption import InterruptGuard
@@ -39,7 +39,7 @@ def begin(tmp_path):
                 position = json.loads(
                     (folder / "checkpoints/last/training_state/position.json").read_text()
                 )
-                buffer = ReplayBuffer.open(folder / "replay")
+                buffer = Replay.open(folder / "replay")
                 stack.callback(buffer.close)
                 buffer.truncate_to(position["replay_episodes"][0])
                 log = MetricsLog.resume_after_line(folder / METRICS_NAME, position["metrics_lines"])

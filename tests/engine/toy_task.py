@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.envs.base import EnvFamily, TaskEnv
-from vla_trqam.envs.rollout import Episode
 
 OBSERVATION_DIM, ACTION_DIM = 3, 2
 NEAR, STEP = 0.25, 0.2

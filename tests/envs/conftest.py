@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.envs import pool_worker, worker
 from vla_trqam.envs.base import EnvFamily, TaskEnv
 from vla_trqam.envs.robomimic.env import RobomimicEnv, create_robomimic_env, env_meta_for
-from vla_trqam.envs.rollout import Episode, RolloutPool
+from vla_trqam.envs.rollout import RolloutPool
 
 pytest.register_assert_rewrite("family_contract")
 

@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 import numpy as np
 import pytest
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.envs.base import EnvFamily, TaskEnv
-from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
+from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
 
 HORIZON, SEEDS = 4, (3, 8, 5)
 
@@ -148,6 +149,8 @@ class FamilyContract(ABC):
             looks = -(-episode.num_steps // HORIZON) + episode.truncated
             shapes = {name: (looks, *shape) for name, shape in family.cameras.items()}
             assert {name: seen.shape for name, seen in episode.images.items()} == shapes
+            assert (episode.observed is None) == (not shapes)
+            assert not shapes or episode.where_observed.sum() == looks
             for seen in episode.images.values():
                 assert (seen[0] != seen[-1]).any(), "the picture stands still"
 

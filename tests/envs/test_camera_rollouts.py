@@ -104,7 +104,7 @@ def test_demonstrations_are_repeated_as_recorded_and_seen_where_asked(two_demos)
             group, episode = stored["data"][name], demo.episode
             steps = len(episode.actions)
             position = group["obs/robot0_eef_pos"][:steps]
-            assert np.abs(episode.states[:-1, :3] - position).max() < 1e-3
+            assert np.abs(episode.observations[:-1, :3] - position).max() < 1e-3
             expected = [s for s in range(steps + 1) if s % 5 == 0 and s < steps]
             expected += [] if episode.terminated else [steps]
             assert np.flatnonzero(episode.observed).tolist() == expected

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.rows import RowNumbers
 from vla_trqam.preflight.disk import ReplayPlan
 
@@ -77,14 +78,14 @@ def make_replay(
     state_scale: float = 0.5,
     action_scale: float = 0.5,
     online_scale: float | None = None,
-) -> FrameReplay:
+) -> Replay:
     """Episodes of noise that fits the policy's statistics; success ends an episode.
 
     One more at the end is the run's own, with states of `online_scale`.
     """
     generator = np.random.default_rng(0)
-    replay = FrameReplay.create(
-        path, state_dim=STATE, action_dim=action_dim, cameras={camera: image}, capacity=200
+    replay = Replay.create(
+        path, observation_dim=STATE, action_dim=action_dim, cameras={camera: image}, capacity=200
     )
     observed = np.arange(steps + 1) % every == 0
     given = [(state_scale, succeeds, "test") for succeeds in success]
@@ -93,8 +94,8 @@ def make_replay(
         images = generator.integers(0, 256, (int(observed.sum()), *image), dtype=np.uint8)
         rewards = np.zeros(steps, np.float32)
         rewards[-1] = succeeds
-        episode = FrameEpisode(
-            states=scale * generator.normal(size=(steps + 1, STATE)).astype(np.float32),
+        episode = Episode(
+            observations=scale * generator.normal(size=(steps + 1, STATE)).astype(np.float32),
             images={camera: images},
             observed=observed,
             actions=action_scale * generator.normal(size=(steps, action_dim)).astype(np.float32),
@@ -104,18 +105,17 @@ def make_replay(
             success=succeeds,
             task="lift the cube",
         )
-        replay.add_episode(episode, source=source)
+        replay.add(episode, source=source)
     return replay
 
 
-def reader_of(replay: FrameReplay) -> Any:
+def reader_of(replay: Replay) -> Any:
     """What a dataset's reader would tell of the replay's episodes before it decodes them."""
-    steps = replay.steps
-    lengths = steps.episodes().num_steps
+    lengths = replay.episodes().num_steps
     last = np.cumsum(lengths + 1) - 1
     rows = RowNumbers(
-        states=np.delete(steps.observations, last, axis=0),
-        actions=steps.actions,
+        states=np.delete(replay.observations, last, axis=0),
+        actions=replay.actions,
         episodes=np.arange(len(lengths)).repeat(lengths),
         frames=np.concatenate([np.arange(length) for length in lengths]),
     )
@@ -126,11 +126,11 @@ def reader_of(replay: FrameReplay) -> Any:
     )
 
 
-def plan_of(replay: FrameReplay, path: Path, *, next_actions: int = 2) -> ReplayPlan:
+def plan_of(replay: Replay, path: Path, *, next_actions: int = 2) -> ReplayPlan:
     """The replay as it was planned, in a folder of its own."""
     return ReplayPlan(
         path=path,
-        steps=replay.steps.capacity,
+        steps=replay.capacity,
         frames=replay.frame_capacity,
         state_dim=STATE,
         action_dim=ACTION,

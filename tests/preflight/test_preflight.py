@@ -23,7 +23,7 @@ from preflight_problems import (
 )
 from torch import Tensor
 
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAMConfig
@@ -44,7 +44,7 @@ def policy() -> Any:
 
 def look(
     policy: Any,
-    replay: FrameReplay,
+    replay: Replay,
     *,
     reward: RewardSpec = RewardSpec("sparse"),  # noqa: B008 - frozen
     chunk_length: int = EXECUTED,
@@ -56,7 +56,7 @@ def look(
     return preflight(policy, replay, sampler, **({"execution_horizon": EXECUTED} | changes))
 
 
-def look_before(policy: Any, replay: FrameReplay, **changes: Any) -> PreflightReport:
+def look_before(policy: Any, replay: Replay, **changes: Any) -> PreflightReport:
     """The part that comes before anything is decoded."""
     run = replay.path / "run" / "not" / "yet"
     settings = {"share": Share(4), "output_dir": run, "num_checkpoints": 2}
@@ -388,8 +388,8 @@ def test_all_failures_are_told_at_once() -> None:
 
 @pytest.mark.slow
 def test_an_empty_replay_is_refused(policy: Any, tmp_path: Path) -> None:
-    replay = FrameReplay.create(
-        tmp_path, state_dim=STATE, action_dim=ACTION, cameras={"top": (8, 8, 3)}, capacity=9
+    replay = Replay.create(
+        tmp_path, observation_dim=STATE, action_dim=ACTION, cameras={"top": (8, 8, 3)}, capacity=9
     )
     with pytest.raises(UserError, match="is empty: training begins with data"):
         look(policy, replay)

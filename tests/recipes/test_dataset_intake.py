@@ -15,7 +15,7 @@ from toy_images import CAMERA, TASK
 from vla_runs import Files, files, forgetful_pool, main, without_simulator
 
 from vla_trqam.data.frame_files import CacheHeader
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 
 __all__ = ["files", "forgetful_pool", "without_simulator"]
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_one_sentence_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def cached(replay: FrameReplay) -> list[np.ndarray]:
+def cached(replay: Replay) -> list[np.ndarray]:
     """What the policy made of each frame."""
     header = CacheHeader.read(replay.path)
     assert header is not None
@@ -111,7 +111,7 @@ def test_a_task_that_changes_reaches_the_policy_frame_by_frame(
 ) -> None:
     assert brought(two_tasks, "--dataset.task_changes=frame") == 0
     assert main(*files.flags(), *OFFLINE, f"--output_dir={tmp_path / 'plain'}") == 0
-    ours, theirs = (FrameReplay.open(tmp_path / name / "replay") for name in ("run", "plain"))
+    ours, theirs = (Replay.open(tmp_path / name / "replay") for name in ("run", "plain"))
     rows = ours.frame_index.rows_of_frames()
     assert theirs.observation_at(rows)["task"] == [TASK] * len(rows)
     other = np.array(ours.observation_at(rows)["task"]) == "stop there"
@@ -128,6 +128,6 @@ def test_a_camera_declared_channel_first_trains_alike(
     assert brought(declare(shape=[3, 32, 32], names=["channels", "height", "width"])) == 0
     plain = [*files.flags(), *OFFLINE, f"--output_dir={tmp_path / 'plain'}"]
     assert main(*plain) == 0
-    ours, theirs = (FrameReplay.open(tmp_path / name / "replay") for name in ("run", "plain"))
+    ours, theirs = (Replay.open(tmp_path / name / "replay") for name in ("run", "plain"))
     assert ours.cameras == theirs.cameras == {CAMERA: (32, 32, 3)}
     assert np.array_equal(ours.images(CAMERA), theirs.images(CAMERA))

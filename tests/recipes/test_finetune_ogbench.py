@@ -11,9 +11,9 @@ from toy_task import Killed
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_ogbench, make_ogbench_data
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine import state_runs
-from vla_trqam.envs.rollout import Episode
 from vla_trqam.methods.fql import FQL
 from vla_trqam.methods.trqam import TRQAM
 
@@ -112,7 +112,7 @@ def test_the_replay_begins_with_the_data_and_the_policy_with_its_moments(
 ):
     monkeypatch.setattr(state_runs, "conclude", lambda *_, **__: None)
     assert tiny(tmp_path / "run", "--online.steps=0") == 0
-    replay = ReplayBuffer.open(tmp_path / "run/replay")
+    replay = Replay.open(tmp_path / "run/replay")
     assert replay.stats.by_source["pretrain"].steps == 1200
     assert replay.stats.by_source["offline"].episodes == 2, "the base's"
     rows = np.load(maze)["observations"]

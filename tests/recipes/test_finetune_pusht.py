@@ -15,11 +15,11 @@ from vla_trqam.adapters.tiny.checkpoints import (
 )
 from vla_trqam.recipes import finetune_pi0, finetune_vla
 
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
-from vla_trqam.engine.episode_store import FrameStore
 from vla_trqam.envs.lerobot import lerobot_family
-from vla_trqam.envs.rollout import Episode, RolloutPool
+from vla_trqam.envs.rollout import RolloutPool
 
 pytest.importorskip("gym_pusht", reason="uv sync --extra pusht")
 pytestmark = pytest.mark.long
@@ -44,14 +44,13 @@ def write_dataset(root: Path, scratch: Path) -> Path:
         return drawn.uniform(50, 450, (1, CHUNK, 2)).astype(np.float32)
 
     family = lerobot_family("pusht", max_episode_steps=STEPS)
-    replay = FrameReplay.create(
-        scratch, state_dim=2, action_dim=2, cameras=dict(family.cameras), capacity=2 * STEPS
+    replay = Replay.create(
+        scratch, observation_dim=2, action_dim=2, cameras=dict(family.cameras), capacity=2 * STEPS
     )
-    store = FrameStore(replay, None, chunk_length=CHUNK)
     with RolloutPool(family, chunk_length=CHUNK, num_workers=1) as pool:
         failure, other = pool.run(wander, [1, 2])
-    store.add(failure, source="dataset")
-    store.add(as_success(other), source="dataset")
+    replay.add(failure, source="dataset")
+    replay.add(as_success(other), source="dataset")
     write_lerobot_dataset(replay, root, repo_id="local/pusht", fps=10)
     replay.close()
     return root
@@ -61,10 +60,11 @@ def as_success(episode: Episode) -> Episode:
     """The same, ended by its last step."""
     rewards = episode.rewards.copy()
     rewards[-1] = 1
+    observed = episode.where_observed.copy()
+    observed[-1] = False
+    ended = replace(episode, rewards=rewards, terminated=True, truncated=False, success=True)
     seen = {name: images[:-1] for name, images in episode.images.items()}
-    return replace(
-        episode, rewards=rewards, terminated=True, truncated=False, success=True, images=seen
-    )
+    return replace(ended, images=seen, observed=observed)
 
 
 def write_policy(folder: Path) -> Path:
@@ -96,10 +96,10 @@ def test_a_tiny_pi0_is_tuned_with_rollouts_in_pusht(tmp_path):
     ]
     arguments = [*given, *FLAGS, f"--output_dir={run}"]
     assert finetune_vla.main(Path(finetune_pi0.__file__), None, arguments) == 0
-    replay = FrameReplay.open(run / "replay")
+    replay = Replay.open(run / "replay")
     assert replay.task_of_episodes() == [TEXT] * 4  # two demonstrations, base and online rollout
     assert replay.cameras == {CAMERA: (96, 96, 3)}
-    actions = replay.steps.actions[2 * STEPS :]
+    actions = replay.actions[2 * STEPS :]
     assert actions.min() >= 0
     assert actions.max() <= 512
     assert np.ptp(actions) > 50

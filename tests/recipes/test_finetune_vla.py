@@ -44,11 +44,11 @@ from vla_trqam.recipes.finetune_vla import read_config
 
 from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.run import EVALUATION_NOISE
-from vla_trqam.envs.rollout import Episode
 from vla_trqam.methods.base import FlowActor
 
 __all__ = [  # fixtures
@@ -315,7 +315,7 @@ def test_a_datasets_camera_can_have_another_name(files, tmp_path):
     flags = [*files.flags(), f"--policy.path={policy}", f"--rename_map={names}"]
     alone = ["--env.type=null", "--online.steps=0", "--base_episodes=0"]
     assert main(*flags, *alone, f"--output_dir={tmp_path / 'run'}") == 0
-    assert list(FrameReplay.open(tmp_path / "run/replay").cameras) == ["wrist"]
+    assert list(Replay.open(tmp_path / "run/replay").cameras) == ["wrist"]
     settings = saved_config(FinetuneVLAConfig, tmp_path / "run/config.yaml")
     assert settings.rename_map == {"observation.images.agentview": "observation.images.wrist"}
 

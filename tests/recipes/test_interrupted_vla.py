@@ -32,7 +32,7 @@ from vla_runs import (
 )
 
 from vla_trqam.data.feature_cache import FeatureCache
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine.cached import Cached, CriticOnly
 from vla_trqam.engine.folder import checkpoints
 from vla_trqam.engine.folder.manifest import write_manifest
@@ -130,11 +130,11 @@ def test_full_fine_tuning_resumes_to_the_same_bits(tiny, no_conclusion, full, tm
 def test_a_run_whose_rollouts_left_the_statistics_is_gone_on_with(tiny, tmp_path):
     with killed(lambda patch: dies_at_update(patch, Cached, 6)):
         tiny(tmp_path / "run")
-    replay = FrameReplay.open(tmp_path / "run/replay")
-    first = int(replay.steps.episodes().first_observation[NUM_DEMOS])
+    replay = Replay.open(tmp_path / "run/replay")
+    first = int(replay.episodes().first_observation[NUM_DEMOS])
     states = np.load(tmp_path / "run/replay/observations.npy", mmap_mode="r+")
-    assert len(replay.steps.observations) > 1.5 * first, "too few rollouts to be noticed"
-    states[first : len(replay.steps.observations)] *= 1000.0
+    assert len(replay.observations) > 1.5 * first, "too few rollouts to be noticed"
+    states[first : len(replay.observations)] *= 1000.0
     states.flush()
     assert resume(tmp_path / "run") == 0
 

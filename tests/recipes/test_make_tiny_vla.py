@@ -11,6 +11,7 @@ from vla_trqam.adapters.loading import load_policy
 from vla_trqam.recipes import make_tiny_vla
 
 import vla_trqam.data
+from vla_trqam.data.sources.base import create_replay, fill
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 
 DATA = Path(vla_trqam.data.__file__).parent
@@ -39,8 +40,8 @@ def test_the_script_makes_a_policy_and_a_dataset_that_go_together(tmp_path: Path
     with h5py.File(tmp_path / "two.hdf5") as file:
         lengths = sorted(len(demo["actions"]) for demo in file["data"].values())
     reader = LeRobotReader(LeRobotConfig(repo_id="local/made", root=output / "dataset"))
-    replay = reader.create_replay(tmp_path / "replay", more_steps=0)
-    reader.load_into(replay, source="dataset")
+    replay = create_replay(tmp_path / "replay", [reader])
+    fill(replay, reader, "dataset")
     assert replay.num_episodes == 2
     # Every fourth step, and the state at which the failure was cut.
     assert replay.num_frames == sum(-(-length // make_tiny_vla.STRIDE) for length in lengths) + 1

@@ -22,7 +22,7 @@ from toy_images import NUM_DEMOS, ImageToyPool, images_state
 from vla_runs import files, forgetful_pool, main, without_simulator
 from vla_trqam.recipes import finetune_vla
 
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine import launch
 from vla_trqam.engine.cached import Cached, TrainedWeights
 from vla_trqam.engine.run import Run
@@ -125,10 +125,10 @@ def test_the_report_is_of_every_initial_state_in_order(two):
 def test_each_process_has_its_part_of_the_episodes(two):
     tasks, seen = [], []
     for name in ("replay", "replay_1"):
-        replay = FrameReplay.open(two.folder / name)
-        episodes = replay.steps.episodes()
+        replay = Replay.open(two.folder / name)
+        episodes = replay.episodes()
         tasks.append([str(source) for source in episodes.source])
-        seen.append(replay.steps.observations[0].tobytes())
+        seen.append(replay.observations[0].tobytes())
         replay.close()
     half = NUM_DEMOS // 2
     assert tasks == [["dataset"] * half + ["critic", "online", "online"]] * 2

@@ -33,7 +33,8 @@ from vla_runs import (
 )
 from vla_trqam.recipes import vla_inputs
 
-from vla_trqam.data.frame_replay import FrameReplay, image_key
+from vla_trqam.data.frames import image_key
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.pictures import Pictures
 from vla_trqam.engine.cached import Cached
 from vla_trqam.preflight import memory as preflight_memory
@@ -91,9 +92,9 @@ def test_a_former_run_whose_replay_has_more_cameras_is_gone_on_with(
             cameras = f"--env.cameras=[{CAMERA}, {BROKEN}]"
             tiny(tmp_path / "run", f"--dataset.root={two_cameras}", cameras)
     assert resume(tmp_path / "run") == 0
-    replay = FrameReplay.open(tmp_path / "run/replay")
+    replay = Replay.open(tmp_path / "run/replay")
     assert set(replay.cameras) == {CAMERA, BROKEN}
-    assert "online" in set(replay.steps.episodes().source.tolist())
+    assert "online" in set(replay.episodes().source.tolist())
 
 
 def test_a_camera_that_the_dataset_lacks_is_masked_with_a_line(
@@ -106,7 +107,7 @@ def test_a_camera_that_the_dataset_lacks_is_masked_with_a_line(
     assert tiny(tmp_path / "run", *OFFLINE, f"--policy.path={policy}") == 0
     said = capsys.readouterr().out
     assert f"looks through {image_key('wrist')} too, which the data lacks: masked" in said
-    assert list(FrameReplay.open(tmp_path / "run/replay").cameras) == [CAMERA]
+    assert list(Replay.open(tmp_path / "run/replay").cameras) == [CAMERA]
 
 
 # Adapters.
@@ -180,7 +181,7 @@ def elsewhere(state: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def next_observation(run: Whole) -> dict[str, Any]:
-    replay = FrameReplay.open(run.folder / "replay")
+    replay = Replay.open(run.folder / "replay")
     assert run.policy.processors is not None
     rows = replay.frame_index.rows_of_frames()[:2]
     return run.policy.processors.observe(replay.observation_at(rows))

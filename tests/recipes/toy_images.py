@@ -30,12 +30,13 @@ from vla_trqam.adapters.tiny.checkpoints import (
     write_checkpoint,
 )
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.frame_files import CacheHeader
-from vla_trqam.data.frame_replay import FrameEpisode, FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import EnvConfig
-from vla_trqam.envs.rollout import ChunkPolicy, Episode
+from vla_trqam.envs.rollout import ChunkPolicy, where_cameras_look
 
 CAMERA, SIZE, TASK = "agentview", 32, "come near the origin"
 CHUNK, MAX_STEPS, NUM_DEMOS = 2, 7, 6
@@ -91,6 +92,7 @@ def roll_out(
         seed=seed,
         task=TASK,
         images={camera: np.stack(pictures) for camera in cameras},
+        observed=where_cameras_look(len(actions), chunk_length, success),
     )
 
 
@@ -194,50 +196,36 @@ def write_toy_smolvla(folder: Path) -> Path:
 
 def write_toy_dataset(root: Path, scratch: Path, cameras: Sequence[str] = (CAMERA,)) -> Path:
     """Demonstrations, of which some succeed, as a LeRobotDataset with pictures."""
-    replay = FrameReplay.create(
+    replay = Replay.create(
         scratch,
-        state_dim=OBSERVATION_DIM,
+        observation_dim=OBSERVATION_DIM,
         action_dim=ACTION_DIM,
         cameras=dict.fromkeys(cameras, (SIZE, SIZE, 3)),
         capacity=NUM_DEMOS * MAX_STEPS,
     )
     for seed in range(NUM_DEMOS):
-        replay.add_episode(_demo(seed, cameras), source="demonstrations")
+        replay.add(_demo(seed, cameras), source="demonstrations")
     write_lerobot_dataset(replay, root, repo_id="local/toy", fps=20)
     replay.close()
     return root
 
 
-def _demo(seed: int, cameras: Sequence[str]) -> FrameEpisode:
+def _demo(seed: int, cameras: Sequence[str]) -> Episode:
     homing = homing_policy(CHUNK, noise=1.0)
-    episode = roll_out(
+    return roll_out(
         lambda seen, *key: homing(seen["agent_pos"], *key), seed, MAX_STEPS, CHUNK, cameras
-    )
-    observed = np.arange(episode.num_steps + 1) % CHUNK == 0
-    observed[-1] = not episode.terminated
-    return FrameEpisode(
-        states=episode.observations,
-        images=episode.images,
-        observed=observed,
-        actions=episode.actions,
-        rewards=episode.rewards,
-        terminated=episode.terminated,
-        truncated=episode.truncated,
-        success=episode.success,
-        task=TASK,
     )
 
 
 def images_state(output_dir: Path, replay_name: str = "replay") -> dict[str, Any]:
     """Everything that two equal runs of a recipe with images must agree on to the bit."""
     state = checkpoint_state(output_dir)
-    replay = FrameReplay.open(output_dir / replay_name)
-    steps = replay.steps
+    replay = Replay.open(output_dir / replay_name)
     state |= {
-        name: getattr(steps, name).tobytes() for name in ("observations", "actions", "rewards")
+        name: getattr(replay, name).tobytes() for name in ("observations", "actions", "rewards")
     }
     state |= {
-        "episodes": {k: v.tolist() for k, v in vars(steps.episodes()).items()},
+        "episodes": {k: v.tolist() for k, v in vars(replay.episodes()).items()},
         "tasks": replay.task_of_episodes(),
         "pictures": {camera: replay.images(camera).tobytes() for camera in replay.cameras},
         "rows": replay.frame_index.rows_of_frames().tolist(),

@@ -23,9 +23,9 @@ from toy_task import Killed
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla, vla_inputs
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.run import Run
-from vla_trqam.envs.rollout import Episode
 
 PI0, SMOLVLA = (Path(str(recipe.__file__)) for recipe in (finetune_pi0, finetune_smolvla))
 TINY = [

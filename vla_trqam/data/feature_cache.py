@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vla_trqam.data.frame_files import CacheHeader, cache_array
-from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.data.frames import FrameObservation
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.replay_files import ArraySpec, Column
 from vla_trqam.data.sampling import Observer
 from vla_trqam.errors import UserError
@@ -35,7 +36,7 @@ class FeatureCache(Observer[FrameObservation]):
     A killed `update` costs at most the batch under way.
     """
 
-    def __init__(self, replay: FrameReplay, compute: FeatureFunction, *, fingerprint: str) -> None:
+    def __init__(self, replay: Replay, compute: FeatureFunction, *, fingerprint: str) -> None:
         """A cache in the replay's folder; call `update` before sampling.
 
         Args:
@@ -54,7 +55,7 @@ class FeatureCache(Observer[FrameObservation]):
     @property
     def num_frames(self) -> int:
         """Frames whose features are there."""
-        if self._revision != self._replay.steps.revision:
+        if self._revision != self._replay.revision:
             self._read()
         return 0 if self._header is None else self._header.num_frames
 
@@ -71,7 +72,7 @@ class FeatureCache(Observer[FrameObservation]):
             UserError: a feature has not one row a frame, a dtype that cannot be kept, or another
                 shape than before; or another process writes to the replay.
         """
-        self._replay.steps.claim()
+        self._replay.claim()
         before, rows = self.num_frames, self._replay.frame_index.rows_of_frames()
         for first in range(before, len(rows), batch_size):
             self._compute_batch(first, rows[first : first + batch_size])
@@ -93,7 +94,7 @@ class FeatureCache(Observer[FrameObservation]):
         """Name -> (B, ...) features of the frames at these rows, in the dtype computed.
 
         Args:
-            rows: of `ReplayBuffer.observations`, (B,).
+            rows: of `Replay.observations`, (B,).
             names: of the features wanted; None for all.
 
         Raises:
@@ -114,7 +115,7 @@ class FeatureCache(Observer[FrameObservation]):
         }
 
     def _read(self) -> None:
-        self._revision = self._replay.steps.revision
+        self._revision = self._replay.revision
         header = CacheHeader.read(self._replay.path)
         self._header = header if header and header.fingerprint == self._fingerprint else None
         self._columns = {} if self._header is None else self._mapped(self._header)

@@ -115,6 +115,14 @@ class FrameIndex:
         """Read `numbers`, the counted part of `frame_rows`, (num_rows,)."""
         self._numbers = numbers
 
+    @property
+    def num_frames(self) -> int:
+        """How many frames there are: one more than the last number names."""
+        if not len(self._numbers):
+            return 0
+        number = int(self._numbers[-1])
+        return number + 1 if number >= 0 else -number
+
     def known(self, rows: np.ndarray) -> np.ndarray:
         """(N,) bool: whether a frame was taken at these rows."""
         return self._numbers.take(rows) >= 0

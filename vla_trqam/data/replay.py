@@ -1,4 +1,4 @@
-"""A replay buffer in a folder: memory-mapped arrays and a JSON header, nothing pickled.
+"""Episodes in a folder: memory-mapped arrays and a JSON header, nothing pickled.
 
 Layout of the folder (arrays are ordinary `.npy`, allocated sparsely for the whole capacity):
 
@@ -7,6 +7,9 @@ Layout of the folder (arrays are ordinary `.npy`, allocated sparsely for the who
     actions.npy        float32, one row a step
     rewards.npy        float32, one number a step, as the environment gave it
     episodes.npy       int64, one row an episode: see `Episodes`
+    column.<name>.npy  a further column, one entry a step
+
+and, where a policy looks through cameras or is told a task, what `frame_files` lists.
 
 An episode counts from the moment the header names it. The header is replaced atomically after the
 arrays are written, so a killed process leaves either the whole episode or a tail that nobody reads
@@ -15,16 +18,29 @@ and that the next episode overwrites.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vla_trqam.data.replay_files import HEADER_NAME, Column, Header, WriteLock
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.frame_files import FRAMES_NAME, ImageShape, limit_cache
+from vla_trqam.data.frames import FrameObserver, Frames, ImageDtype, check_cameras
+from vla_trqam.data.recorded import RecordedEpisodes
+from vla_trqam.data.replay_files import (
+    COLUMN_DTYPES,
+    HEADER_NAME,
+    Column,
+    ColumnSpec,
+    Header,
+    WriteLock,
+    column_array,
+)
 from vla_trqam.data.sampling import (
     ChunkSampler,
-    MixedSampler,
+    Observer,
     RewardSpec,
     ShortChunks,
     VectorObserver,
@@ -32,73 +48,33 @@ from vla_trqam.data.sampling import (
 from vla_trqam.errors import UserError
 from vla_trqam.files import sync
 
-__all__ = ["ChunkSampler", "Episodes", "MixedSampler", "ReplayBuffer", "ReplayStats", "RewardSpec"]
 
-
-@dataclass(frozen=True)
-class Episodes:
-    """The episode table, (E,) each.
-
-    Attributes:
-        first_step: row of the first step in `actions` and `rewards`.
-        first_observation: row of the first observation in `observations`.
-        num_steps: T; the episode owns T + 1 observations.
-        terminated: the task ended the episode (success).
-        truncated: a time limit ended it.
-        success: the task was solved.
-        source: name of where the episode came from.
-    """
-
-    first_step: np.ndarray
-    first_observation: np.ndarray
-    num_steps: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    success: np.ndarray
-    source: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.num_steps)
-
-
-@dataclass(frozen=True)
-class SourceStats:
-    """How much one source contributed."""
-
-    episodes: int
-    steps: int
-    successes: int
-
-
-@dataclass(frozen=True)
-class ReplayStats:
-    """What the replay holds, in total and by source."""
-
-    episodes: int
-    steps: int
-    successes: int
-    by_source: dict[str, SourceStats]
-
-
-class ReplayBuffer:
+class Replay(RecordedEpisodes):
     """Episodes in a folder, appended one by one, sampled in chunks.
 
     Any number of processes may read; the first one that writes locks the folder for itself until
-    it closes the buffer or ends.
+    it closes the replay or ends.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
         """Use `create` or `open`."""
-        self.path = path
-        self._header = header
-        self._columns = {name: Column(path, name, spec) for name, spec in header.arrays().items()}
+        super().__init__(path, header)
         self._lock = WriteLock(path)
         self.revision = 0  # changes when episodes are taken away: samplers then start afresh
 
     @classmethod
     def create(
-        cls, path: str | Path, *, observation_dim: int, action_dim: int, capacity: int
-    ) -> ReplayBuffer:
+        cls,
+        path: str | Path,
+        *,
+        observation_dim: int,
+        action_dim: int,
+        capacity: int,
+        cameras: Mapping[str, ImageShape] | None = None,
+        frame_capacity: int | None = None,
+        tasks_of_rows: bool = False,
+        columns: Mapping[str, ColumnSpec] | None = None,
+    ) -> Replay:
         """Make an empty replay in the folder `path`, which must not hold one yet.
 
         Args:
@@ -106,29 +82,43 @@ class ReplayBuffer:
             observation_dim: O.
             action_dim: A.
             capacity: largest number of steps. Disk space is taken only as episodes come.
+            cameras: name -> (height, width, channels); names without the `observation.images.`.
+                None for a replay of states alone, which keeps no tasks either.
+            frame_capacity: largest number of frames; twice the steps if None, which always fits.
+            tasks_of_rows: room for tasks that change within an episode.
+            columns: further ones: name -> dtype and shape of one step's entry.
 
         Raises:
-            UserError: a size is not positive or the folder already holds a replay.
+            UserError: a size is not positive, a name cannot be a file's, or the folder already
+                holds a replay.
         """
         folder = Path(path)
-        for name, value in (
-            ("observation_dim", observation_dim),
-            ("action_dim", action_dim),
-            ("capacity", capacity),
-        ):
+        sizes = {"observation_dim": observation_dim, "action_dim": action_dim, "capacity": capacity}
+        for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"The replay's {name} is {value}; it must be at least 1.")
+        header = Header(observation_dim, action_dim, capacity, columns=dict(columns or {}))
+        _check_columns(header.columns)
+        room = 2 * capacity if frame_capacity is None else frame_capacity
+        frames = (
+            None
+            if cameras is None
+            else Frames.described(cameras, room, capacity, tasks_of_rows=tasks_of_rows)
+        )
         if (folder / HEADER_NAME).exists():
             raise UserError(f"{folder} already holds a replay: open it or name another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        header = Header(observation_dim, action_dim, capacity)
+        (folder / FRAMES_NAME).unlink(missing_ok=True)  # of one that was killed as it was made
+        if frames is not None:
+            Frames.allocate(folder, frames)
         for name, spec in header.arrays().items():
             Column.allocate(folder, name, spec)
+        # Last, because the folder is a replay from the moment that this header stands.
         header.write(folder)
         return cls(folder, header)
 
     @classmethod
-    def open(cls, path: str | Path) -> ReplayBuffer:
+    def open(cls, path: str | Path) -> Replay:
         """Open the replay in the folder `path` for reading and appending.
 
         Raises:
@@ -136,112 +126,46 @@ class ReplayBuffer:
         """
         return cls(Path(path), Header.read(Path(path)))
 
-    @property
-    def observation_dim(self) -> int:
-        """O."""
-        return self._header.observation_dim
-
-    @property
-    def action_dim(self) -> int:
-        """A."""
-        return self._header.action_dim
-
-    @property
-    def capacity(self) -> int:
-        """Largest number of steps."""
-        return self._header.capacity
-
-    @property
-    def num_episodes(self) -> int:
-        """Episodes that count."""
-        return self._header.num_episodes
-
-    @property
-    def num_steps(self) -> int:
-        """Steps that count, over all episodes."""
-        return self._header.num_steps
-
-    @property
-    def observations(self) -> np.ndarray:
-        """Read-only map (num_steps + num_episodes, O): T + 1 rows an episode."""
-        return self._columns["observations"].rows[: self.num_steps + self.num_episodes]
-
-    @property
-    def actions(self) -> np.ndarray:
-        """Read-only map (num_steps, A)."""
-        return self._columns["actions"].rows[: self.num_steps]
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """Read-only map (num_steps,), as stored."""
-        return self._columns["rewards"].rows[: self.num_steps]
-
-    @property
-    def stats(self) -> ReplayStats:
-        """Counts, in total and by source."""
-        episodes = self.episodes()
-        by_source = {}
-        for name in self._header.sources:
-            mine = episodes.source == name
-            by_source[name] = SourceStats(
-                episodes=int(mine.sum()),
-                steps=int(episodes.num_steps[mine].sum()),
-                successes=int(episodes.success[mine].sum()),
-            )
-        successes = int(episodes.success.sum())
-        return ReplayStats(self.num_episodes, self.num_steps, successes, by_source)
-
-    def episodes(self, which: slice = slice(None)) -> Episodes:
-        """The table of all episodes, or of those in the slice."""
-        table = self._columns["episodes"].rows[: self.num_episodes]
-        number = np.arange(len(table))[which]
-        first_step, num_steps, terminated, truncated, success, source = table[which].T
-        return Episodes(
-            first_step=first_step,
-            first_observation=first_step + number,  # one extra row for every episode before
-            num_steps=num_steps,
-            terminated=terminated.astype(bool),
-            truncated=truncated.astype(bool),
-            success=success.astype(bool),
-            source=np.array(self._header.sources, dtype=np.str_)[source],
-        )
-
-    def add_episode(
-        self,
-        observations: np.ndarray,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        *,
-        terminated: bool,
-        truncated: bool,
-        source: str,
-        success: bool,
-    ) -> None:
+    def add(self, episode: Episode, *, source: str) -> None:
         """Append one whole episode; it counts as soon as this returns.
 
+        Actions are in the environment's units or in the policy's normalised space, as the run's
+        policy wants them. A column of the replay that the episode lacks is 0 (False) in its steps.
+
         Args:
-            observations: s_0..s_T, (T + 1, O).
-            actions: executed actions, (T, A), in the policy's normalised space.
-            rewards: (T,), as the environment gave them.
-            terminated: the task ended at s_T. Wins when both ends are true.
-            truncated: a time limit ended the episode at s_T.
-            source: where the episode comes from, such as "demonstrations" or "online".
-            success: the task was solved.
+            episode: see `Episode`. Its task is kept where the replay keeps any.
+            source: where it comes from, such as "dataset" or "online".
 
         Raises:
-            UserError: shapes disagree, a number is not finite, the episode has no end or no step,
-                the replay is full, or another process writes to it.
+            UserError: shapes or types disagree, a number is not finite, the episode has no end or
+                no step, the replay is full, or another process writes to it.
         """
-        arrays = {"observations": observations, "actions": actions, "rewards": rewards}
-        self._check_episode(arrays, ended=terminated or truncated)
+        where = f"Episode {self.num_episodes} of the replay {self.path}"
+        self._check_frames(episode, where)
+        self._check_steps(episode, where)
         self.claim()
-        header, num_steps = self._header, len(actions)
+        header, num_steps, num_rows = self._header, episode.num_steps, self._num_rows
+        if self._frames is not None:
+            self._frames.write(
+                episode,
+                number=header.num_episodes,
+                first_row=num_rows,
+                first_frame=self.num_frames,
+            )
         sources = header.sources if source in header.sources else (*header.sources, source)
-        flags = (terminated, truncated, success, sources.index(source))
+        flags = (
+            episode.terminated,
+            episode.truncated,
+            episode.success,
+            sources.index(source),
+        )
         row = np.array([header.num_steps, num_steps, *flags], dtype=np.int64)
-        self._columns["observations"].write(header.num_steps + header.num_episodes, observations)
-        self._columns["actions"].write(header.num_steps, actions)
-        self._columns["rewards"].write(header.num_steps, rewards)
+        self._columns["observations"].write(num_rows, episode.observations)
+        self._columns["actions"].write(header.num_steps, episode.actions)
+        self._columns["rewards"].write(header.num_steps, episode.rewards)
+        for name, (_, shape) in header.columns.items():
+            values = episode.columns.get(name, np.zeros((num_steps, *shape)))
+            self._columns[column_array(name)].write(header.num_steps, values)
         self._columns["episodes"].write(header.num_episodes, row)
         self._replace_header(header.num_episodes + 1, header.num_steps + num_steps, sources)
 
@@ -258,19 +182,29 @@ class ReplayBuffer:
             )
         self.claim()
         num_steps = int(self.episodes(slice(num_episodes)).num_steps.sum())
+        if self._frames is not None:
+            limit_cache(self.path, self._frames.index(num_steps + num_episodes).num_frames)
         self._replace_header(num_episodes, num_steps, self._header.sources)
         self.revision += 1
 
-    def grow(self, capacity: int) -> None:
-        """Make room for more steps; a number below the present one changes nothing.
+    def grow(self, capacity: int, frame_capacity: int = 0) -> None:
+        """Make room for more; numbers below the present ones change nothing.
+
+        Caches that were made before do not know of it.
+
+        Args:
+            capacity: largest number of steps.
+            frame_capacity: largest number of frames.
 
         Raises:
             UserError: another process writes, or a file cannot grow.
         """
-        if capacity <= self.capacity:
+        header = replace(self._header, capacity=max(capacity, self.capacity))
+        if self._frames is not None:
+            self._grow_frames(self._frames, max(frame_capacity, self.frame_capacity), header)
+        if header == self._header:
             return
         self.claim()
-        header = replace(self._header, capacity=capacity)
         for name, (shape, _) in header.arrays().items():
             Column.extend(self.path, name, shape[0])
         # Last: until then the replay is the smaller one, whose rows are where they were.
@@ -278,8 +212,18 @@ class ReplayBuffer:
         self._header = header
         self._columns = {n: Column(self.path, n, spec) for n, spec in header.arrays().items()}
 
+    def _grow_frames(self, frames: Frames, frame_capacity: int, header: Header) -> None:
+        larger = replace(
+            frames.header, frame_capacity=frame_capacity, step_capacity=header.capacity
+        )
+        if header != self._header or frame_capacity != frames.header.frame_capacity:
+            self.claim()
+            frames.extend(larger)
+
     def flush(self) -> None:
         """Force everything written to the disk itself: survives a power cut, not just a kill."""
+        if self._frames is not None:
+            self._frames.sync()
         for column in self._columns.values():
             column.sync()
         for header in self.path.glob("*.json"):
@@ -298,8 +242,14 @@ class ReplayBuffer:
         short_chunks: ShortChunks,
         reward: RewardSpec,
         sources: Collection[str] | None = None,
-    ) -> ChunkSampler:
+        image_dtype: ImageDtype = "float32",
+        observer: Observer[Any] | None = None,
+    ) -> ChunkSampler[Any]:
         """A sampler of chunks of H = `chunk_length` steps.
+
+        Its observations are the states, or images, state and task in LeRobot's format where the
+        replay has frames: a chunk then begins only where one was taken, and ends where one was
+        unless it terminates.
 
         Args:
             chunk_length: H.
@@ -310,38 +260,24 @@ class ReplayBuffer:
                 matter. Chunks cut short by *truncation* are always dropped: s_{t+H} does not exist.
             reward: what to make of the stored reward.
             sources: draw only from episodes of these sources; None draws from all.
+            image_dtype: see `observation_at`.
+            observer: what the batch's observations are instead, such as a `FeatureCache`.
 
         Raises:
             UserError: an argument is outside its range, or the stored reward does not fit `reward`.
         """
+        if observer is None:
+            seen = self._frames is not None
+            observer = FrameObserver(self, image_dtype) if seen else VectorObserver(self)
         return ChunkSampler(
             self,
-            VectorObserver(self),
+            observer,
             chunk_length=chunk_length,
             discount=discount,
             short_chunks=short_chunks,
             reward=reward,
             sources=sources,
         )
-
-    def returns_to_go(self, discount: float, reward: RewardSpec) -> np.ndarray:
-        """Exact Monte-Carlo return of every step, (num_steps,) float64.
-
-        G_t = sum over i of γ^i r_{t+i} up to the end of the episode; NaN in episodes that did not
-        terminate, whose return is unknown.
-        """
-        returns = reward.apply(self.rewards).astype(np.float64)
-        episodes = self.episodes()
-        remaining = np.concatenate(
-            [np.arange(n, 0, -1) for n in episodes.num_steps] or [np.empty(0, np.int64)]
-        )
-        window = 1  # `returns` holds the sum over this many steps; each pass doubles it
-        while window < (episodes.num_steps.max() if len(episodes) else 0):
-            reaches = np.flatnonzero(remaining > window)
-            returns[reaches] = returns[reaches] + discount**window * returns[reaches + window]
-            window *= 2
-        returns[np.repeat(~episodes.terminated, episodes.num_steps)] = np.nan
-        return returns
 
     def _replace_header(self, num_episodes: int, num_steps: int, sources: tuple[str, ...]) -> None:
         header = replace(
@@ -366,25 +302,50 @@ class ReplayBuffer:
                 "open it again."
             )
 
-    def _check_episode(self, arrays: dict[str, np.ndarray], *, ended: bool) -> None:
-        where = f"Episode {self.num_episodes} of the replay {self.path}"
-        num_steps = len(arrays["actions"])
-        expected = {
-            "observations": (num_steps + 1, self.observation_dim),
-            "actions": (num_steps, self.action_dim),
-            "rewards": (num_steps,),
-        }
+    def _check_frames(self, episode: Episode, where: str) -> None:
+        if self._frames is None:
+            check_cameras(where, episode.images, {})
+        else:
+            self._frames.check(episode, where, self.num_frames)
+
+    def _check_steps(self, episode: Episode, where: str) -> None:
+        num_steps = episode.num_steps
         if num_steps == 0:
             raise UserError(f"{where} has no step.")
-        for name, array in arrays.items():
-            if array.shape != expected[name]:
-                raise UserError(f"{where} has {name} of {array.shape}, not {expected[name]}.")
-            if not np.isfinite(array).all():
-                raise UserError(f"{where} has a NaN or infinite number in its {name}.")
-        if not ended:
+        self._check_arrays(episode, where)
+        if not (episode.terminated or episode.truncated):
             raise UserError(f"{where} is neither terminated nor truncated: only whole ones count.")
         if self.num_steps + num_steps > self.capacity:
             raise UserError(
                 f"The replay {self.path} is full: it holds {self.num_steps} of {self.capacity} "
                 f"steps and {num_steps} more do not fit. Create it with a larger capacity."
             )
+
+    def _check_arrays(self, episode: Episode, where: str) -> None:
+        num_steps, columns = episode.num_steps, self._header.columns
+        expected: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {
+            "observations": (episode.observations, (num_steps + 1, self.observation_dim)),
+            "actions": (episode.actions, (num_steps, self.action_dim)),
+            "rewards": (episode.rewards, (num_steps,)),
+        }
+        for name, values in episode.columns.items():
+            if name not in columns:
+                known = ", ".join(columns) or "none"
+                raise UserError(f"{where} has the column {name!r}; the replay has {known}.")
+            expected[name] = values, (num_steps, *columns[name][1])
+        for name, (array, shape) in expected.items():
+            if array.shape != shape:
+                raise UserError(f"{where} has {name} of {array.shape}, not {shape}.")
+            if not np.isfinite(array).all():
+                raise UserError(f"{where} has a NaN or infinite number in its {name}.")
+
+
+def _check_columns(columns: Mapping[str, ColumnSpec]) -> None:
+    for name, (dtype, shape) in columns.items():
+        if "/" in name:
+            raise UserError(f"The column name {name!r} holds a '/', which files cannot bear.")
+        if dtype not in COLUMN_DTYPES:
+            known = ", ".join(COLUMN_DTYPES)
+            raise UserError(f"The replay's column {name} is {dtype}; it can be one of {known}.")
+        if min(shape, default=1) < 1:
+            raise UserError(f"The replay's column {name} is {shape}; sizes must be at least 1.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +20,14 @@ VERSION = 1
 _EPISODE_COLUMNS = 6  # first_step, num_steps, terminated, truncated, success, source
 
 ArraySpec = tuple[tuple[int, ...], type[np.generic]]
+ColumnSpec = tuple[str, tuple[int, ...]]
+"""Of a further column: `bool`, `int64` or `float32`, and the shape of one step's entry."""
+
+COLUMN_DTYPES: dict[str, type[np.generic]] = {
+    "bool": np.bool_,
+    "int64": np.int64,
+    "float32": np.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Header:
         num_episodes: rows of the episode table that count.
         num_steps: rows of actions and rewards that count.
         sources: names; an episode's row holds the position of its own.
+        columns: further ones, one entry a step; absent in the file where there are none.
     """
 
     observation_dim: int
@@ -41,10 +50,14 @@ class Header:
     num_episodes: int = 0
     num_steps: int = 0
     sources: tuple[str, ...] = ()
+    columns: dict[str, ColumnSpec] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Replace the folder's header in one step, so that a reader never sees half of it."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if not self.columns:  # as before there were any
+            del values["columns"]
+        text = json.dumps(values, indent=1)
         with written_whole(folder / HEADER_NAME) as part:
             part.write_text(text + "\n")
 
@@ -61,7 +74,9 @@ class Header:
         try:
             values = json.loads(path.read_text())
             found = (values.pop("format"), values.pop("version"))
-            header = cls(**{**values, "sources": tuple(values["sources"])})
+            columns = {n: (d, tuple(s)) for n, (d, s) in values.pop("columns", {}).items()}
+            sources = tuple(values.pop("sources"))
+            header = cls(**values, sources=sources, columns=columns)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: it is not the JSON header of a replay.") from error
         if found != (FORMAT, VERSION):
@@ -72,12 +87,21 @@ class Header:
         """Name -> shape and dtype of every array in the folder."""
         # Every episode has at least one step, so T + 1 rows an episode never exceed twice the
         # steps. The files are sparse: rows never written take no space on disk.
-        return {
+        further: dict[str, ArraySpec] = {
+            column_array(name): ((self.capacity, *shape), COLUMN_DTYPES[dtype])
+            for name, (dtype, shape) in self.columns.items()
+        }
+        return further | {
             "observations": ((2 * self.capacity, self.observation_dim), np.float32),
             "actions": ((self.capacity, self.action_dim), np.float32),
             "rewards": ((self.capacity,), np.float32),
             "episodes": ((self.capacity, _EPISODE_COLUMNS), np.int64),
         }
+
+
+def column_array(name: str) -> str:
+    """Name of the array that holds a further column."""
+    return f"column.{name}"
 
 
 class Column:

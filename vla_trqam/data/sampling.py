@@ -14,7 +14,7 @@ from vla_trqam.data.transitions import Observation, TransitionBatch, chunk_retur
 from vla_trqam.errors import UserError
 
 if TYPE_CHECKING:
-    from vla_trqam.data.replay import ReplayBuffer
+    from vla_trqam.data.replay import Replay
 
 RewardKind = Literal["success_minus_one", "sparse", "column"]
 ShortChunks = Literal["drop", "pad"]
@@ -80,7 +80,7 @@ _START = np.dtype(
 
 
 class Observer(ABC, Generic[Observation]):  # noqa: UP046 (the default)
-    """What is seen at the rows of `ReplayBuffer.observations`."""
+    """What is seen at the rows of `Replay.observations`."""
 
     @abstractmethod
     def known(self, rows: np.ndarray) -> np.ndarray:
@@ -94,7 +94,7 @@ class Observer(ABC, Generic[Observation]):  # noqa: UP046 (the default)
 class VectorObserver(Observer[torch.Tensor]):
     """The rows themselves, (B, O) float32, all of them known."""
 
-    def __init__(self, buffer: ReplayBuffer) -> None:
+    def __init__(self, buffer: Replay) -> None:
         """Observe the buffer's own rows."""
         self._buffer = buffer
 
@@ -115,7 +115,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
 
     def __init__(
         self,
-        buffer: ReplayBuffer,
+        buffer: Replay,
         observer: Observer[Observation],
         *,
         chunk_length: int,
@@ -124,7 +124,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         reward: RewardSpec,
         sources: Collection[str] | None = None,
     ) -> None:
-        """Use `ReplayBuffer.sampler`, which documents the arguments."""
+        """Use `Replay.sampler`, which documents the arguments."""
         if chunk_length < 1:
             raise UserError(f"The chunk length is {chunk_length}; it must be at least 1.")
         if not 0 < discount <= 1:

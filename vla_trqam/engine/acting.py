@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_trqam.data.frame_replay import STATE_KEY, TASK_KEY, image_key
+from vla_trqam.data.frames import STATE_KEY, TASK_KEY, image_key
 from vla_trqam.envs.rollout import ChunkPolicy
 from vla_trqam.methods.base import Actor
 from vla_trqam.policy import FlowPolicy

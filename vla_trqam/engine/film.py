@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
+from vla_trqam.data.episode import Episode
+from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
 from vla_trqam.envs.video import write_side_by_side
 from vla_trqam.report.evaluation import PairedEvaluation
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_trqam.data.feature_cache import FeatureCache
-from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.data.frames import FrameObservation
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import Observer
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, GeneratorNoise
@@ -36,7 +37,7 @@ class NumberedFeatures(Observer[FrameObservation]):
     """
 
     def __init__(
-        self, cache: FeatureCache, replay: FrameReplay, names: tuple[str, ...] | None = None
+        self, cache: FeatureCache, replay: Replay, names: tuple[str, ...] | None = None
     ) -> None:
         self._cache, self._replay, self._names = cache, replay, names
 
@@ -65,7 +66,7 @@ class NextActions(nn.Module):
         self,
         policy: FlowPolicy,
         actor: Actor,
-        replay: FrameReplay,
+        replay: Replay,
         cache: FeatureCache,
         *,
         chunks_per_frame: int,

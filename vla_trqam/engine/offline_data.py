@@ -8,11 +8,11 @@ import numpy as np
 
 import vla_trqam.data
 from vla_trqam.config.state_settings import DatasetConfig, FinetuneRobomimicConfig
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.base import fill
 from vla_trqam.data.sources.robomimic.hdf5 import (
     RobomimicFile,
-    load_into_replay,
     read_robomimic,
     require_env_version,
 )
@@ -69,7 +69,7 @@ def pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> l
     return names[:count]
 
 
-def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: ReplayBuffer) -> None:
+def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: Replay) -> None:
     """Puts all demos into an empty replay, those to clone under a source of their own."""
     cloned = set(pretraining_demos(config, file))
     parts = {
@@ -78,5 +78,4 @@ def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: Re
     }
     for source, names in parts.items():
         if names:
-            summary = load_into_replay(file.select(names), replay, source=source)
-            print(f"{source}: {summary.describe()}")
+            fill(replay, file.select(names), source)

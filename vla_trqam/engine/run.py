@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vla_trqam.config.settings import OnDivergence
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.alarms import Alarms
@@ -31,7 +32,7 @@ from vla_trqam.engine.folder.checkpoints import (
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.processes.interruption import Interrupted, InterruptGuard
 from vla_trqam.engine.processes.team import Team
-from vla_trqam.envs.rollout import ChunkPolicy, Episode, RolloutPool
+from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
 from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.methods.base import Actor, Method
 from vla_trqam.policy import FlowPolicy

@@ -18,12 +18,12 @@ import torch
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, settings_of
 from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 from vla_trqam.engine.cached import CriticOnly
 from vla_trqam.engine.conclude import conclude
-from vla_trqam.engine.episode_store import StateStore
+from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED
 from vla_trqam.engine.folder.more_updates import check_resumed
 from vla_trqam.engine.folder.own_folder import own_folder
@@ -75,16 +75,16 @@ class StateTask:
     action_dim: int
     num_steps: int
     moments: Callable[[], tuple[np.ndarray, np.ndarray]]
-    fill: Callable[[ReplayBuffer], None]
+    fill: Callable[[Replay], None]
     family: Callable[[], EnvFamily]
 
     def capacity(self, config: StateRunConfig) -> int:
         """Steps of the data and of all rollouts of the training."""
         return self.num_steps + config.num_training_episodes * config.eval.max_episode_steps
 
-    def begin(self, config: StateRunConfig, path: Path) -> ReplayBuffer:
+    def begin(self, config: StateRunConfig, path: Path) -> Replay:
         """A new replay of the data."""
-        replay = ReplayBuffer.create(
+        replay = Replay.create(
             path,
             observation_dim=self.observation_dim,
             action_dim=self.action_dim,
@@ -93,9 +93,9 @@ class StateTask:
         self.fill(replay)
         return replay
 
-    def reopen(self, config: StateRunConfig, path: Path) -> ReplayBuffer:
+    def reopen(self, config: StateRunConfig, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
-        replay = ReplayBuffer.open(path)
+        replay = Replay.open(path)
         replay.grow(self.capacity(config))
         return replay
 
@@ -213,7 +213,7 @@ def _set_up(
     run = Run(
         output_dir=output_dir,
         policy=policy,
-        store=StateStore(replay),
+        store=EpisodeStore(replay),
         pool=stack.enter_context(pool),
         generators=Generators.seeded(config.seed, device),
         metrics=metrics,

@@ -20,7 +20,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from vla_trqam.data.frame_replay import IMAGE_PREFIX, STATE_KEY
+from vla_trqam.data.frames import IMAGE_PREFIX, STATE_KEY
 from vla_trqam.envs.base import EnvFamily, SeededTaskEnv
 from vla_trqam.errors import UserError
 

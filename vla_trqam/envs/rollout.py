@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.pool_worker import Deadlines, LostWorkerError, Worker
 from vla_trqam.envs.worker import FrameSettings, WorkerSettings
@@ -32,41 +33,6 @@ Observations are (N, O) float32; with cameras `{"agent_pos": (N, O) float32, "pi
 (N, height, width, 3) uint8}, "task": N texts}`, as LeRobot's environments have it.
 
 The seed and the index let a policy draw the same noise for the same chunk of the same episode."""
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One episode of T control steps.
-
-    Attributes:
-        observations: (T + 1, O) float32; the last row is what the last action led to.
-        actions: (T, A) float32 as executed, within the family's limits.
-        rewards: (T,) float32: 1 on the step that succeeds, else 0.
-        terminated: the episode ended by itself (success), so nothing is bootstrapped.
-        truncated: the episode was cut at the step limit.
-        success: whether the task was solved.
-        seed: of the initial state.
-        task: what the policy was told.
-        frames: (F, height, width, 3) uint8 when recorded: first, every n-th, and last step.
-        images: with cameras, what they saw where the policy decided, and where the limit cut:
-            name -> (D, height, width, 3) uint8.
-    """
-
-    observations: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    terminated: bool
-    truncated: bool
-    success: bool
-    seed: int
-    task: str = ""
-    frames: np.ndarray | None = None
-    images: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def num_steps(self) -> int:
-        """T."""
-        return len(self.actions)
 
 
 @dataclass
@@ -84,16 +50,19 @@ class _Unfinished:
         """The same from its start, after its process was lost once more."""
         return _Unfinished(self.position, self.seed, self.losses + 1)
 
-    def finish(self, observation: np.ndarray, terminated: bool, truncated: bool) -> Episode:
+    def finish(
+        self, observation: np.ndarray, terminated: bool, truncated: bool, chunk_length: int
+    ) -> Episode:
         """The whole episode, given what its last chunk led to."""
 
         def joined(key: str) -> np.ndarray:
             return np.concatenate([chunk[key][: chunk["num_steps"]] for chunk in self.chunks])
 
-        last = self.chunks[-1]
+        last, actions = self.chunks[-1], joined("chunk_actions")
+        looked = where_cameras_look(len(actions), chunk_length, terminated)
         return Episode(
             observations=np.vstack([joined("chunk_observations"), observation[None]]),
-            actions=joined("chunk_actions"),
+            actions=actions,
             rewards=joined("chunk_rewards"),
             terminated=terminated,
             truncated=truncated,
@@ -102,6 +71,7 @@ class _Unfinished:
             task=self.task,
             frames=np.stack(last["frames"]) if last["frames"] else None,
             images={n: np.stack([seen[n] for seen in self.images]) for n in self.images[0]},
+            observed=looked if self.images[0] else None,
         )
 
 
@@ -186,7 +156,8 @@ class _Schedule:
         try:
             self._assign(worker)  # before the bookkeeping, so that the worker does not wait for it
         finally:  # lost over its next episode, the worker has played this one
-            self._deliver(episode.position, episode.finish(observation, terminated, truncated))
+            end = observation, terminated, truncated, self._chunk_length
+            self._deliver(episode.position, episode.finish(*end))
 
     def _chunk(
         self,
@@ -215,6 +186,13 @@ class _Schedule:
             self._delivered.append(self._finished.pop(len(self._delivered)))
             if self._on_episode is not None:
                 self._on_episode(self._delivered[-1])
+
+
+def where_cameras_look(num_steps: int, chunk_length: int, terminated: bool) -> np.ndarray:
+    """(T + 1,) bool: where the policy decides, and where the limit cuts."""
+    looked = np.arange(num_steps + 1) % chunk_length == 0
+    looked[-1] = not terminated
+    return looked
 
 
 def _seen(state: np.ndarray, images: dict[str, np.ndarray], task: str) -> dict[str, Any]:

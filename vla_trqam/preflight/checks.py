@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vla_trqam.data.frame_replay import FrameReplay
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig
@@ -82,7 +82,7 @@ def preflight_machine(
 
 def preflight(
     policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
+    replay: Replay,
     sampler: ChunkSampler[Any],
     *,
     execution_horizon: int,

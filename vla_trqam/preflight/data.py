@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_trqam.data.frame_replay import STATE_KEY, FrameReplay, image_key
+from vla_trqam.data.frames import STATE_KEY, image_key
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.preflight.report import Finding
 
@@ -35,12 +36,12 @@ STILL = 0.02
 """Numbers whose normalised standard deviation is below this in every dimension do not move."""
 
 
-def check_shapes(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
+def check_shapes(policy: LeRobotFlowPolicy, replay: Replay) -> Finding:
     """State and action dimensions of policy and data."""
     config = policy.host.config
     state, real = config.robot_state_feature, int(policy.action_mask.sum())
     wanted = {ACTION_KEY: real} | ({} if state is None else {STATE_KEY: state.shape[0]})
-    there = {ACTION_KEY: replay.steps.action_dim, STATE_KEY: replay.steps.observation_dim}
+    there = {ACTION_KEY: replay.action_dim, STATE_KEY: replay.observation_dim}
     wrong = [key for key in wanted if wanted[key] != there[key]]
     if wrong:
         found = ", ".join(f"{key} has {there[key]} dimensions in the data" for key in wrong)
@@ -51,7 +52,7 @@ def check_shapes(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
     return Finding("dimensions", f"{found}, chunks of {length}; state {there[STATE_KEY]}")
 
 
-def check_cameras(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
+def check_cameras(policy: LeRobotFlowPolicy, replay: Replay) -> Finding:
     """Every camera that the policy needs, with as many channels."""
     there = {image_key(name): shape for name, shape in replay.cameras.items()}
     cameras, features = policy.cameras(there), policy.host.config.image_features
@@ -88,7 +89,7 @@ def _names(keys: Mapping[str, Any] | list[str]) -> str:
 
 
 def check_statistics(
-    policy: LeRobotFlowPolicy, replay: FrameReplay, sources: Collection[str] | None = None
+    policy: LeRobotFlowPolicy, replay: Replay, sources: Collection[str] | None = None
 ) -> Finding:
     """The data of these sources, by the policy's statistics, lies where the policy was trained."""
     if policy.processors is None:
@@ -121,16 +122,14 @@ def check_statistics(
 
 
 def _numbers(
-    policy: LeRobotFlowPolicy, replay: FrameReplay, sources: Collection[str] | None
+    policy: LeRobotFlowPolicy, replay: Replay, sources: Collection[str] | None
 ) -> dict[str, Tensor]:
     """(N, d) rows of what the policy normalises, in the data's units."""
-    episodes, found = replay.steps.episodes(), {}
+    episodes, found = replay.episodes(), {}
     mine = np.isin(episodes.source, episodes.source if sources is None else list(sources))
     if policy.host.config.robot_state_feature is not None:
-        found[STATE_KEY] = _spread_rows(
-            replay.steps.observations, mine.repeat(episodes.num_steps + 1)
-        )
-    found[ACTION_KEY] = _spread_rows(replay.steps.actions, mine.repeat(episodes.num_steps))
+        found[STATE_KEY] = _spread_rows(replay.observations, mine.repeat(episodes.num_steps + 1))
+    found[ACTION_KEY] = _spread_rows(replay.actions, mine.repeat(episodes.num_steps))
     return found
 
 
@@ -199,9 +198,9 @@ class RewardSummary:
     terminated: int
 
     @classmethod
-    def of(cls, replay: FrameReplay, sampler: ChunkSampler[Any]) -> RewardSummary:
+    def of(cls, replay: Replay, sampler: ChunkSampler[Any]) -> RewardSummary:
         """Of a replay with at least one episode."""
-        episodes, rewards = replay.steps.episodes(), sampler.reward.apply(replay.steps.rewards)
+        episodes, rewards = replay.episodes(), sampler.reward.apply(replay.rewards)
         return cls(
             sampler.reward.kind,
             float(rewards.min()),
@@ -243,7 +242,7 @@ def check_reward(rewards: RewardSummary) -> Finding:
 
 def check_chunks(
     policy: LeRobotFlowPolicy,
-    replay: FrameReplay,
+    replay: Replay,
     sampler: ChunkSampler[Any],
     execution_horizon: int,
 ) -> Finding:
@@ -297,9 +296,9 @@ def _horizon_problems(
         )
 
 
-def _frame_spacing(replay: FrameReplay) -> int:
+def _frame_spacing(replay: Replay) -> int:
     """The usual number of steps from frame to frame; 0 where no episode has two frames."""
     rows = replay.frame_index.rows_of_frames()
-    episode = np.searchsorted(replay.steps.episodes().first_observation, rows, side="right")
+    episode = np.searchsorted(replay.episodes().first_observation, rows, side="right")
     gaps = np.diff(rows)[np.diff(episode) == 0]
     return int(np.bincount(gaps).argmax()) if len(gaps) else 0

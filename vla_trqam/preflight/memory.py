@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.data.frame_replay import FrameObservation
+from vla_trqam.data.frames import FrameObservation
 from vla_trqam.methods.base import MethodConfig
 from vla_trqam.preflight.model import device_of, prepared, seeded
 from vla_trqam.preflight.report import Finding

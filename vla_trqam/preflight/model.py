@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vla_trqam.data.frame_replay import FrameObservation, FrameReplay
+from vla_trqam.data.frames import FrameObservation
+from vla_trqam.data.replay import Replay
 from vla_trqam.methods.adjoint_matching import sampled_fields
 from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.preflight.report import Finding
@@ -40,9 +41,7 @@ def prepared(policy: LeRobotFlowPolicy, seen: FrameObservation) -> dict[str, Any
     return policy.processors.observe(seen)
 
 
-def first_observations(
-    policy: LeRobotFlowPolicy, replay: FrameReplay, count: int
-) -> dict[str, Any]:
+def first_observations(policy: LeRobotFlowPolicy, replay: Replay, count: int) -> dict[str, Any]:
     """The replay's first observations as the policy's preprocessor gives them."""
     rows = replay.frame_index.rows_of_frames()[:count]
     return prepared(policy, replay.observation_at(rows))
@@ -65,7 +64,7 @@ def check_observation(
     return Finding("observation", f"{found}, one is {tasks[0]!r}")
 
 
-def check_time_direction(policy: LeRobotFlowPolicy, replay: FrameReplay) -> Finding:
+def check_time_direction(policy: LeRobotFlowPolicy, replay: Replay) -> Finding:
     """Euler on our tuned field gives the actions that the host's own loop executes."""
     observation = first_observations(policy, replay, BATCH)
     theirs, noise = host_actions(policy, observation)
@@ -135,7 +134,7 @@ def seeded(device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_base(policy: LeRobotFlowPolicy, replay: FrameReplay, *, resumed: bool) -> Finding:
+def check_base(policy: LeRobotFlowPolicy, replay: Replay, *, resumed: bool) -> Finding:
     """Before the first step the tuned field is the base field, to the bit, along a whole path."""
     context = policy.encode(first_observations(policy, replay, BATCH))
     # A chain that may have a single step: the claim is of any state.

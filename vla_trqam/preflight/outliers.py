@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vla_trqam.data.frame_replay import STATE_KEY
+from vla_trqam.data.frames import STATE_KEY
 from vla_trqam.data.outliers import outliers
 from vla_trqam.preflight.report import Finding
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vla_trqam.envs.rollout import Episode
+from vla_trqam.data.episode import Episode
 from vla_trqam.errors import UserError
 from vla_trqam.report.flow_steps import FlowSteps
 from vla_trqam.report.intervals import (
@@ -59,7 +59,8 @@ class Outcome:
 
     @classmethod
     def of(cls, episode: Episode) -> Outcome:
-        """Of a whole episode."""
+        """Of a whole rollout."""
+        assert episode.seed is not None, "only what a simulator played can be repeated"
         return cls(int(episode.seed), bool(episode.success), episode.num_steps)
 
 

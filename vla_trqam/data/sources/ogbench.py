@@ -19,12 +19,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.sources.base import Sizes
 from vla_trqam.data.sources.robomimic.safety import HARMLESS_IN_ALL, LARGEST_TOTAL_RATIO
 from vla_trqam.envs.ogbench.family import make_ogbench
 from vla_trqam.envs.seeding import global_seed
@@ -51,28 +53,6 @@ class Rows:
     last: np.ndarray
     qpos: np.ndarray
     button_states: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class OGBenchEpisode:
-    """Steps up to one that starts from a solved state, or to the trajectory's end.
-
-    Attributes:
-        observations: (T + 1, O).
-        actions: (T, A).
-        success: the last step starts from a solved state.
-    """
-
-    observations: np.ndarray
-    actions: np.ndarray
-    success: bool
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """(T,): 1 on a step from a solved state, else 0."""
-        rewards = np.zeros(len(self.actions), np.float32)
-        rewards[-1] = self.success
-        return rewards
 
 
 @dataclass(frozen=True)
@@ -103,13 +83,34 @@ class OGBenchData:
     mean: np.ndarray
     std: np.ndarray
 
-    def describe(self) -> str:
-        """One line for the recipe to print."""
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return str(self.path)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a replay must be made for."""
+        return Sizes(self.observation_dim, self.action_dim, self.num_steps)
+
+    def episodes(self, first: int = 0) -> Iterator[Episode]:
+        """Every episode from number `first` on, with one file in memory at a time."""
+        with _judge(self.task) as judge:
+            yield from islice(self._cut(judge), first, None)
+
+    def _cut(self, judge: _Judge) -> Iterator[Episode]:
+        for file in self.files:
+            rows = read_rows(file)
+            yield from cut_episodes(rows, judge.solved(rows))
+            del rows
+
+    def notes(self) -> list[str]:
+        """One line: what there is."""
         rare = "" if self.num_solved else ": the critic learns of no success from it"
-        return (
+        return [
             f"{self.num_trajectories} trajectories in {len(self.files)} files, {self.num_steps} "
             f"steps, {self.num_solved} of them from a solved state{rare}"
-        )
+        ]
 
 
 def dataset_name(task: str) -> str:
@@ -153,29 +154,8 @@ def read_ogbench(path: Path, task: str) -> OGBenchData:
     return OGBenchData(path, files, task, *sizes, *counts, *seen.moments())
 
 
-def load_into_replay(data: OGBenchData, replay: ReplayBuffer, *, source: str) -> None:
-    """Appends all episodes to a replay of the same sizes, with one file in memory at a time."""
-    with _judge(data.task) as judge:
-        for file in data.files:
-            _load(file, judge, replay, source)
-
-
-def _load(file: Path, judge: _Judge, replay: ReplayBuffer, source: str) -> None:
-    rows = read_rows(file)
-    for episode in cut_episodes(rows, judge.solved(rows)):
-        replay.add_episode(
-            episode.observations,
-            episode.actions,
-            episode.rewards,
-            terminated=episode.success,
-            truncated=not episode.success,
-            source=source,
-            success=episode.success,
-        )
-
-
-def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[OGBenchEpisode]:
-    """Cuts trajectories after every step from a solved state.
+def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[Episode]:
+    """Cuts trajectories after every step from a solved state, whose reward is 1.
 
     Args:
         rows: of a file.
@@ -192,8 +172,17 @@ def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[OGBenchEpisode]:
             start = row + 1
 
 
-def _episode(rows: Rows, start: int, end: int, *, success: bool) -> OGBenchEpisode:
-    return OGBenchEpisode(rows.observations[start : end + 1], rows.actions[start:end], success)
+def _episode(rows: Rows, start: int, end: int, *, success: bool) -> Episode:
+    rewards = np.zeros(end - start, np.float32)
+    rewards[-1] = success
+    return Episode(
+        observations=rows.observations[start : end + 1].copy(),  # else it would keep the file
+        actions=rows.actions[start:end].copy(),
+        rewards=rewards,
+        terminated=success,
+        truncated=not success,
+        success=success,
+    )
 
 
 class _Judge:

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from vla_trqam.config.parsing import Resumable, dump_config
 from vla_trqam.config.state_settings import StateRunConfig
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.engine.run import METRICS_NAME
@@ -26,20 +25,13 @@ COMMAND_NAME = "command.txt"
 SET_ASIDE = "before_restart_"
 
 
-class Replay(Protocol):
-    """What a folder's replay must be able to do."""
-
-    def truncate_to(self, num_episodes: int) -> None:
-        """Forgets all but the first episodes."""
-
-
-def open_folder[R: Replay](
+def open_folder(
     output_dir: Path,
     *,
-    reopen: Callable[[Path], R],
-    begin: Callable[[Path], R],
+    reopen: Callable[[Path], Replay],
+    begin: Callable[[Path], Replay],
     team: Team | None = None,
-) -> tuple[R, MetricsLog | None]:
+) -> tuple[Replay, MetricsLog | None]:
     """Replay and log of a new run, or those of the run to go on with, back at its checkpoint.
 
     Every process of the run calls it, within :func:`own_folder`, and gets a replay of its own; the
@@ -69,9 +61,9 @@ def replay_path(output_dir: Path, team: Team) -> Path:
     return output_dir / (f"{REPLAY_NAME}_{team.rank}" if team.rank else REPLAY_NAME)
 
 
-def _go_on[R: Replay](
-    checkpoint: Path, reopen: Callable[[Path], R], path: Path, team: Team
-) -> tuple[R, MetricsLog | None]:
+def _go_on(
+    checkpoint: Path, reopen: Callable[[Path], Replay], path: Path, team: Team
+) -> tuple[Replay, MetricsLog | None]:
     position = read_position(checkpoint)
     begun = len(position.replay_episodes)
     if begun != team.size:
@@ -121,9 +113,9 @@ def command_of(output_dir: Path) -> str:
 def begin_states(
     config: StateRunConfig,
     policy: FlowPolicy,
-    begin: Callable[[Path], ReplayBuffer],
+    begin: Callable[[Path], Replay],
     replay: Path,
-) -> ReplayBuffer:
+) -> Replay:
     """What a new run on states begins with; returns its replay, filled by `begin`."""
     output_dir = replay.parent
     if config.policy.path is None:

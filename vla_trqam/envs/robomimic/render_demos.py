@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from vla_trqam.data.frame_replay import FrameEpisode
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.robomimic.demo import require_group
 from vla_trqam.data.sources.robomimic.hdf5 import RobomimicFile, read_robomimic, require_env_version
 from vla_trqam.data.sources.robomimic.safety import Allowance, attribute, child
@@ -35,7 +35,7 @@ class RenderedDemo:
     """
 
     name: str
-    episode: FrameEpisode
+    episode: Episode
     objects: np.ndarray
 
 
@@ -101,8 +101,8 @@ def _render(name: str) -> RenderedDemo:
         if observed[-1]:
             frames.append(seen["pixels"])
     _check_drift(file, name, np.stack(states), demo.observations)
-    episode = FrameEpisode(
-        states=np.stack(states),
+    episode = Episode(
+        observations=np.stack(states),
         images={camera: np.stack([f[camera] for f in frames]) for camera in frames[0]},
         observed=np.array(observed),
         actions=demo.actions,

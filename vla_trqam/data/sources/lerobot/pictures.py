@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from vla_trqam.data.frame_files import ImageShape
-from vla_trqam.data.frame_replay import IMAGE_PREFIX
+from vla_trqam.data.frames import IMAGE_PREFIX
 from vla_trqam.data.sources.lerobot.episodes import EpisodeTable, VideoPart
 from vla_trqam.data.sources.lerobot.hub import DatasetPlace
 from vla_trqam.data.sources.lerobot.rows import EpisodeRows

@@ -1,4 +1,4 @@
-"""A LeRobotDataset (v3) as RL data: decoded once into a `FrameReplay`. Actions stay raw.
+"""A LeRobotDataset (v3) as RL data: a source of episodes that are decoded once. Actions stay raw.
 
 Its files are read here and not by LeRobot: only what is asked for is opened, after it was checked.
 """
@@ -6,7 +6,7 @@ Its files are read here and not by LeRobot: only what is asked for is opened, af
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,15 +14,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vla_trqam.data.frame_replay import (
-    STATE_KEY,
-    TASK_KEY,
-    FrameEpisode,
-    FrameObservation,
-    FrameReplay,
-    image_key,
-)
+from vla_trqam.data.episode import Episode
+from vla_trqam.data.frames import STATE_KEY, TASK_KEY, FrameObservation, image_key
 from vla_trqam.data.sampling import RewardKind
+from vla_trqam.data.sources.base import Sizes
 from vla_trqam.data.sources.lerobot.episodes import EpisodeTable
 from vla_trqam.data.sources.lerobot.hub import find_dataset
 from vla_trqam.data.sources.lerobot.labels import (
@@ -93,6 +88,7 @@ class LeRobotReader:
 
     Attributes:
         config: what was asked for.
+        where: how messages name it.
         revision: the dataset's commit on the Hub; None for a folder that did not come from there.
         plan: what decides about rewards and ends.
         fps: frames per second.
@@ -109,7 +105,7 @@ class LeRobotReader:
                 it has not what `config` asks for.
         """
         self.config = config
-        self._where = f"The dataset {config.root or config.repo_id}"
+        self.where = f"The dataset {config.root or config.repo_id}"
         place = find_dataset(config.repo_id, config.root, config.revision)
         self.revision = place.commit
         self._folder = folder = DatasetFolder(place.root)
@@ -117,9 +113,9 @@ class LeRobotReader:
         self.fps = self._info.fps
         table = EpisodeTable(folder, self._info)
         positions = table.chosen(config.episodes)
-        self.state_dim = vector_length(self._where, STATE_KEY, self._info.features)
-        self.action_dim = vector_length(self._where, "action", self._info.features)
-        self._pictures = Pictures(self._where, place, folder, self._info, table, config.rename_map)
+        self.state_dim = vector_length(self.where, STATE_KEY, self._info.features)
+        self.action_dim = vector_length(self.where, "action", self._info.features)
+        self._pictures = Pictures(self.where, place, folder, self._info, table, config.rename_map)
         self.cameras = self._pictures.shapes(config.cameras, config.looked_through)
         place.fetch(sorted({table.data_file(position) for position in positions}))
         wanted = self._wanted()
@@ -139,6 +135,18 @@ class LeRobotReader:
             name: {"dtype": own[key].dtype, "shape": shapes.get(name, own[key].shape)}
             for name, key in keys.items()
         }
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a replay must be made for."""
+        return Sizes(
+            observation_dim=self.state_dim,
+            action_dim=self.action_dim,
+            num_steps=self.num_rows,
+            cameras=self.cameras,
+            num_frames=self.num_frames,
+            tasks_of_rows=self.config.task_changes == "frame",
+        )
 
     @property
     def num_episodes(self) -> int:
@@ -190,7 +198,7 @@ class LeRobotReader:
         """
         if count > self.num_episodes:
             raise UserError(
-                f"{self._where} has {self.num_episodes} episodes for {count} processes; each "
+                f"{self.where} has {self.num_episodes} episodes for {count} processes; each "
                 "needs one at least."
             )
         reader = copy.copy(self)
@@ -207,67 +215,51 @@ class LeRobotReader:
         for camera, shape in self.cameras.items():
             self._pictures.check(camera, shape, self._rows, self.config.tolerance_s)
 
-    def create_replay(
-        self, path: Path, *, more_steps: int = 0, more_frames: int = 0
-    ) -> FrameReplay:
-        """An empty replay with room for this dataset and what is collected later.
-
-        Args:
-            path: its folder, made if absent.
-            more_steps: collected later.
-            more_frames: of them with images.
-        """
-        return FrameReplay.create(
-            path,
-            state_dim=self.state_dim,
-            action_dim=self.action_dim,
-            cameras=self.cameras,
-            capacity=self.num_rows + more_steps,
-            frame_capacity=self.num_frames + more_frames,
-            tasks_of_rows=self.config.task_changes == "frame",
-        )
-
-    def load_into(
-        self,
-        replay: FrameReplay,
-        *,
-        source: str = "demonstrations",
-        say: Callable[[str], None] = print,
-    ) -> None:
-        """Decode every episode into the replay; goes on where an interrupted call stopped.
-
-        Args:
-            replay: from `create_replay`; episodes that it has of this `source` are not read again.
-            source: name that the episodes get there.
-            say: gets each assumption about rewards and ends, once.
+    def episodes(self, first: int = 0) -> Iterator[Episode]:
+        """Every episode from number `first` on, in order.
 
         Raises:
-            UserError: an episode cannot be read, or does not fit the replay.
+            UserError: the frames of one cannot be decoded; see `check_cameras`.
         """
         self.check_cameras()
-        for note in self._notes():
-            say(f"{self._where}: {note}")
-        done = int((replay.steps.episodes().source == source).sum())
-        left_out, unseen = 0, 0
-        for rows in self._rows[done:]:
-            episode = self._episode(rows)
-            replay.add_episode(episode, source=source)
-            left_out += max(rows.length - len(episode.actions) - 1, 0)
-            unseen += episode.truncated and not episode.observed[-1]
-        if left_out:
-            say(f"{self._where}: {left_out} rows after the end of their episode are left out")
-        if unseen:
-            say(
-                f"{self._where}: {unseen} truncated episodes have no observation after their last "
-                "action; chunks that reach it are left out"
-            )
-
-    def episodes(self) -> Iterator[FrameEpisode]:
-        """Every episode, in order."""
-        for number in range(self.num_episodes):
+        for number in range(first, self.num_episodes):
             yield self.episode(number)
 
-    def episode(self, number: int) -> FrameEpisode:
+    def notes(self) -> list[str]:
+        """What it holds and what is assumed of rewards, ends and instructions, a line each."""
+        outcomes = [self._outcome(rows) for rows in self._rows]
+        successes = sum(outcome.success for outcome in outcomes)
+        steps = sum(outcome.num_steps for outcome in outcomes)
+        kept = f"{len(outcomes)} episodes, {successes} successful, {steps} steps"
+        notes = [f"{kept}; {self.where[0].lower()}{self.where[1:]}", *self.plan.notes()]
+        if self.config.instruction is not None:
+            notes.append(f"instruction: the column {self.config.instruction}")
+        if self.config.task_changes == "first":
+            notes.append("instruction: each episode's first, where it changes")
+        return notes + self._left_out(outcomes)
+
+    def _left_out(self, outcomes: Sequence[Outcome]) -> list[str]:
+        """What is in the files and not in the episodes, or in no chunk."""
+        notes, ends = [], zip(self._rows, outcomes, strict=True)
+        late = sum(max(rows.length - outcome.num_steps - 1, 0) for rows, outcome in ends)
+        unseen = sum(
+            not (outcome.terminated or _observed(rows, outcome)[-1])
+            for rows, outcome in zip(self._rows, outcomes, strict=True)
+        )
+        if self._strangers:
+            notes.append(
+                f"{self._strangers} rows of episodes that meta/episodes does not list are left out"
+            )
+        if late:
+            notes.append(f"{late} rows after the end of their episode are left out")
+        if unseen:
+            notes.append(
+                f"{unseen} truncated episodes have no observation after their last action; chunks "
+                "that reach it are left out"
+            )
+        return notes
+
+    def episode(self, number: int) -> Episode:
         """Decode one; they are counted from 0 in the order of their numbers in the dataset.
 
         Raises:
@@ -275,17 +267,15 @@ class LeRobotReader:
         """
         return self._episode(self._rows[number])
 
-    def _episode(self, rows: EpisodeRows) -> FrameEpisode:
+    def _episode(self, rows: EpisodeRows) -> Episode:
         outcome = self._outcome(rows)
         num_steps = outcome.num_steps
         seen = np.minimum(np.arange(num_steps + 1), rows.length - 1)
-        observed = np.zeros(num_steps + 1, dtype=bool)
-        own = _new(rows)[: num_steps + 1]
-        observed[: len(own)] = own
+        observed = _observed(rows, outcome)
         taken = np.flatnonzero(observed)
         told = tuple(rows.told[row] for row in seen)
-        return FrameEpisode(
-            states=rows.columns[STATE_KEY].astype(np.float32)[seen],
+        return Episode(
+            observations=rows.columns[STATE_KEY].astype(np.float32)[seen],
             images={
                 name: self._pictures.decode(name, shape, rows, taken, self.config.tolerance_s)
                 for name, shape in self.cameras.items()
@@ -311,18 +301,6 @@ class LeRobotReader:
         if self.config.kind is not None:
             check_rewards(where, self._outcome(rows), self.plan, self.config.kind)
 
-    def _notes(self) -> list[str]:
-        notes = self.plan.notes()
-        if self.config.instruction is not None:
-            notes.append(f"instruction: the column {self.config.instruction}")
-        if self.config.task_changes == "first":
-            notes.append("instruction: each episode's first, where it changes")
-        if self._strangers:
-            notes.append(
-                f"{self._strangers} rows of episodes that meta/episodes does not list are left out"
-            )
-        return notes
-
     def _wanted(self) -> RowsWanted:
         config, features = self.config, self._info.features
         if config.task_changes not in TASK_CHANGES:
@@ -338,7 +316,7 @@ class LeRobotReader:
         for name in set(LABELS) & features.keys():
             if features[name].shape not in ((), (1,)):
                 raise UserError(
-                    f"{self._where} has {list(features[name].shape)} numbers a frame in {name!r}, "
+                    f"{self.where} has {list(features[name].shape)} numbers a frame in {name!r}, "
                     "which is read as one."
                 )
         return RowsWanted(
@@ -358,7 +336,7 @@ class LeRobotReader:
         texts = sorted(n for n, f in self._info.features.items() if f.dtype == "string")
         if column not in texts:
             raise UserError(
-                f"{self._where} has no column of texts {column!r} for --dataset.instruction; its "
+                f"{self.where} has no column of texts {column!r} for --dataset.instruction; its "
                 f"columns of texts are {', '.join(texts) or 'none'}."
             )
         return column
@@ -371,11 +349,11 @@ class LeRobotReader:
             if len(successes) != total:
                 raise UserError(
                     f"--dataset.success_labels={config.success_labels} has {len(successes)} "
-                    f"labels; {self._where} has {total} episodes."
+                    f"labels; {self.where} has {total} episodes."
                 )
         values = [reward_values(rows.columns) for rows in self._rows] if REWARD in columns else None
         return plan_labels(
-            self._where,
+            self.where,
             columns,
             reward=config.reward,
             successes=successes,
@@ -386,3 +364,11 @@ class LeRobotReader:
 def _new(rows: EpisodeRows) -> np.ndarray:
     """(R,) bool: rows whose images are their own."""
     return rows.columns.get(FRAME_IS_NEW, np.ones(rows.length)).astype(bool)
+
+
+def _observed(rows: EpisodeRows, outcome: Outcome) -> np.ndarray:
+    """(T + 1,) bool: states with images of their own."""
+    observed = np.zeros(outcome.num_steps + 1, dtype=bool)
+    own = _new(rows)[: len(observed)]
+    observed[: len(own)] = own
+    return observed

@@ -1,4 +1,4 @@
-"""A `FrameReplay` written out as a LeRobotDataset (v3), which `source` reads back.
+"""A `Replay` written out as a LeRobotDataset (v3), which `source` reads back.
 
 Columns beside state, images, action and task: `next.reward`, `next.done` (either end, as LeRobot's
 recorders write it), `next.terminated`, `next.truncated`, `next.success`, and two of ours:
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_trqam.data.frame_replay import STATE_KEY, FrameReplay, image_key
+from vla_trqam.data.frames import STATE_KEY, image_key
+from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.labels import (
     DONE,
     FINAL_OBSERVATION,
@@ -32,7 +33,7 @@ _FLAGS = (DONE, TERMINATED, TRUNCATED, SUCCESS, FINAL_OBSERVATION, FRAME_IS_NEW)
 
 
 def write_lerobot_dataset(
-    replay: FrameReplay,
+    replay: Replay,
     root: Path,
     *,
     repo_id: str,
@@ -78,7 +79,7 @@ def write_lerobot_dataset(
             dataset.finalize()
 
 
-def _features(replay: FrameReplay, image_dtype: str) -> dict[str, dict[str, Any]]:
+def _features(replay: Replay, image_dtype: str) -> dict[str, dict[str, Any]]:
     images = {
         image_key(name): {
             "dtype": image_dtype,
@@ -87,7 +88,7 @@ def _features(replay: FrameReplay, image_dtype: str) -> dict[str, dict[str, Any]
         }
         for name, shape in replay.cameras.items()
     }
-    vectors = {STATE_KEY: replay.steps.observation_dim, "action": replay.steps.action_dim}
+    vectors = {STATE_KEY: replay.observation_dim, "action": replay.action_dim}
     return (
         {
             key: {"dtype": "float32", "shape": (size,), "names": None}
@@ -99,9 +100,9 @@ def _features(replay: FrameReplay, image_dtype: str) -> dict[str, dict[str, Any]
     )
 
 
-def _frames(replay: FrameReplay, episode: int) -> Iterator[dict[str, Any]]:
+def _frames(replay: Replay, episode: int) -> Iterator[dict[str, Any]]:
     """The rows of an episode as `LeRobotDataset.add_frame` takes them."""
-    table = replay.steps.episodes(slice(episode, episode + 1))
+    table = replay.episodes(slice(episode, episode + 1))
     step, row, num_steps = (
         int(column[0]) for column in (table.first_step, table.first_observation, table.num_steps)
     )
@@ -114,7 +115,7 @@ def _frames(replay: FrameReplay, episode: int) -> Iterator[dict[str, Any]]:
     for t in range(num_steps + final):
         is_final, is_end = t == num_steps, t >= num_steps - 1
         taken = step + min(t, num_steps - 1)
-        reward = 0.0 if is_final else replay.steps.rewards[taken]
+        reward = 0.0 if is_final else replay.rewards[taken]
         flags = {
             DONE: is_end,
             TERMINATED: is_end and terminated,
@@ -125,8 +126,8 @@ def _frames(replay: FrameReplay, episode: int) -> Iterator[dict[str, Any]]:
         }
         yield (
             {
-                STATE_KEY: np.array(replay.steps.observations[rows[t]]),
-                "action": np.array(replay.steps.actions[taken]),
+                STATE_KEY: np.array(replay.observations[rows[t]]),
+                "action": np.array(replay.actions[taken]),
                 REWARD: np.array([reward], np.float32),
                 "task": tasks[t],
             }

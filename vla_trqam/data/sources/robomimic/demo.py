@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.robomimic.safety import Allowance, attribute, child
 from vla_trqam.errors import UserError
 
@@ -54,6 +55,18 @@ class RobomimicDemo:
     def num_steps(self) -> int:
         """T."""
         return len(self.actions)
+
+    @property
+    def episode(self) -> Episode:
+        """What a replay takes: success terminates, anything else truncates."""
+        return Episode(
+            observations=self.observations,
+            actions=self.actions,
+            rewards=self.rewards,
+            terminated=self.success,
+            truncated=not self.success,
+            success=self.success,
+        )
 
 
 def read_demo(

@@ -13,8 +13,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.outliers import outliers
-from vla_trqam.data.replay import ReplayBuffer
+from vla_trqam.data.sources.base import Sizes
 from vla_trqam.data.sources.robomimic.demo import (
     SUCCESS_REWARD,
     RobomimicDemo,
@@ -61,6 +62,31 @@ class RobomimicFile:
         return sum(demo.num_steps for demo in self.demos)
 
     @property
+    def where(self) -> str:
+        """How messages name it."""
+        return str(self.path)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a replay must be made for."""
+        return Sizes(self.observation_dim, self.action_dim, self.num_steps)
+
+    def episodes(self, first: int = 0) -> Iterator[Episode]:
+        """Every demo from number `first` on; success terminates, anything else truncates."""
+        for demo in self.demos[first:]:
+            yield demo.episode
+
+    def notes(self) -> list[str]:
+        """One line: what there is, and what was cut."""
+        successes = sum(demo.success for demo in self.demos)
+        total = float(sum(demo.rewards.sum() for demo in self.demos))
+        return [
+            f"{len(self.demos)} episodes, {successes} successful, {self.num_steps} steps, "
+            f"total reward {total:g}; {sum(demo.num_cut for demo in self.demos)} steps cut (after "
+            "success, or without a next state)"
+        ]
+
+    @property
     def version(self) -> str:
         """The generation of robosuite that the file is for: "v1.4.1", "v1.5" or "unknown".
 
@@ -79,33 +105,6 @@ class RobomimicFile:
         names = tuple(names)
         refuse_unknown(f"{self.path}: demo", names, by_name)
         return replace(self, demos=tuple(by_name[name] for name in names))
-
-
-@dataclass(frozen=True)
-class LoadSummary:
-    """What went from a file into a replay.
-
-    Attributes:
-        episodes: number of demos.
-        steps: transitions.
-        successes: demos that end in success.
-        reward_total: sum of the stored rewards of those steps.
-        steps_cut: stored steps left out; see `RobomimicDemo.num_cut`.
-    """
-
-    episodes: int
-    steps: int
-    successes: int
-    reward_total: float
-    steps_cut: int
-
-    def describe(self) -> str:
-        """One line for the recipe to print."""
-        return (
-            f"{self.episodes} episodes, {self.successes} successful, {self.steps} steps, "
-            f"total reward {self.reward_total:g}; {self.steps_cut} steps cut (after success, or "
-            "without a next state)"
-        )
 
 
 def read_env_args(path: Path) -> dict[str, Any]:
@@ -175,47 +174,6 @@ def _check_outliers(path: Path, demos: Sequence[RobomimicDemo]) -> None:
         f"{path}: {demos[number].name}: column {column} of its observations is {value:.4g} at step "
         f"{row - firsts[number]}, where the file's median is {middle:.4g}; leave the demo out by "
         "--dataset.filter_key, or mend it"
-    )
-
-
-def load_into_replay(file: RobomimicFile, replay: ReplayBuffer, *, source: str) -> LoadSummary:
-    """Append every demo of the file to a replay; success terminates, anything else truncates.
-
-    Args:
-        file: what to load.
-        replay: buffer of the same observation and action sizes.
-        source: name to store with every episode.
-
-    Raises:
-        UserError: sizes differ or there is no room; nothing is added then.
-    """
-    sizes = (file.observation_dim, file.action_dim)
-    if sizes != (replay.observation_dim, replay.action_dim):
-        raise UserError(
-            f"{file.path} has observations and actions of {sizes}, but the replay {replay.path} is "
-            f"for {(replay.observation_dim, replay.action_dim)}."
-        )
-    if replay.num_steps + file.num_steps > replay.capacity:
-        raise UserError(
-            f"{file.path} has {file.num_steps} steps, but the replay {replay.path} has room for "
-            f"{replay.capacity - replay.num_steps}: create it with a larger capacity."
-        )
-    for demo in file.demos:
-        replay.add_episode(
-            demo.observations,
-            demo.actions,
-            demo.rewards,
-            terminated=demo.success,
-            truncated=not demo.success,
-            source=source,
-            success=demo.success,
-        )
-    return LoadSummary(
-        episodes=len(file.demos),
-        steps=file.num_steps,
-        successes=sum(demo.success for demo in file.demos),
-        reward_total=float(sum(demo.rewards.sum() for demo in file.demos)),
-        steps_cut=sum(demo.num_cut for demo in file.demos),
     )
 
 
