@@ -378,7 +378,7 @@ def test_another_simulators_cameras_are_named_and_what_may_be_done(refused, file
 def test_a_base_that_would_have_to_train_is_refused_before_anything_is_read(
     method, refused, files, monkeypatch
 ):
-    monkeypatch.setattr(finetune_vla, "checked_inputs", None)
+    monkeypatch.setattr(vla, "checked_inputs", None)
     said = refused(*files.flags(), f"--method.type={method}", "--method.train_base=true")
     assert f"is frozen, and {method} would train it" in said
     said = refused(*files.flags(), "--method.type=ifql", "--critic.redraws=3")
