@@ -24,5 +24,5 @@ def test_the_settings_choose_it() -> None:
     assert (family.name, family.max_episode_steps) == ("mountain_car", 7)
     with pytest.raises(UserError, match="has one task; leave it out"):
         make_family(EnvConfig("mountain_car", task="Lift"), max_episode_steps=7)
-    with pytest.raises(UserError, match="is no setting of --env.type=mountain_car"):
+    with pytest.raises(UserError, match=r"is no setting of --env\.type=mountain_car"):
         make_family(EnvConfig("mountain_car", image_size=48), max_episode_steps=7)
