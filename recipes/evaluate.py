@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from vla_trqam.adapters.mlp import MLPFlowPolicy
-from vla_trqam.recipes.saved_policies import Contestant, Loading, Place
 
 from vla_trqam.config.evaluate_settings import EvaluateConfig
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
@@ -38,6 +37,7 @@ from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
+from vla_trqam.jobs.saved_policies import Contestant, Loading, Place
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.report.evaluation import Outcome, PairedEvaluation

@@ -32,7 +32,8 @@ PICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 
 TREES = source_trees()
-MATH_FILES = sorted(f"vla_trqam.{name}" for name in MATH_RANKS)
+MATH_FILES = sorted(name for name in TREES if name.partition(".")[2].split(".")[0] in MATH_RANKS)
+KERNELS = "vla_trqam.kernels"
 
 
 def calls_of(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -68,7 +69,7 @@ def test_every_module_has_a_rank():
 
 
 def test_every_math_file_exists():
-    assert set(MATH_FILES) <= TREES.keys()
+    assert {f"vla_trqam.{name}" for name in MATH_RANKS} <= TREES.keys()
 
 
 @pytest.mark.parametrize("module", sorted(TREES))
@@ -103,6 +104,59 @@ def module_level_imports(tree: ast.Module) -> Iterator[str]:
 def test_math_imports_only_torch_the_standard_library_and_math(module):
     allowed = {"torch", "vla_trqam", *sys.stdlib_module_names}
     assert [n for n in imports_of(TREES[module]) if n.split(".")[0] not in allowed] == []
+
+
+@pytest.mark.parametrize("module", [name for name in TREES if name.startswith(KERNELS)])
+def test_a_kernel_knows_torch_and_no_model(module):
+    own = [name for name in imports_of(TREES[module]) if name.startswith("vla_trqam.")]
+    assert [name for name in own if not name.startswith((KERNELS, "vla_trqam.precision"))] == []
+
+
+@pytest.mark.parametrize("module", [name for name in TREES if not name.startswith(KERNELS)])
+def test_a_kernel_is_imported_only_where_it_is_called(module):
+    assert [n for n in module_level_imports(TREES[module]) if n.startswith(KERNELS)] == []
+
+
+def test_without_the_folder_of_kernels_an_update_differs_by_rounding():
+    code = UPDATE.replace("NAME", KERNELS)
+    found = {}
+    for hidden in ("True", "False"):
+        program = code.replace("HIDDEN", hidden)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        chosen, loaded, *numbers = done.stdout.split()
+        assert (chosen, loaded) == (("plain", "False") if hidden == "True" else ("fast", "True"))
+        found[hidden] = [float(number) for number in numbers]
+    assert found["True"] == pytest.approx(found["False"], rel=1e-4)
+
+
+UPDATE = """
+import sys
+if HIDDEN:
+    sys.modules["NAME"] = None  # as if the folder were not there
+import torch
+from vla_trqam import kernel_choice
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
+torch.manual_seed(0)
+policy = MLPFlowPolicy(MLPFlowConfig(4, 2, 3, (16, 16), True, 5))
+method = TRQAM(policy, Critic(CriticEnsemble(4, 6, (16,), 3)), TRQAMConfig())
+some, ones = torch.zeros(8, dtype=torch.bool), torch.ones(8)
+batch = TransitionBatch(
+    torch.randn(8, 4), torch.rand(8, 3, 2), torch.randn(8), torch.randn(8, 4), 0.9 * ones, some,
+    some, torch.ones(8, 3, dtype=torch.bool),
+)
+for seed in range(2):
+    method.update(batch, torch.Generator().manual_seed(seed))
+logged = method.metrics()
+names = ("adjoint_loss", "td_loss", "kl_estimate", "actor_grad_norm", "critic_grad_norm")
+loaded = sys.modules.get("NAME.mlp_path") is not None
+print(kernel_choice.DEFAULT_KERNELS, loaded, *(logged[n] for n in names))
+"""
 
 
 @pytest.mark.parametrize("module", MATH_FILES)

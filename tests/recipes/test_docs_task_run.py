@@ -11,9 +11,10 @@ from vla_trqam.adapters.tiny.checkpoints import (
     unit_stats,
     write_checkpoint,
 )
-from vla_trqam.recipes import finetune_pi0, finetune_vla
+from vla_trqam.recipes import finetune_pi0
 
 from vla_trqam.data.replay import Replay
+from vla_trqam.jobs import vla
 
 sys.path.append(str(Path(__file__).parents[1] / "envs"))
 from docs_task import CAR, DATA, registered
@@ -56,7 +57,7 @@ def test_a_tiny_pi0_is_tuned_with_rollouts_in_the_pages_task(tmp_path: Path) -> 
             f"--output_dir={run}",
             *FLAGS,
         ]
-        assert finetune_vla.main(Path(finetune_pi0.__file__), None, flags) == 0
+        assert vla.main(Path(finetune_pi0.__file__), None, flags) == 0
     replay = Replay.open(run / "replay")
     recorded = replay.episodes()
     # Recorded: one without an idea, then two that roll; then the policy's, before and in training.

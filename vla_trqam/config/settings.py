@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import ClassVar, Literal, get_args
 
 from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.errors import UserError
+from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, check_kernels
+from vla_trqam.methods.base import Offers
+from vla_trqam.methods.registry import check_served, idle_knobs, name_of
 from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
@@ -42,6 +44,7 @@ class CriticConfig:
         adjoint_pessimism: the same in the value whose action gradient starts the adjoint.
         target_rate: EMA rate of the target network.
         clip_actions: evaluate at actions clipped to [-1, 1].
+        warmup_steps: updates of the critic alone before the policy moves.
     """
 
     hidden_dims: tuple[int, ...] = (256, 256, 256)
@@ -51,6 +54,7 @@ class CriticConfig:
     adjoint_pessimism: float = 0.0
     target_rate: float = 0.005
     clip_actions: bool = True
+    warmup_steps: int = 0
 
 
 @dataclass
@@ -95,17 +99,20 @@ class EvalConfig:
 
 
 @dataclass
-class RunSettings(ABC):
+class RunSettings:
     """What the settings of every run have.
 
     ``GROWING`` has the numbers of updates that a resumed run may be given more of, by flag, and
-    their phases, in order.
+    their phases, in order; ``OFFERS`` what the recipe's policies can do for a method.
 
     Attributes:
         output_dir: the run's folder; null for a new one named after the time.
         resume: go on with the run in ``output_dir``, whose settings it keeps.
         checkpoint: the one of that run to go on from, like 000500; null for its last.
         seed: of all that is random in training; the evaluation does not depend on it.
+        steps: updates of the policy from the dataset, before the online ones.
+        base_episodes: episodes of the base policy that join the replay first, so that the critic
+            knows what the base does.
         batch_size: chunks a batch of the updates that move the policy.
         discount: gamma, per control step.
         evaluate_every: updates between evaluations during training; 0 for none.
@@ -115,18 +122,23 @@ class RunSettings(ABC):
             its last checkpoint with half the step sizes ("rollback", at most five times).
         log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
         num_threads: torch's threads; null for one a core.
+        kernels: what is hot by hand-written kernels ("fast"), or by ordinary torch ("plain"): the
+            same up to rounding, and slower.
         critic: the critic ensemble.
         method: which method, and its knobs.
         online: updates with rollouts between them.
         eval: the evaluations.
     """
 
-    GROWING: ClassVar[Mapping[str, str]] = {}
+    GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
+    OFFERS: ClassVar[Offers] = Offers(training_base=True)
 
     output_dir: Path | None = None
     resume: bool = False
     checkpoint: str | None = None
     seed: int = 0
+    steps: int = 10000
+    base_episodes: int = 60
     batch_size: int = 128
     discount: float = 0.99
     evaluate_every: int = 3000
@@ -135,15 +147,16 @@ class RunSettings(ABC):
     on_divergence: OnDivergence = "stop"
     log_with: Service | None = None
     num_threads: int | None = None
+    kernels: Kernels = DEFAULT_KERNELS
     critic: CriticConfig = field(default_factory=CriticConfig)
     method: MethodChoice = field(default_factory=default_method)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property
-    @abstractmethod
-    def num_base_episodes(self) -> int:
-        """Episodes of the base policy that join the replay before it moves."""
+    def warmup_batch_size(self) -> int:
+        """Chunks a batch of the updates of the critic alone."""
+        return self.batch_size
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -161,20 +174,20 @@ class RunSettings(ABC):
 
     def base_seeds(self) -> list[int]:
         """Initial states of the base's episodes before the offline updates."""
-        return _seeds(self._first_training_seed, self.num_base_episodes)
+        return _seeds(self._first_training_seed, self.base_episodes)
 
     def round_seeds(self, done: int) -> list[int]:
         """Initial states of the rollouts before the online update after ``done`` of them."""
         number, rest = divmod(done, self.online.updates_per_round)
         count = self.online.episodes_per_round
-        start = self._first_training_seed + self.num_base_episodes + number * count
+        start = self._first_training_seed + self.base_episodes + number * count
         return [] if rest else _seeds(start, count)
 
     @property
     def num_training_episodes(self) -> int:
         """Episodes that all rollouts of the training add to the replay."""
         rounds = -(-self.online.steps // self.online.updates_per_round)
-        return self.num_base_episodes + rounds * self.online.episodes_per_round
+        return self.base_episodes + rounds * self.online.episodes_per_round
 
     @property
     def _first_training_seed(self) -> int:
@@ -191,6 +204,10 @@ class RunSettings(ABC):
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
+        if self.steps + self.online.steps < 1:
+            raise UserError("--steps and --online.steps are both 0: nothing would be trained")
+        check_kernels(self.kernels)
+        check_served(self.method, self.OFFERS)
         if self.checkpoint is not None and not self.resume:
             raise UserError(
                 f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
@@ -213,6 +230,9 @@ class RunSettings(ABC):
             "eval.episodes_during_training": self.eval.episodes_during_training,
         }
         not_negative = {
+            "steps": self.steps,
+            "base_episodes": self.base_episodes,
+            "critic.warmup_steps": self.critic.warmup_steps,
             "online.steps": self.online.steps,
             "evaluate_every": self.evaluate_every,
             "eval.videos": self.eval.videos,
@@ -257,6 +277,24 @@ class RunSettings(ABC):
                 f"the settings roll out {self.num_training_episodes} episodes for training; "
                 f"there are initial states for {TRAINING_SEED_STRIDE}"
             )
+
+
+def refuse_idle_knobs(config: RunSettings, flags: set[str]) -> None:
+    """Refuses flags that the chosen method leaves without effect.
+
+    Args:
+        config: all settings.
+        flags: the names, with their dashes, of those on the command line.
+
+    Raises:
+        UserError: there is such a flag.
+    """
+    idle = sorted(flags & idle_knobs(config.method))
+    if idle:
+        raise UserError(
+            f"--method.type={name_of(config.method)} has no use for {' and '.join(idle)}: leave it "
+            "out"
+        )
 
 
 def refuse_below(values: Mapping[str, int | None], least: int) -> None:

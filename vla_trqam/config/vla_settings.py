@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -16,6 +15,7 @@ from vla_trqam.data.sources.lerobot.labels import RewardSource
 from vla_trqam.data.sources.lerobot.rows import TaskChanges
 from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
+from vla_trqam.methods.base import Offers
 from vla_trqam.report.flow_steps import check_flow_steps
 
 
@@ -113,7 +113,6 @@ class VLACriticConfig(CriticConfig):
     Attributes:
         path: a checkpoint's folder, or the Hub repository that one was pushed to, whose critic the
             run starts with; and with ``policy.adapter: continue`` its trust region too.
-        warmup_steps: updates of the critic alone before the policy moves.
         updates_per_step: of the critic alone, after each update of the policy.
         batch_size: of these.
         next_actions: chunks of the policy kept at every frame for the TD targets.
@@ -134,9 +133,6 @@ class FinetuneVLAConfig(RunSettings):
     """Every setting of the recipes for LeRobot's policies; ``--preset`` names a section.
 
     Attributes:
-        steps: updates of the policy from the dataset, before the online ones.
-        base_episodes: episodes of the base policy that join the replay first.
-        batch_size: chunks a batch of the policy's updates.
         micro_batches: parts that such a batch is taken in, one after the other: less memory.
         dataset: the replay's offline data.
         rename_map: from the dataset's cameras to those that the policy looks through, like
@@ -147,7 +143,7 @@ class FinetuneVLAConfig(RunSettings):
         env: the simulator.
     """
 
-    GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
+    OFFERS: ClassVar[Offers] = Offers(training_base=False)
 
     steps: int = 1000
     base_episodes: int = 0
@@ -164,9 +160,9 @@ class FinetuneVLAConfig(RunSettings):
     env: EnvConfig = field(default_factory=EnvConfig)
 
     @property
-    def num_base_episodes(self) -> int:
-        """Episodes of the base policy that join the replay before it moves."""
-        return self.base_episodes
+    def warmup_batch_size(self) -> int:
+        """Chunks a batch of the updates of the critic alone."""
+        return self.critic.batch_size
 
     def _at_least_one(self) -> dict[str, int | None]:
         return {
@@ -182,16 +178,11 @@ class FinetuneVLAConfig(RunSettings):
 
     def _not_negative(self) -> dict[str, int | None]:
         return {
-            "steps": self.steps,
-            "base_episodes": self.base_episodes,
-            "critic.warmup_steps": self.critic.warmup_steps,
             "critic.updates_per_step": self.critic.updates_per_step,
             "critic.redraws": self.critic.redraws,
         }
 
     def _check_choices(self) -> None:
-        if self.steps + self.online.steps < 1:
-            raise UserError("--steps and --online.steps are both 0: nothing would be trained")
         if self.env.type is None and self.online.steps + self.base_episodes > 0:
             raise UserError(
                 f"--online.steps={self.online.steps} and --base_episodes={self.base_episodes} need "
