@@ -56,7 +56,6 @@ def test_every_method_serves_with_its_own_defaults() -> None:
         (FQLConfig(), "--critic.adjoint_pessimism"),
         (DSRLConfig(), "--critic.clip_actions"),
         (IFQLConfig(), "--critic.redraws"),
-        (IFQLConfig(), "--critic.next_actions"),
     ],
 )
 @pytest.mark.parametrize("settings", [vla, FinetuneRobomimicConfig])

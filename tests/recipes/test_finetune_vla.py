@@ -374,8 +374,15 @@ def test_another_simulators_cameras_are_named_and_what_may_be_done(refused, file
     ) in refused(*files.flags())
 
 
-def test_a_base_that_would_have_to_train_is_refused(refused, files):
-    assert "train_base" in refused(*files.flags(), "--method.train_base=true")
+@pytest.mark.parametrize("method", ["trqam", "fql"])
+def test_a_base_that_would_have_to_train_is_refused_before_anything_is_read(
+    method, refused, files, monkeypatch
+):
+    monkeypatch.setattr(vla, "checked_inputs", None)
+    said = refused(*files.flags(), f"--method.type={method}", "--method.train_base=true")
+    assert f"is frozen, and {method} would train it" in said
+    said = refused(*files.flags(), "--method.type=ifql", "--critic.redraws=3")
+    assert "--method.type=ifql has no use for --critic.redraws" in said
 
 
 @pytest.mark.parametrize("recipe", [SMOLVLA, PI0])

@@ -203,11 +203,25 @@ def test_adapters_on_a_base_of_this_machine_are_not_pushed(
     given, load = last(whole.folder), vla_inputs.load_policy
     monkeypatch.setattr(vla_inputs, "check_push", lambda *_, **__: None)
     monkeypatch.setattr(vla_inputs, "camera_names", lambda *_: (image_key(CAMERA),))
+    monkeypatch.setattr(vla_inputs, "flow_steps_of", lambda *_: 10)
     monkeypatch.setattr(vla_inputs, "load_policy", lambda _, **settings: load(given, **settings))
     push = ("--policy.push_to_hub=true", "--policy.repo_id=me/tuned")
     flags = [*files.flags(), "--policy.path=someone/adapters", *push]
     assert main(*flags, f"--output_dir={tmp_path / 'run'}") == 2
     assert "adapters whose base is a folder of this machine" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_acts_by_its_own_networks_is_not_pushed_for_lerobot(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("check_push", "camera_names", "LeRobotReader"):
+        monkeypatch.setattr(vla_inputs, name, None)
+    push = ("--policy.push_to_hub=true", "--policy.repo_id=me/tuned", "--peft.method=full")
+    flags = [*files.flags(), *push, "--method.type=dsrl", f"--output_dir={tmp_path / 'run'}"]
+    assert main(*flags) == 2
+    said = capsys.readouterr().err
+    assert "what dsrl learns is networks beside it, which LeRobot does not load" in said
     assert not (tmp_path / "run").exists()
 
 

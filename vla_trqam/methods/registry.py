@@ -72,12 +72,12 @@ def check_served(config: MethodConfig, offers: Offers) -> None:
 
 
 def idle_knobs(config: MethodConfig) -> set[str]:
-    """The critic's flags that nothing of this method reads."""
+    """The critic's flags that would change what is learnt, were there a place for them here."""
     wants, idle = requirements_of(config), set[str]()
     if not wants.adjoint:
         idle |= {"--critic.adjoint_pessimism", "--critic.clip_actions"}
     if not wants.next_actions:
-        idle |= {"--critic.next_actions", "--critic.redraws"}
+        idle.add("--critic.redraws")
     return idle
 
 
