@@ -2,7 +2,8 @@
 
 GitHub shows the pages of ``docs/`` beside the code, and they link to both. The site has ``docs/``
 at its root, and under ``repository/`` every file beyond it that a page links to or the navigation
-names: Markdown as it is, source as a page of code. So every link leads to the same text in both,
+names: Markdown as it is, source as a page of code, a folder (a name that ends in a slash) as the
+list of its files. So every link leads to the same text in both,
 and none needs to know where the repository is published.
 """
 
@@ -25,6 +26,8 @@ def place_of(file: str) -> str:
     """The site's page of a repository's file, both relative to their roots."""
     if file.startswith(DOCS):
         return file.removeprefix(DOCS)
+    if file.endswith("/"):
+        return f"{BEYOND}{file}README.md"
     return f"{BEYOND}{file}" if file.endswith(".md") else f"{BEYOND}{file}.md"
 
 
@@ -33,13 +36,20 @@ def file_of(place: str, root: Path) -> str:
     if not place.startswith(BEYOND):
         return DOCS + place
     file = place.removeprefix(BEYOND)
-    return file if (root / file).is_file() else file.removesuffix(".md")
+    candidates = file, file.removesuffix(".md"), file.removesuffix("README.md")
+    return next(name for name in candidates if name.endswith("/") or (root / name).is_file())
 
 
 def target_of(file: str, link: str, root: Path) -> str | None:
     """The repository's file that a link in `file` leads to; None if it is none of its files."""
     target = posixpath.normpath(posixpath.join(posixpath.dirname(file), link))
-    return target if not target.startswith("..") and (root / target).is_file() else None
+    if target.startswith(".."):
+        return None
+    for name in (target, f"{target}/README.md"):
+        if (root / name).is_file():
+            return name
+    shown = (root / target).is_dir() and not target.startswith(DOCS)
+    return f"{target}/" if shown else None
 
 
 def for_the_site(text: str, file: str, root: Path) -> str:
@@ -72,6 +82,9 @@ def linked_beyond(pages: Iterable[str], root: Path) -> list[str]:
 
 def page_of(file: str, root: Path) -> str:
     """The Markdown that the site shows of a file outside ``docs/``."""
+    if file.endswith("/"):
+        names = sorted(path.name for path in (root / file).iterdir() if path.is_file())
+        return f"# `{file}`\n\n" + "".join(f"- [`{name}`]({name})\n" for name in names)
     text = (root / file).read_text("utf-8")
     if file.endswith(".md"):
         return text
@@ -100,9 +113,9 @@ def with_links(text: str, resolve: Callable[[str], str]) -> str:
 
 
 def _targets(file: str, root: Path) -> list[str]:
-    if not file.endswith(".md"):
+    if not file.endswith((".md", "/")):
         return []
-    text = (root / file).read_text("utf-8")
+    text = page_of(file, root)
     links = [
         match["target"]
         for line, fenced in _lines_of(text)

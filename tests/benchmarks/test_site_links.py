@@ -48,6 +48,9 @@ def house(tmp_path: Path) -> Path:
         ("README.md", "![a](docs/figures/run.png)", "![a](../figures/run.png)"),
         ("benchmarks/README.md", "[a](../docs/method.md)", "[a](../../method.md)"),
         ("docs/method.md", "[a](figures/run.png)", "[a](figures/run.png)"),
+        ("docs/method.md", "[a](../pack)", "[a](repository/pack/README.md)"),
+        ("docs/method.md", "[a](../benchmarks/)", "[a](repository/benchmarks/README.md)"),
+        ("pack/", "[a](sde.py)", "[a](sde.py.md)"),
     ],
 )
 def test_a_link_leads_to_the_page_of_its_file(
@@ -70,14 +73,17 @@ def test_the_pages_beyond_are_those_that_are_reached(house: Path) -> None:
         "benchmarks/README.md",
     ]
     assert linked_beyond(["docs/method.md"], house) == ["pack/sde.py"]
+    (house / "docs/method.md").write_text("[code](../pack/)", "utf-8")
+    assert linked_beyond(["docs/method.md"], house) == ["pack/", "pack/sde.py"]
 
 
 def test_source_is_shown_as_code_and_markdown_as_it_is(house: Path) -> None:
     assert '`python linenums="1"\nx = 1\n' in page_of("pack/sde.py", house)
+    assert page_of("pack/", house) == "# `pack/`\n\n- [`sde.py`](sde.py)\n"
     assert page_of("README.md", house) == (house / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("file", ["docs/method.md", "README.md", "pack/sde.py"])
+@pytest.mark.parametrize("file", ["docs/method.md", "README.md", "pack/sde.py", "pack/"])
 def test_a_place_and_its_file_find_each_other(house: Path, file: str) -> None:
     assert file_of(place_of(file), house) == file
 
