@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
-from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, push
+from vla_trqam.recipes.vla_inputs import checked_inputs, give_base, push, reward_of
 from vla_trqam.recipes.vla_preflight import (
     all_rewards,
     check_data,
@@ -30,9 +30,9 @@ from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.replay import Replay
-from vla_trqam.data.sampling import ChunkSampler, MixedSampler, RewardSpec
-from vla_trqam.data.sources.base import create_replay, fill
-from vla_trqam.data.sources.lerobot.source import LeRobotReader
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler
+from vla_trqam.data.sources.base import create_replay
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 from vla_trqam.engine.cached import Cached, CriticOnly
 from vla_trqam.engine.conclude import conclude
@@ -131,10 +131,10 @@ def _finetune(
 ) -> None:
     device = own_device("policy.device", config.policy.device, accelerator)
     family = team.together(lambda: _family(config))
-    reader, policy = team.together(lambda: checked_inputs(config, packed, device, team, family))
-    team.together(lambda: check_machine(config, reader, policy, team))
+    datasets, policy = team.together(lambda: checked_inputs(config, packed, device, team, family))
+    team.together(lambda: check_machine(config, datasets, policy, team))
     with ExitStack() as stack:
-        parts = _set_up(config, reader, policy, accelerator, stack, family)
+        parts = _set_up(config, datasets, policy, accelerator, stack, family)
         run, phases, everything = parts
         with InterruptGuard(quiet=not team.is_main) as guard:
             method = run.train(phases, guard)
@@ -155,7 +155,7 @@ def _finetune(
 
 def _set_up(
     config: FinetuneVLAConfig,
-    reader: LeRobotReader,
+    datasets: LeRobotDatasets,
     policy: LeRobotFlowPolicy,
     accelerator: Accelerator,
     stack: ExitStack,
@@ -170,8 +170,8 @@ def _set_up(
     device, team = next(policy.trainable_parameters()).device, Team(accelerator)
     replay, metrics = open_folder(
         output_dir,
-        reopen=partial(_reopen, config, reader, policy.chunk_shape[0]),
-        begin=partial(_begin, config, reader, team, policy),
+        reopen=partial(_reopen, config, datasets, policy.chunk_shape[0]),
+        begin=partial(_begin, config, datasets, team, policy),
         team=team,
     )
     stack.callback(replay.close)
@@ -213,7 +213,7 @@ def _set_up(
 
 def _begin(
     config: FinetuneVLAConfig,
-    reader: LeRobotReader,
+    datasets: LeRobotDatasets,
     team: Team,
     policy: LeRobotFlowPolicy,
     path: Path,
@@ -224,18 +224,20 @@ def _begin(
     if team.is_main:
         save_settings(config, path.parent)
     more_steps, more_frames = room_for_rollouts(config, chunk_length)
-    replay = create_replay(path, [reader], more_steps=more_steps, more_frames=more_frames)
-    fill(replay, reader, "dataset", say=print if team.is_main else lambda _: None)
+    replay = create_replay(
+        path, list(datasets.named.values()), more_steps=more_steps, more_frames=more_frames
+    )
+    datasets.fill(replay, say=print if team.is_main else lambda _: None)
     return replay
 
 
 def _reopen(
-    config: FinetuneVLAConfig, reader: LeRobotReader, chunk_length: int, path: Path
+    config: FinetuneVLAConfig, datasets: LeRobotDatasets, chunk_length: int, path: Path
 ) -> Replay:
     """The replay of a run that is gone on with, which may have got more rollouts to come."""
     more_steps, more_frames = room_for_rollouts(config, chunk_length)
     replay = Replay.open(path)
-    replay.grow(reader.num_rows + more_steps, reader.num_frames + more_frames)
+    replay.grow(datasets.num_rows + more_steps, datasets.num_frames + more_frames)
     return replay
 
 
@@ -303,7 +305,7 @@ def _sampler(
         chunk_length=policy.chunk_shape[0],
         discount=config.discount,
         short_chunks=config.dataset.short_chunks,
-        reward=RewardSpec(config.dataset.kind),
+        reward=reward_of(config),
         sources=sources,
         observer=NumberedFeatures(features, replay, names),
     )
@@ -396,7 +398,7 @@ def _online_sampler(
     if config.online.fraction is None:
         return draw(None)
     fraction = team.fraction_share(config.online.fraction, config.batch_size)
-    offline = draw(None, ["dataset", "critic", "offline"])
+    offline = draw(None, [*source_names(1 + len(config.dataset.more)), "critic", "offline"])
     return MixedSampler(offline, draw(None, ["online"]), online_fraction=fraction)
 
 

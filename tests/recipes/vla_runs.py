@@ -21,9 +21,10 @@ from toy_images import (
 )
 from toy_task import Killed
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla, vla_inputs
+from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla
 
 from vla_trqam.data.episode import Episode
+from vla_trqam.data.sources.lerobot import several
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.run import Run
 
@@ -108,7 +109,7 @@ def without_simulator() -> Iterator[None]:
         patch.setattr(finetune_vla, "RolloutPool", ImageToyPool)
         patch.setattr(finetune_vla, "make_family", image_family)
         # Opening a dataset takes longer than these runs, and a reader does not change.
-        patch.setattr(vla_inputs, "LeRobotReader", cache(LeRobotReader))
+        patch.setattr(several, "LeRobotReader", cache(LeRobotReader))
         yield
 
 
