@@ -63,6 +63,8 @@ def two(files: Files, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     costs = with_interventions(files.dataset, folder / "round1", folder / "b", lambda r: r - 1, 20)
     return [
         *files.flags(),
+        *("--steps=1", "--online.steps=2", "--critic.warmup_steps=1", "--evaluate_every=0"),
+        *("--critic.updates_per_step=1", "--base_episodes=1", "--online.episodes_per_round=1"),
         f"--dataset.root={demos}",
         f"--dataset.more=[{{repo_id: local/round1, root: {costs}, kind: column, "
         f"episodes: {list(range(KEPT))}}}]",
@@ -78,7 +80,7 @@ def test_the_replay_holds_both_with_their_rewards_and_interventions(whole: Path)
     replay = Replay.open(whole / "replay")
     episodes = replay.episodes()
     sources = {name: stats.episodes for name, stats in replay.stats.by_source.items()}
-    assert sources == {"dataset": NUM_DEMOS, "dataset_2": KEPT, "critic": 2, "online": 4}
+    assert sources == {"dataset": NUM_DEMOS, "dataset_2": KEPT, "critic": 1, "online": 1}
     of_steps = np.repeat(episodes.source, episodes.num_steps)
     assert set(replay.rewards[of_steps == "dataset"]) == {0.0, 1.0}
     assert set(replay.rewards[of_steps == "dataset_2"]) <= {-1.0, 0.0}
@@ -115,7 +117,7 @@ def test_a_killed_run_on_two_datasets_goes_on_to_the_same_bits(
     from vla_trqam.recipes import finetune_vla
 
     monkeypatch.setattr(finetune_vla, "conclude", lambda *_, **__: None)
-    with killed(lambda patch: dies_at_update(patch, Cached, 5)):
+    with killed(lambda patch: dies_at_update(patch, Cached, 3)):
         main(*two, f"--output_dir={tmp_path / 'run'}")
     assert resume(tmp_path / "run") == 0
     assert differences(images_state(tmp_path / "run"), images_state(whole)) == []

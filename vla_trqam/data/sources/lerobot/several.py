@@ -106,7 +106,7 @@ def check_agree(named: Mapping[str, LeRobotReader]) -> None:
 
 def _differences(first: LeRobotReader, other: LeRobotReader) -> Iterator[tuple[str, Any, Any]]:
     pairs = {
-        "frames per second are": (first.fps, other.fps),
+        "frames per second are": (f"{first.fps:g}", f"{other.fps:g}"),
         "the numbers of an action are": (first.action_dim, other.action_dim),
         "the numbers of a state are": (first.state_dim, other.state_dim),
         "the cameras are": (_cameras(first), _cameras(other)),
