@@ -39,9 +39,9 @@ ROBOMIMIC = (
     "--num_threads=1",
     "--critic.hidden_dims=[8]",
     "--critic.ensemble_size=2",
-    "--offline.critic_steps=2",
-    "--offline.steps=2",
-    "--offline.base_episodes=0",
+    "--critic.warmup_steps=2",
+    "--steps=2",
+    "--base_episodes=0",
     "--online.steps=0",
     "--eval.episodes=2",
     "--eval.max_episode_steps=10",
@@ -133,23 +133,25 @@ class Originals:
         """A run of the Robomimic recipe without simulator and report."""
         from vla_trqam.recipes import finetune_robomimic
 
-        from vla_trqam.engine import state_runs
+        from vla_trqam.engine import finetune as engine
 
         folder = self.root / "robomimic_run"
         flags = (*ROBOMIMIC, *NEW_POLICY, f"--dataset.path={self.hdf5}", f"--output_dir={folder}")
-        with patch.object(state_runs, "conclude", lambda *_, **__: None):
+        with patch.object(engine, "conclude", lambda *_, **__: None):
             _ended_well(finetune_robomimic.main(flags))
         return folder
 
     @cached_property
     def vla_run(self) -> Path:
         """A run of the packed tiny policy on two of the packed episodes: adapters and a critic."""
-        from vla_trqam.recipes import finetune_pi0, finetune_vla
+        from vla_trqam.recipes import finetune_pi0
+
+        from vla_trqam.jobs import vla
 
         folder = self.root / "vla_run"
         flags = (f"--policy.path={POLICY}", f"--dataset.root={DATASET}", *PI0)
         recipe = Path(str(finetune_pi0.__file__))
-        _ended_well(finetune_vla.main(recipe, PACKED, [*flags, f"--output_dir={folder}"]))
+        _ended_well(vla.main(recipe, PACKED, [*flags, f"--output_dir={folder}"]))
         return folder
 
     @cached_property
@@ -270,19 +272,19 @@ def cut(path: Path, share: float = 0.5) -> Path:
 
 def run_main(command: Command) -> int:
     """The recipe's ``main`` in this process, with no Hub, no token and no simulator to reach."""
-    from vla_trqam.engine import state_runs
+    from vla_trqam.engine import finetune as engine
 
     module = importlib.import_module(f"vla_trqam.recipes.{command.recipe}")
     arguments = list(command.arguments)
     if command.recipe == "finetune_pi0":
         main = partial(module.main, Path(str(module.__file__)), PACKED)
-        module = importlib.import_module("vla_trqam.recipes.finetune_vla")
+        module = importlib.import_module("vla_trqam.jobs.vla")
     else:
         main = module.main
     idle = _IdlePool if "--resume=true" in arguments else _no_simulator
     with ExitStack() as stack:
         # Runs on states have their simulators in the engine.
-        for place in (module, state_runs):
+        for place in (module, engine):
             for name in SIMULATORS:
                 if hasattr(place, name):
                     stack.enter_context(patch.object(place, name, idle))

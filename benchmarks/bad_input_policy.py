@@ -318,7 +318,7 @@ def _mlp(change: Change, place: Place) -> Command:
     base = place.run() / "base_policy"
     folder = base.rename(place / "policy")
     change(folder)
-    idle = ("--output_dir=new", "--offline.steps=2")
+    idle = ("--output_dir=new", "--steps=2")
     return robomimic(place, f"--policy.path={folder}", *idle, policy=())
 
 

@@ -38,9 +38,9 @@ STATE = [
     "--batch_size=32",
     "--policy.hidden_dims=[64,64]",
     "--critic.hidden_dims=[64,64]",
-    "--offline.base_episodes=3",
-    "--offline.critic_steps=20",
-    "--offline.steps=40",
+    "--base_episodes=3",
+    "--critic.warmup_steps=20",
+    "--steps=40",
     "--online.steps=40",
     "--evaluate_every=20",
 ]

@@ -15,29 +15,17 @@ from pathlib import Path
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.data.sources.base import fill
 from vla_trqam.data.sources.ogbench import data_path, read_ogbench
-from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder.pins import Source
-from vla_trqam.engine.launch import exit_status
-from vla_trqam.engine.state_runs import StateTask
 from vla_trqam.envs.ogbench.family import ogbench_family
+from vla_trqam.jobs import states
+from vla_trqam.jobs.states import StateTask
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return exit_status(lambda: read_config(given), finetune)
-
-
-def read_config(arguments: Sequence[str]) -> FinetuneOGBenchConfig:
-    """The settings of a new run, or those of the run that is resumed."""
-    return state_runs.read_config(FinetuneOGBenchConfig, PRESETS, arguments)
-
-
-def finetune(config: FinetuneOGBenchConfig) -> None:
-    """The whole run; see :func:`vla_trqam.engine.state_runs.finetune`."""
-    state_runs.finetune(config, open_task)
+    return states.main(FinetuneOGBenchConfig, PRESETS, open_task, arguments)
 
 
 def open_task(config: FinetuneOGBenchConfig) -> StateTask:

@@ -8,9 +8,8 @@ accelerate launch -q recipes/finetune_pi0.py --resume=true --output_dir=outputs/
 import sys
 from pathlib import Path
 
-from vla_trqam.recipes.finetune_vla import main
-
 import vla_trqam.data
+from vla_trqam.jobs.vla import main
 
 PACKED = Path(vla_trqam.data.__file__).with_name("lift_pi0")
 

@@ -16,30 +16,18 @@ import numpy as np
 
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.sources.robomimic.hdf5 import RobomimicFile
-from vla_trqam.engine import state_runs
 from vla_trqam.engine.folder.pins import Source
-from vla_trqam.engine.launch import exit_status
 from vla_trqam.engine.offline_data import fill_replay, pretraining_demos, read_dataset
-from vla_trqam.engine.state_runs import StateTask
 from vla_trqam.envs.robomimic.family import robomimic_family
+from vla_trqam.jobs import states
+from vla_trqam.jobs.states import StateTask
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return exit_status(lambda: read_config(given), finetune)
-
-
-def read_config(arguments: Sequence[str]) -> FinetuneRobomimicConfig:
-    """The settings of a new run, or those of the run that is resumed."""
-    return state_runs.read_config(FinetuneRobomimicConfig, PRESETS, arguments)
-
-
-def finetune(config: FinetuneRobomimicConfig) -> None:
-    """The whole run; see :func:`vla_trqam.engine.state_runs.finetune`."""
-    state_runs.finetune(config, open_task)
+    return states.main(FinetuneRobomimicConfig, PRESETS, open_task, arguments)
 
 
 def open_task(config: FinetuneRobomimicConfig) -> StateTask:

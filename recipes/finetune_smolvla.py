@@ -10,7 +10,7 @@ accelerate launch -q recipes/finetune_smolvla.py --resume=true --output_dir=outp
 import sys
 from pathlib import Path
 
-from vla_trqam.recipes.finetune_vla import main
+from vla_trqam.jobs.vla import main
 
 if __name__ == "__main__":
     sys.exit(main(Path(__file__), None))

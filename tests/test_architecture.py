@@ -35,7 +35,8 @@ PACKAGE_RANKS = {
     "preflight": 7,
     "engine": 8,
     "hub": 9,
-    "recipes": 10,
+    "jobs": 10,
+    "recipes": 11,
 }
 # `files` and `launched` are no packages, and no math either: one writes, one reads the environment.
 RANKS = MATH_RANKS | {"files": 4, "launched": 4} | PACKAGE_RANKS

@@ -12,7 +12,7 @@ from toy_settings import OF_THE_POLICY, TINY
 from toy_task import ToyPool
 from vla_trqam.recipes import finetune_robomimic
 
-from vla_trqam.engine import state_runs
+from vla_trqam.engine import finetune as engine
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def toy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def toy_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ToyPool]]:
-    monkeypatch.setattr(state_runs, "RolloutPool", ToyPool)
+    monkeypatch.setattr(engine, "RolloutPool", ToyPool)
     ToyPool.started, ToyPool.rounds, ToyPool.before_run = 0, [], None
     yield ToyPool
     ToyPool.before_run = None
@@ -38,7 +38,7 @@ def no_conclusion(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     ) -> None:
         calls.append({"run": run, "base": base, "critic": critic, **settings})
 
-    monkeypatch.setattr(state_runs, "conclude", conclude)
+    monkeypatch.setattr(engine, "conclude", conclude)
     return calls
 
 
@@ -70,8 +70,8 @@ def uninterrupted(
     """A whole run without conclusion: its end, its folder and the seeds of all rollouts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state_runs, "RolloutPool", ToyPool)
-        patch.setattr(state_runs, "conclude", lambda *a, **k: None)
+        patch.setattr(engine, "RolloutPool", ToyPool)
+        patch.setattr(engine, "conclude", lambda *a, **k: None)
         ToyPool.rounds, ToyPool.before_run = [], None
         arguments = [f"--dataset.path={toy_file}", *TINY, f"--output_dir={folder}"]
         assert finetune_robomimic.main(arguments) == 0

@@ -12,6 +12,9 @@ from toy_task import ToyPool
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
+from vla_trqam.jobs import states
+
 STRAY_FILE = "a folder must not be made for input that is refused"
 
 
@@ -154,7 +157,7 @@ SETTINGS = [
     (["--batch_size=0"], ["--batch_size=0", "at least 1"]),
     (["--discount=1"], ["--discount=1"]),
     (["--online.fraction=1.5"], ["--online.fraction=1.5"]),
-    (["--offline.steps=0", "--online.steps=0"], ["--offline.steps", "--online.steps"]),
+    (["--steps=0", "--online.steps=0"], ["--steps", "--online.steps"]),
     (["--eval.first_seed=499999"], ["--eval.first_seed=499999"]),
     (["--eval.num_workers=0"], ["--eval.num_workers=0"]),
     (["--eval.videos=-1"], ["--eval.videos=-1"]),
@@ -310,8 +313,16 @@ def test_a_preset_says_what_the_run_then_does(preset):
     methods = section.pop("methods")
     for method, knobs in methods.items():
         flags = [f"--preset={preset}", f"--method.type={method}"]
-        holds(finetune_robomimic.read_config(flags).method, knobs)
-    holds(finetune_robomimic.read_config([f"--preset={preset}"]), section)
+        holds(
+            states.read_config(FinetuneRobomimicConfig, finetune_robomimic.PRESETS, flags).method,
+            knobs,
+        )
+    holds(
+        states.read_config(
+            FinetuneRobomimicConfig, finetune_robomimic.PRESETS, [f"--preset={preset}"]
+        ),
+        section,
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,10 +330,19 @@ def test_a_preset_says_what_the_run_then_does(preset):
     [("default", "posterior"), ("full", "posterior"), ("paper", "shifted_euler")],
 )
 def test_presets_take_the_posterior_chain_but_the_papers_which_has_the_authors(preset, scheme):
-    assert finetune_robomimic.read_config([f"--preset={preset}"]).method.scheme == scheme
+    assert (
+        states.read_config(
+            FinetuneRobomimicConfig, finetune_robomimic.PRESETS, [f"--preset={preset}"]
+        ).method.scheme
+        == scheme
+    )
 
 
 def test_the_command_line_wins_over_the_preset():
-    config = finetune_robomimic.read_config(["--preset=paper", "--method.kl_budget", "0.7"])
+    config = states.read_config(
+        FinetuneRobomimicConfig,
+        finetune_robomimic.PRESETS,
+        ["--preset=paper", "--method.kl_budget", "0.7"],
+    )
     assert config.method.kl_budget == 0.7
     assert config.method.shared_optimizer

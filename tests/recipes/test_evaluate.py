@@ -10,7 +10,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import evaluate, finetune_robomimic
 
 from vla_trqam.engine import conclude as showcase
-from vla_trqam.engine import state_runs
+from vla_trqam.engine import finetune as engine
 from vla_trqam.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def runs(tmp_path_factory, toy_file):
     """Folders of finished runs, by name."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state_runs, "RolloutPool", ToyPool)
+        patch.setattr(engine, "RolloutPool", ToyPool)
         patch.setattr(showcase, "write_plots", lambda *_, **__: [])
         for name, flags in METHODS.items():
             arguments = [f"--dataset.path={toy_file}", *TINY, *flags, "--eval.episodes=16"]

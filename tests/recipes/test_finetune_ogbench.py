@@ -11,9 +11,11 @@ from toy_task import Killed
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_ogbench, make_ogbench_data
 
+from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
-from vla_trqam.engine import state_runs
+from vla_trqam.engine import finetune as engine
+from vla_trqam.jobs import states
 from vla_trqam.methods.fql import FQL
 from vla_trqam.methods.trqam import TRQAM
 
@@ -66,7 +68,7 @@ def maze(tmp_path_factory):
 
 @pytest.fixture
 def tiny(maze, monkeypatch):
-    monkeypatch.setattr(state_runs, "RolloutPool", PoolHere)
+    monkeypatch.setattr(engine, "RolloutPool", PoolHere)
 
     def run(folder, *flags):
         given = [f"--dataset.path={maze}", *FLAGS, f"--output_dir={folder}"]
@@ -95,7 +97,7 @@ def test_a_run_goes_whole_to_its_report(tiny, tmp_path, capsys):
     [("trqam", TRQAM, []), ("fql", FQL, ["--method.hidden_dims=[16]"])],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(name, method, knobs, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(state_runs, "conclude", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "conclude", lambda *_, **__: None)
     flags = [f"--method.type={name}", *knobs]
     assert tiny(tmp_path / "whole", *flags) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -110,7 +112,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, method, knobs, tiny, tmp_pa
 def test_the_replay_begins_with_the_data_and_the_policy_with_its_moments(
     tiny, maze, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(state_runs, "conclude", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "conclude", lambda *_, **__: None)
     assert tiny(tmp_path / "run", "--online.steps=0") == 0
     replay = Replay.open(tmp_path / "run/replay")
     assert replay.stats.by_source["pretrain"].steps == 1200
@@ -129,7 +131,7 @@ def test_data_of_another_task_is_refused_before_there_is_a_folder(tiny, tmp_path
 
 
 def test_a_run_is_not_gone_on_with_on_other_data(tiny, maze, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(state_runs, "conclude", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "conclude", lambda *_, **__: None)
     copy = tmp_path / "maze.npz"
     copy.write_bytes(maze.read_bytes())
     assert tiny(tmp_path / "run", f"--dataset.path={copy}", "--online.steps=0") == 0
@@ -140,6 +142,8 @@ def test_a_run_is_not_gone_on_with_on_other_data(tiny, maze, tmp_path, monkeypat
 
 def test_every_preset_is_of_a_task_that_there_is():
     for preset, steps in (("default", 600), ("cube_single", 200), ("paper", 500)):
-        config = finetune_ogbench.read_config([f"--preset={preset}"])
+        config = states.read_config(
+            FinetuneOGBenchConfig, finetune_ogbench.PRESETS, [f"--preset={preset}"]
+        )
         assert config.eval.max_episode_steps == steps
         assert "singletask" in config.env.task

@@ -13,13 +13,14 @@ from vla_trqam.adapters.tiny.checkpoints import (
     unit_stats,
     write_checkpoint,
 )
-from vla_trqam.recipes import finetune_pi0, finetune_vla
+from vla_trqam.recipes import finetune_pi0
 
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.envs.lerobot import lerobot_family
 from vla_trqam.envs.rollout import RolloutPool
+from vla_trqam.jobs import vla
 
 pytest.importorskip("gym_pusht", reason="uv sync --extra pusht")
 pytestmark = pytest.mark.long
@@ -95,7 +96,7 @@ def test_a_tiny_pi0_is_tuned_with_rollouts_in_pusht(tmp_path):
         f"--dataset.root={dataset}",
     ]
     arguments = [*given, *FLAGS, f"--output_dir={run}"]
-    assert finetune_vla.main(Path(finetune_pi0.__file__), None, arguments) == 0
+    assert vla.main(Path(finetune_pi0.__file__), None, arguments) == 0
     replay = Replay.open(run / "replay")
     assert replay.task_of_episodes() == [TEXT] * 4  # two demonstrations, base and online rollout
     assert replay.cameras == {CAMERA: (96, 96, 3)}

@@ -18,7 +18,7 @@ from vla_trqam.methods.base import FlowActor
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM
 
-WARM = ("--offline.critic_steps=3", "--save_freq=2")
+WARM = ("--critic.warmup_steps=3", "--save_freq=2")
 
 
 def test_the_first_evaluation_is_the_bases(uninterrupted):
@@ -120,7 +120,7 @@ def test_the_reported_base_is_the_pretrained_one_while_the_base_trains(
 
 
 def test_online_only_still_begins_with_an_evaluation_of_the_base(tiny, no_conclusion, tmp_path):
-    assert tiny(tmp_path / "run", "--offline.steps=0") == 0
+    assert tiny(tmp_path / "run", "--steps=0") == 0
     found = [(line["phase"], line["step"]) for line in metrics_lines(tmp_path / "run")]
     assert found[3] == ("eval", 0)
 

@@ -39,8 +39,6 @@ from vla_runs import (
 )
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import load_policy
-from vla_trqam.recipes import finetune_vla
-from vla_trqam.recipes.finetune_vla import read_config
 
 from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
@@ -49,6 +47,8 @@ from vla_trqam.data.replay import Replay
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.jobs import vla
+from vla_trqam.jobs.vla import read_config
 from vla_trqam.methods.base import FlowActor
 
 __all__ = [  # fixtures
@@ -355,7 +355,7 @@ def test_the_simulators_state_and_action_are_the_datasets(refused, files, monkey
     def family(config, **settings):
         return replace(image_family(config, **settings), **different)
 
-    monkeypatch.setattr(finetune_vla, "make_family", family)
+    monkeypatch.setattr(vla, "make_family", family)
     different = {"state_size": 9}
     assert "observation.state has 3 numbers in the dataset and 9 in" in refused(*files.flags())
     different = {"action_low": (-1.0,) * 7, "action_high": (1.0,) * 7}
@@ -367,7 +367,7 @@ def test_another_simulators_cameras_are_named_and_what_may_be_done(refused, file
         seen = {"observation.image": (SIZE, SIZE, 3)}
         return replace(image_family(config, **settings), name="pusht", cameras=seen)
 
-    monkeypatch.setattr(finetune_vla, "make_family", family)
+    monkeypatch.setattr(vla, "make_family", family)
     assert (
         "--env.type=pusht has the cameras [observation.image], the dataset [agentview]: name the "
         "dataset's like the simulator's by --rename_map"

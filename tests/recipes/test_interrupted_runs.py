@@ -17,7 +17,7 @@ from vla_trqam.engine.folder import checkpoints
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM
 
-WARM = ("--offline.critic_steps=3", "--save_freq=2")
+WARM = ("--critic.warmup_steps=3", "--save_freq=2")
 
 
 @pytest.mark.parametrize(

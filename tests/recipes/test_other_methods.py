@@ -27,7 +27,7 @@ def test_a_run_goes_whole_and_a_killed_one_to_the_same_bits(
     name, tiny, resume, toy_pool, tmp_path, monkeypatch
 ):
     method, knobs, own = METHODS[name]
-    flags = [f"--method.type={name}", *knobs, "--offline.critic_steps=4", "--eval.videos=0"]
+    flags = [f"--method.type={name}", *knobs, "--critic.warmup_steps=4", "--eval.videos=0"]
     assert tiny(tmp_path / "whole", *flags) == 0
     folder = tmp_path / "whole/checkpoints/last"
     weights = load_file(folder / "algorithm/networks.safetensors")

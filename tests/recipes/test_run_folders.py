@@ -13,13 +13,13 @@ from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
-from vla_trqam.engine import state_runs
+from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.folder import own_folder
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM
 
 FAILURES = [RuntimeError, KeyError, MemoryError, KeyboardInterrupt]
-OFFLINE = ("--offline.steps=4", "--online.steps=0")
+OFFLINE = ("--steps=4", "--online.steps=0")
 
 
 def attempt(tiny, folder, *flags):
@@ -30,7 +30,7 @@ def attempt(tiny, folder, *flags):
 
 
 @pytest.mark.parametrize("error", FAILURES)
-@pytest.mark.parametrize("place", ["fill_replay", "RolloutPool", "_phases", "update"])
+@pytest.mark.parametrize("place", ["fill_replay", "RolloutPool", "phases_of", "update"])
 def test_whatever_fails_before_the_first_checkpoint_does_not_block_the_command(
     place, error, tiny, no_conclusion, tmp_path
 ):
@@ -39,7 +39,7 @@ def test_whatever_fails_before_the_first_checkpoint_does_not_block_the_command(
 
     where = {"fill_replay": finetune_robomimic, "update": BehaviourCloning}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(where.get(place, state_runs), place, fail)
+        patch.setattr(where.get(place, engine), place, fail)
         outcome = attempt(tiny, tmp_path / "run")
         assert outcome == (130 if error is KeyboardInterrupt else error)
     assert not (tmp_path / "run").exists()
@@ -147,7 +147,7 @@ def without_times(state):
 def test_more_offline_updates_end_in_the_bits_of_a_run_that_had_them_from_the_start(
     asked_at, tiny, no_conclusion, tmp_path, capsys
 ):
-    assert tiny(tmp_path / "whole", "--offline.steps=6", "--online.steps=0") == 0
+    assert tiny(tmp_path / "whole", "--steps=6", "--online.steps=0") == 0
     folder = tmp_path / "run"
     if asked_at == "the end":
         assert tiny(folder, *OFFLINE) == 0
@@ -156,11 +156,11 @@ def test_more_offline_updates_end_in_the_bits_of_a_run_that_had_them_from_the_st
             dies_at_update(patch, TRQAM, 3)
             with pytest.raises(Killed):
                 tiny(folder, *OFFLINE)
-    assert go_on(folder, "--offline.steps=6") == 0
-    assert "more updates: --offline.steps=6 instead of 4" in capsys.readouterr().out
+    assert go_on(folder, "--steps=6") == 0
+    assert "more updates: --steps=6 instead of 4" in capsys.readouterr().out
     whole, more = (without_times(final_state(tmp_path / n)) for n in ("whole", "run"))
     assert differences(more, whole) == []
-    assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").offline.steps == 6
+    assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").steps == 6
     assert go_on(folder) == 0
 
 
@@ -195,21 +195,21 @@ def test_updates_do_not_shrink_and_do_not_grow_in_a_phase_that_is_over(
         f"error: --online.steps=5 is fewer than the 6 of the run in {folder}, which can only be "
         "gone on with for more\n"
     )
-    assert go_on(folder, "--offline.steps=9") == 2
+    assert go_on(folder, "--steps=9") == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: --offline.steps=9 comes too late: ")
+    assert said.startswith("error: --steps=9 comes too late: ")
     assert said.count("\n") == 1
     *_, command = said.strip().partition("a new run goes on from its checkpoint: ")
     words = shlex.split(command)
     assert words[:4] == ["accelerate", "launch", "-q", "recipes/finetune_robomimic.py"]
-    assert "--offline.steps=3" in words
+    assert "--steps=3" in words
     monkeypatch.chdir(tmp_path)
     assert finetune_robomimic.main(words[4:]) == 0
     (begun,) = (tmp_path / "outputs" / "finetune_robomimic").iterdir()
     saved = saved_config(FinetuneRobomimicConfig, begun / "config.yaml")
-    assert saved.offline.steps == 3
+    assert saved.steps == 3
     assert saved.policy.path == folder / "checkpoints" / "last" / "pretrained_model"
-    assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").offline.steps == 6
+    assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").steps == 6
 
 
 def test_the_settings_file_names_the_new_number_before_anything_is_trained(
@@ -220,8 +220,8 @@ def test_the_settings_file_names_the_new_number_before_anything_is_trained(
     with pytest.MonkeyPatch.context() as patch:
         dies_at_update(patch, TRQAM, 1)
         with pytest.raises(Killed):
-            go_on(folder, "--offline.steps=6")
-    assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").offline.steps == 6
+            go_on(folder, "--steps=6")
+    assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").steps == 6
     assert own_folder.last_checkpoint(folder).name == "000004"
 
 

@@ -20,26 +20,28 @@ from vla_runs import (
     without_simulator,
 )
 from vla_trqam.adapters.loading import load_policy
-from vla_trqam.recipes import finetune_vla
-from vla_trqam.recipes.vla_pins import take_pinned_commits
 
 from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.folder.pins import read_pins
+from vla_trqam.jobs import vla
+from vla_trqam.jobs.vla_pins import take_pinned_commits
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("place", ["_begin", "check_data", "_make_method", "_start_simulators"])
+@pytest.mark.parametrize("place", ["give_base", "check_data", "make_method", "_start_simulators"])
 def test_whatever_fails_before_the_first_checkpoint_leaves_no_folder(
     place, tiny, tmp_path, monkeypatch
 ):
     def fail(*_, **__):
         raise KeyError(place)
 
-    monkeypatch.setattr(finetune_vla, place, fail)
+    where = {"_start_simulators": engine}
+    monkeypatch.setattr(where.get(place, vla), place, fail)
     with pytest.raises(KeyError):
         tiny(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -122,7 +124,7 @@ def test_a_resumed_run_takes_the_commits_of_its_beginning(tiny, no_conclusion, t
         return load_policy(*arguments, revision=revision, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vla_trqam.recipes.vla_inputs.load_policy", load)
+        patch.setattr("vla_trqam.jobs.vla_inputs.load_policy", load)
         assert resume(folder) == 0
     assert asked == [commit]
     saved = saved_config(FinetuneVLAConfig, folder / "config.yaml")

@@ -16,6 +16,7 @@ from vla_runs import (
     forgetful_pool,
     killed,
     main,
+    no_conclusion,
     resume,
     whole_run,
     without_simulator,
@@ -27,7 +28,7 @@ from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.folder.pins import read_pins
 
-__all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
+__all__ = ["files", "forgetful_pool", "no_conclusion", "without_simulator"]  # fixtures
 pytestmark = pytest.mark.slow
 KEPT = 4
 
@@ -112,11 +113,8 @@ def test_what_each_dataset_is_read_by_is_printed_and_pinned(
 
 
 def test_a_killed_run_on_two_datasets_goes_on_to_the_same_bits(
-    two: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two: list[str], whole: Path, tmp_path: Path, no_conclusion: None
 ) -> None:
-    from vla_trqam.recipes import finetune_vla
-
-    monkeypatch.setattr(finetune_vla, "conclude", lambda *_, **__: None)
     with killed(lambda patch: dies_at_update(patch, Cached, 3)):
         main(*two, f"--output_dir={tmp_path / 'run'}")
     assert resume(tmp_path / "run") == 0

@@ -14,7 +14,7 @@ from vla_trqam.recipes import finetune_robomimic
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import conclude as showcase
-from vla_trqam.engine import state_runs
+from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.methods.base import FlowActor
@@ -36,7 +36,7 @@ def fewer(tmp_path_factory, toy_file):
     """A whole run with its conclusion: its folder and what it printed of the evaluation."""
     folder = tmp_path_factory.mktemp("fewer") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state_runs, "RolloutPool", ToyPool)
+        patch.setattr(engine, "RolloutPool", ToyPool)
         patch.setattr(showcase, "write_plots", no_plots)
         ToyPool.rounds, ToyPool.before_run = [], None
         arguments = [f"--dataset.path={toy_file}", *TINY, FEWER, STATES]
@@ -173,7 +173,7 @@ def test_too_few_steps_are_refused(flags, sentence, tiny, tmp_path, capsys):
 def test_a_given_policy_of_one_step_needs_the_flag(tiny, no_conclusion, tmp_path, capsys):
     one = MLPFlowPolicy(MLPFlowConfig(3, 2, 2, hidden_dims=(8,), num_flow_steps=1))
     one.save_pretrained(tmp_path / "one")
-    flags = [f"--policy.path={tmp_path / 'one'}", "--offline.steps=1", "--online.steps=0"]
+    flags = [f"--policy.path={tmp_path / 'one'}", "--steps=1", "--online.steps=0"]
     assert tiny(tmp_path / "run", *flags, "--method.scheme=posterior") == 2
     assert "the policy's own number of flow steps, 1, is too few" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -20,9 +20,9 @@ from toy_deaths import dies_at_update, diverges_at_update, signalled_at_update
 from toy_files import differences, metrics_lines
 from toy_images import NUM_DEMOS, ImageToyPool, images_state
 from vla_runs import files, forgetful_pool, main, without_simulator
-from vla_trqam.recipes import finetune_vla
 
 from vla_trqam.data.replay import Replay
+from vla_trqam.engine import finetune as engine
 from vla_trqam.engine import launch
 from vla_trqam.engine.cached import Cached, TrainedWeights
 from vla_trqam.engine.run import Run
@@ -76,9 +76,9 @@ def run_rank(place: Place, flags: list[str], notes: Path, prepare: Prepare) -> N
         save_file(weights, notes / f"weights.{rank}.safetensors")
         conclude(run, *arguments, **settings)
 
-    conclude = finetune_vla.conclude
+    conclude = engine.conclude
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-        patch.setattr(finetune_vla, "conclude", remember)
+        patch.setattr(engine, "conclude", remember)
         patch.setattr(launch, "MAIN_ENDS_WITHIN", 0.0)
         prepare(patch, rank)
         status = main(*flags)
@@ -193,7 +193,7 @@ def no_simulator(patch: pytest.MonkeyPatch, rank: int) -> None:
         raise UserError("no simulator here")
 
     if rank == 1:
-        patch.setattr(finetune_vla, "_start_simulators", fail)
+        patch.setattr(engine, "_start_simulators", fail)
 
 
 def test_what_fails_in_one_process_is_told_once_and_stops_both(files, tmp_path):

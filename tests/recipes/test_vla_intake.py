@@ -31,12 +31,12 @@ from vla_runs import (
     without_conclusion,
     without_simulator,
 )
-from vla_trqam.recipes import vla_inputs
 
 from vla_trqam.data.frames import image_key
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.pictures import Pictures
 from vla_trqam.engine.cached import Cached
+from vla_trqam.jobs import vla_inputs
 from vla_trqam.preflight import memory as preflight_memory
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]

@@ -21,12 +21,14 @@ from toy_images import (
 )
 from toy_task import Killed
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-from vla_trqam.recipes import finetune_pi0, finetune_smolvla, finetune_vla
+from vla_trqam.recipes import finetune_pi0, finetune_smolvla
 
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.lerobot import several
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
+from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.run import Run
+from vla_trqam.jobs import vla
 
 PI0, SMOLVLA = (Path(str(recipe.__file__)) for recipe in (finetune_pi0, finetune_smolvla))
 TINY = [
@@ -106,8 +108,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="module", autouse=True)
 def without_simulator() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_vla, "RolloutPool", ImageToyPool)
-        patch.setattr(finetune_vla, "make_family", image_family)
+        patch.setattr(engine, "RolloutPool", ImageToyPool)
+        patch.setattr(vla, "make_family", image_family)
         # Opening a dataset takes longer than these runs, and a reader does not change.
         patch.setattr(several, "LeRobotReader", cache(LeRobotReader))
         yield
@@ -122,7 +124,7 @@ def forgetful_pool() -> Iterator[None]:
 
 @pytest.fixture
 def no_conclusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune_vla, "conclude", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "conclude", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def tiny(files: Files) -> Callable[..., int]:
 
 
 def main(*arguments: str, recipe: Path = PI0) -> int:
-    return finetune_vla.main(recipe, None, arguments)
+    return vla.main(recipe, None, arguments)
 
 
 def resume(folder: Path) -> int:
@@ -159,7 +161,7 @@ def whole_run(
 ) -> Whole:
     """A run, and what it had in memory at its end."""
     runs: list[Run] = []
-    conclude = finetune_vla.conclude
+    conclude = engine.conclude
 
     def remember(run: Run, *arguments: Any, **settings: Any) -> None:
         runs.append(run)
@@ -168,7 +170,7 @@ def whole_run(
 
     ImageToyPool.forget()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_vla, "conclude", remember)
+        patch.setattr(engine, "conclude", remember)
         assert main(*flags, f"--output_dir={folder}", recipe=recipe) == 0
     policy = runs[0].policy
     assert isinstance(policy, LeRobotFlowPolicy)

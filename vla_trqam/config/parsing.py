@@ -15,18 +15,15 @@ import draccus
 import yaml
 
 from vla_trqam.config.flag_help import help_text
-from vla_trqam.config.methods import (
-    DEFAULT_TYPE,
+from vla_trqam.config.former import (
     FORMER,
     OF_FORMER,
-    TYPE,
-    MethodChoice,
     former_values,
-    knobs_of,
+    name_today,
     of_former_run,
     of_today,
-    with_chosen_type,
 )
+from vla_trqam.config.methods import DEFAULT_TYPE, TYPE, MethodChoice, knobs_of, with_chosen_type
 from vla_trqam.config.settings import OnDivergence
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
@@ -94,8 +91,9 @@ def _merged(settings: Settings, flags: Settings, known: Collection[str]) -> Sett
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:
-    """The names, with their dashes, of the flags on a command line."""
-    return {item.partition("=")[0] for item in arguments if item.startswith("--")}
+    """The names of today, with their dashes, of the flags on a command line."""
+    names = (item[2:].partition("=")[0] for item in arguments if item.startswith("--"))
+    return {f"--{name_today(name)}" for name in names}
 
 
 class Resumable(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +41,7 @@ class CriticConfig:
         adjoint_pessimism: the same in the value whose action gradient starts the adjoint.
         target_rate: EMA rate of the target network.
         clip_actions: evaluate at actions clipped to [-1, 1].
+        warmup_steps: updates of the critic alone before the policy moves.
     """
 
     hidden_dims: tuple[int, ...] = (256, 256, 256)
@@ -51,6 +51,7 @@ class CriticConfig:
     adjoint_pessimism: float = 0.0
     target_rate: float = 0.005
     clip_actions: bool = True
+    warmup_steps: int = 0
 
 
 @dataclass
@@ -95,7 +96,7 @@ class EvalConfig:
 
 
 @dataclass
-class RunSettings(ABC):
+class RunSettings:
     """What the settings of every run have.
 
     ``GROWING`` has the numbers of updates that a resumed run may be given more of, by flag, and
@@ -106,6 +107,9 @@ class RunSettings(ABC):
         resume: go on with the run in ``output_dir``, whose settings it keeps.
         checkpoint: the one of that run to go on from, like 000500; null for its last.
         seed: of all that is random in training; the evaluation does not depend on it.
+        steps: updates of the policy from the dataset, before the online ones.
+        base_episodes: episodes of the base policy that join the replay first, so that the critic
+            knows what the base does.
         batch_size: chunks a batch of the updates that move the policy.
         discount: gamma, per control step.
         evaluate_every: updates between evaluations during training; 0 for none.
@@ -121,12 +125,14 @@ class RunSettings(ABC):
         eval: the evaluations.
     """
 
-    GROWING: ClassVar[Mapping[str, str]] = {}
+    GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
 
     output_dir: Path | None = None
     resume: bool = False
     checkpoint: str | None = None
     seed: int = 0
+    steps: int = 10000
+    base_episodes: int = 60
     batch_size: int = 128
     discount: float = 0.99
     evaluate_every: int = 3000
@@ -141,9 +147,9 @@ class RunSettings(ABC):
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property
-    @abstractmethod
-    def num_base_episodes(self) -> int:
-        """Episodes of the base policy that join the replay before it moves."""
+    def warmup_batch_size(self) -> int:
+        """Chunks a batch of the updates of the critic alone."""
+        return self.batch_size
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -161,20 +167,20 @@ class RunSettings(ABC):
 
     def base_seeds(self) -> list[int]:
         """Initial states of the base's episodes before the offline updates."""
-        return _seeds(self._first_training_seed, self.num_base_episodes)
+        return _seeds(self._first_training_seed, self.base_episodes)
 
     def round_seeds(self, done: int) -> list[int]:
         """Initial states of the rollouts before the online update after ``done`` of them."""
         number, rest = divmod(done, self.online.updates_per_round)
         count = self.online.episodes_per_round
-        start = self._first_training_seed + self.num_base_episodes + number * count
+        start = self._first_training_seed + self.base_episodes + number * count
         return [] if rest else _seeds(start, count)
 
     @property
     def num_training_episodes(self) -> int:
         """Episodes that all rollouts of the training add to the replay."""
         rounds = -(-self.online.steps // self.online.updates_per_round)
-        return self.num_base_episodes + rounds * self.online.episodes_per_round
+        return self.base_episodes + rounds * self.online.episodes_per_round
 
     @property
     def _first_training_seed(self) -> int:
@@ -191,6 +197,8 @@ class RunSettings(ABC):
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
+        if self.steps + self.online.steps < 1:
+            raise UserError("--steps and --online.steps are both 0: nothing would be trained")
         if self.checkpoint is not None and not self.resume:
             raise UserError(
                 f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
@@ -213,6 +221,9 @@ class RunSettings(ABC):
             "eval.episodes_during_training": self.eval.episodes_during_training,
         }
         not_negative = {
+            "steps": self.steps,
+            "base_episodes": self.base_episodes,
+            "critic.warmup_steps": self.critic.warmup_steps,
             "online.steps": self.online.steps,
             "evaluate_every": self.evaluate_every,
             "eval.videos": self.eval.videos,

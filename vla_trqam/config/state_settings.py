@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from vla_trqam.config.settings import RunSettings
 from vla_trqam.data.sampling import RewardKind, ShortChunks
@@ -77,22 +76,6 @@ class PretrainConfig:
     optimizer: BehaviourCloningConfig = field(default_factory=BehaviourCloningConfig)
 
 
-@dataclass
-class OfflineConfig:
-    """Updates from the dataset.
-
-    Attributes:
-        critic_steps: updates of the critic alone before the policy moves.
-        steps: updates.
-        base_episodes: episodes of the base policy that join the replay first, so that the critic
-            knows what the base does.
-    """
-
-    critic_steps: int = 0
-    steps: int = 10000
-    base_episodes: int = 60
-
-
 class StateData(Protocol):
     """What every recipe of states asks of its offline data."""
 
@@ -119,20 +102,11 @@ class StateRunConfig(RunSettings):
         dataset: the replay's offline data.
         policy: the policy.
         pretrain: behaviour cloning of the base.
-        offline: updates from the dataset.
     """
-
-    GROWING: ClassVar[Mapping[str, str]] = {"offline.steps": "offline", "online.steps": "online"}
 
     dataset: StateData = field(default_factory=DatasetConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     pretrain: Cloning = field(default_factory=PretrainConfig)
-    offline: OfflineConfig = field(default_factory=OfflineConfig)
-
-    @property
-    def num_base_episodes(self) -> int:
-        """Episodes of the base policy that join the replay before it moves."""
-        return self.offline.base_episodes
 
     def _at_least_one(self) -> dict[str, int | None]:
         return {
@@ -144,21 +118,10 @@ class StateRunConfig(RunSettings):
             "pretrain.batch_size": self.pretrain.batch_size,
         }
 
-    def _not_negative(self) -> dict[str, int | None]:
-        return {
-            "offline.steps": self.offline.steps,
-            "offline.critic_steps": self.offline.critic_steps,
-            "offline.base_episodes": self.offline.base_episodes,
-        }
-
     def _check_data(self) -> None:
         """Refuses settings of the recipe's own data that do not go together."""
 
     def _check_choices(self) -> None:
-        if self.offline.steps + self.online.steps < 1:
-            raise UserError(
-                "--offline.steps and --online.steps are both 0: nothing would be trained"
-            )
         self._check_data()
         if self.eval.max_episode_steps < self.policy.chunk_length:
             raise UserError(

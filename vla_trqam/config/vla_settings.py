@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from vla_trqam.config.settings import (
     CriticConfig,
@@ -142,7 +141,6 @@ class VLACriticConfig(CriticConfig):
     Attributes:
         path: a checkpoint's folder, or the Hub repository that one was pushed to, whose critic the
             run starts with; and with ``policy.adapter: continue`` its trust region too.
-        warmup_steps: updates of the critic alone before the policy moves.
         updates_per_step: of the critic alone, after each update of the policy.
         batch_size: of these.
         next_actions: chunks of the policy kept at every frame for the TD targets.
@@ -163,9 +161,6 @@ class FinetuneVLAConfig(RunSettings):
     """Every setting of the recipes for LeRobot's policies; ``--preset`` names a section.
 
     Attributes:
-        steps: updates of the policy from the dataset, before the online ones.
-        base_episodes: episodes of the base policy that join the replay first.
-        batch_size: chunks a batch of the policy's updates.
         micro_batches: parts that such a batch is taken in, one after the other: less memory.
         dataset: the replay's offline data.
         rename_map: from the dataset's cameras to those that the policy looks through, like
@@ -175,8 +170,6 @@ class FinetuneVLAConfig(RunSettings):
         online: updates with rollouts between them; none without ``env``.
         env: the simulator.
     """
-
-    GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
 
     steps: int = 1000
     base_episodes: int = 0
@@ -193,9 +186,9 @@ class FinetuneVLAConfig(RunSettings):
     env: EnvConfig = field(default_factory=EnvConfig)
 
     @property
-    def num_base_episodes(self) -> int:
-        """Episodes of the base policy that join the replay before it moves."""
-        return self.base_episodes
+    def warmup_batch_size(self) -> int:
+        """Chunks a batch of the updates of the critic alone."""
+        return self.critic.batch_size
 
     def _at_least_one(self) -> dict[str, int | None]:
         return {
@@ -211,16 +204,11 @@ class FinetuneVLAConfig(RunSettings):
 
     def _not_negative(self) -> dict[str, int | None]:
         return {
-            "steps": self.steps,
-            "base_episodes": self.base_episodes,
-            "critic.warmup_steps": self.critic.warmup_steps,
             "critic.updates_per_step": self.critic.updates_per_step,
             "critic.redraws": self.critic.redraws,
         }
 
     def _check_choices(self) -> None:
-        if self.steps + self.online.steps < 1:
-            raise UserError("--steps and --online.steps are both 0: nothing would be trained")
         if self.env.type is None and self.online.steps + self.base_episodes > 0:
             raise UserError(
                 f"--online.steps={self.online.steps} and --base_episodes={self.base_episodes} need "

@@ -9,15 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from vla_trqam.config.parsing import Resumable, dump_config
-from vla_trqam.config.state_settings import StateRunConfig
 from vla_trqam.data.replay import Replay
 from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.engine.run import METRICS_NAME
 from vla_trqam.errors import UserError
-from vla_trqam.files import set_aside, written_durably
 from vla_trqam.launched import launcher
-from vla_trqam.policy import FlowPolicy
 from vla_trqam.report.metrics import MetricsLog
 
 CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
@@ -108,30 +105,3 @@ def command_of(output_dir: Path) -> str:
         return (output_dir / COMMAND_NAME).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{output_dir / COMMAND_NAME} cannot be read: {error}") from None
-
-
-def begin_states(
-    config: StateRunConfig,
-    policy: FlowPolicy,
-    begin: Callable[[Path], Replay],
-    replay: Path,
-) -> Replay:
-    """What a new run on states begins with; returns its replay, filled by `begin`."""
-    output_dir = replay.parent
-    if config.policy.path is None:
-        # Of a run that lost its checkpoints: this one makes its own.
-        set_aside([output_dir / BASE_NAME], output_dir, SET_ASIDE)
-    elif not config.resume:
-        # Before the settings: a run that can be resumed has its copy.
-        with written_durably(output_dir / BASE_NAME) as part:
-            policy.save_pretrained(part)
-    save_settings(config, output_dir)
-    return begin(replay)
-
-
-def given_policy(config: StateRunConfig) -> Path | None:
-    """The folder of the policy that the run begins with; a resumed run has a copy of its own."""
-    if config.policy.path is None or not config.resume:
-        return config.policy.path
-    assert config.output_dir is not None
-    return config.output_dir / BASE_NAME

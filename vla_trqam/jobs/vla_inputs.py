@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import camera_names, load_policy
 from vla_trqam.adapters.lora import LoRASettings
-from vla_trqam.recipes.vla_pins import sources_of, take_pinned_commits
-
 from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
 from vla_trqam.data.frames import IMAGE_PREFIX, image_key
 from vla_trqam.data.replay import Replay
@@ -32,6 +31,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.files import written_durably
 from vla_trqam.hub.access import check_push
 from vla_trqam.hub.push import push_checkpoint
+from vla_trqam.jobs.vla_pins import sources_of, take_pinned_commits
 from vla_trqam.report.flow_steps import check_own_steps
 
 NO_PACKED = "give --policy.path and --dataset.repo_id: this recipe has no packed ones"

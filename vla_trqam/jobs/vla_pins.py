@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vla_trqam.adapters.loading import adapter_base, fetch
-
 from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
 from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.hub import commit_of

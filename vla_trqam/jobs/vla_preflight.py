@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler

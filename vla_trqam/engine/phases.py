@@ -1,0 +1,88 @@
+"""The phases of a run: what comes first, the critic alone, offline updates, rounds of rollouts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler
+from vla_trqam.engine.cached import CriticOnly
+from vla_trqam.engine.job import Job
+from vla_trqam.engine.run import Phase
+from vla_trqam.errors import UserError
+
+CRITIC, OFFLINE, ONLINE = "critic", "offline", "online"
+
+
+def phases_of(job: Job[Any]) -> list[Phase]:
+    """The phases of a run in order, as far as its settings want them.
+
+    Raises:
+        UserError: one has nothing to draw.
+    """
+    phases = _wanted(job)
+    length = job.policy.chunk_shape[0]
+    for phase in phases:
+        if phase.sampler.num_starts == 0:
+            raise UserError(
+                f"the data for the {phase.name} updates has no chunk of {length} steps; "
+                f"choose {job.shorter_chunks} or other --dataset.short_chunks"
+            )
+    return phases
+
+
+def _wanted(job: Job[Any]) -> list[Phase]:
+    config = job.config
+    phases = job.first_phases()
+    if config.critic.warmup_steps:
+        phases.append(_warm_up(job))
+    moving = partial(
+        Phase,
+        make_method=job.method,
+        renew=job.renew,
+        batch_size=config.batch_size,
+        evaluate_every=0 if job.family() is None else config.evaluate_every,
+    )
+    if config.steps:
+        collected = config.critic.warmup_steps > 0
+        phases.append(
+            moving(
+                name=OFFLINE,
+                num_steps=config.steps,
+                sampler=job.draw(),
+                episodes_before=lambda done: () if done or collected else config.base_seeds(),
+            )
+        )
+    if config.online.steps:
+        phases.append(
+            moving(
+                name=ONLINE,
+                num_steps=config.online.steps,
+                sampler=_online_sampler(job),
+                episodes_before=config.round_seeds,
+            )
+        )
+    return phases
+
+
+def _warm_up(job: Job[Any]) -> Phase:
+    config = job.config
+    return Phase(
+        name=CRITIC,
+        num_steps=config.critic.warmup_steps,
+        make_method=lambda: CriticOnly(job.method()),
+        sampler=job.draw(for_critic=True),
+        batch_size=config.warmup_batch_size,
+        episodes_before=lambda done: () if done else config.base_seeds(),
+        moves_policy=False,
+        renew=job.renew,
+    )
+
+
+def _online_sampler(job: Job[Any]) -> ChunkSampler[Any] | MixedSampler[Any]:
+    fraction = job.config.online.fraction
+    if fraction is None:
+        return job.draw()
+    share = job.team.fraction_share(fraction, job.config.batch_size)
+    offline = job.draw([*job.data_sources, CRITIC, OFFLINE])
+    return MixedSampler(offline, job.draw([ONLINE]), online_fraction=share)

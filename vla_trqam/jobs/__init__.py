@@ -1,0 +1,1 @@
+"""One file a kind of run: what it brings to the engine."""

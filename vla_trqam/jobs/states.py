@@ -1,0 +1,294 @@
+"""A run of an MLP flow on states: a base cloned from the data or given, and what tunes it.
+
+A recipe of states is its preset file, its settings, and one function from these to a `StateTask`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.config.parsing import given_flags
+from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
+from vla_trqam.data.replay import Replay
+from vla_trqam.data.sampling import ChunkSampler, RewardSpec
+from vla_trqam.engine import finetune as engine
+from vla_trqam.engine.episode_store import EpisodeStore
+from vla_trqam.engine.folder.checkpoints import PRETRAINED
+from vla_trqam.engine.folder.pins import Source, write_pins
+from vla_trqam.engine.folder.run_folder import BASE_NAME, SET_ASIDE, save_settings
+from vla_trqam.engine.job import Job
+from vla_trqam.engine.launch import exit_status, make_critic
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.engine.run import Phase
+from vla_trqam.envs.base import EnvFamily
+from vla_trqam.errors import UserError
+from vla_trqam.files import set_aside, written_durably
+from vla_trqam.methods.base import Method, OffPolicyMethod
+from vla_trqam.methods.bc import BehaviourCloning
+from vla_trqam.methods.registry import make_method, name_of
+from vla_trqam.report.flow_steps import check_own_steps
+
+# Sensors that hardly move would be blown up to unit variance.
+SMALLEST_STD = 1e-2
+PRETRAIN = "pretrain"
+
+
+@dataclass(frozen=True)
+class StateTask:
+    """What a recipe brings: its offline data and its simulator.
+
+    Attributes:
+        name: of the task, for the report's title.
+        data: the files, to be the same when the run is gone on with.
+        observation_dim: O.
+        action_dim: A.
+        num_steps: of the data.
+        moments: mean and standard deviation of the observations, (O,) each.
+        fill: puts all of the data into an empty replay; what is to be cloned under the source
+            "pretrain", the rest under "dataset".
+        family: makes the simulator's family, last of all.
+    """
+
+    name: str
+    data: Source
+    observation_dim: int
+    action_dim: int
+    num_steps: int
+    moments: Callable[[], tuple[np.ndarray, np.ndarray]]
+    fill: Callable[[Replay], None]
+    family: Callable[[], EnvFamily]
+
+
+def main[C: StateRunConfig](
+    config_class: type[C],
+    presets: Path,
+    open_task: Callable[[C], StateTask],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Command line of a recipe; returns the exit status.
+
+    Args:
+        config_class: its settings.
+        presets: its preset file, which bears the recipe's name.
+        open_task: reads and checks the data.
+        arguments: of the command line.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(
+        lambda: read_config(config_class, presets, given),
+        lambda config: finetune(config, open_task),
+    )
+
+
+def read_config[C: StateRunConfig](
+    config_class: type[C], presets: Path, arguments: Sequence[str]
+) -> C:
+    """The settings of a new run, or those of the run that is resumed."""
+    config = engine.read_config(config_class, presets, arguments, restart=_restart)
+    if not config.resume:
+        refuse_idle_flags(config, given_flags(arguments))
+    return config
+
+
+def _restart(_: StateRunConfig, checkpoint: Path) -> list[str]:
+    """How a new run begins at a checkpoint's policy; the recipe takes no critic."""
+    return [f"--policy.path={checkpoint / PRETRAINED}"]
+
+
+def finetune[C: StateRunConfig](config: C, open_task: Callable[[C], StateTask]) -> None:
+    """The whole run; see :func:`vla_trqam.engine.finetune.finetune`."""
+
+    def open_job(config: C, accelerator: Accelerator, team: Team) -> StateJob:
+        return StateJob.opened(config, open_task(config), accelerator.device, team)
+
+    engine.finetune(config, open_job)
+
+
+class StateJob(Job[StateRunConfig]):
+    """A run on states."""
+
+    data_sources = (PRETRAIN, "dataset")
+    shorter_chunks = "a shorter --policy.chunk_length"
+    policy: MLPFlowPolicy
+
+    def __init__(
+        self, config: StateRunConfig, task: StateTask, policy: MLPFlowPolicy, team: Team
+    ) -> None:
+        """Use `opened`."""
+        super().__init__(config, policy, team)
+        self.task, self.reward = task, RewardSpec(config.dataset.reward)
+        self._family = cache(task.family)
+        self._method = cache(self._make_method)
+
+    @classmethod
+    def opened(
+        cls, config: StateRunConfig, task: StateTask, device: torch.device, team: Team
+    ) -> StateJob:
+        """With a policy that is given, or new for the task.
+
+        Raises:
+            UserError: the given policy is not of the task.
+        """
+        policy = _make_policy(config, task).to(device)
+        check_own_steps(policy, config.policy.tuned_flow_steps, config.method)
+        if not config.resume:
+            assert config.output_dir is not None
+            write_pins(config.output_dir, [task.data])  # of a given policy the run has a copy
+        return cls(config, task, policy, team)
+
+    @property
+    def title(self) -> str:
+        """Method and task."""
+        return f"{name_of(self.config.method).upper()} on {self.task.name}"
+
+    def begin(self, path: Path) -> Replay:
+        """The copy of a given policy, the settings, and a new replay of the data."""
+        output_dir = path.parent
+        if self.config.policy.path is None:
+            # Of a run that lost its checkpoints: this one makes its own.
+            set_aside([output_dir / BASE_NAME], output_dir, SET_ASIDE)
+        elif not self.config.resume:
+            # Before the settings: a run that can be resumed has its copy.
+            with written_durably(output_dir / BASE_NAME) as part:
+                self.policy.save_pretrained(part)
+        save_settings(self.config, output_dir)
+        replay = Replay.create(
+            path,
+            observation_dim=self.task.observation_dim,
+            action_dim=self.task.action_dim,
+            capacity=self._capacity,
+        )
+        self.task.fill(replay)
+        return replay
+
+    def reopen(self, path: Path) -> Replay:
+        """The replay of a run that is gone on with, which may have got more rollouts to come."""
+        replay = Replay.open(path)
+        replay.grow(self._capacity)
+        return replay
+
+    def take(self, replay: Replay) -> EpisodeStore:
+        """The replay that all batches are drawn from."""
+        self._replay = replay
+        return EpisodeStore(replay)
+
+    def draw(
+        self, sources: Sequence[str] | None = None, *, for_critic: bool = False
+    ) -> ChunkSampler:
+        """A sampler of states."""
+        return self._replay.sampler(
+            chunk_length=self.policy.chunk_shape[0],
+            discount=self.config.discount,
+            short_chunks=self.config.dataset.short_chunks,
+            reward=self.reward,
+            sources=sources,
+        )
+
+    def method(self) -> OffPolicyMethod:
+        """The method on a pretrained policy, which takes the tuned flow steps from here on."""
+        return self._method()
+
+    def renew(self) -> None:
+        """As before the method began to train the policy."""
+        self._method.cache_clear()
+        self.policy.behaviour = None
+        self.policy.take_flow_steps(self.policy.own_flow_steps)
+
+    def first_phases(self) -> list[Phase]:
+        """The cloning of the base, where none is given."""
+        return [] if self.config.policy.path is not None else [self._pretraining()]
+
+    def family(self) -> EnvFamily:
+        """The task's."""
+        return self._family()
+
+    def announce(self) -> None:
+        """The reward, and how much is evaluated in the end."""
+        print(self.reward.describe())
+        print(f"initial states of the final evaluation: {self.config.eval.episodes}")
+
+    def base(self) -> MLPFlowPolicy:
+        """As it was cloned or given."""
+        assert self.config.output_dir is not None
+        return MLPFlowPolicy.from_pretrained(self.config.output_dir / BASE_NAME).to(self.device)
+
+    def save_policy(self, folder: Path) -> None:
+        """Weights and shape."""
+        self.policy.save_pretrained(folder)
+
+    @property
+    def _capacity(self) -> int:
+        """Steps of the data and of all rollouts of the training."""
+        rollouts = self.config.num_training_episodes * self.config.eval.max_episode_steps
+        return self.task.num_steps + rollouts
+
+    def _make_method(self) -> OffPolicyMethod:
+        if self.config.policy.tuned_flow_steps is not None:
+            self.policy.take_flow_steps(self.config.policy.tuned_flow_steps)
+        critic = make_critic(self.config.critic, self.policy, self.config.seed)
+        return make_method(self.policy, critic, self.config.method)
+
+    def _pretraining(self) -> Phase:
+        knobs, policy, output_dir = self.config.pretrain, self.policy, self.config.output_dir
+        assert output_dir is not None
+
+        def finish(method: Method) -> None:
+            assert isinstance(method, BehaviourCloning)
+            method.finish()
+            policy.reset_base()
+            policy.save_pretrained(output_dir / BASE_NAME)
+
+        return Phase(
+            name=PRETRAIN,
+            num_steps=knobs.steps,
+            make_method=lambda: BehaviourCloning(policy, knobs.optimizer, knobs.steps),
+            sampler=self.draw([PRETRAIN]),
+            batch_size=knobs.batch_size,
+            finish=finish,
+            moves_policy=False,
+        )
+
+
+def _make_policy(config: StateRunConfig, task: StateTask) -> MLPFlowPolicy:
+    given = _given_policy(config)
+    if given is not None:
+        policy = MLPFlowPolicy.from_pretrained(given)
+        shapes = policy.config.observation_dim, policy.config.action_dim
+        if shapes != (task.observation_dim, task.action_dim):
+            raise UserError(
+                f"the policy in {given} has observations and actions of sizes "
+                f"{shapes}, the data in {task.data.asked} of "
+                f"{(task.observation_dim, task.action_dim)}"
+            )
+        return policy
+    mean, std = task.moments()
+    shape = MLPFlowConfig(
+        observation_dim=task.observation_dim,
+        action_dim=task.action_dim,
+        chunk_length=config.policy.chunk_length,
+        hidden_dims=config.policy.hidden_dims,
+        layer_norm=config.policy.layer_norm,
+        num_flow_steps=config.policy.num_flow_steps,
+    )
+    return MLPFlowPolicy(
+        shape,
+        torch.from_numpy(mean),
+        torch.from_numpy(std.clip(min=SMALLEST_STD)),
+    )
+
+
+def _given_policy(config: StateRunConfig) -> Path | None:
+    """The folder of the policy that the run begins with; a resumed run has a copy of its own."""
+    if config.policy.path is None or not config.resume:
+        return config.policy.path
+    assert config.output_dir is not None
+    return config.output_dir / BASE_NAME

@@ -1,0 +1,279 @@
+"""A run of a LeRobot flow policy: its dataset decoded once, its prefix frozen, its expert tuned.
+
+The vision-language prefix is frozen, so each frame goes through it once and its features are kept
+beside the replay; an update of the policy evaluates the action expert alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
+from vla_trqam.config.parsing import given_flags
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.replay import Replay
+from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.data.sources.base import create_replay
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets
+from vla_trqam.engine import finetune as engine
+from vla_trqam.engine.cached import Cached
+from vla_trqam.engine.episode_store import EpisodeStore
+from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
+from vla_trqam.engine.folder.run_folder import save_settings
+from vla_trqam.engine.job import Job
+from vla_trqam.engine.launch import exit_status, make_critic, own_device
+from vla_trqam.engine.next_actions import NextActions, NumberedFeatures
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.envs.base import EnvFamily
+from vla_trqam.envs.registry import make_family
+from vla_trqam.hub.pull import find_algorithm, load_algorithm
+from vla_trqam.jobs.vla_inputs import checked_inputs, give_base, push, reward_of
+from vla_trqam.jobs.vla_preflight import all_rewards, check_data, check_machine, room_for_rollouts
+from vla_trqam.methods.base import OffPolicyMethod
+from vla_trqam.methods.registry import make_method, name_of
+
+CRITIC_FEATURES = (PACKED + "features",)
+
+
+def main(recipe: Path, packed: Path | None, arguments: Sequence[str] | None = None) -> int:
+    """Command line of a recipe; returns the exit status.
+
+    Args:
+        recipe: its file, beside which the presets lie.
+        packed: folder of the ``policy`` and the ``dataset`` that a run without arguments takes;
+            None where there is none.
+        arguments: of the command line.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(
+        lambda: read_config(recipe, packed, given), lambda config: finetune(config, packed)
+    )
+
+
+def read_config(recipe: Path, packed: Path | None, arguments: Sequence[str]) -> FinetuneVLAConfig:
+    """The settings of a new run, or those of the run that is resumed.
+
+    The default preset fits the packed policy; one's own gets the preset made for it.
+    """
+    own = packed is not None and "--policy.path" in given_flags(arguments)
+    return engine.read_config(
+        FinetuneVLAConfig,
+        recipe.with_suffix(".yaml"),
+        arguments,
+        restart=partial(_restart, packed),
+        preset="own" if own else "default",
+    )
+
+
+def _restart(packed: Path | None, config: FinetuneVLAConfig, checkpoint: Path) -> list[str]:
+    """How a new run begins at a checkpoint's policy and critic."""
+    flags = [f"--policy.path={checkpoint / PRETRAINED}", f"--critic.path={checkpoint}"]
+    if config.peft.method == "lora" and not config.policy.merged:
+        flags.append("--policy.adapter=continue")
+    if config.critic.warmup_steps:
+        flags.append("--critic.warmup_steps=0")
+    if config.dataset.repo_id is None and packed is not None:
+        flags += ["--dataset.repo_id=local/packed", f"--dataset.root={packed / 'dataset'}"]
+    return flags
+
+
+def finetune(config: FinetuneVLAConfig, packed: Path | None) -> None:
+    """The whole run; see :func:`vla_trqam.engine.finetune.finetune`."""
+    engine.finetune(config, partial(VLAJob.opened, packed=packed), several=True)
+
+
+class VLAJob(Job[FinetuneVLAConfig]):
+    """A run of a LeRobot policy."""
+
+    policy: LeRobotFlowPolicy
+
+    def __init__(
+        self,
+        config: FinetuneVLAConfig,
+        policy: LeRobotFlowPolicy,
+        datasets: LeRobotDatasets,
+        family: EnvFamily | None,
+        accelerator: Accelerator,
+        team: Team,
+    ) -> None:
+        """Use `opened`."""
+        super().__init__(config, policy, team)
+        self._datasets, self._family, self._accelerator = datasets, family, accelerator
+        self.data_sources = tuple(datasets.named)
+        self._method = cache(self._make_method)
+
+    @classmethod
+    def opened(
+        cls,
+        config: FinetuneVLAConfig,
+        accelerator: Accelerator,
+        team: Team,
+        *,
+        packed: Path | None,
+    ) -> VLAJob:
+        """The policy and this process's part of the datasets, for which the machine is enough.
+
+        Raises:
+            UserError: one of these is not as it should be.
+        """
+        device = own_device("policy.device", config.policy.device, accelerator)
+        family = team.together(lambda: _make_family(config))
+        datasets, policy = team.together(
+            lambda: checked_inputs(config, packed, device, team, family)
+        )
+        team.together(lambda: check_machine(config, datasets, policy, team))
+        return cls(config, policy, datasets, family, accelerator, team)
+
+    @property
+    def device(self) -> torch.device:
+        """Of what is trained."""
+        return next(self.policy.trainable_parameters()).device
+
+    @property
+    def title(self) -> str:
+        """Method, policy and task."""
+        where = f" on {self._family.task}" if self._family else ""
+        return f"{name_of(self.config.method).upper()} of {self.policy.host.config.type}{where}"
+
+    def begin(self, path: Path) -> Replay:
+        """The base, where the adapters' is in no file, the settings and a replay of the data."""
+        main = self.team.is_main
+        give_base(self.config, self.policy, path.parent, writes=main)
+        if main:
+            save_settings(self.config, path.parent)
+        more_steps, more_frames = self._more_room
+        sources = list(self._datasets.named.values())
+        replay = create_replay(path, sources, more_steps=more_steps, more_frames=more_frames)
+        self._datasets.fill(replay, say=print if main else lambda _: None)
+        return replay
+
+    def reopen(self, path: Path) -> Replay:
+        """The replay of a run that is gone on with, which may have got more rollouts to come."""
+        more_steps, more_frames = self._more_room
+        replay = Replay.open(path)
+        replay.grow(self._datasets.num_rows + more_steps, self._datasets.num_frames + more_frames)
+        return replay
+
+    def take(self, replay: Replay) -> EpisodeStore:
+        """The replay, and the cache of its frames' features, which is yet to be filled."""
+        fingerprint = prefix_fingerprint(self.policy)
+        self._replay = replay
+        self._features = FeatureCache(replay, self._packed, fingerprint=fingerprint)
+        return EpisodeStore(replay, self._features)
+
+    def draw(
+        self, sources: Sequence[str] | None = None, *, for_critic: bool = False
+    ) -> ChunkSampler[Any]:
+        """A sampler of cached features; the critic alone needs its own only."""
+        return self._replay.sampler(
+            chunk_length=self.policy.chunk_shape[0],
+            discount=self.config.discount,
+            short_chunks=self.config.dataset.short_chunks,
+            reward=reward_of(self.config),
+            sources=sources,
+            observer=NumberedFeatures(
+                self._features, self._replay, CRITIC_FEATURES if for_critic else None
+            ),
+        )
+
+    def check(self, everything: ChunkSampler[Any]) -> None:
+        """The preflight of the data and the method, and then every frame's features."""
+        config, policy, team = self.config, self.policy, self.team
+        rewards = all_rewards(self._replay, everything, team)
+        team.together(lambda: check_data(config, policy, self._replay, everything, rewards, team))
+        self.method()  # what it cannot be made of is refused here
+        team.together(self._features.update)
+
+    def method(self) -> Cached:
+        """The method with many updates of the critic for each one of the policy."""
+        return self._method()
+
+    def family(self) -> EnvFamily | None:
+        """That of the settings."""
+        return self._family
+
+    def save_policy(self, folder: Path) -> None:
+        """In LeRobot's own format."""
+        self.policy.save_pretrained(folder, merged=self.config.policy.merged)
+
+    def publish(self) -> None:
+        """The last checkpoint goes to the Hub, where that is wanted."""
+        if self.config.policy.push_to_hub:
+            push(self.config)
+
+    @property
+    def _more_room(self) -> tuple[int, int]:
+        """Steps and frames of the rollouts to come."""
+        return room_for_rollouts(self.config, self.policy.chunk_shape[0])
+
+    def _packed(self, seen: Any) -> dict[str, torch.Tensor]:
+        device = self.device
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in seen.items()}
+        return self.policy.packed(moved)
+
+    def _make_method(self) -> Cached:
+        knobs = self.config.critic
+        critic = make_critic(knobs, self.policy, self.config.seed)
+        method = make_method(self.policy, critic, self.config.method, self._accelerator)
+        cached = Cached(
+            method,
+            self._next_actions(method) if method.requirements.next_actions else None,
+            self.draw(for_critic=True),
+            critic_updates=knobs.updates_per_step,
+            batch_size=self.team.batch_share(knobs.batch_size),
+            redraws=knobs.redraws,
+            num_micro_batches=self.config.micro_batches,
+        )
+        self._give_critic(cached)
+        return cached
+
+    def _next_actions(self, method: OffPolicyMethod) -> NextActions:
+        return NextActions(
+            self.policy,
+            method.actor(),
+            self._replay,
+            self._features,
+            chunks_per_frame=self.config.critic.next_actions,
+        )
+
+    def _give_critic(self, method: Cached) -> None:
+        """A new run starts with the critic that the settings name."""
+        output_dir, path = self.config.output_dir, self.config.critic.path
+        assert output_dir is not None
+        if path is None or last_checkpoint(output_dir) is not None:
+            return
+        same_base = self.config.policy.adapter == "continue"
+        self.team.together(
+            lambda: load_algorithm(find_algorithm(path), method, trust_region=same_base)
+        )
+
+
+def prefix_fingerprint(policy: LeRobotFlowPolicy) -> str:
+    """A hash of everything that the cached features depend on: frozen weights and statistics."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((policy.critic_features, policy.host.config)).encode())
+    trained = {id(p) for p in policy.trainable_parameters()}
+    tensors = [*policy.host.named_parameters()]
+    if policy.processors is not None:
+        for feature, entry in sorted(policy.processors.statistics.items()):
+            tensors += [(f"{feature}.{name}", value) for name, value in sorted(entry.items())]
+    for name, tensor in tensors:
+        if id(tensor) not in trained:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _make_family(config: FinetuneVLAConfig) -> EnvFamily | None:
+    if config.env.type is None:
+        return None
+    return make_family(config.env, max_episode_steps=config.eval.max_episode_steps)
