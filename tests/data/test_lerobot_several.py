@@ -65,6 +65,20 @@ def test_each_dataset_has_a_name_and_is_told_with_its_rule(tmp_path: Path) -> No
     assert "dataset_2: reward: the column next.reward" in said
 
 
+def test_every_process_has_a_part_of_each_dataset(tmp_path: Path) -> None:
+    both = opened(*(config_of(tmp_path / name, ONCE, "sparse") for name in "ab"))
+    parts = [both.part(number, 2) for number in range(2)]
+    assert [part.num_rows for part in parts] == [2 * 2 * LENGTH] * 2
+    assert (both.num_rows, both.num_frames) == (2 * len(ONCE), 2 * len(ONCE))
+    states = [
+        [int(e.observations[0, 0]) for reader in part.named.values() for e in reader.episodes()]
+        for part in parts
+    ]
+    assert states == [[0, 2, 0, 2], [1, 3, 1, 3]]
+    with pytest.raises(UserError, match=r"/a has 4 episodes for 5 processes"):
+        both.part(0, 5)
+
+
 def test_rewards_of_two_rules_are_one_scale_for_the_critic(tmp_path: Path) -> None:
     """Once 1 at success and -1 until then are the same reward, by the kind of each."""
     once = config_of(tmp_path / "once", ONCE, "success_minus_one")
@@ -115,6 +129,17 @@ def test_a_critic_learns_one_scale(
     with pytest.raises(UserError, match=r"The dataset .*/a gives rewards .* the dataset .*/b") as e:
         opened(*configs)
     assert e.match(message)
+
+
+def test_two_further_datasets_are_compared_with_each_other(tmp_path: Path) -> None:
+    """Failures alone fit either scale."""
+    failures = config_of(tmp_path / "failures", [0.0] * len(ENDS), "column")
+    once = config_of(tmp_path / "once", ONCE, "column")
+    costs = config_of(tmp_path / "costs", COSTS, "column")
+    opened(failures, once)
+    opened(failures, costs)
+    with pytest.raises(UserError, match=r"/once gives rewards of 0 to 1 .*/costs of -1 to 0"):
+        opened(failures, once, costs)
 
 
 @pytest.mark.parametrize(

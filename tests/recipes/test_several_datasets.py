@@ -97,7 +97,7 @@ def test_the_replay_holds_both_with_their_rewards_and_interventions(whole: Path)
 
 
 def test_what_each_dataset_is_read_by_is_printed_and_pinned(
-    two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two: list[str], no_conclusion: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--critic.warmup_steps=0", "--base_episodes=0", "--online.steps=0", "--steps=1"]
     assert main(*two, *flags, "--env.type=null", f"--output_dir={tmp_path / 'run'}") == 0

@@ -63,7 +63,8 @@ def checked_inputs(
     policy = _load_policy(config, given, base_revision, device, say, family)
     # Before anything is decoded.
     for each in datasets.named.values():
-        check_against_dataset(policy, each.features)
+        name = each.where if len(datasets.named) > 1 else "this dataset"
+        check_against_dataset(policy, each.features, name=name)
     # A single camera without a name is `observation.image`.
     cameras = [key for key in reader.features if key.startswith("observation.image")]
     for note in policy.cameras(cameras).notes():
@@ -263,7 +264,8 @@ def reward_of(config: FinetuneVLAConfig) -> RewardSpec:
     """What the critic maximises: rollouts like the first dataset, others by their own kinds."""
     data = config.dataset
     named = zip(source_names(1 + len(data.more))[1:], data.more, strict=True)
-    return RewardSpec(data.kind, {name: each.kind for name, each in named if each.kind})
+    own = {name: each.kind for name, each in named if each.kind and each.kind != data.kind}
+    return RewardSpec(data.kind, own)
 
 
 def _dataset(

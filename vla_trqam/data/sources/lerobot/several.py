@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Self
 
 import numpy as np
@@ -93,10 +94,9 @@ def check_agree(named: Mapping[str, LeRobotReader]) -> None:
     """Refuse datasets that are not of one robot, seen by the same cameras.
 
     Raises:
-        UserError: naming the first that differs, and in what.
+        UserError: naming two that differ, and in what.
     """
-    first, *others = named.values()
-    for other in others:
+    for first, other in combinations(named.values(), 2):
         for what, mine, theirs in _differences(first, other):
             raise UserError(
                 f"{first.where} and {_lower(other.where)} cannot be learned from together: {what} "
@@ -135,8 +135,7 @@ def check_scales(named: Mapping[str, LeRobotReader]) -> None:
     Raises:
         UserError: naming the two datasets, and what each gives.
     """
-    first, *others = named.values()
-    for other in others:
+    for first, other in combinations(named.values(), 2):
         mine, theirs = _Rewards.of(first), _Rewards.of(other)
         if mine is not None and theirs is not None and not mine.fits(theirs):
             raise UserError(
