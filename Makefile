@@ -2,7 +2,7 @@
 UV ?= uv
 RUN = $(UV) run --locked
 
-.PHONY: check format format-check lint types test-fast test
+.PHONY: check docs format format-check lint types test-fast test
 
 check: format-check lint types test-fast
 
@@ -24,3 +24,7 @@ test-fast:
 
 test:
 	$(RUN) pytest
+
+# Into site/; serve it with `uv run --group docs mkdocs serve`.
+docs:
+	NO_MKDOCS_2_WARNING=1 $(RUN) --group docs mkdocs build --strict

@@ -145,6 +145,16 @@ def camera_names(path: str | Path, revision: str | None = None) -> tuple[str, ..
     return tuple(read_config(fetch(path, revision)).image_features)
 
 
+def flow_steps_of(path: str | Path, revision: str | None = None) -> int:
+    """The number of flow steps that a policy comes with; nothing but the config is read.
+
+    Raises:
+        UserError: it cannot be reached, its config read, or a policy of its type fine-tuned.
+    """
+    config = read_config(fetch(path, revision))
+    return family_of(config).num_flow_steps(config)
+
+
 def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
     """The files of a folder or a Hub repository, downloaded if they are not here yet.
 

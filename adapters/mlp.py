@@ -17,6 +17,7 @@ from vla_trqam.adapters.velocity_mlp import MLPFlowConfig, MLPPathFields, Veloci
 from vla_trqam.critic import ema_update
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.errors import UserError
+from vla_trqam.kernel_choice import by_kernels
 from vla_trqam.policy import FlowPolicy, PathFields
 
 WEIGHTS_NAME = "model.safetensors"
@@ -134,9 +135,9 @@ class MLPFlowPolicy(FlowPolicy):
     def path_fields(
         self, context: Tensor, next_context: Tensor, *, keep_activations: bool = True
     ) -> PathFields:
-        """All evaluations of a step in few products; without kept activations the plain way."""
-        if not keep_activations:
-            return super().path_fields(context, next_context, keep_activations=False)
+        """By the kernel all evaluations of a step in few products, their activations kept."""
+        if not (keep_activations and by_kernels()):
+            return super().path_fields(context, next_context, keep_activations=keep_activations)
         return MLPPathFields(self.tuned, self.base, context, next_context, self.num_flow_steps)
 
     def save_pretrained(self, directory: Path) -> None:
@@ -154,7 +155,7 @@ class MLPFlowPolicy(FlowPolicy):
         Raises:
             UserError: a file is missing or unreadable, or its keys or shapes are not the config's.
         """
-        config = _read_config(Path(directory) / CONFIG_NAME)
+        config = read_shape(Path(directory))
         path = Path(directory) / WEIGHTS_NAME
         tensors = _read_weights(path)
         _check_weights(path, tensors, _saved_shapes(config))
@@ -164,7 +165,13 @@ class MLPFlowPolicy(FlowPolicy):
         return policy
 
 
-def _read_config(path: Path) -> MLPFlowConfig:
+def read_shape(directory: Path) -> MLPFlowConfig:
+    """What a saved policy's ``config.json`` says, without its weights.
+
+    Raises:
+        UserError: it is missing, unreadable, or of another kind of policy.
+    """
+    path = directory / CONFIG_NAME
     fields = read_json(path)
     if fields.pop("type", None) != "mlp_flow":
         raise UserError(f'{path}: "type" is not "mlp_flow"; this is not an MLP flow policy')

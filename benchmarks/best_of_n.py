@@ -24,10 +24,10 @@ from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.robomimic.hdf5 import read_robomimic
 from vla_trqam.engine.acting import ChunkPolicy
 from vla_trqam.engine.folder.checkpoints import LAST
-from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
+from vla_trqam.jobs.robomimic_data import dataset_path
 from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.formats import percent, points, points_interval, table
 from vla_trqam.sde import sample_ode

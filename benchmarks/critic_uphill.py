@@ -49,10 +49,10 @@ from vla_trqam.data.sources.robomimic.hdf5 import read_robomimic
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.folder.checkpoints import ALGORITHM, CHECKPOINTS, LAST, PRETRAINED
 from vla_trqam.engine.folder.run_folder import BASE_NAME, CONFIG_NAME
-from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.envs.chunked import ChunkEnv
 from vla_trqam.envs.robomimic.env import RobomimicEnv
 from vla_trqam.errors import UserError
+from vla_trqam.jobs.robomimic_data import dataset_path
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.report.provenance import command_line, git_commit, package_versions
 

@@ -33,7 +33,7 @@ MOST_POINTS = 150
 # Settings that may differ between runs without making them other experiments.
 INCIDENTAL = frozenset(
     {
-        *("output_dir", "resume", "seed", "num_threads", "on_divergence"),
+        *("output_dir", "resume", "seed", "num_threads", "kernels", "on_divergence"),
         *("eval.num_workers", "eval.chunk_deadline"),
     }
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from golden_file import GoldenFile
 from golden_weights import Networks
@@ -32,7 +33,8 @@ class Baseline:
         config: of the file's settings, beside those that all share.
         kind: of the config.
         networks: the method's own, by the file's names; policy and critic are of all.
-        draws: the file's draws, in order, by our names; with their shape.
+        draws: the file's draws, in order, by our names.
+        numbers_first: those of them whose second axis is the batch.
         renamed: what the file calls our logged numbers.
         required: outputs without which it is no such file.
     """
@@ -44,6 +46,7 @@ class Baseline:
     draws: tuple[str, ...]
     renamed: Mapping[str, str]
     required: tuple[str, ...]
+    numbers_first: tuple[str, ...] = ()
 
 
 def _policy(method: SummedLosses) -> MLPFlowPolicy:
@@ -135,6 +138,7 @@ BASELINES = {
             "info/actor/q": "actor_q",
         },
         ("info/critic/critic_loss", "info/critic/distill_loss", "info/grad/norm"),
+        numbers_first=("next", "actor"),
     ),
 }
 
@@ -162,8 +166,8 @@ def networks_of(golden: GoldenFile, method: SummedLosses) -> Networks:
 
 
 def read_draws(golden: GoldenFile, update: int, batch: TransitionBatch) -> Draws:
-    """The recorded random numbers: in their order, Gaussian ones of the noise actor dims first."""
-    names = BASELINES[golden.agent].draws
+    """The recorded random numbers, in their order."""
+    names, turned = BASELINES[golden.agent].draws, BASELINES[golden.agent].numbers_first
     keys = golden.keys(f"u{update}/draw/")
     if len(keys) != len(names):
         golden.refuse(f"{len(keys)} u{update}/draw entries, not {len(names)}")
@@ -172,7 +176,7 @@ def read_draws(golden: GoldenFile, update: int, batch: TransitionBatch) -> Draws
     for name, key in zip(names, keys, strict=True):
         if name == "bc_tau":
             found[name] = golden.tensor(key, shape[:1])
-        elif golden[key].shape[0] != shape[0]:
+        elif name in turned:
             flat = golden.tensor(key, (shape[1:].numel(), shape[0]))
             found[name] = flat.t().reshape(shape)
         else:
@@ -184,7 +188,8 @@ def replay_update(
     golden: GoldenFile, method: SummedLosses, update: int, batch: TransitionBatch
 ) -> Outputs:
     """Makes one update and returns its numbers by the file's names."""
-    baseline, before = BASELINES[golden.agent], _values(golden, method, batch)
+    ended = golden[f"u{update}/batch/masks"][:, -1] == 0
+    baseline, before = BASELINES[golden.agent], _values(golden, method, batch, ended)
     method.update_from(batch, read_draws(golden, update, batch))
     metrics = method.metrics()
     ours: Outputs = {theirs: metrics[name] for theirs, name in baseline.renamed.items()}
@@ -202,8 +207,10 @@ def replay_update(
 
 
 @torch.no_grad()
-def _values(golden: GoldenFile, method: SummedLosses, batch: TransitionBatch) -> Outputs:
-    """Means and ends of what the critic said before the update."""
+def _values(
+    golden: GoldenFile, method: SummedLosses, batch: TransitionBatch, ended: np.ndarray
+) -> Outputs:
+    """Means and ends of what the critic said before the update, of all chunks."""
     features = method.policy.encode(batch.observation)
     q = method.critic.online(features, batch.action)
     named = {"critic/q": q}
@@ -212,7 +219,9 @@ def _values(golden: GoldenFile, method: SummedLosses, batch: TransitionBatch) ->
         value, following = method.own[VALUE], method.policy.encode(batch.next_observation)
         found = value(following).squeeze(1)
         named = {
-            "critic/q": td_target(batch.chunk_return, batch.discount, batch.terminated, found),
+            "critic/q": td_target(
+                batch.chunk_return, batch.discount, torch.from_numpy(ended), found
+            ),
             "value/v": value(features),
         }
     return {

@@ -1,6 +1,7 @@
 """Replays recorded updates of the authors' code with this library and compares every number.
 
     python benchmarks/replay_golden.py tests/golden/golden_trqam.npz
+    python benchmarks/replay_golden.py tests/golden/golden_fql.npz --kernels=plain
 
 The file holds weights, batches, noise and outputs of consecutive updates (format: docs/golden.md).
 The command prints the worst relative error of every quantity and exits with 1 when one is out of
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import golden_baselines
 import numpy as np
@@ -30,6 +31,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
+from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, chosen_kernels
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise, UpdateResult
 from vla_trqam.policy import FlowPolicy
@@ -345,13 +347,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--rtol", type=float, default=RTOL)
     parser.add_argument("--atol", type=float, default=ATOL)
+    parser.add_argument(
+        "--kernels", choices=get_args(Kernels), default=DEFAULT_KERNELS, help="what computes"
+    )
     flags = parser.parse_args(arguments)
     if not (flags.rtol > 0 and flags.atol >= 0):
         parser.error(
             f"--rtol {flags.rtol} --atol {flags.atol}: rtol must be positive, atol not negative"
         )
     try:
-        comparison = replay(flags.file, flags.rtol, flags.atol)
+        with chosen_kernels(flags.kernels):
+            comparison = replay(flags.file, flags.rtol, flags.atol)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

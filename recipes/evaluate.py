@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from vla_trqam.adapters.mlp import MLPFlowPolicy
-from vla_trqam.recipes.saved_policies import Contestant, Loading, Place
 
 from vla_trqam.config.evaluate_settings import EvaluateConfig
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
@@ -30,7 +29,6 @@ from vla_trqam.engine.conclude import EVALUATION_NAME, paired_evaluation
 from vla_trqam.engine.film import DEFAULT_VIDEOS, Player, film
 from vla_trqam.engine.folder.own_folder import own_folder
 from vla_trqam.engine.launch import exit_status, own_device, prepare_process, usable_cores
-from vla_trqam.engine.offline_data import dataset_path
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.ogbench.family import ogbench_family
@@ -38,6 +36,8 @@ from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
+from vla_trqam.jobs.robomimic_data import dataset_path
+from vla_trqam.jobs.saved_policies import Contestant, Loading, Place
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.report.evaluation import Outcome, PairedEvaluation

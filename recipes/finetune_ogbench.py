@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
-from vla_trqam.data.sources.base import fill
 from vla_trqam.data.sources.ogbench import data_path, read_ogbench
 from vla_trqam.engine.folder.pins import Source
 from vla_trqam.envs.ogbench.family import ogbench_family
@@ -45,11 +44,8 @@ def open_task(config: FinetuneOGBenchConfig) -> StateTask:
     return StateTask(
         name=config.env.task,
         data=Source("dataset", str(path), folder, tuple(file.name for file in data.files)),
-        observation_dim=data.observation_dim,
-        action_dim=data.action_dim,
-        num_steps=data.num_steps,
+        parts={"pretrain": data},
         moments=lambda: (data.mean, data.std),
-        fill=lambda replay: fill(replay, data, "pretrain"),
         family=lambda: family,
     )
 

@@ -17,9 +17,9 @@ import numpy as np
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.sources.robomimic.hdf5 import RobomimicFile
 from vla_trqam.engine.folder.pins import Source
-from vla_trqam.engine.offline_data import fill_replay, pretraining_demos, read_dataset
 from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.jobs import states
+from vla_trqam.jobs.robomimic_data import parts_of, read_dataset
 from vla_trqam.jobs.states import StateTask
 
 PRESETS = Path(__file__).with_suffix(".yaml")
@@ -37,15 +37,11 @@ def open_task(config: FinetuneRobomimicConfig) -> StateTask:
         UserError: it cannot be trained on.
     """
     file = read_dataset(config.dataset)
-    pretraining_demos(config, file)  # refused here, before anything is trained
     return StateTask(
         name=file.env_args["env_name"],
         data=Source("dataset", str(file.path), file.path.parent, (file.path.name,)),
-        observation_dim=file.observation_dim,
-        action_dim=file.action_dim,
-        num_steps=file.num_steps,
+        parts=parts_of(config, file),
         moments=partial(_moments, file),
-        fill=partial(fill_replay, config, file),
         family=partial(
             robomimic_family,
             file.env_args,

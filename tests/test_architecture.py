@@ -8,38 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# A module may import only from lower ranks; packages (rank 3 and up) also from their own rank.
-MATH_RANKS = {
-    "errors": -1,
-    "gelu": 0,
-    "precision": 0,
-    "time_grid": 0,
-    "losses": 1,
-    "networks": 1,
-    "policy": 1,
-    "trust_region": 1,
-    "sde": 2,
-    "adjoint": 3,
-    "critic": 3,
-}
-PACKAGE_RANKS = {
-    **dict.fromkeys(("adapters", "data", "envs", "methods"), 4),
-    "report": 5,
-    "config": 6,
-    "preflight": 7,
-    "engine": 8,
-    "hub": 9,
-    "jobs": 10,
-    "recipes": 11,
-}
-# `files` and `launched` are no packages, and no math either: one writes, one reads the environment.
-RANKS = MATH_RANKS | {"files": 4, "launched": 4} | PACKAGE_RANKS
+from house import (
+    MATH_RANKS,
+    PACKAGE_RANKS,
+    RANKS,
+    imports_of,
+    own_module,
+    source_trees,
+    upward_imports,
+)
 
 # What would make a math file read, write or talk. Importing pathlib is the contract's privilege:
 # `policy.py` names the type of a checkpoint's folder.
@@ -52,68 +31,9 @@ HEAVY = ("lerobot", "transformers", "robosuite", "robomimic", "mujoco", "h5py", 
 PICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 
-def source_files() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
-    folders = {
-        "vla_trqam": ROOT / "vla_trqam",
-        "vla_trqam.adapters": ROOT / "adapters",
-        "vla_trqam.recipes": ROOT / "recipes",
-    }
-    files = {}
-    for package, folder in folders.items():
-        for path in folder.rglob("*.py"):
-            parts = path.relative_to(folder).with_suffix("").parts
-            name = ".".join([package, *parts]).removesuffix(".__init__")
-            files[name] = path
-    return files
-
-
-FILES = source_files()
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-MATH_FILES = sorted(f"vla_trqam.{name}" for name in MATH_RANKS)
-
-
-def imports_of(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that `tree` imports, wherever in the file the statement stands."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in line {node.lineno}"
-            assert node.module is not None
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def rank_of(module: str) -> int | None:
-    """Rank of a module of ours; None for the package itself and for others' modules.
-
-    A module of ours without a rank has a test of its own.
-    """
-    package, _, rest = module.partition(".")
-    if package != "vla_trqam" or not rest:
-        return None
-    return RANKS.get(rest.split(".")[0])
-
-
-def upward_imports(module: str, tree: ast.AST) -> list[str]:
-    """Imports of `module` that do not flow from a lower rank to a higher one."""
-    own = rank_of(module)
-    wrong = []
-    for target in imports_of(tree):
-        rank = rank_of(target)
-        if own is None or rank is None:
-            continue
-        if rank > own or (rank == own and own < min(PACKAGE_RANKS.values())):
-            wrong.append(target)
-    return wrong
-
-
-def own_module(target: str) -> str | None:
-    """The module of ours that `import target` loads: `target` is a module or a name in one."""
-    for name in (target, target.rpartition(".")[0]):
-        if name in TREES:
-            return name
-    return None
+TREES = source_trees()
+MATH_FILES = sorted(name for name in TREES if name.partition(".")[2].split(".")[0] in MATH_RANKS)
+KERNELS = "vla_trqam.kernels"
 
 
 def calls_of(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -144,15 +64,15 @@ def unpickling_in(tree: ast.AST) -> list[str]:
 
 
 def test_every_module_has_a_rank():
-    unknown = [name for name in FILES if "." in name and name.split(".")[1] not in RANKS]
-    assert not unknown, f"give these a rank in {Path(__file__).name}: {unknown}"
+    unknown = [name for name in TREES if "." in name and name.split(".")[1] not in RANKS]
+    assert not unknown, f"give these a rank in benchmarks/house.py: {unknown}"
 
 
 def test_every_math_file_exists():
-    assert set(MATH_FILES) <= FILES.keys()
+    assert {f"vla_trqam.{name}" for name in MATH_RANKS} <= TREES.keys()
 
 
-@pytest.mark.parametrize("module", sorted(FILES))
+@pytest.mark.parametrize("module", sorted(TREES))
 def test_imports_flow_one_way(module):
     assert upward_imports(module, TREES[module]) == []
 
@@ -167,7 +87,7 @@ def test_the_pool_knows_no_simulator(name):
 
 def test_modules_do_not_import_each_other_in_a_circle():
     graph = {
-        name: {own for target in module_level_imports(tree) if (own := own_module(target))} - {name}
+        name: {own_module(target, TREES) for target in module_level_imports(tree)} - {name, None}
         for name, tree in TREES.items()
     }
     TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
@@ -186,12 +106,65 @@ def test_math_imports_only_torch_the_standard_library_and_math(module):
     assert [n for n in imports_of(TREES[module]) if n.split(".")[0] not in allowed] == []
 
 
+@pytest.mark.parametrize("module", [name for name in TREES if name.startswith(KERNELS)])
+def test_a_kernel_knows_torch_and_no_model(module):
+    own = [name for name in imports_of(TREES[module]) if name.startswith("vla_trqam.")]
+    assert [name for name in own if not name.startswith((KERNELS, "vla_trqam.precision"))] == []
+
+
+@pytest.mark.parametrize("module", [name for name in TREES if not name.startswith(KERNELS)])
+def test_a_kernel_is_imported_only_where_it_is_called(module):
+    assert [n for n in module_level_imports(TREES[module]) if n.startswith(KERNELS)] == []
+
+
+def test_without_the_folder_of_kernels_an_update_differs_by_rounding():
+    code = UPDATE.replace("NAME", KERNELS)
+    found = {}
+    for hidden in ("True", "False"):
+        program = code.replace("HIDDEN", hidden)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        chosen, loaded, *numbers = done.stdout.split()
+        assert (chosen, loaded) == (("plain", "False") if hidden == "True" else ("fast", "True"))
+        found[hidden] = [float(number) for number in numbers]
+    assert found["True"] == pytest.approx(found["False"], rel=1e-4)
+
+
+UPDATE = """
+import sys
+if HIDDEN:
+    sys.modules["NAME"] = None  # as if the folder were not there
+import torch
+from vla_trqam import kernel_choice
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
+torch.manual_seed(0)
+policy = MLPFlowPolicy(MLPFlowConfig(4, 2, 3, (16, 16), True, 5))
+method = TRQAM(policy, Critic(CriticEnsemble(4, 6, (16,), 3)), TRQAMConfig())
+some, ones = torch.zeros(8, dtype=torch.bool), torch.ones(8)
+batch = TransitionBatch(
+    torch.randn(8, 4), torch.rand(8, 3, 2), torch.randn(8), torch.randn(8, 4), 0.9 * ones, some,
+    some, torch.ones(8, 3, dtype=torch.bool),
+)
+for seed in range(2):
+    method.update(batch, torch.Generator().manual_seed(seed))
+logged = method.metrics()
+names = ("adjoint_loss", "td_loss", "kl_estimate", "actor_grad_norm", "critic_grad_norm")
+loaded = sys.modules.get("NAME.mlp_path") is not None
+print(kernel_choice.DEFAULT_KERNELS, loaded, *(logged[n] for n in names))
+"""
+
+
 @pytest.mark.parametrize("module", MATH_FILES)
 def test_math_does_no_io(module):
     assert io_in(module, TREES[module]) == []
 
 
-@pytest.mark.parametrize("module", sorted(FILES))
+@pytest.mark.parametrize("module", sorted(TREES))
 def test_nothing_is_unpickled(module):
     assert unpickling_in(TREES[module]) == []
 

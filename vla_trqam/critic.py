@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vla_trqam.errors import UserError
-from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
+from vla_trqam.kernel_choice import by_kernels
 from vla_trqam.losses import pessimistic_value
-from vla_trqam.networks import LAYER_NORM_EPS
+from vla_trqam.networks import LAYER_NORM_EPS, tanh_gelu
 from vla_trqam.precision import own_precision
 
-_NOTHING = torch.empty(0)
+Pair = tuple[Tensor, Tensor]
 
 
 class EnsembleLinear(nn.Module):
@@ -91,9 +89,10 @@ class CriticEnsemble(nn.Module):
         return [p for part in parts for p in part._parameters.values() if p is not None]
 
     def forward(self, features: Tensor, action: Tensor, *, frozen: bool = False) -> Tensor:
-        """Features (B, F), action (B, H, A) -> (E, B) in the weights' dtype; differentiable once.
+        """Features (B, F), action (B, H, A) -> (E, B) in the weights' dtype.
 
-        Under autocast too: values in bfloat16 would not tell neighbouring actions apart.
+        Differentiable once by the kernel, as often as one likes by plain torch. Under autocast too:
+        values in bfloat16 would not tell neighbouring actions apart.
 
         Args:
             features: of the observations.
@@ -101,117 +100,31 @@ class CriticEnsemble(nn.Module):
             frozen: the gradient reaches the action and not the weights.
         """
         inputs = torch.cat([features, action.flatten(1)], dim=1).to(self.layers[0].weight.dtype)
+        layers = [_pair(layer.weight, layer.bias, frozen) for layer in self.layers]
+        norms = [_pair(norm.scale, norm.bias, frozen) for norm in self.norms]
         with own_precision(inputs):
-            if torch.is_grad_enabled():
-                weights = [w.detach() if frozen else w for w in self.weights()]
-                return cast("Tensor", _EnsembleValue.apply(inputs, self, *weights))
-            return self.evaluate(inputs)
+            if by_kernels():
+                from vla_trqam.kernels.ensemble import EnsembleWeights, ensemble_values
 
-    @torch.no_grad()
-    def evaluate(self, inputs: Tensor, tape: list[_HiddenLayer] | None = None) -> Tensor:
-        """``concat(features, action)`` (B, in) -> (E, B); the tape gets what gradients need."""
-        x = inputs.expand(self.ensemble_size, -1, -1)
-        # A ModuleList takes its time to find an index.
-        *layers, head = self.layers
-        norms = list(self.norms)
-        for index, layer in enumerate(layers):
-            z = torch.baddbmm(layer.bias.unsqueeze(1), x, layer.weight)
-            record = _HiddenLayer(x)
-            if tape is None:
-                x = tanh_gelu(z)
-            else:
-                x, record.slope = tanh_gelu_and_slope(z)
-                tape.append(record)
-            if norms:
-                x = record.normalise(x, norms[index])
-        if tape is not None:
-            tape.append(_HiddenLayer(x))
-        # With one output, a sum of products is faster than a matrix product.
-        return (x * head.weight.transpose(1, 2)).sum(dim=-1).add_(head.bias)
-
-    @torch.no_grad()
-    def pullback(
-        self, tape: list[_HiddenLayer], cotangent: Tensor, *, to_parameters: bool, to_inputs: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of ``<cotangent, output>``, cotangent (E, B), on a tape of :meth:`evaluate`.
-
-        Returns:
-            The gradient to the inputs, (B, in), and those to ``self.parameters()`` in their order.
-        """
-        layers, norms = list(self.layers), list(self.norms)
-        of_layers: list[Tensor] = []
-        of_norms: list[Tensor] = []
-        if to_parameters:
-            weight = torch.bmm(cotangent.unsqueeze(1), tape[-1].inputs).transpose(1, 2)
-            of_layers = [weight, cotangent.sum(dim=1, keepdim=True)]
-        g = cotangent.unsqueeze(-1) * layers[-1].weight.transpose(1, 2)
-        for index in reversed(range(len(tape) - 1)):
-            record = tape[index]
-            if norms:
-                if to_parameters:
-                    of_norms[:0] = [(g * record.normal).sum(dim=1), g.sum(dim=1)]
-                g = record.through_norm(g.mul_(norms[index].scale.unsqueeze(1)))
-            g = g.mul_(record.slope)
-            if to_parameters:
-                of_layers[:0] = [torch.bmm(record.inputs.transpose(1, 2), g), g.sum(dim=1)]
-            if index or to_inputs:
-                g = torch.bmm(g, layers[index].weight.transpose(1, 2))
-        return g.sum(dim=0) if to_inputs else None, of_layers + of_norms
+                return ensemble_values(inputs, EnsembleWeights(layers, norms, LAYER_NORM_EPS))
+            return _plain_values(inputs, layers, norms)
 
 
-@dataclass
-class _HiddenLayer:
-    """What the gradients of one layer need, (E, B, width) each."""
-
-    inputs: Tensor
-    slope: Tensor = _NOTHING
-    value: Tensor = _NOTHING
-    normal: Tensor = _NOTHING
-    mean: Tensor = _NOTHING
-    rstd: Tensor = _NOTHING
-
-    def normalise(self, value: Tensor, norm: EnsembleLayerNorm) -> Tensor:
-        """Layer norm with each member's scale and shift."""
-        self.value = value
-        # torch's kernel is slower without a weight than with ones.
-        width = value.shape[-1:]
-        self.normal, self.mean, self.rstd = torch.native_layer_norm(
-            value, width, _ones(width[0], value.dtype, value.device), None, LAYER_NORM_EPS
-        )
-        return torch.addcmul(norm.bias.unsqueeze(1), self.normal, norm.scale.unsqueeze(1))
-
-    def through_norm(self, g: Tensor) -> Tensor:
-        """The gradient to :meth:`normalise`'s value from the one to ``normal``."""
-        wanted = [True, False, False]
-        gradient: Tensor = torch.ops.aten.native_layer_norm_backward(
-            g, self.value, self.value.shape[-1:], self.mean, self.rstd, None, None, wanted
-        )[0]
-        return gradient
+def _pair(first: Tensor, second: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
+    return (first.detach(), second.detach()) if frozen else (first, second)
 
 
-@cache
-def _ones(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(width, dtype=dtype, device=device)
-
-
-class _EnsembleValue(torch.autograd.Function):
-    """:meth:`CriticEnsemble.evaluate` for autograd: one node instead of some thirty."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, ensemble: CriticEnsemble, *_: Tensor) -> Tensor:
-        ctx.ensemble, ctx.tape = ensemble, []
-        return ensemble.evaluate(inputs, ctx.tape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        to_inputs, _, *to_parameters = ctx.needs_input_grad
-        wanted = any(to_parameters)
-        with own_precision(gradients[0]):
-            to_input, parameters = ctx.ensemble.pullback(
-                ctx.tape, gradients[0], to_parameters=wanted, to_inputs=to_inputs
-            )
-        return to_input, None, *(parameters if wanted else [None] * len(to_parameters))
+def _plain_values(inputs: Tensor, layers: Sequence[Pair], norms: Sequence[Pair]) -> Tensor:
+    """What :func:`vla_trqam.kernels.ensemble.ensemble_values` computes, by autograd's own means."""
+    *hidden, (head, head_bias) = layers
+    x = inputs.expand(len(head), -1, -1)
+    for index, (weight, bias) in enumerate(hidden):
+        x = tanh_gelu(torch.baddbmm(bias.unsqueeze(1), x, weight))
+        if norms:
+            scale, shift = norms[index]
+            normal = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+            x = normal * scale.unsqueeze(1) + shift.unsqueeze(1)
+    return torch.baddbmm(head_bias.unsqueeze(1), x, head).squeeze(-1)
 
 
 class Executed(Protocol):
@@ -285,7 +198,8 @@ class Critic(nn.Module):
             point = action.detach().requires_grad_(True)
             q = self.target(features, executed(point, clip=self.clip_actions))
             value = pessimistic_value(q, self.adjoint_pessimism)
-            (gradient,) = torch.autograd.grad(value.sum(), point)
+            with own_precision(point):
+                (gradient,) = torch.autograd.grad(value.sum(), point)
         return gradient, value.detach()
 
     def update_target(self) -> None:

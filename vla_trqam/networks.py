@@ -10,15 +10,24 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vla_trqam.errors import UserError
-from vla_trqam.gelu import tanh_gelu
+from vla_trqam.kernel_choice import by_kernels
 from vla_trqam.precision import own_precision
 
 LAYER_NORM_EPS = 1e-6
 LOG_STD_RANGE = (-20.0, 2.0)
+
+
+def tanh_gelu(z: Tensor) -> Tensor:
+    """``z/2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))``, of any shape (Hendrycks & Gimpel)."""
+    if by_kernels():
+        from vla_trqam.kernels.gelu import tanh_gelu as fast_gelu
+
+        return fast_gelu(z)
+    return F.gelu(z, approximate="tanh")
 
 
 class MLP(nn.Module):
@@ -49,11 +58,6 @@ class MLP(nn.Module):
         for layer in self.layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-
-    def weights(self) -> list[nn.Parameter]:
-        """``self.parameters()``, without the search for modules that every update would pay."""
-        parts = (*self.layers, *self.norms)
-        return [p for part in parts for p in part._parameters.values() if p is not None]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
@@ -106,5 +110,5 @@ class TanhGaussian(nn.Module):
             log_std = self.log_std(h).clamp(*LOG_STD_RANGE)
         u = mean + log_std.exp() * noise
         normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
-        squash = 2.0 * (math.log(2.0) - u - torch.nn.functional.softplus(-2.0 * u))
+        squash = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
         return u.tanh(), (normal - squash).sum(dim=1)

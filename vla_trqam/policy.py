@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vla_trqam.errors import UserError
+from vla_trqam.precision import own_precision
 from vla_trqam.time_grid import full_tau
 
 Context = Any
@@ -155,7 +156,9 @@ class JacobianPoint:
             self.x = self.x.detach().requires_grad_(True)
             with torch.enable_grad():
                 value = base(self.x, self.adjoint_tau)
-        (gradient,) = torch.autograd.grad(value, self.x, cotangent)
+        # Of what the forward pass computed in float32, autocast would lower the backward one.
+        with own_precision(cotangent):
+            (gradient,) = torch.autograd.grad(value, self.x, cotangent)
         return gradient
 
 

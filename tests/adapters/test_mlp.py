@@ -1,7 +1,8 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,12 +13,13 @@ import torch.nn.functional as F  # noqa: N812
 from contract import BATCH, FlowPolicyContract
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from vla_trqam.adapters import velocity_mlp
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
+from vla_trqam.kernel_choice import by_kernels, chosen_kernels
+from vla_trqam.kernels import mlp_path
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 from vla_trqam.policy import FlowPolicy
 
@@ -64,7 +66,15 @@ class MLPContract(FlowPolicyContract):
     def evaluations(self, policy: FlowPolicy) -> Iterator[Counter[str]]:
         assert isinstance(policy, MLPFlowPolicy)
         counts: Counter[str] = Counter()
-        products, first = velocity_mlp._products, policy.base.layers[0]
+        if not by_kernels():
+            with ExitStack() as stack:
+                for name in ("base", "tuned"):
+                    hook = partial(self._count, counts, name)
+                    handle = getattr(policy, name).register_forward_hook(hook)
+                    stack.callback(handle.remove)
+                yield counts
+            return
+        products, first = mlp_path._products, policy.base.layers[0]
 
         def counted(layer: Any, inputs: Any, outputs: Any) -> None:
             if inputs[0].shape[-1] == first.in_features:  # no other layer is as wide
@@ -74,8 +84,12 @@ class MLPContract(FlowPolicyContract):
                         counts[name] += len(rows) // BATCH
             products(layer, inputs, outputs)
 
-        with mock.patch.object(velocity_mlp, "_products", counted):
+        with mock.patch.object(mlp_path, "_products", counted):
             yield counts
+
+    @staticmethod
+    def _count(counts: Counter[str], name: str, *_: Any) -> None:
+        counts[name] += 1
 
     def host_actions(self, policy: FlowPolicy, observation: Any, noise: Tensor) -> Tensor:
         x = noise
@@ -109,6 +123,16 @@ class TestMLPFlowPolicyWithLayerNorm(MLPContract):
 
 class TestMLPFlowPolicyWithOneHiddenLayer(MLPContract):
     hidden_dims = (20,)
+
+
+class TestMLPFlowPolicyByPlainTorch(MLPContract):
+    layer_norm = True
+    keeps_own_tape = False
+
+    @pytest.fixture(autouse=True)
+    def _plain(self) -> Iterator[None]:
+        with chosen_kernels("plain"):
+            yield
 
 
 SIZES = [

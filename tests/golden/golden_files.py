@@ -22,6 +22,7 @@ class Problem:
     updates: int = 2
     invalid_rows: tuple[int, ...] = ()
     weight_scale: float = 1.0
+    reward_scale: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,15 +73,29 @@ def random_weights(problem: Problem, config: dict[str, Any], rng: np.random.Gene
         is_critic = name in ("critic", "target")
         widths, lead = (value, (config["num_qs"],)) if is_critic else (actor, ())
         norm = config["value_layer_norm" if is_critic else "actor_layer_norm"]
-        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            kernel = rng.normal(size=(*lead, fan_in, fan_out)) * problem.weight_scale
-            arrays[f"{network}/Dense_{i}/kernel"] = kernel / fan_in**0.5
-            arrays[f"{network}/Dense_{i}/bias"] = 0.1 * rng.normal(size=(*lead, fan_out))
-            if norm and i < len(widths) - 2:
-                scale = 1.0 + 0.1 * rng.normal(size=(*lead, fan_out))
-                arrays[f"{network}/LayerNorm_{i}/scale"] = scale
-                arrays[f"{network}/LayerNorm_{i}/bias"] = 0.1 * rng.normal(size=(*lead, fan_out))
+        arrays |= random_network(rng, network, widths, lead, norm=norm, scale=problem.weight_scale)
     return {f"init/{k}": v.astype(np.float32) for k, v in arrays.items()}
+
+
+def random_network(
+    rng: np.random.Generator,
+    name: str,
+    widths: list[int],
+    lead: tuple[int, ...],
+    *,
+    norm: bool,
+    scale: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """One network's arrays by the file's keys."""
+    arrays: dict[str, np.ndarray] = {}
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        kernel = rng.normal(size=(*lead, fan_in, fan_out)) * scale
+        arrays[f"{name}/Dense_{i}/kernel"] = kernel / fan_in**0.5
+        arrays[f"{name}/Dense_{i}/bias"] = 0.1 * rng.normal(size=(*lead, fan_out))
+        if norm and i < len(widths) - 2:
+            arrays[f"{name}/LayerNorm_{i}/scale"] = 1.0 + 0.1 * rng.normal(size=(*lead, fan_out))
+            arrays[f"{name}/LayerNorm_{i}/bias"] = 0.1 * rng.normal(size=(*lead, fan_out))
+    return arrays
 
 
 def random_update(problem: Problem, config: dict[str, Any], rng: np.random.Generator) -> dict:

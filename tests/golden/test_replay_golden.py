@@ -10,6 +10,9 @@ import pytest
 from golden_files import Problem, write_golden
 from replay_golden import ATOL, RTOL, main, replay
 
+from vla_trqam.kernel_choice import Kernels, chosen_kernels
+
+BOTH_WAYS = ("fast", "plain")
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 TRQAM, QAM = FOLDER / "golden_trqam.npz", FOLDER / "golden_qam.npz"
@@ -44,9 +47,11 @@ def test_the_tolerance_is_the_documented_one() -> None:
     assert (RTOL, ATOL) == (2e-4, 2e-5)
 
 
+@pytest.mark.parametrize("kernels", BOTH_WAYS)
 @pytest.mark.parametrize("path", [TRQAM, QAM], ids=["trqam", "qam"])
-def test_the_authors_updates_are_reproduced(path: Path) -> None:
-    comparison = replay(path)
+def test_the_authors_updates_are_reproduced(path: Path, kernels: Kernels) -> None:
+    with chosen_kernels(kernels):
+        comparison = replay(path)
     assert comparison.failures == []
     expected = [q for q in QUANTITIES if path == TRQAM or q.startswith(("info/", "final/"))]
     assert set(expected) - {"info/actor/path_kl"} <= comparison.worst.keys()
@@ -66,9 +71,11 @@ BASELINES = {
 LEFT_OUT = {"batch/terminals", "info/actor", "info/critic"}
 
 
+@pytest.mark.parametrize("kernels", BOTH_WAYS)
 @pytest.mark.parametrize("agent", BASELINES)
-def test_the_authors_baselines_are_reproduced(agent: str) -> None:
-    comparison = replay(FOLDER / f"golden_{agent}.npz", rtol=1e-5, atol=1e-6)
+def test_the_authors_baselines_are_reproduced(agent: str, kernels: Kernels) -> None:
+    with chosen_kernels(kernels):
+        comparison = replay(FOLDER / f"golden_{agent}.npz", rtol=1e-5, atol=1e-6)
     assert comparison.failures == []
     shared = ["info/critic/critic_loss", "info/critic/q_min", "info/grad/norm"]
     shared += ["final/modules_critic/value_net", "final/modules_target_critic/value_net"]
@@ -85,8 +92,9 @@ def test_a_perturbed_input_of_a_baseline_is_found(agent: str, key: str, tmp_path
     assert main([str(tmp_path / "perturbed.npz")]) == 1
 
 
-def test_the_documented_command_prints_every_quantity_and_exits_with_0() -> None:
-    command = [sys.executable, "benchmarks/replay_golden.py", str(TRQAM)]
+@pytest.mark.parametrize("kernels", BOTH_WAYS)
+def test_the_documented_command_prints_every_quantity_and_exits_with_0(kernels: Kernels) -> None:
+    command = [sys.executable, "benchmarks/replay_golden.py", str(TRQAM), f"--kernels={kernels}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     printed = [line.split()[0] for line in run.stdout.splitlines()]
@@ -183,13 +191,14 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "kernels"), [(0, "fast"), (1, "fast"), (0, "plain")])
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_files_of_other_sizes_written_by_the_slow_reference_replay(
-    problem: Problem, seed: int, tmp_path: Path
+    problem: Problem, seed: int, kernels: Kernels, tmp_path: Path
 ) -> None:
     write_golden(tmp_path / "made.npz", problem, seed)
-    comparison = replay(tmp_path / "made.npz")
+    with chosen_kernels(kernels):
+        comparison = replay(tmp_path / "made.npz")
     assert comparison.failures == [], comparison.worst
 
 

@@ -14,6 +14,7 @@ from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.engine.cached import CriticOnly
 from vla_trqam.engine.folder import checkpoints
+from vla_trqam.jobs import states
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM
 
@@ -196,7 +197,7 @@ def test_a_run_from_a_given_policy_goes_on_without_it(
         if update:
             dies_at_update(patch, TRQAM, update)
         else:
-            patch.setattr(finetune_robomimic, "fill_replay", raise_killed)
+            patch.setattr(states, "fill", raise_killed)
         with pytest.raises(Killed):
             tiny(tmp_path / "killed", f"--policy.path={given}")
     shutil.rmtree(given)

@@ -15,6 +15,7 @@ from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.folder import own_folder
+from vla_trqam.jobs import states
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM
 
@@ -30,14 +31,14 @@ def attempt(tiny, folder, *flags):
 
 
 @pytest.mark.parametrize("error", FAILURES)
-@pytest.mark.parametrize("place", ["fill_replay", "RolloutPool", "phases_of", "update"])
+@pytest.mark.parametrize("place", ["fill", "RolloutPool", "phases_of", "update"])
 def test_whatever_fails_before_the_first_checkpoint_does_not_block_the_command(
     place, error, tiny, no_conclusion, tmp_path
 ):
     def fail(*_, **__):
         raise error
 
-    where = {"fill_replay": finetune_robomimic, "update": BehaviourCloning}
+    where = {"fill": states, "update": BehaviourCloning}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(where.get(place, engine), place, fail)
         outcome = attempt(tiny, tmp_path / "run")

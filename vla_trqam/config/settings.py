@@ -9,6 +9,9 @@ from typing import ClassVar, Literal, get_args
 
 from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.errors import UserError
+from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, check_kernels
+from vla_trqam.methods.base import Offers
+from vla_trqam.methods.registry import check_served, idle_knobs, name_of
 from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
@@ -100,7 +103,7 @@ class RunSettings:
     """What the settings of every run have.
 
     ``GROWING`` has the numbers of updates that a resumed run may be given more of, by flag, and
-    their phases, in order.
+    their phases, in order; ``OFFERS`` what the recipe's policies can do for a method.
 
     Attributes:
         output_dir: the run's folder; null for a new one named after the time.
@@ -119,6 +122,8 @@ class RunSettings:
             its last checkpoint with half the step sizes ("rollback", at most five times).
         log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
         num_threads: torch's threads; null for one a core.
+        kernels: what is hot by hand-written kernels ("fast"), or by ordinary torch ("plain"): the
+            same up to rounding, and slower.
         critic: the critic ensemble.
         method: which method, and its knobs.
         online: updates with rollouts between them.
@@ -126,6 +131,7 @@ class RunSettings:
     """
 
     GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
+    OFFERS: ClassVar[Offers] = Offers(training_base=True)
 
     output_dir: Path | None = None
     resume: bool = False
@@ -141,6 +147,7 @@ class RunSettings:
     on_divergence: OnDivergence = "stop"
     log_with: Service | None = None
     num_threads: int | None = None
+    kernels: Kernels = DEFAULT_KERNELS
     critic: CriticConfig = field(default_factory=CriticConfig)
     method: MethodChoice = field(default_factory=default_method)
     online: OnlineConfig = field(default_factory=OnlineConfig)
@@ -199,6 +206,8 @@ class RunSettings:
         check_on_divergence(self.on_divergence)
         if self.steps + self.online.steps < 1:
             raise UserError("--steps and --online.steps are both 0: nothing would be trained")
+        check_kernels(self.kernels)
+        check_served(self.method, self.OFFERS)
         if self.checkpoint is not None and not self.resume:
             raise UserError(
                 f"--checkpoint={self.checkpoint} is one to go on from; add --resume=true and "
@@ -268,6 +277,24 @@ class RunSettings:
                 f"the settings roll out {self.num_training_episodes} episodes for training; "
                 f"there are initial states for {TRAINING_SEED_STRIDE}"
             )
+
+
+def refuse_idle_knobs(config: RunSettings, flags: set[str]) -> None:
+    """Refuses flags that the chosen method leaves without effect.
+
+    Args:
+        config: all settings.
+        flags: the names, with their dashes, of those on the command line.
+
+    Raises:
+        UserError: there is such a flag.
+    """
+    idle = sorted(flags & idle_knobs(config.method))
+    if idle:
+        raise UserError(
+            f"--method.type={name_of(config.method)} has no use for {' and '.join(idle)}: leave it "
+            "out"
+        )
 
 
 def refuse_below(values: Mapping[str, int | None], least: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vla_trqam.config.settings import (
     CriticConfig,
@@ -15,6 +15,7 @@ from vla_trqam.data.sources.lerobot.labels import RewardSource
 from vla_trqam.data.sources.lerobot.rows import TaskChanges
 from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
+from vla_trqam.methods.base import Offers
 from vla_trqam.report.flow_steps import check_flow_steps
 
 
@@ -170,6 +171,8 @@ class FinetuneVLAConfig(RunSettings):
         online: updates with rollouts between them; none without ``env``.
         env: the simulator.
     """
+
+    OFFERS: ClassVar[Offers] = Offers(training_base=False)
 
     steps: int = 1000
     base_episodes: int = 0

@@ -15,8 +15,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vla_trqam.config.parsing import parse_config, resumed_config, settings_of
-from vla_trqam.config.settings import RunSettings
+from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, settings_of
+from vla_trqam.config.settings import RunSettings, refuse_idle_knobs
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 from vla_trqam.engine.conclude import conclude
@@ -60,6 +60,7 @@ def read_config[C: RunSettings](
     if config.resume:
         check = partial(check_resumed, config, restart=restart)
         return resumed_config(config, CONFIG_NAME, arguments, check)
+    refuse_idle_knobs(config, given_flags(arguments))
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     config.output_dir = config.output_dir or Path("outputs") / presets.stem / stamp
     return config

@@ -25,6 +25,7 @@ from vla_trqam.engine.processes.team import (
     make_accelerator,
 )
 from vla_trqam.errors import DivergenceError, UserError
+from vla_trqam.kernel_choice import Kernels, choose_kernels
 from vla_trqam.launched import launched_first, launched_here, launched_processes
 from vla_trqam.policy import FlowPolicy
 
@@ -44,6 +45,7 @@ class TrainingSettings(Settings, Protocol):
     """What the settings of every recipe that trains have."""
 
     seed: int
+    kernels: Kernels
 
 
 def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -> int:
@@ -98,8 +100,9 @@ def _going_on(config: Settings | None, where: str) -> str:
 
 
 def prepare_torch(config: TrainingSettings, *, several: bool = False) -> Accelerator:
-    """:func:`prepare_process`, and the seed of weights yet to be made."""
+    """:func:`prepare_process`, the kernels, and the seed of weights yet to be made."""
     accelerator = prepare_process(config.num_threads, several=several)
+    choose_kernels(config.kernels)
     torch.manual_seed(config.seed)
     return accelerator
 

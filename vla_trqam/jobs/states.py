@@ -6,7 +6,7 @@ A recipe of states is its preset file, its settings, and one function from these
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy, read_shape
 from vla_trqam.config.parsing import given_flags
 from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
+from vla_trqam.data.sources.base import Source, create_replay, fill
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED
-from vla_trqam.engine.folder.pins import Source, write_pins
+from vla_trqam.engine.folder.pins import Source as Pinned
+from vla_trqam.engine.folder.pins import write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, SET_ASIDE, save_settings
 from vla_trqam.engine.job import Job
 from vla_trqam.engine.launch import exit_status, make_critic
@@ -49,23 +51,23 @@ class StateTask:
     Attributes:
         name: of the task, for the report's title.
         data: the files, to be the same when the run is gone on with.
-        observation_dim: O.
-        action_dim: A.
-        num_steps: of the data.
+        parts: the data by the name that it gets in the replay: what is to be cloned is "pretrain",
+            the rest "dataset".
         moments: mean and standard deviation of the observations, (O,) each.
-        fill: puts all of the data into an empty replay; what is to be cloned under the source
-            "pretrain", the rest under "dataset".
         family: makes the simulator's family, last of all.
     """
 
     name: str
-    data: Source
-    observation_dim: int
-    action_dim: int
-    num_steps: int
+    data: Pinned
+    parts: Mapping[str, Source]
     moments: Callable[[], tuple[np.ndarray, np.ndarray]]
-    fill: Callable[[Replay], None]
     family: Callable[[], EnvFamily]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of an observation and of an action."""
+        sizes = next(iter(self.parts.values())).sizes
+        return sizes.observation_dim, sizes.action_dim
 
 
 def main[C: StateRunConfig](
@@ -108,6 +110,7 @@ def finetune[C: StateRunConfig](config: C, open_task: Callable[[C], StateTask]) 
     """The whole run; see :func:`vla_trqam.engine.finetune.finetune`."""
 
     def open_job(config: C, accelerator: Accelerator, team: Team) -> StateJob:
+        _check_given_policy(config)
         return StateJob.opened(config, open_task(config), accelerator.device, team)
 
     engine.finetune(config, open_job)
@@ -139,7 +142,6 @@ class StateJob(Job[StateRunConfig]):
             UserError: the given policy is not of the task.
         """
         policy = _make_policy(config, task).to(device)
-        check_own_steps(policy, config.policy.tuned_flow_steps, config.method)
         if not config.resume:
             assert config.output_dir is not None
             write_pins(config.output_dir, [task.data])  # of a given policy the run has a copy
@@ -161,19 +163,17 @@ class StateJob(Job[StateRunConfig]):
             with written_durably(output_dir / BASE_NAME) as part:
                 self.policy.save_pretrained(part)
         save_settings(self.config, output_dir)
-        replay = Replay.create(
-            path,
-            observation_dim=self.task.observation_dim,
-            action_dim=self.task.action_dim,
-            capacity=self._capacity,
-        )
-        self.task.fill(replay)
+        parts = self.task.parts
+        replay = create_replay(path, list(parts.values()), more_steps=self._more_steps)
+        for name, source in parts.items():
+            fill(replay, source, name)
         return replay
 
     def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
         replay = Replay.open(path)
-        replay.grow(self._capacity)
+        given = sum(source.sizes.num_steps for source in self.task.parts.values())
+        replay.grow(given + self._more_steps)
         return replay
 
     def take(self, replay: Replay) -> EpisodeStore:
@@ -226,10 +226,9 @@ class StateJob(Job[StateRunConfig]):
         self.policy.save_pretrained(folder)
 
     @property
-    def _capacity(self) -> int:
-        """Steps of the data and of all rollouts of the training."""
-        rollouts = self.config.num_training_episodes * self.config.eval.max_episode_steps
-        return self.task.num_steps + rollouts
+    def _more_steps(self) -> int:
+        """Of all rollouts of the training."""
+        return self.config.num_training_episodes * self.config.eval.max_episode_steps
 
     def _make_method(self) -> OffPolicyMethod:
         if self.config.policy.tuned_flow_steps is not None:
@@ -263,17 +262,16 @@ def _make_policy(config: StateRunConfig, task: StateTask) -> MLPFlowPolicy:
     if given is not None:
         policy = MLPFlowPolicy.from_pretrained(given)
         shapes = policy.config.observation_dim, policy.config.action_dim
-        if shapes != (task.observation_dim, task.action_dim):
+        if shapes != task.sizes:
             raise UserError(
                 f"the policy in {given} has observations and actions of sizes "
-                f"{shapes}, the data in {task.data.asked} of "
-                f"{(task.observation_dim, task.action_dim)}"
+                f"{shapes}, the data in {task.data.asked} of {task.sizes}"
             )
         return policy
     mean, std = task.moments()
     shape = MLPFlowConfig(
-        observation_dim=task.observation_dim,
-        action_dim=task.action_dim,
+        observation_dim=task.sizes[0],
+        action_dim=task.sizes[1],
         chunk_length=config.policy.chunk_length,
         hidden_dims=config.policy.hidden_dims,
         layer_norm=config.policy.layer_norm,
@@ -292,3 +290,15 @@ def _given_policy(config: StateRunConfig) -> Path | None:
         return config.policy.path
     assert config.output_dir is not None
     return config.output_dir / BASE_NAME
+
+
+def _check_given_policy(config: StateRunConfig) -> None:
+    """Refuses a given policy that the method cannot train, by its config, before any data is read.
+
+    Raises:
+        UserError: why it cannot serve, or its config is not one.
+    """
+    given = _given_policy(config)
+    if given is not None:
+        own = read_shape(given).num_flow_steps
+        check_own_steps(own, config.policy.tuned_flow_steps, config.method)

@@ -14,7 +14,7 @@ import torch
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-from vla_trqam.adapters.loading import camera_names, load_policy
+from vla_trqam.adapters.loading import camera_names, flow_steps_of, load_policy
 from vla_trqam.adapters.lora import LoRASettings
 from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
 from vla_trqam.data.frames import IMAGE_PREFIX, image_key
@@ -32,6 +32,7 @@ from vla_trqam.files import written_durably
 from vla_trqam.hub.access import check_push
 from vla_trqam.hub.push import push_checkpoint
 from vla_trqam.jobs.vla_pins import sources_of, take_pinned_commits
+from vla_trqam.methods.registry import name_of, requirements_of
 from vla_trqam.report.flow_steps import check_own_steps
 
 NO_PACKED = "give --policy.path and --dataset.repo_id: this recipe has no packed ones"
@@ -56,6 +57,7 @@ def checked_inputs(
     base_revision = take_pinned_commits(config)
     say = print if team.is_main else _say_nothing
     given = _given_policy(config, packed)
+    check_own_steps(flow_steps_of(*given), config.policy.tuned_flow_steps, config.method)
     seen = _looked_through(config, given)
     configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
     datasets = LeRobotDatasets.opened(configs).part(team.rank, team.size)
@@ -235,6 +237,11 @@ def _check_push(config: FinetuneVLAConfig) -> None:
     if not knobs.push_to_hub:
         return
     assert knobs.repo_id is not None, "the settings were checked"
+    if not (config.resume or requirements_of(config.method).host_acts):
+        raise UserError(
+            f"--policy.push_to_hub=true would push a policy that acts as its base does: what "
+            f"{name_of(config.method)} learns is networks beside it, which LeRobot does not load"
+        )
     local = knobs.path is None or Path(knobs.path).expanduser().is_dir()
     if local and config.peft.method == "lora" and not knobs.merged:
         raise UserError(f"--policy.push_to_hub=true {LOCAL_BASE}")
@@ -324,7 +331,6 @@ def _load_policy(
         policy.host.reset()  # its queue of actions has that length
     if knobs.tuned_flow_steps is not None:
         policy.take_flow_steps(knobs.tuned_flow_steps)
-    check_own_steps(policy, knobs.tuned_flow_steps, config.method)
     assert policy.processors is not None, "load_policy brings processors"
     policy.processors.pad_instructions()
     return policy

@@ -112,6 +112,11 @@ class MethodConfig:
         """
 
     @property
+    def trains_the_base(self) -> bool:
+        """Whether the base is to go on training by behaviour cloning."""
+        return False
+
+    @property
     def keeps_average(self) -> bool:
         """Whether a running mean of the policy's trained weights is kept beside them."""
         return False
@@ -137,11 +142,24 @@ class Requirements:
         next_actions: the TD target needs an action of the policy at the next observation.
         host_acts: the saved policy acts by itself in its host library; otherwise what acts needs
             the method's own networks too.
+        adjoint: an adjoint starts from the action gradient of the critic's target.
     """
 
     trains_field: bool
     next_actions: bool
     host_acts: bool
+    adjoint: bool = False
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What every policy that a recipe takes can do, known before one is loaded.
+
+    Attributes:
+        training_base: its base can go on training.
+    """
+
+    training_base: bool
 
 
 class Method(ABC):

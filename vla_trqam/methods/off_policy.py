@@ -64,6 +64,11 @@ class OffPolicyConfig(MethodConfig):
         if not 0.0 <= self.base_ema_rate <= 1.0:
             raise UserError(f"base_ema_rate is {self.base_ema_rate}; it must be in [0, 1]")
 
+    @property
+    def trains_the_base(self) -> bool:
+        """See :meth:`MethodConfig.trains_the_base`."""
+        return self.train_base
+
 
 @dataclass(frozen=True)
 class Losses:

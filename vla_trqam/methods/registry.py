@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vla_trqam.critic import Critic
-from vla_trqam.methods.base import MethodConfig, OffPolicyMethod, Requirements
+from vla_trqam.errors import UserError
+from vla_trqam.methods.base import MethodConfig, Offers, OffPolicyMethod, Requirements
 from vla_trqam.methods.dsrl import DSRL, DSRLConfig
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import IFQL, IFQLConfig
@@ -55,6 +56,29 @@ def name_of(config: MethodConfig) -> str:
 def requirements_of(config: MethodConfig) -> Requirements:
     """What the method with these knobs asks of a policy and a run."""
     return METHODS[name_of(config)].requirements
+
+
+def check_served(config: MethodConfig, offers: Offers) -> None:
+    """Refuses policies with which a method cannot do what its knobs want, before one is loaded.
+
+    Raises:
+        UserError: why they cannot serve.
+    """
+    if config.trains_the_base and not offers.training_base:
+        raise UserError(
+            f"--method.train_base=true: the base of a policy of this recipe is frozen, and "
+            f"{name_of(config)} would train it; leave it at false"
+        )
+
+
+def idle_knobs(config: MethodConfig) -> set[str]:
+    """The critic's flags that nothing of this method reads."""
+    wants, idle = requirements_of(config), set[str]()
+    if not wants.adjoint:
+        idle |= {"--critic.adjoint_pessimism", "--critic.clip_actions"}
+    if not wants.next_actions:
+        idle |= {"--critic.next_actions", "--critic.redraws"}
+    return idle
 
 
 def make_method(

@@ -179,6 +179,11 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
             ) from None
 
     @property
+    def trains_the_base(self) -> bool:
+        """See :meth:`MethodConfig.trains_the_base`."""
+        return self.train_base
+
+    @property
     def keeps_average(self) -> bool:
         """See :meth:`MethodConfig.keeps_average`."""
         return self.average_rate > 0.0
@@ -210,7 +215,7 @@ class TRQAM(OffPolicyMethod):
         UserError: what the accelerator or the config asks for is not possible.
     """
 
-    requirements = Requirements(trains_field=True, next_actions=True, host_acts=True)
+    requirements = Requirements(trains_field=True, next_actions=True, host_acts=True, adjoint=True)
 
     def __init__(
         self,

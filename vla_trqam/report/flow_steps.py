@@ -54,12 +54,11 @@ def check_flow_steps(count: int, what: str, config: MethodConfig) -> None:
         raise UserError(f"{what} {error}") from None
 
 
-def check_own_steps(policy: FlowPolicy, count: int | None, config: MethodConfig) -> None:
-    """The same of a given policy's own number, where the settings have none.
+def check_own_steps(own: int, count: int | None, config: MethodConfig) -> None:
+    """The same of a given policy's own number, as its config says it, where the settings have none.
 
     Raises:
         UserError: it is too small.
     """
     if count is None:
-        own = policy.num_flow_steps
         check_flow_steps(own, f"the policy's own number of flow steps, {own},", config)

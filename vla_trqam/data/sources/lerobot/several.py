@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import SUCCESS_REWARDS, RewardKind, RewardSpec
 from vla_trqam.data.sources.base import fill
@@ -65,15 +64,6 @@ class LeRobotDatasets:
     def num_frames(self) -> int:
         """Rows whose images are their own."""
         return sum(reader.num_frames for reader in self.named.values())
-
-    @property
-    def tasks(self) -> list[str]:
-        """What the policy is told, each text once."""
-        return sorted({text for reader in self.named.values() for text in reader.tasks})
-
-    def first_observation(self) -> FrameObservation:
-        """See `LeRobotReader.first_observation`."""
-        return self.first.first_observation()
 
     def part(self, number: int, count: int) -> Self:
         """Every ``count``-th episode of each from ``number`` on; see `LeRobotReader.part`."""

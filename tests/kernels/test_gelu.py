@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vla_trqam.gelu import tanh_gelu, tanh_gelu_and_slope
+from vla_trqam.kernels.gelu import tanh_gelu, tanh_gelu_and_slope
 
 EDGES = [0.0, -0.0, 1e-20, -1e-20, 1e-4, -0.75, 3.0, -5.0, 9.0, -12.0, 40.0, -40.0, 1e4, -1e4, 1e12]
 

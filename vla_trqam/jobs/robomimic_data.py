@@ -8,9 +8,7 @@ import numpy as np
 
 import vla_trqam.data
 from vla_trqam.config.state_settings import DatasetConfig, FinetuneRobomimicConfig
-from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
-from vla_trqam.data.sources.base import fill
 from vla_trqam.data.sources.robomimic.hdf5 import (
     RobomimicFile,
     read_robomimic,
@@ -69,13 +67,15 @@ def pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> l
     return names[:count]
 
 
-def fill_replay(config: FinetuneRobomimicConfig, file: RobomimicFile, replay: Replay) -> None:
-    """Puts all demos into an empty replay, those to clone under a source of their own."""
+def parts_of(config: FinetuneRobomimicConfig, file: RobomimicFile) -> dict[str, RobomimicFile]:
+    """All demos by the name that they get in the replay; those to clone have one of their own.
+
+    Raises:
+        UserError: see :func:`pretraining_demos`.
+    """
     cloned = set(pretraining_demos(config, file))
-    parts = {
+    names = {
         "pretrain": [demo.name for demo in file.demos if demo.name in cloned],
         "dataset": [demo.name for demo in file.demos if demo.name not in cloned],
     }
-    for source, names in parts.items():
-        if names:
-            fill(replay, file.select(names), source)
+    return {part: file.select(chosen) for part, chosen in names.items() if chosen}

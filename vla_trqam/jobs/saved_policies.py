@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from vla_trqam.adapters.mlp import MLPFlowPolicy
 
+from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import read_settings, saved_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig

@@ -1,0 +1,88 @@
+"""What a method asks is asked of settings and configs, before data or weights are read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
+from vla_trqam.recipes import finetune_ogbench, finetune_robomimic
+
+from vla_trqam.config.settings import OnlineConfig, RunSettings, refuse_idle_knobs
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
+from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.errors import UserError
+from vla_trqam.methods.base import MethodConfig
+from vla_trqam.methods.dsrl import DSRLConfig
+from vla_trqam.methods.fql import FQLConfig
+from vla_trqam.methods.ifql import IFQLConfig
+from vla_trqam.methods.qam import QAMConfig
+from vla_trqam.methods.registry import METHODS, name_of
+from vla_trqam.methods.trqam import TRQAMConfig
+
+
+def vla(**settings: Any) -> FinetuneVLAConfig:
+    return FinetuneVLAConfig(online=OnlineConfig(steps=0), **settings)
+
+
+TRAINING_BASE = [
+    TRQAMConfig(train_base=True),
+    QAMConfig(train_base=True),
+    FQLConfig(train_base=True),
+    IFQLConfig(train_base=True),
+    DSRLConfig(train_base=True),
+]
+
+
+@pytest.mark.parametrize("method", TRAINING_BASE, ids=name_of)
+def test_a_base_that_must_train_is_refused_by_settings_whose_policies_have_a_frozen_one(
+    method: MethodConfig,
+) -> None:
+    said = rf"^--method\.train_base=true: the base .* is frozen, and {name_of(method)} would"
+    with pytest.raises(UserError, match=said):
+        vla(method=method)
+    assert FinetuneRobomimicConfig(method=method).method is method
+
+
+def test_every_method_serves_with_its_own_defaults() -> None:
+    for entry in METHODS.values():
+        vla(method=entry.config())
+        FinetuneRobomimicConfig(method=entry.config())
+
+
+@pytest.mark.parametrize(
+    ("method", "flag"),
+    [
+        (FQLConfig(), "--critic.adjoint_pessimism"),
+        (DSRLConfig(), "--critic.clip_actions"),
+        (IFQLConfig(), "--critic.redraws"),
+        (IFQLConfig(), "--critic.next_actions"),
+    ],
+)
+@pytest.mark.parametrize("settings", [vla, FinetuneRobomimicConfig])
+def test_a_flag_of_the_critic_that_the_method_does_not_read_is_refused(
+    settings: Callable[..., RunSettings], method: MethodConfig, flag: str
+) -> None:
+    said = f"^--method.type={name_of(method)} has no use for {flag}: leave it out$"
+    with pytest.raises(UserError, match=said):
+        refuse_idle_knobs(settings(method=method), {flag, "--seed"})
+    refuse_idle_knobs(settings(), {flag, "--seed"})
+    refuse_idle_knobs(settings(method=method), {"--critic.pessimism", "--seed"})
+
+
+@pytest.mark.parametrize("recipe", [finetune_robomimic, finetune_ogbench])
+def test_a_policy_of_too_few_flow_steps_is_refused_before_the_data_is_opened(
+    recipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def open_task(config: object) -> None:
+        raise AssertionError("the data was opened")
+
+    monkeypatch.setattr(recipe, "open_task", open_task)
+    MLPFlowPolicy(MLPFlowConfig(3, 2, 5, (8,), num_flow_steps=1)).save_pretrained(tmp_path / "p")
+    (tmp_path / "p/model.safetensors").unlink()
+    flags = [f"--policy.path={tmp_path / 'p'}", "--method.scheme=posterior"]
+    flags += ["--dataset.path=absent", f"--output_dir={tmp_path / 'run'}", "--num_threads=1"]
+    assert recipe.main(flags) == 2  # type: ignore[attr-defined]
+    said = capsys.readouterr().err
+    assert "the policy's own number of flow steps, 1, is too few for the posterior" in said
+    assert not (tmp_path / "run").exists()
