@@ -22,11 +22,13 @@ def check_against_dataset(
     features: Mapping[str, Mapping[str, Any]],
     stats: Mapping[str, Mapping[str, Any]] | None = None,
     rename: Mapping[str, str] | None = None,
+    *,
+    name: str = "this dataset",
 ) -> None:
     """Raises a UserError with a sentence for each of :func:`dataset_problems`, if there are any."""
     problems = list(dataset_problems(policy, features, stats, rename))
     if problems:
-        raise UserError("this dataset does not fit the policy: " + "; ".join(problems))
+        raise UserError(f"{name} does not fit the policy: " + "; ".join(problems))
 
 
 def dataset_problems(

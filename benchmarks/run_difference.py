@@ -119,6 +119,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         "rewards": replay.rewards,
         **{name: getattr(episodes, name) for name in vars(episodes)},
     }
+    found |= {f"column {name}": replay.column(name) for name in replay.columns}
     if (path / FRAMES_NAME).exists():
         found |= {f"images {name}": replay.images(name) for name in replay.cameras}
         found["tasks"] = np.array(replay.task_of_episodes())

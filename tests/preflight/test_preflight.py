@@ -62,7 +62,7 @@ def look_before(policy: Any, replay: Replay, **changes: Any) -> PreflightReport:
     settings = {"share": Share(4), "output_dir": run, "num_checkpoints": 2}
     settings["method"] = TRQAMConfig()
     plan = plan_of(replay, run / "replay")
-    return preflight_machine(policy, reader_of(replay), plan, **(settings | changes))
+    return preflight_machine(policy, {"dataset": reader_of(replay)}, plan, **(settings | changes))
 
 
 def only_failure(report: PreflightReport) -> Finding:

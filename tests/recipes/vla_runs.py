@@ -24,10 +24,11 @@ from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.recipes import finetune_pi0, finetune_smolvla
 
 from vla_trqam.data.episode import Episode
+from vla_trqam.data.sources.lerobot import several
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.run import Run
-from vla_trqam.jobs import vla, vla_inputs
+from vla_trqam.jobs import vla
 
 PI0, SMOLVLA = (Path(str(recipe.__file__)) for recipe in (finetune_pi0, finetune_smolvla))
 TINY = [
@@ -110,7 +111,7 @@ def without_simulator() -> Iterator[None]:
         patch.setattr(engine, "RolloutPool", ImageToyPool)
         patch.setattr(vla, "make_family", image_family)
         # Opening a dataset takes longer than these runs, and a reader does not change.
-        patch.setattr(vla_inputs, "LeRobotReader", cache(LeRobotReader))
+        patch.setattr(several, "LeRobotReader", cache(LeRobotReader))
         yield
 
 

@@ -20,8 +20,8 @@ from vla_trqam.report.flow_steps import check_flow_steps
 
 
 @dataclass
-class VLADatasetConfig:
-    """The replay's offline data: a LeRobotDataset.
+class OneDatasetConfig:
+    """A LeRobotDataset, and how it is read.
 
     Attributes:
         repo_id: of the dataset, on the Hub or of ``root``.
@@ -30,13 +30,11 @@ class VLADatasetConfig:
         episodes: numbers of those to read; null for all.
         reward: where rewards come from; null takes what there is.
         success_labels: a JSON list, one label for each episode of the dataset.
-        kind: what the critic maximises.
         instruction: a column of texts that holds the policy's instruction; null for the tasks.
         task_changes: where the task changes within an episode: "refuse", tell the policy the
             episode's "first", or each "frame" its own.
         tolerance_s: seconds that a frame's timestamp may be off its number, and a video's frame off
             the timestamp.
-        short_chunks: chunks that the episode's end cuts short.
     """
 
     repo_id: str | None = None
@@ -45,11 +43,42 @@ class VLADatasetConfig:
     episodes: tuple[int, ...] | None = None
     reward: RewardSource | None = None
     success_labels: Path | None = None
-    kind: RewardKind = "success_minus_one"
     instruction: str | None = None
     task_changes: TaskChanges = "refuse"
     tolerance_s: float = 1e-4
+
+
+@dataclass
+class MoreDatasetConfig(OneDatasetConfig):
+    """A further dataset, of the same robot and cameras.
+
+    Attributes:
+        kind: what the critic makes of its rewards; null for the first dataset's. All kinds must
+            come to one scale.
+        rename_map: from its cameras to the policy's; null for the run's.
+    """
+
+    kind: RewardKind | None = None
+    rename_map: dict[str, str] | None = None
+
+
+@dataclass
+class VLADatasetConfig(OneDatasetConfig):
+    """The replay's offline data: a LeRobotDataset, or several.
+
+    Attributes:
+        kind: what the critic maximises, in the first dataset and in rollouts.
+        short_chunks: chunks that the episode's end cuts short.
+        more: further datasets, like ``[{repo_id: me/round1, root: runs/round1, reward: success}]``,
+            with the flags of the first as keys.
+        columns: further columns that travel into the replay; null for those that tell of
+            interventions where all datasets have them.
+    """
+
+    kind: RewardKind = "success_minus_one"
     short_chunks: ShortChunks = "pad"
+    more: list[MoreDatasetConfig] = field(default_factory=list)
+    columns: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -203,12 +232,18 @@ class FinetuneVLAConfig(RunSettings):
                 "--policy.push_to_hub=true would push processors that name a folder of this "
                 f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
             )
+        self._check_datasets()
+        tuned = self.policy.tuned_flow_steps
+        if tuned is not None:
+            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)
+        super()._check_choices()
+
+    def _check_datasets(self) -> None:
         if (self.policy.path is None) != (self.dataset.repo_id is None):
             raise UserError(
                 "--policy.path and --dataset.repo_id go together: without both, the packed policy "
                 "learns from the packed dataset"
             )
-        tuned = self.policy.tuned_flow_steps
-        if tuned is not None:
-            check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)
-        super()._check_choices()
+        for number, data in enumerate(self.dataset.more):
+            if data.repo_id is None:
+                raise UserError(f"--dataset.more[{number}] names no repo_id")

@@ -184,13 +184,20 @@ class RecordedEpisodes:
             source=np.array(self._header.sources, dtype=np.str_)[source],
         )
 
+    def rewards_as(self, reward: RewardSpec) -> np.ndarray:
+        """(num_steps,) what the critic is to learn from, by each step's source."""
+        if not reward.of_sources:
+            return reward.apply(self.rewards)
+        episodes = self.episodes()
+        return reward.apply(self.rewards, np.repeat(episodes.source, episodes.num_steps))
+
     def returns_to_go(self, discount: float, reward: RewardSpec) -> np.ndarray:
         """Exact Monte-Carlo return of every step, (num_steps,) float64.
 
         G_t = sum over i of γ^i r_{t+i} up to the end of the episode; NaN in episodes that did not
         terminate, whose return is unknown.
         """
-        returns = reward.apply(self.rewards).astype(np.float64)
+        returns = self.rewards_as(reward).astype(np.float64)
         episodes = self.episodes()
         remaining = np.concatenate(
             [np.arange(n, 0, -1) for n in episodes.num_steps] or [np.empty(0, np.int64)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal
 
 import numpy as np
@@ -26,6 +26,12 @@ _DESCRIPTIONS: dict[str, str] = {
     "column": "the reward column as it is stored",
 }
 
+SUCCESS_REWARDS: dict[str, tuple[float, float]] = {
+    "success_minus_one": (-1.0, 0.0),
+    "sparse": (0.0, 1.0),
+}
+"""What a step can get by the kinds that are made of success: the least and the largest."""
+
 
 @dataclass(frozen=True)
 class RewardSpec:
@@ -34,25 +40,45 @@ class RewardSpec:
     Attributes:
         kind: `success_minus_one` is r - 1 and `sparse` is r, both for a stored success reward r
             in {0, 1}; `column` takes whatever is stored.
+        of_sources: name -> kind of a replay's sources that have one of their own, because other
+            numbers are stored of them. All must come to one scale: a critic learns one reward.
     """
 
     kind: RewardKind = "success_minus_one"
+    of_sources: Mapping[str, RewardKind] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in _DESCRIPTIONS:
-            known = ", ".join(_DESCRIPTIONS)
-            raise UserError(f"Unknown reward '{self.kind}': choose one of {known}.")
+        for kind in (self.kind, *self.of_sources.values()):
+            if kind not in _DESCRIPTIONS:
+                known = ", ".join(_DESCRIPTIONS)
+                raise UserError(f"Unknown reward '{kind}': choose one of {known}.")
+
+    @property
+    def label(self) -> str:
+        """The kind, and those of sources that have their own."""
+        own = ", ".join(f"{name}: {kind}" for name, kind in self.of_sources.items())
+        return f"{self.kind} ({own})" if own else self.kind
 
     def describe(self) -> str:
         """One line for the recipe to print at the start."""
         return f"reward {self.kind}: {_DESCRIPTIONS[self.kind]}"
 
-    def apply(self, stored: np.ndarray) -> np.ndarray:
+    def apply(self, stored: np.ndarray, source: np.ndarray | None = None) -> np.ndarray:
         """Stored rewards -> rewards to learn from, same shape.
+
+        Args:
+            stored: (N, ...).
+            source: (N,) names of where they come from; None where none has a kind of its own.
 
         Raises:
             UserError: the kind wants a success reward and something besides 0 and 1 is stored.
         """
+        if source is not None and self.of_sources:
+            learned = np.array(stored)
+            for name in np.unique(source):
+                kind = self.of_sources.get(str(name), self.kind)
+                learned[source == name] = RewardSpec(kind).apply(stored[source == name])
+            return learned
         if self.kind == "column":
             return stored
         strange = stored[(stored != 0) & (stored != 1)]
@@ -184,6 +210,10 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
             terminated=_tensor(starts["terminated"]),
             truncated=_tensor(starts["truncated"]),
             valid=torch.from_numpy(self._valid_of.take(num_steps, axis=0)),
+            columns={
+                name: torch.from_numpy(self.buffer.column(name).take(step, axis=0))
+                for name in self.buffer.columns
+            },
         )
 
     def outcomes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +261,8 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         starts["step"] = episodes.first_step[row] + offset
         starts["observation_row"] = episodes.first_observation[row] + offset
         starts["num_steps"] = np.minimum(remaining, self.chunk_length)
-        starts["chunk_return"] = self._chunk_returns(starts["step"], starts["num_steps"])
+        source = episodes.source[row] if self.reward.of_sources else None
+        starts["chunk_return"] = self._chunk_returns(starts, source)
         # Success on the last step that was allowed is a success.
         starts["terminated"] = at_end & episodes.terminated[row]
         starts["truncated"] = at_end & ~episodes.terminated[row]
@@ -243,11 +274,12 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         after = starts["terminated"] | self.observer.known(first + starts["num_steps"])
         return self.observer.known(first) & after
 
-    def _chunk_returns(self, step: np.ndarray, num_steps: np.ndarray) -> np.ndarray:
+    def _chunk_returns(self, starts: np.ndarray, source: np.ndarray | None) -> np.ndarray:
         """(N,) float32, summed in float64."""
-        rewards = self.buffer.rewards[step[:, None] + self._offset_of[num_steps]]
+        num_steps = starts["num_steps"]
+        rewards = self.buffer.rewards[starts["step"][:, None] + self._offset_of[num_steps]]
         returns = chunk_return(
-            torch.from_numpy(self.reward.apply(rewards).astype(np.float64)),
+            torch.from_numpy(self.reward.apply(rewards, source).astype(np.float64)),
             self.discount,
             torch.from_numpy(num_steps),
         )

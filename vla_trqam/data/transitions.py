@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, cast
 
 import torch
@@ -35,6 +35,8 @@ class TransitionBatch(Generic[Observation]):
         terminated: (B,) bool, the task ended at s_{t+n}: nothing to bootstrap from.
         truncated: (B,) bool, the episode was cut at s_{t+n}: bootstrap as if it had gone on.
         valid: (B, H) bool, False for the tail of a chunk that the episode's end cut short.
+        columns: further columns of the replay, such as interventions: name -> (B, H, ...). Like
+            `action`, the tail repeats the episode's last.
     """
 
     observation: Observation
@@ -45,6 +47,7 @@ class TransitionBatch(Generic[Observation]):
     terminated: Tensor
     truncated: Tensor
     valid: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.action.shape[0]
@@ -81,7 +84,7 @@ class TransitionBatch(Generic[Observation]):
         return TransitionBatch(*(_mapped(getattr(self, name), function) for name in _FIELD_NAMES))
 
 
-_FIELD_NAMES = tuple(field.name for field in fields(TransitionBatch))
+_FIELD_NAMES = tuple(item.name for item in fields(TransitionBatch))
 
 
 def _mapped(value: Tensor | Mapping[str, Field], function: Callable[[Tensor], Tensor]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.data.sampling import SUCCESS_REWARDS, ChunkSampler
 
 Line = Mapping[str, Any]
 Finding = Callable[[Line], str | None]
@@ -182,11 +182,13 @@ def reward_range(sampler: ChunkSampler[Any], *, rolls_out: bool) -> Range:
         sampler: of all data.
         rolls_out: whether episodes of the simulators join it, with their rewards of 0 and 1.
     """
-    kind = sampler.reward.kind
-    if kind != "column":
-        return (-1.0, 0.0) if kind == "success_minus_one" else (0.0, 1.0)
-    episodes = sampler.buffer.episodes()
-    given = ~np.isin(episodes.source, ROLLED_OUT)
-    rewards = sampler.buffer.rewards[np.repeat(given, episodes.num_steps)]
-    found = [*rewards[np.isfinite(rewards)].tolist(), *([0.0, 1.0] if rolls_out else [])]
+    reward, episodes = sampler.reward, sampler.buffer.episodes()
+    kinds = {reward.kind, *reward.of_sources.values()}
+    found = [end for kind in kinds - {"column"} for end in SUCCESS_REWARDS[kind]]
+    if "column" in kinds:
+        given = ~np.isin(episodes.source, ROLLED_OUT)
+        rewards = sampler.buffer.rewards_as(reward)[np.repeat(given, episodes.num_steps)]
+        found += rewards[np.isfinite(rewards)].tolist()
+    if reward.kind == "column" and rolls_out:
+        found += [0.0, 1.0]
     return min(found, default=0.0), max(found, default=0.0)

@@ -37,7 +37,7 @@ class Job[C: RunSettings](ABC):
         shorter_chunks: how its user comes by chunks that shorter episodes have room for.
     """
 
-    data_sources: ClassVar[tuple[str, ...]] = ("dataset",)
+    data_sources: tuple[str, ...] = ("dataset",)
     shorter_chunks: ClassVar[str] = "a policy of shorter chunks"
 
     def __init__(self, config: C, policy: FlowPolicy, team: Team) -> None:

@@ -21,9 +21,9 @@ from vla_trqam.config.parsing import given_flags
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.data.replay import Replay
-from vla_trqam.data.sampling import ChunkSampler, RewardSpec
-from vla_trqam.data.sources.base import create_replay, fill
-from vla_trqam.data.sources.lerobot.source import LeRobotReader
+from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.data.sources.base import create_replay
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.episode_store import EpisodeStore
@@ -36,7 +36,7 @@ from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
-from vla_trqam.jobs.vla_inputs import checked_inputs, give_base, push
+from vla_trqam.jobs.vla_inputs import checked_inputs, give_base, push, reward_of
 from vla_trqam.jobs.vla_preflight import all_rewards, check_data, check_machine, room_for_rollouts
 from vla_trqam.methods.base import OffPolicyMethod
 from vla_trqam.methods.registry import make_method, name_of
@@ -100,14 +100,15 @@ class VLAJob(Job[FinetuneVLAConfig]):
         self,
         config: FinetuneVLAConfig,
         policy: LeRobotFlowPolicy,
-        reader: LeRobotReader,
+        datasets: LeRobotDatasets,
         family: EnvFamily | None,
         accelerator: Accelerator,
         team: Team,
     ) -> None:
         """Use `opened`."""
         super().__init__(config, policy, team)
-        self._reader, self._family, self._accelerator = reader, family, accelerator
+        self._datasets, self._family, self._accelerator = datasets, family, accelerator
+        self.data_sources = tuple(datasets.named)
         self._method = cache(self._make_method)
 
     @classmethod
@@ -119,16 +120,18 @@ class VLAJob(Job[FinetuneVLAConfig]):
         *,
         packed: Path | None,
     ) -> VLAJob:
-        """The policy and this process's part of the dataset, for which the machine is enough.
+        """The policy and this process's part of the datasets, for which the machine is enough.
 
         Raises:
             UserError: one of these is not as it should be.
         """
         device = own_device("policy.device", config.policy.device, accelerator)
         family = team.together(lambda: _make_family(config))
-        reader, policy = team.together(lambda: checked_inputs(config, packed, device, team, family))
-        team.together(lambda: check_machine(config, reader, policy, team))
-        return cls(config, policy, reader, family, accelerator, team)
+        datasets, policy = team.together(
+            lambda: checked_inputs(config, packed, device, team, family)
+        )
+        team.together(lambda: check_machine(config, datasets, policy, team))
+        return cls(config, policy, datasets, family, accelerator, team)
 
     @property
     def device(self) -> torch.device:
@@ -142,21 +145,22 @@ class VLAJob(Job[FinetuneVLAConfig]):
         return f"{name_of(self.config.method).upper()} of {self.policy.host.config.type}{where}"
 
     def begin(self, path: Path) -> Replay:
-        """The base, where the adapters' is in no file, the settings and a replay of the dataset."""
+        """The base, where the adapters' is in no file, the settings and a replay of the data."""
         main = self.team.is_main
         give_base(self.config, self.policy, path.parent, writes=main)
         if main:
             save_settings(self.config, path.parent)
         more_steps, more_frames = self._more_room
-        replay = create_replay(path, [self._reader], more_steps=more_steps, more_frames=more_frames)
-        fill(replay, self._reader, "dataset", say=print if main else lambda _: None)
+        sources = list(self._datasets.named.values())
+        replay = create_replay(path, sources, more_steps=more_steps, more_frames=more_frames)
+        self._datasets.fill(replay, say=print if main else lambda _: None)
         return replay
 
     def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
         more_steps, more_frames = self._more_room
         replay = Replay.open(path)
-        replay.grow(self._reader.num_rows + more_steps, self._reader.num_frames + more_frames)
+        replay.grow(self._datasets.num_rows + more_steps, self._datasets.num_frames + more_frames)
         return replay
 
     def take(self, replay: Replay) -> EpisodeStore:
@@ -174,7 +178,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
             chunk_length=self.policy.chunk_shape[0],
             discount=self.config.discount,
             short_chunks=self.config.dataset.short_chunks,
-            reward=RewardSpec(self.config.dataset.kind),
+            reward=reward_of(self.config),
             sources=sources,
             observer=NumberedFeatures(
                 self._features, self._replay, CRITIC_FEATURES if for_critic else None

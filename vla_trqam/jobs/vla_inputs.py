@@ -16,9 +16,11 @@ from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import camera_names, flow_steps_of, load_policy
 from vla_trqam.adapters.lora import LoRASettings
-from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
 from vla_trqam.data.frames import IMAGE_PREFIX, image_key
 from vla_trqam.data.replay import Replay
+from vla_trqam.data.sampling import RewardKind, RewardSpec
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.engine.folder.checkpoints import last_checkpoint
 from vla_trqam.engine.folder.pins import write_pins
@@ -43,7 +45,7 @@ def checked_inputs(
     device: torch.device,
     team: Team,
     family: EnvFamily | None,
-) -> tuple[LeRobotReader, LeRobotFlowPolicy]:
+) -> tuple[LeRobotDatasets, LeRobotFlowPolicy]:
     """This process's part of the dataset and the policy, after all that needs neither is checked.
 
     Raises:
@@ -56,11 +58,15 @@ def checked_inputs(
     say = print if team.is_main else _say_nothing
     given = _given_policy(config, packed)
     check_own_steps(flow_steps_of(*given), config.policy.tuned_flow_steps, config.method)
-    data = replace(_dataset(config, packed), looked_through=_looked_through(config, given))
-    reader = LeRobotReader(data).part(team.rank, team.size)
+    seen = _looked_through(config, given)
+    configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
+    datasets = LeRobotDatasets.opened(configs).part(team.rank, team.size)
+    reader = datasets.first
     policy = _load_policy(config, given, base_revision, device, say, family)
     # Before anything is decoded.
-    check_against_dataset(policy, reader.features)
+    for each in datasets.named.values():
+        name = each.where if len(datasets.named) > 1 else "this dataset"
+        check_against_dataset(policy, each.features, name=name)
     # A single camera without a name is `observation.image`.
     cameras = [key for key in reader.features if key.startswith("observation.image")]
     for note in policy.cameras(cameras).notes():
@@ -68,11 +74,11 @@ def checked_inputs(
     if family is not None:
         _check_simulator(config, reader, policy, family)
     _check_base(config, policy)
-    reader.check_cameras()
+    datasets.check_cameras()
     if team.is_main and not config.resume:
         assert config.output_dir is not None
-        write_pins(config.output_dir, sources_of(config, packed, reader))
-    return reader, policy
+        write_pins(config.output_dir, sources_of(config, packed, datasets))
+    return datasets, policy
 
 
 def give_base(
@@ -242,22 +248,52 @@ def _check_push(config: FinetuneVLAConfig) -> None:
     check_push(knobs.repo_id, private=knobs.private)
 
 
-def _dataset(config: FinetuneVLAConfig, packed: Path | None) -> LeRobotConfig:
+def dataset_configs(config: FinetuneVLAConfig, packed: Path | None) -> list[LeRobotConfig]:
+    """What is read of each dataset, the first first."""
     data = config.dataset
     if data.repo_id is None and packed is None:
         raise UserError(NO_PACKED)
+    first = _dataset(data, data.kind, config.rename_map, data.columns)
+    if data.repo_id is None and packed is not None:
+        first = replace(first, repo_id="local/packed", root=packed / "dataset")
+    return [first] + [
+        _dataset(
+            each,
+            each.kind or data.kind,
+            config.rename_map if each.rename_map is None else each.rename_map,
+            data.columns,
+        )
+        for each in data.more
+    ]
+
+
+def reward_of(config: FinetuneVLAConfig) -> RewardSpec:
+    """What the critic maximises: rollouts like the first dataset, others by their own kinds."""
+    data = config.dataset
+    named = zip(source_names(1 + len(data.more))[1:], data.more, strict=True)
+    own = {name: each.kind for name, each in named if each.kind and each.kind != data.kind}
+    return RewardSpec(data.kind, own)
+
+
+def _dataset(
+    data: OneDatasetConfig,
+    kind: RewardKind,
+    rename_map: dict[str, str],
+    columns: tuple[str, ...] | None,
+) -> LeRobotConfig:
     return LeRobotConfig(
-        repo_id=data.repo_id or "local/packed",
-        root=data.root if data.repo_id or packed is None else packed / "dataset",
+        repo_id=data.repo_id or "",
+        root=data.root,
         revision=data.revision,
         episodes=data.episodes,
         reward=data.reward,
-        kind=data.kind,
+        kind=kind,
         success_labels=data.success_labels,
         instruction=data.instruction,
         task_changes=data.task_changes,
         tolerance_s=data.tolerance_s,
-        rename_map=config.rename_map,
+        rename_map=rename_map,
+        columns=columns,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from vla_trqam.adapters.loading import adapter_base, fetch
-from vla_trqam.config.vla_settings import FinetuneVLAConfig
+from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
 from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.hub import commit_of
-from vla_trqam.data.sources.lerobot.source import LeRobotReader
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
+from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.engine.folder.pins import Source, read_pins
 
 # Weights, configs, processors with their statistics, tokenizers; not the card.
@@ -28,25 +30,23 @@ def take_pinned_commits(config: FinetuneVLAConfig) -> str | None:
     commits = {name: pin.commit for name, pin in read_pins(config.output_dir).items()}
     if commits.get("policy"):
         config.policy.revision = commits["policy"]
-    if commits.get("dataset"):
-        config.dataset.revision = commits["dataset"]
+    datasets: list[OneDatasetConfig] = [config.dataset, *config.dataset.more]
+    for name, data in zip(source_names(len(datasets)), datasets, strict=True):
+        if commits.get(name):
+            data.revision = commits[name]
     return commits.get("base")
 
 
 def sources_of(
-    config: FinetuneVLAConfig, packed: Path | None, reader: LeRobotReader
+    config: FinetuneVLAConfig, packed: Path | None, datasets: LeRobotDatasets
 ) -> list[Source]:
-    """Policy, an adapter's base, tokenizer, dataset and labels of a new run."""
+    """Policy, an adapter's base, tokenizer, datasets and their labels of a new run."""
     found = _policies(config, packed)
     tokenizer = config.policy.tokenizer
     if tokenizer is not None:
         folder = Path(tokenizer).expanduser()
         found.append(Source("tokenizer", str(tokenizer), folder, _files(folder)))
-    found.append(_dataset(config, packed, reader))
-    labels = config.dataset.success_labels
-    if labels is not None:
-        found.append(Source("success labels", str(labels), labels.parent, (labels.name,)))
-    return found
+    return [*found, *_datasets(config, packed, datasets)]
 
 
 def _policies(config: FinetuneVLAConfig, packed: Path | None) -> list[Source]:
@@ -68,27 +68,38 @@ def _files(folder: Path) -> tuple[str, ...]:
     return tuple(path.name for path in paths if path.is_file())
 
 
-def _dataset(config: FinetuneVLAConfig, packed: Path | None, reader: LeRobotReader) -> Source:
-    """Without the videos of cameras that nobody looks through."""
-    asked, root = config.dataset.repo_id or "packed", _local_dataset(config, packed)
+def _datasets(
+    config: FinetuneVLAConfig, packed: Path | None, datasets: LeRobotDatasets
+) -> Iterator[Source]:
+    """Each dataset without the videos of cameras that nobody looks through, and its labels."""
+    for name, reader in datasets.named.items():
+        data = reader.config
+        is_packed = name == "dataset" and config.dataset.repo_id is None
+        asked = "packed" if is_packed else data.repo_id
+        yield _dataset(name, asked, _local_dataset(data), reader)
+        labels = data.success_labels
+        if labels is not None:
+            whose = name.replace("dataset", "success labels")
+            yield Source(whose, str(labels), labels.parent, (labels.name,))
+
+
+def _dataset(name: str, asked: str, root: Path | None, reader: LeRobotReader) -> Source:
     commit = reader.revision
     if root is None or commit is not None:
-        return Source("dataset", asked, None, commit=commit)
-    original = {new: old for old, new in config.rename_map.items()}
+        return Source(name, asked, None, commit=commit)
+    original = {new: old for old, new in reader.config.rename_map.items()}
     names = [image_key(name) for name in reader.cameras]
     videos = [root / "videos" / original.get(name, name) for name in names]
     paths = [path for part in (root / "meta", root / "data", *videos) for path in part.rglob("*")]
     files = sorted(str(path.relative_to(root)) for path in paths if path.is_file())
-    return Source("dataset", asked, root, tuple(files))
+    return Source(name, asked, root, tuple(files))
 
 
-def _local_dataset(config: FinetuneVLAConfig, packed: Path | None) -> Path | None:
+def _local_dataset(data: LeRobotConfig) -> Path | None:
     """The dataset's folder of this machine, as LeRobot looks for it; None for the Hub's."""
-    if config.dataset.repo_id is None:
-        return None if packed is None else packed / "dataset"
-    if config.dataset.root is not None:
-        return config.dataset.root
+    if data.root is not None:
+        return data.root
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    own = Path(HF_LEROBOT_HOME) / config.dataset.repo_id
+    own = Path(HF_LEROBOT_HOME) / data.repo_id
     return own if (own / INFO).is_file() else None

@@ -9,7 +9,7 @@ from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
-from vla_trqam.data.sources.lerobot.source import LeRobotReader
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
 from vla_trqam.engine.folder.checkpoints import all_checkpoints
 from vla_trqam.engine.folder.run_folder import replay_path
 from vla_trqam.engine.launch import make_critic
@@ -25,7 +25,7 @@ from vla_trqam.preflight.checks import (
 
 
 def check_machine(
-    config: FinetuneVLAConfig, reader: LeRobotReader, policy: LeRobotFlowPolicy, team: Team
+    config: FinetuneVLAConfig, datasets: LeRobotDatasets, policy: LeRobotFlowPolicy, team: Team
 ) -> None:
     """Prints what was found before anything is decoded or written.
 
@@ -37,17 +37,17 @@ def check_machine(
     more_steps, more_frames = room_for_rollouts(config, policy.chunk_shape[0])
     plan = ReplayPlan(
         path=replay_path(output_dir, team),
-        steps=reader.num_rows + more_steps,
-        frames=reader.num_frames + more_frames,
-        state_dim=reader.state_dim,
-        action_dim=reader.action_dim,
-        cameras=reader.cameras,
+        steps=datasets.num_rows + more_steps,
+        frames=datasets.num_frames + more_frames,
+        state_dim=datasets.first.state_dim,
+        action_dim=datasets.first.action_dim,
+        cameras=datasets.first.cameras,
         next_actions=config.critic.next_actions,
     )
     whole = -(-(config.steps + config.online.steps) // config.save_freq) + 1
     report = preflight_machine(
         policy,
-        reader,
+        datasets.named,
         plan,
         critic=make_critic(config.critic, policy, config.seed),
         method=config.method,
@@ -76,7 +76,7 @@ def check_data(
         replay,
         everything,
         execution_horizon=policy.host.config.n_action_steps,
-        sources=["dataset"],
+        sources=source_names(1 + len(config.dataset.more)),
         rewards=rewards,
         resumed=config.resume or config.policy.adapter == "continue",
     )

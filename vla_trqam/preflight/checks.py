@@ -6,14 +6,15 @@ then, when it is decoded, what is in it (:func:`preflight`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.errors import UserError
@@ -42,7 +43,7 @@ __all__ = [
 
 def preflight_machine(
     policy: LeRobotFlowPolicy,
-    reader: LeRobotReader,
+    readers: Mapping[str, LeRobotReader],
     plan: ReplayPlan,
     *,
     critic: nn.Module | None = None,
@@ -55,7 +56,7 @@ def preflight_machine(
 
     Args:
         policy: on its device.
-        reader: of the dataset; none of its pictures is looked at.
+        readers: of the datasets by their names in the replay; no picture is looked at.
         plan: what the replay will hold.
         critic: with its target; counts towards memory and disk.
         method: its chain, and what it keeps of it.
@@ -66,11 +67,14 @@ def preflight_machine(
     Returns:
         All findings; print `lines()` and call `raise_on_failure()`.
     """
-    machine = _Machine(policy, reader, plan, critic, method, share, output_dir, num_checkpoints)
+    machine = _Machine(policy, readers, plan, critic, method, share, output_dir, num_checkpoints)
     takes = ("observation",)
     return _run(
         [
-            _Check("outliers", lambda: check_outliers(policy, reader)),
+            *(
+                _Check(f"outliers{_of(name, readers)}", partial(check_outliers, policy, reader))
+                for name, reader in readers.items()
+            ),
             _Check("parameters", lambda: memory.check_parameters(policy)),
             _Check("observation", machine.check_observation),
             _Check("gradient", machine.check_gradient, takes),
@@ -86,7 +90,7 @@ def preflight(
     sampler: ChunkSampler[Any],
     *,
     execution_horizon: int,
-    sources: Collection[str] | None = None,
+    sources: Sequence[str] | None = None,
     rewards: RewardSummary | None = None,
     resumed: bool = False,
 ) -> PreflightReport:
@@ -115,7 +119,7 @@ def preflight(
         [
             _Check("dimensions", lambda: data.check_shapes(policy, replay)),
             _Check("cameras", lambda: data.check_cameras(policy, replay)),
-            _Check("statistics", lambda: data.check_statistics(policy, replay, sources), seen[:1]),
+            *_statistics(policy, replay, sources, seen[:1]),
             _Check(
                 "reward", lambda: data.check_reward(rewards or RewardSummary.of(replay, sampler))
             ),
@@ -124,6 +128,22 @@ def preflight(
             _Check("base", lambda: model.check_base(policy, replay, resumed=resumed), seen),
         ]
     )
+
+
+def _statistics(
+    policy: LeRobotFlowPolicy, replay: Replay, sources: Sequence[str] | None, needs: tuple[str, ...]
+) -> list[_Check]:
+    """One for each source; the first, by the plain name, is what others need."""
+    if sources is None:
+        return [_Check("statistics", lambda: data.check_statistics(policy, replay), needs)]
+    checks = [partial(data.check_statistics, policy, replay, [name]) for name in sources]
+    names = [f"statistics{_of(name, sources)}" for name in sources]
+    return [_Check(name, check, needs) for name, check in zip(names, checks, strict=True)]
+
+
+def _of(name: str, names: Collection[str]) -> str:
+    """Which dataset a line is about, where there are several and it is not the first."""
+    return "" if name == next(iter(names)) else f" of {name}"
 
 
 @dataclass(frozen=True)
@@ -142,7 +162,7 @@ def _run(checks: list[_Check]) -> PreflightReport:
         if not sound.issuperset(check.needs):
             not_run.append(check.name)
             continue
-        finding = check.run()
+        finding = replace(check.run(), name=check.name)
         findings.append(finding)
         if finding.ok:
             sound.add(check.name)
@@ -154,7 +174,7 @@ class _Machine:
     """What the run asks of the machine; measured once for memory and disk."""
 
     policy: LeRobotFlowPolicy
-    reader: LeRobotReader
+    readers: Mapping[str, LeRobotReader]
     plan: ReplayPlan
     critic: nn.Module | None
     method: MethodConfig
@@ -162,9 +182,13 @@ class _Machine:
     output_dir: Path
     num_checkpoints: int
 
+    @property
+    def seen(self) -> FrameObservation:
+        return next(iter(self.readers.values())).first_observation()
+
     @cached_property
     def dry(self) -> memory.DryPass:
-        return memory.dry_pass(self.policy, self.reader.first_observation(), self.method)
+        return memory.dry_pass(self.policy, self.seen, self.method)
 
     @cached_property
     def memory(self) -> memory.Memory:
@@ -173,8 +197,8 @@ class _Machine:
         return memory.measure_memory(self.policy, self.critic, self.dry, chunks, averages=averages)
 
     def check_observation(self) -> Finding:
-        seen = self.reader.first_observation()
-        return model.check_observation(self.policy, seen, self.reader.tasks)
+        tasks = sorted({text for reader in self.readers.values() for text in reader.tasks})
+        return model.check_observation(self.policy, self.seen, tasks)
 
     def check_gradient(self) -> Finding:
         return memory.check_gradient(self.dry, self.policy)

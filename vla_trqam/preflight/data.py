@@ -200,9 +200,9 @@ class RewardSummary:
     @classmethod
     def of(cls, replay: Replay, sampler: ChunkSampler[Any]) -> RewardSummary:
         """Of a replay with at least one episode."""
-        episodes, rewards = replay.episodes(), sampler.reward.apply(replay.rewards)
+        episodes, rewards = replay.episodes(), replay.rewards_as(sampler.reward)
         return cls(
-            sampler.reward.kind,
+            sampler.reward.label,
             float(rewards.min()),
             float(rewards.max()),
             len(episodes),

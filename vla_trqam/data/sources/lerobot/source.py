@@ -18,6 +18,7 @@ from vla_trqam.data.episode import Episode
 from vla_trqam.data.frames import STATE_KEY, TASK_KEY, FrameObservation, image_key
 from vla_trqam.data.sampling import RewardKind
 from vla_trqam.data.sources.base import Sizes
+from vla_trqam.data.sources.lerobot.columns import further_columns
 from vla_trqam.data.sources.lerobot.episodes import EpisodeTable
 from vla_trqam.data.sources.lerobot.hub import find_dataset
 from vla_trqam.data.sources.lerobot.labels import (
@@ -66,6 +67,7 @@ class LeRobotConfig:
             first, or tell each frame's own.
         tolerance_s: seconds that a timestamp may be off its frame's number.
         rename_map: from the dataset's cameras to the policy's, `observation.images.` included.
+        columns: further ones to read, of numbers; None takes those that tell of interventions.
     """
 
     repo_id: str
@@ -81,6 +83,7 @@ class LeRobotConfig:
     task_changes: TaskChanges = "refuse"
     tolerance_s: float = 1e-4
     rename_map: Mapping[str, str] = field(default_factory=dict, hash=False)
+    columns: tuple[str, ...] | None = None
 
 
 class LeRobotReader:
@@ -95,6 +98,7 @@ class LeRobotReader:
         state_dim: S.
         action_dim: A.
         cameras: name, as renamed -> (height, width, channels).
+        columns: further ones: name -> dtype and shape of one row's entry.
     """
 
     def __init__(self, config: LeRobotConfig) -> None:
@@ -117,10 +121,11 @@ class LeRobotReader:
         self.action_dim = vector_length(self.where, "action", self._info.features)
         self._pictures = Pictures(self.where, place, folder, self._info, table, config.rename_map)
         self.cameras = self._pictures.shapes(config.cameras, config.looked_through)
+        self.columns = further_columns(self.where, self._info.features, config.columns)
         place.fetch(sorted({table.data_file(position) for position in positions}))
         wanted = self._wanted()
         self._rows, self._strangers = read_rows(folder, table, positions, wanted)
-        self.plan = self._plan(wanted.scalars)
+        self.plan = self._plan([name for name in LABELS if name in wanted.scalars])
         for rows in self._rows:
             self._check_outcome(rows)
 
@@ -146,7 +151,13 @@ class LeRobotReader:
             cameras=self.cameras,
             num_frames=self.num_frames,
             tasks_of_rows=self.config.task_changes == "frame",
+            columns=self.columns,
         )
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Of the state's numbers, where the dataset has any."""
+        return self._info.features[STATE_KEY].names
 
     @property
     def num_episodes(self) -> int:
@@ -190,6 +201,12 @@ class LeRobotReader:
             frames=np.concatenate([np.arange(rows.length) for rows in self._rows]),
         )
 
+    def keeping(self, columns: Collection[str]) -> Self:
+        """The same dataset with these of its further columns."""
+        reader = copy.copy(self)
+        reader.columns = {name: spec for name, spec in self.columns.items() if name in columns}
+        return reader
+
     def part(self, number: int, count: int) -> Self:
         """The same dataset, of whose episodes only every ``count``-th from ``number`` on is read.
 
@@ -204,6 +221,10 @@ class LeRobotReader:
         reader = copy.copy(self)
         reader._rows = self._rows[number::count]
         return reader
+
+    def rewards(self) -> np.ndarray:
+        """(N,) stored rewards of all steps."""
+        return np.concatenate([self._outcome(rows).rewards for rows in self._rows])
 
     def check_cameras(self) -> None:
         """Look at the first picture of each video and table, before anything is decoded.
@@ -236,6 +257,8 @@ class LeRobotReader:
             notes.append(f"instruction: the column {self.config.instruction}")
         if self.config.task_changes == "first":
             notes.append("instruction: each episode's first, where it changes")
+        if self.columns:
+            notes.append(f"further columns: {', '.join(self.columns)}")
         return notes + self._left_out(outcomes)
 
     def _left_out(self, outcomes: Sequence[Outcome]) -> list[str]:
@@ -287,6 +310,10 @@ class LeRobotReader:
             truncated=not outcome.terminated,
             success=outcome.success,
             task=told if self.config.task_changes == "frame" else told[0],
+            columns={
+                name: rows.columns[name][:num_steps].astype(dtype)
+                for name, (dtype, _) in self.columns.items()
+            },
         )
 
     def _outcome(self, rows: EpisodeRows) -> Outcome:
@@ -320,8 +347,10 @@ class LeRobotReader:
                     "which is read as one."
                 )
         return RowsWanted(
-            vectors={STATE_KEY: self.state_dim, "action": self.action_dim},
-            scalars=[name for name in LABELS if name in features],
+            vectors={STATE_KEY: self.state_dim, "action": self.action_dim}
+            | {name: shape[0] for name, (_, shape) in self.columns.items() if shape},
+            scalars=[name for name in LABELS if name in features]
+            + [name for name, (_, shape) in self.columns.items() if not shape],
             told=self._told(),
             changes=config.task_changes,
             fps=self.fps,

@@ -1,10 +1,12 @@
 """A `Replay` written out as a LeRobotDataset (v3), which `source` reads back.
 
-Columns beside state, images, action and task: `next.reward`, `next.done` (either end, as LeRobot's
-recorders write it), `next.terminated`, `next.truncated`, `next.success`, and two of ours:
+Columns beside state, images, action, task and the replay's further ones: `next.reward`, `next.done`
+(either end, as LeRobot's recorders write it), `next.terminated`, `next.truncated`, `next.success`,
+and two of ours:
 `frame_is_new` is False where a row repeats the images of an earlier one, and
 `is_final_observation` is True on the row that a truncated episode has after its last action. That
-row shows s_T, from which RL bootstraps; its action is the last one repeated, its reward 0.
+row shows s_T, from which RL bootstraps; its action is the last one repeated, its reward 0, and so
+are its further columns.
 """
 
 from __future__ import annotations
@@ -97,6 +99,10 @@ def _features(replay: Replay, image_dtype: str) -> dict[str, dict[str, Any]]:
         | images
         | {REWARD: {"dtype": "float32", "shape": (1,), "names": None}}
         | {name: {"dtype": "bool", "shape": (1,), "names": None} for name in _FLAGS}
+        | {
+            name: {"dtype": dtype, "shape": shape or (1,), "names": None}
+            for name, (dtype, shape) in replay.columns.items()
+        }
     )
 
 
@@ -133,4 +139,11 @@ def _frames(replay: Replay, episode: int) -> Iterator[dict[str, Any]]:
             }
             | {name: np.array([bool(flag)]) for name, flag in flags.items()}
             | {image_key(name): np.array(replay.images(name)[frames[t]]) for name in replay.cameras}
+            | {name: _entry(replay.column(name)[taken], is_final) for name in replay.columns}
         )
+
+
+def _entry(value: np.ndarray, is_final: bool) -> np.ndarray:
+    """One row's entry of a further column, as LeRobot takes it."""
+    entry = np.array(value).reshape(np.shape(value) or (1,))
+    return np.zeros_like(entry) if is_final else entry

@@ -1,0 +1,61 @@
+"""Further columns of a LeRobotDataset: which are read beside state, action and outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from vla_trqam.data.frames import STATE_KEY
+from vla_trqam.data.replay_files import ColumnSpec
+from vla_trqam.data.sources.lerobot.labels import LABELS
+from vla_trqam.data.sources.lerobot.safety import LARGEST_VECTOR, Feature
+from vla_trqam.errors import UserError
+
+INTERVENTION = ("intervention", "is_intervention")
+"""Last parts of the names that tell where a person took over."""
+_OWN = {
+    *(STATE_KEY, "action", *LABELS),
+    *("timestamp", "frame_index", "episode_index", "index", "task_index"),
+}
+
+
+def further_columns(
+    where: str, features: Mapping[str, Feature], wanted: Iterable[str] | None
+) -> dict[str, ColumnSpec]:
+    """The columns to read.
+
+    Args:
+        where: the dataset, for messages.
+        features: what it declares.
+        wanted: names, `--dataset.columns`; None takes those that tell of interventions.
+
+    Returns:
+        Name -> dtype and shape of one row's entry; a list of one number is read as one.
+
+    Raises:
+        UserError: one that is wanted is not there, has another task, or is not of numbers.
+    """
+    there = {name: spec for name, spec in _specs(features).items() if spec is not None}
+    if wanted is None:
+        return {n: spec for n, spec in there.items() if n.rpartition(".")[2] in INTERVENTION}
+    for name in wanted:
+        if name not in there:
+            known = ", ".join(there) or "none"
+            raise UserError(
+                f"{where} has no further column of numbers {name!r} for --dataset.columns; it has "
+                f"{known}."
+            )
+    return {name: there[name] for name in wanted}
+
+
+def _specs(features: Mapping[str, Feature]) -> dict[str, ColumnSpec | None]:
+    return {name: _spec(feature) for name, feature in features.items() if name not in _OWN}
+
+
+def _spec(feature: Feature) -> ColumnSpec | None:
+    """None for what is no number, or a table of them."""
+    kind = feature.dtype.rstrip("0123456789")
+    dtype = {"bool": "bool", "int": "int64", "uint": "int64", "float": "float32"}.get(kind)
+    sizes = feature.shape
+    if dtype is None or len(sizes) > 1 or not all(1 <= size <= LARGEST_VECTOR for size in sizes):
+        return None
+    return dtype, () if feature.shape == (1,) else feature.shape
