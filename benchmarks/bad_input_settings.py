@@ -104,7 +104,7 @@ ROBOMIMIC_FLAGS: tuple[Flags, ...] = (
     (("--eval.first_seed=499999",), "initial states of training", ("--eval.first_seed=499999",)),
     (("--eval.videos=-1",), "a negative number of videos", ("--eval.videos=-1",)),
     (("--num_threads=0",), "no thread", ("--num_threads=0", "at least 1")),
-    (("--kernels=slow",), "unknown kernels", ("--kernels=slow", "fast", "plain")),
+    (("--kernels=slow",), "unknown kernels", ("kernels", "slow", "fast, plain")),
     (
         ("--method.type=ifql", "--critic.adjoint_pessimism=1"),
         "a knob of the critic that the method never reads",

@@ -246,7 +246,8 @@ def test_a_frozen_lambda_is_qam_at_beta_one_over_lambda_for_whole_updates(
 
 def in_double(value: Any) -> Any:
     """A batch or a noise with its real numbers in double precision."""
-    real = [f.name for f in fields(value) if getattr(value, f.name).is_floating_point()]
+    tensors = [f.name for f in fields(value) if isinstance(getattr(value, f.name), torch.Tensor)]
+    real = [name for name in tensors if getattr(value, name).is_floating_point()]
     return replace(value, **{name: getattr(value, name).double() for name in real})
 
 
