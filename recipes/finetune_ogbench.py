@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.data.sources.ogbench import data_path, read_ogbench
-from vla_trqam.engine.folder.pins import Source
+from vla_trqam.engine.folder.pins import Input
 from vla_trqam.envs.ogbench.family import ogbench_family
 from vla_trqam.jobs import states
 from vla_trqam.jobs.states import StateTask
@@ -43,7 +43,7 @@ def open_task(config: FinetuneOGBenchConfig) -> StateTask:
     folder = path if path.is_dir() else path.parent
     return StateTask(
         name=config.env.task,
-        data=Source("dataset", str(path), folder, tuple(file.name for file in data.files)),
+        data=Input("dataset", str(path), folder, tuple(file.name for file in data.files)),
         parts={"pretrain": data},
         moments=lambda: (data.mean, data.std),
         family=lambda: family,

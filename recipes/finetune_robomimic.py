@@ -16,7 +16,7 @@ import numpy as np
 
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.sources.robomimic.hdf5 import RobomimicFile
-from vla_trqam.engine.folder.pins import Source
+from vla_trqam.engine.folder.pins import Input
 from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.jobs import states
 from vla_trqam.jobs.robomimic_data import parts_of, read_dataset
@@ -39,7 +39,7 @@ def open_task(config: FinetuneRobomimicConfig) -> StateTask:
     file = read_dataset(config.dataset)
     return StateTask(
         name=file.env_args["env_name"],
-        data=Source("dataset", str(file.path), file.path.parent, (file.path.name,)),
+        data=Input("dataset", str(file.path), file.path.parent, (file.path.name,)),
         parts=parts_of(config, file),
         moments=partial(_moments, file),
         family=partial(

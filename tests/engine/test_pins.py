@@ -7,7 +7,7 @@ import pytest
 
 from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.engine.folder import pins
-from vla_trqam.engine.folder.pins import Source, check_pins, read_pins, write_pins
+from vla_trqam.engine.folder.pins import Input, check_pins, read_pins, write_pins
 from vla_trqam.errors import UserError
 
 
@@ -19,7 +19,7 @@ def run(tmp_path):
     (data / "meta" / "info.json").write_text("{}")
     (data / "a.parquet").write_text("numbers")
     (data / "README.md").write_text("card")
-    write_pins(run, [Source("dataset", "me/it", data, ("meta/info.json", "a.parquet"))])
+    write_pins(run, [Input("dataset", "me/it", data, ("meta/info.json", "a.parquet"))])
     return run
 
 
@@ -74,7 +74,7 @@ def test_a_commit_of_the_hub_needs_no_folder(tmp_path):
     assert commit_of(folder) == commit
     assert commit_of(tmp_path / "cache") is None
     assert commit_of(tmp_path / "snapshots" / "main") is None
-    write_pins(tmp_path, [Source("policy", "me/it", folder, ("config.json",), commit_of(folder))])
+    write_pins(tmp_path, [Input("policy", "me/it", folder, ("config.json",), commit_of(folder))])
     assert read_pins(tmp_path)["policy"].commit == commit
     (folder / "config.json").write_text("{ }")
     with pytest.raises(UserError, match=r"config\.json \(policy\)"):

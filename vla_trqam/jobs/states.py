@@ -24,8 +24,7 @@ from vla_trqam.data.sources.base import Source, create_replay, fill
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED
-from vla_trqam.engine.folder.pins import Source as Pinned
-from vla_trqam.engine.folder.pins import write_pins
+from vla_trqam.engine.folder.pins import Input, write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, SET_ASIDE, save_settings
 from vla_trqam.engine.job import Job
 from vla_trqam.engine.launch import exit_status, make_critic
@@ -58,7 +57,7 @@ class StateTask:
     """
 
     name: str
-    data: Pinned
+    data: Input
     parts: Mapping[str, Source]
     moments: Callable[[], tuple[np.ndarray, np.ndarray]]
     family: Callable[[], EnvFamily]

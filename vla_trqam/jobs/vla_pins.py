@@ -11,7 +11,7 @@ from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
-from vla_trqam.engine.folder.pins import Source, read_pins
+from vla_trqam.engine.folder.pins import Input, read_pins
 
 # Weights, configs, processors with their statistics, tokenizers; not the card.
 OF_A_POLICY = (".json", ".safetensors", ".model", ".txt", ".jinja")
@@ -39,17 +39,17 @@ def take_pinned_commits(config: FinetuneVLAConfig) -> str | None:
 
 def sources_of(
     config: FinetuneVLAConfig, packed: Path | None, datasets: LeRobotDatasets
-) -> list[Source]:
+) -> list[Input]:
     """Policy, an adapter's base, tokenizer, datasets and their labels of a new run."""
     found = _policies(config, packed)
     tokenizer = config.policy.tokenizer
     if tokenizer is not None:
         folder = Path(tokenizer).expanduser()
-        found.append(Source("tokenizer", str(tokenizer), folder, _files(folder)))
+        found.append(Input("tokenizer", str(tokenizer), folder, _files(folder)))
     return [*found, *_datasets(config, packed, datasets)]
 
 
-def _policies(config: FinetuneVLAConfig, packed: Path | None) -> list[Source]:
+def _policies(config: FinetuneVLAConfig, packed: Path | None) -> list[Input]:
     path = config.policy.path or str(packed and packed / "policy")
     checkpoint = fetch(path, config.policy.revision)
     found = [_policy("policy", path, checkpoint.folder)]
@@ -59,8 +59,8 @@ def _policies(config: FinetuneVLAConfig, packed: Path | None) -> list[Source]:
     return found
 
 
-def _policy(name: str, asked: str, folder: Path) -> Source:
-    return Source(name, asked, folder, _files(folder), commit_of(folder))
+def _policy(name: str, asked: str, folder: Path) -> Input:
+    return Input(name, asked, folder, _files(folder), commit_of(folder))
 
 
 def _files(folder: Path) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def _files(folder: Path) -> tuple[str, ...]:
 
 def _datasets(
     config: FinetuneVLAConfig, packed: Path | None, datasets: LeRobotDatasets
-) -> Iterator[Source]:
+) -> Iterator[Input]:
     """Each dataset without the videos of cameras that nobody looks through, and its labels."""
     for name, reader in datasets.named.items():
         data = reader.config
@@ -80,19 +80,19 @@ def _datasets(
         labels = data.success_labels
         if labels is not None:
             whose = name.replace("dataset", "success labels")
-            yield Source(whose, str(labels), labels.parent, (labels.name,))
+            yield Input(whose, str(labels), labels.parent, (labels.name,))
 
 
-def _dataset(name: str, asked: str, root: Path | None, reader: LeRobotReader) -> Source:
+def _dataset(name: str, asked: str, root: Path | None, reader: LeRobotReader) -> Input:
     commit = reader.revision
     if root is None or commit is not None:
-        return Source(name, asked, None, commit=commit)
+        return Input(name, asked, None, commit=commit)
     original = {new: old for old, new in reader.config.rename_map.items()}
     names = [image_key(name) for name in reader.cameras]
     videos = [root / "videos" / original.get(name, name) for name in names]
     paths = [path for part in (root / "meta", root / "data", *videos) for path in part.rglob("*")]
     files = sorted(str(path.relative_to(root)) for path in paths if path.is_file())
-    return Source(name, asked, root, tuple(files))
+    return Input(name, asked, root, tuple(files))
 
 
 def _local_dataset(data: LeRobotConfig) -> Path | None:

@@ -17,7 +17,7 @@ INPUTS_NAME = "inputs.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class Input:
     """Files that a run learns from.
 
     Attributes:
@@ -67,7 +67,7 @@ class PinnedFile:
 
 @dataclass(frozen=True)
 class Pin:
-    """A source as it was when the run began; attributes as :class:`Source`'s."""
+    """A source as it was when the run began; attributes as :class:`Input`'s."""
 
     asked: str
     folder: str | None
@@ -75,14 +75,14 @@ class Pin:
     files: dict[str, PinnedFile] = field(default_factory=dict)
 
 
-def write_pins(output_dir: Path, sources: Iterable[Source]) -> None:
+def write_pins(output_dir: Path, sources: Iterable[Input]) -> None:
     """Keeps the sources of a new run, with the digest of every file, in its ``inputs.json``."""
     pins = {source.name: asdict(_pin(source)) for source in sources}
     with written_durably(output_dir / INPUTS_NAME) as part:
         part.write_text(json.dumps(pins, indent=2) + "\n")
 
 
-def _pin(source: Source) -> Pin:
+def _pin(source: Input) -> Pin:
     folder = None if source.folder is None else source.folder.resolve()
     files = {} if folder is None else {n: PinnedFile.of(folder / n) for n in source.files}
     return Pin(source.asked, None if folder is None else str(folder), source.commit, files)
