@@ -18,12 +18,9 @@ from typing import Any
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
 from vla_trqam.config.evaluate_settings import EvaluateConfig
-from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import EvalConfig
-from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.frames import image_key
-from vla_trqam.data.sources.robomimic.hdf5 import read_env_args
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.conclude import EVALUATION_NAME, paired_evaluation
 from vla_trqam.engine.film import DEFAULT_VIDEOS, Player, film
@@ -31,12 +28,10 @@ from vla_trqam.engine.folder.own_folder import own_folder
 from vla_trqam.engine.launch import exit_status, own_device, prepare_process, usable_cores
 from vla_trqam.engine.run import EVALUATION_NOISE
 from vla_trqam.envs.base import EnvFamily
-from vla_trqam.envs.ogbench.family import ogbench_family
 from vla_trqam.envs.registry import make_family
-from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
-from vla_trqam.jobs.robomimic_data import dataset_path
+from vla_trqam.jobs.kinds import kind_of
 from vla_trqam.jobs.saved_policies import Contestant, Loading, Place
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.policy import FlowPolicy
@@ -154,13 +149,14 @@ def _family(config: EvaluateConfig, a: Place, b: Place | None, home: Place | Non
     if len(set(tasks.values())) > 1:
         said = [f"--{flag} in {task} of {name}" for flag, (name, task) in tasks.items()]
         raise UserError(f"they were trained in different tasks, {' and '.join(said)}")
-    keys = {
-        place.settings.dataset.obs_keys
+    seen = {
+        names
         for place in (a, b)
-        if place is not None and isinstance(place.settings, FinetuneRobomimicConfig)
+        if place is not None and place.settings is not None
+        if (names := kind_of(place.settings).sees(place.settings))
     }
-    if len(keys) > 1:
-        said = [f"[{', '.join(each)}]" for each in sorted(keys)]
+    if len(seen) > 1:
+        said = [f"[{', '.join(each)}]" for each in sorted(seen)]
         raise UserError(f"they see different observations, {' and '.join(said)}")
     return next(iter(found.values()))
 
@@ -171,17 +167,7 @@ def _family_of_run(config: EvaluateConfig, place: Place) -> EnvFamily | None:
     if settings is None:
         return None
     steps = config.max_episode_steps or settings.eval.max_episode_steps
-    if isinstance(settings, FinetuneRobomimicConfig):
-        return robomimic_family(
-            read_env_args(dataset_path(settings.dataset)),
-            max_episode_steps=steps,
-            obs_keys=settings.dataset.obs_keys,
-        )
-    if isinstance(settings, FinetuneOGBenchConfig):
-        return ogbench_family(settings.env.task, max_episode_steps=steps)
-    if settings.env.type is None:
-        return None
-    return make_family(settings.env, max_episode_steps=steps)
+    return kind_of(settings).family(settings, steps)
 
 
 def _match(loading: Loading, a: Place, b: Place | None) -> _Match:

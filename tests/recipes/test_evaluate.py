@@ -12,6 +12,7 @@ from vla_trqam.recipes import evaluate, finetune_robomimic
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine import finetune as engine
 from vla_trqam.errors import UserError
+from vla_trqam.jobs import kinds
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def stand_in(env_args, *, max_episode_steps, obs_keys):
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setattr(evaluate, "RolloutPool", ToyPool)
-    monkeypatch.setattr(evaluate, "robomimic_family", stand_in)
+    monkeypatch.setattr(kinds, "robomimic_family", stand_in)
     ToyPool.rounds, ToyPool.before_run = [], None
 
 
@@ -179,7 +180,7 @@ def test_runs_of_other_tasks_or_observations_are_refused(runs, tmp_path, capsys,
     assert "different observations, [object] and [robot0_eef_pos]" in refusal(capsys, *both)
     config.write_text(text)
     meta = iter(["Lift", "Can"])
-    monkeypatch.setattr(evaluate, "read_env_args", lambda path: {"env_name": next(meta)})
+    monkeypatch.setattr(kinds, "read_env_args", lambda path: {"env_name": next(meta)})
     said = refusal(capsys, *both)
     assert "different tasks, --a in Lift of robomimic and --b in Can of robomimic" in said
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import evaluate
 
 from vla_trqam.engine import conclude as showcase
+from vla_trqam.jobs import kinds
 
 __all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
 
@@ -64,7 +65,8 @@ def runs(tmp_path_factory, files, without_simulator):
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setattr(evaluate, "RolloutPool", ImageToyPool)
-    monkeypatch.setattr(evaluate, "make_family", image_family)
+    for place in (evaluate, kinds):
+        monkeypatch.setattr(place, "make_family", image_family)
 
 
 def compared(folder, *flags):

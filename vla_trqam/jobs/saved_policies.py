@@ -13,9 +13,7 @@ import torch
 from safetensors import safe_open
 
 from vla_trqam.adapters.mlp import MLPFlowPolicy
-from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
-from vla_trqam.config.parsing import read_settings, saved_config
-from vla_trqam.config.state_settings import FinetuneRobomimicConfig
+from vla_trqam.config.settings import RunSettings
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.engine.folder.checkpoints import (
@@ -33,11 +31,11 @@ from vla_trqam.engine.folder.run_folder import BASE_NAME, CONFIG_NAME
 from vla_trqam.engine.launch import make_critic
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.errors import UserError
+from vla_trqam.jobs.kinds import settings_of_run
 from vla_trqam.methods.base import Actor, FlowActor
 from vla_trqam.methods.registry import make_method, name_of, requirements_of
 from vla_trqam.policy import FlowPolicy
 
-RunSettings = FinetuneRobomimicConfig | FinetuneOGBenchConfig | FinetuneVLAConfig
 POLICY_CONFIG = "config.json"
 # A checkpoint's folder lies in its run's, and a policy's in a checkpoint's.
 DEPTH = 4
@@ -85,7 +83,8 @@ class Place:
             )
         above = (folder, *folder.parents)[:DEPTH]
         run = next((place for place in above if (place / CONFIG_NAME).is_file()), None)
-        return cls(flag, policy, checkpoint, run, None if run is None else settings_of_run(run))
+        settings = None if run is None else settings_of_run(run)
+        return cls(flag, policy, checkpoint, run, settings)
 
 
 @dataclass(frozen=True)
@@ -228,21 +227,6 @@ def _check_still(pin: Pin | None, run: Path) -> None:
                 f"{path} is not the one that the run in {run} began with: bring that one back, or "
                 "name another policy by --b"
             )
-
-
-def settings_of_run(run: Path) -> RunSettings:
-    """What a run's ``config.yaml`` says.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = run / CONFIG_NAME
-    sections = read_settings(path).keys()
-    if "pretrain" not in sections:
-        return saved_config(FinetuneVLAConfig, path)
-    if "env" in sections:
-        return saved_config(FinetuneOGBenchConfig, path)
-    return saved_config(FinetuneRobomimicConfig, path)
 
 
 def acting_method(checkpoint: Path, place: Place) -> str | None:
