@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from hub_fixtures import REPO, SENDS_DEPRECATED, TOKEN, hub, nothing_sent, push, refused, run
 from hub_server import HubServer, Repository
-from pushed_run import make_adapter
+from pushed_run import CONFIG, make_adapter, write_run
 
 from vla_trqam.hub.access import check_push
 from vla_trqam.hub.pull import pull_checkpoint
@@ -52,6 +52,17 @@ def test_a_fine_grained_token_without_the_permission_is_told_before_anything_is_
     assert expects in message
     assert nothing_sent(hub)
     assert not any("preupload" in path for _, path in hub.requests)
+
+
+@pytest.mark.parametrize("method", ["fql", "ifql", "dsrl"])
+def test_a_policy_beside_which_other_networks_act_is_refused(
+    hub: HubServer, tmp_path: Path, method: str
+):
+    settings = {k: v for k, v in CONFIG.items() if k != "trqam"} | {"method": {"type": method}}
+    folder = write_run(tmp_path / "run_of_another", config=settings)
+    message = refused(lambda: push(hub, folder))
+    assert f"would push a policy that acts as its base does: what {method} learns" in message
+    assert nothing_sent(hub)
 
 
 def test_somebody_elses_repository_is_refused(hub: HubServer, run: Path):

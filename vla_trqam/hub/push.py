@@ -46,6 +46,7 @@ from vla_trqam.hub.card_facts import (
     read_facts,
 )
 from vla_trqam.hub.model_card import PLOTS, model_card
+from vla_trqam.methods.registry import check_pushed
 from vla_trqam.report.public_copy import WHERE_FROM, public_copy
 
 CARD, RUN = "README.md", "run"
@@ -146,6 +147,7 @@ def prepare_push(
             f"--repo_id={repo_id} is the base policy's own repository; choose another, or the base "
             "would be overwritten"
         )
+    check_pushed(facts.method.lower(), str(run))
     files = _files(run, facts)
     _check_paths(facts)
     check_policy_folder(facts.policy)

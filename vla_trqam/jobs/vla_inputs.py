@@ -32,7 +32,7 @@ from vla_trqam.files import written_durably
 from vla_trqam.hub.access import check_push
 from vla_trqam.hub.push import push_checkpoint
 from vla_trqam.jobs.vla_pins import sources_of, take_pinned_commits
-from vla_trqam.methods.registry import name_of, requirements_of
+from vla_trqam.methods.registry import check_pushed, name_of
 from vla_trqam.report.flow_steps import check_own_steps
 
 NO_PACKED = "give --policy.path and --dataset.repo_id: this recipe has no packed ones"
@@ -237,11 +237,8 @@ def _check_push(config: FinetuneVLAConfig) -> None:
     if not knobs.push_to_hub:
         return
     assert knobs.repo_id is not None, "the settings were checked"
-    if not (config.resume or requirements_of(config.method).host_acts):
-        raise UserError(
-            f"--policy.push_to_hub=true would push a policy that acts as its base does: what "
-            f"{name_of(config.method)} learns is networks beside it, which LeRobot does not load"
-        )
+    if not config.resume:
+        check_pushed(name_of(config.method), "--policy.push_to_hub=true")
     local = knobs.path is None or Path(knobs.path).expanduser().is_dir()
     if local and config.peft.method == "lora" and not knobs.merged:
         raise UserError(f"--policy.push_to_hub=true {LOCAL_BASE}")

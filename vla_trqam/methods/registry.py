@@ -71,6 +71,23 @@ def check_served(config: MethodConfig, offers: Offers) -> None:
         )
 
 
+def check_pushed(name: str, what: str) -> None:
+    """Refuses to push a policy that does not act as it was tuned.
+
+    Args:
+        name: the method's.
+        what: the flag or the run that would push it.
+
+    Raises:
+        UserError: the method's own networks act.
+    """
+    if name in METHODS and not METHODS[name].requirements.host_acts:
+        raise UserError(
+            f"{what} would push a policy that acts as its base does: what {name} learns is "
+            "networks beside it, which no library loads with a policy"
+        )
+
+
 def idle_knobs(config: MethodConfig) -> set[str]:
     """The critic's flags that would change what is learnt, were there a place for them here."""
     wants, idle = requirements_of(config), set[str]()
