@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from check_types import INSTALLED, ROOT
 from mkdocs.config.defaults import MkDocsConfig
@@ -19,15 +19,14 @@ SOURCES = ROOT / "build" / "site_sources"
 PACKAGE = "vla_trqam"
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
+def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> None:
     """Lays the package out as it is imported: `adapters` is not where its name says.
 
-    Copied, as griffe follows no links.
+    Copied, as griffe follows no links; and so early, as griffe looks once which folders there are.
     """
     shutil.rmtree(SOURCES, ignore_errors=True)
     for folder in ("", *INSTALLED):
         _copy_modules(ROOT / (folder or PACKAGE), SOURCES / PACKAGE / folder)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
