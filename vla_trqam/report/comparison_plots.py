@@ -121,7 +121,10 @@ def _draw_runs(
     step = lines[0][0]
     if all(np.array_equal(step, other) for other, _ in lines):
         median = np.median([value for _, value in lines], axis=0)
-        axes.plot(step, median, color=color, linewidth=2, label=_count(label, len(runs)))
+        # A line of one point is not to be seen.
+        marker = "o" if len(step) == 1 else None
+        label = _count(label, len(runs))
+        axes.plot(step, median, color=color, linewidth=2, marker=marker, label=label)
     else:
         axes.plot([], [], color=color, label=_count(label, len(runs)))
 
