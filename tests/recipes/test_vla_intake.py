@@ -221,7 +221,7 @@ def test_a_method_that_acts_by_its_own_networks_is_not_pushed_for_lerobot(
     flags = [*files.flags(), *push, "--method.type=dsrl", f"--output_dir={tmp_path / 'run'}"]
     assert main(*flags) == 2
     said = capsys.readouterr().err
-    assert "what dsrl learns is networks beside it, which LeRobot does not load" in said
+    assert "what dsrl learns is networks beside it, which no library loads" in said
     assert not (tmp_path / "run").exists()
 
 
