@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from vla_trqam.config.parsing import Resumable, dump_config
+from vla_trqam.config.parsing import dump_config
+from vla_trqam.config.settings import RunSettings
 from vla_trqam.data.replay import Replay
 from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
 from vla_trqam.engine.processes.team import Team
@@ -83,7 +84,7 @@ def _go_on(
     return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
 
 
-def save_settings(config: Resumable, output_dir: Path) -> None:
+def save_settings(config: RunSettings, output_dir: Path) -> None:
     """Writes the command and ``config.yaml``, with which the run can be resumed from then on.
 
     The command stays where a run that had no checkpoint yet is resumed, and so begun anew.
@@ -91,7 +92,7 @@ def save_settings(config: Resumable, output_dir: Path) -> None:
     if not config.resume:
         command = shlex.join([*launcher(), *sys.argv])
         (output_dir / COMMAND_NAME).write_text(command + "\n")
-    saved = replace(config, resume=False, checkpoint=None)  # type: ignore[type-var]
+    saved = replace(config, resume=False, checkpoint=None)
     dump_config(saved, output_dir / CONFIG_NAME)
 
 
