@@ -190,6 +190,15 @@ class RunSettings:
         return self.base_episodes + rounds * self.online.episodes_per_round
 
     @property
+    def base_alone(self) -> bool:
+        """Whether no method's update is made: the run makes a base for others to begin with."""
+        return self.steps + self.online.steps == 0
+
+    def _makes_a_base(self) -> bool:
+        """Whether there is something to train before the method."""
+        return False
+
+    @property
     def _first_training_seed(self) -> int:
         return TRAINING_SEED + self.seed * TRAINING_SEED_STRIDE
 
@@ -204,7 +213,7 @@ class RunSettings:
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
-        if self.steps + self.online.steps < 1:
+        if self.base_alone and not self._makes_a_base():
             raise UserError("--steps and --online.steps are both 0: nothing would be trained")
         check_kernels(self.kernels)
         check_served(self.method, self.OFFERS)

@@ -184,11 +184,15 @@ def _evaluate(
         flow_steps: theirs.
         seeds: of the initial states.
     """
-    as_it_came, *pair = actors
+    as_it_came, base_actor, tuned_actor = actors
+
+    def of_base(actor: ChunkPolicy, count: int) -> list[Outcome]:
+        return run.remembered(seeds, count) or run.evaluate_policy(seeds, actor)
+
     with run.timed("final evaluation"):
-        own = (run.evaluate_policy(seeds, as_it_came), flow_steps) if flow_steps.differ else None
-        base, tuned = (run.evaluate_policy(seeds, actor) for actor in pair)
-        evaluation = paired_evaluation(base, tuned, own)
+        own = (of_base(as_it_came, flow_steps.own), flow_steps) if flow_steps.differ else None
+        base = of_base(base_actor, flow_steps.tuned)
+        evaluation = paired_evaluation(base, run.evaluate_policy(seeds, tuned_actor), own)
     if run.team.is_main:
         write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     return evaluation

@@ -34,6 +34,8 @@ def phases_of(job: Job[Any]) -> list[Phase]:
 def _wanted(job: Job[Any]) -> list[Phase]:
     config = job.config
     phases = job.first_phases()
+    if config.base_alone:
+        return phases
     if config.critic.warmup_steps:
         phases.append(_warm_up(job))
     moving = partial(
@@ -50,7 +52,7 @@ def _wanted(job: Job[Any]) -> list[Phase]:
                 name=OFFLINE,
                 num_steps=config.steps,
                 sampler=job.draw(),
-                episodes_before=lambda done: () if done or collected else config.base_seeds(),
+                base_episodes=() if collected else config.base_seeds(),
             )
         )
     if config.online.steps:
@@ -73,7 +75,7 @@ def _warm_up(job: Job[Any]) -> Phase:
         make_method=lambda: CriticOnly(job.method()),
         sampler=job.draw(for_critic=True),
         batch_size=config.warmup_batch_size,
-        episodes_before=lambda done: () if done else config.base_seeds(),
+        base_episodes=config.base_seeds(),
         moves_policy=False,
         renew=job.renew,
     )

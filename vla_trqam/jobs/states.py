@@ -16,14 +16,15 @@ import torch
 from accelerate import Accelerator
 
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy, read_shape
-from vla_trqam.config.parsing import given_flags
+from vla_trqam.config.parsing import given_flags, settings_of
 from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
 from vla_trqam.data.sources.base import Source, create_replay, fill
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.episode_store import EpisodeStore
-from vla_trqam.engine.folder.checkpoints import PRETRAINED
+from vla_trqam.engine.folder.base_run import base_input, check_base_run, take_base
+from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.pins import Input, write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, SET_ASIDE, save_settings
 from vla_trqam.engine.job import Job
@@ -41,6 +42,12 @@ from vla_trqam.report.flow_steps import check_own_steps
 # Sensors that hardly move would be blown up to unit variance.
 SMALLEST_STD = 1e-2
 PRETRAIN = "pretrain"
+MAKES_A_BASE = (
+    *("seed", "base_episodes", "dataset", "env", "policy", "pretrain"),
+    *("eval.episodes", "eval.first_seed", "eval.max_episode_steps"),
+    "eval.episodes_during_training",
+)
+"""Settings on which a base, its episodes or its evaluation depend."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,8 @@ class StateJob(Job[StateRunConfig]):
         policy = _make_policy(config, task).to(device)
         if not config.resume:
             assert config.output_dir is not None
-            write_pins(config.output_dir, [task.data])  # of a given policy the run has a copy
+            # Of a given policy the run has a copy.
+            write_pins(config.output_dir, [task.data, *_check_base_run(config, task)])
         return cls(config, task, policy, team)
 
     @property
@@ -166,6 +174,12 @@ class StateJob(Job[StateRunConfig]):
         replay = create_replay(path, list(parts.values()), more_steps=self._more_steps)
         for name, source in parts.items():
             fill(replay, source, name)
+        if self.config.base_run is not None:
+            replay.flush()
+            checkpoint = last_checkpoint(self.config.base_run)
+            assert checkpoint is not None, "it was looked at before the folder was begun"
+            take_base(self.config.base_run, checkpoint, output_dir)
+            print(f"the base, its episodes and its evaluation are those of {self.config.base_run}")
         return replay
 
     def reopen(self, path: Path) -> Replay:
@@ -281,6 +295,15 @@ def _make_policy(config: StateRunConfig, task: StateTask) -> MLPFlowPolicy:
         torch.from_numpy(mean),
         torch.from_numpy(std.clip(min=SMALLEST_STD)),
     )
+
+
+def _check_base_run(config: StateRunConfig, task: StateTask) -> list[Input]:
+    """What to pin of the run whose base is taken, which is just what this run would make."""
+    if config.base_run is None:
+        return []
+    settings = settings_of(config)
+    checkpoint = check_base_run(config.base_run, settings, MAKES_A_BASE, task.data)
+    return [base_input(config.base_run, checkpoint)]
 
 
 def _given_policy(config: StateRunConfig) -> Path | None:

@@ -38,7 +38,8 @@ def open_folder(
     Args:
         output_dir: the run's folder.
         reopen: opens the replay at a path.
-        begin: makes and fills one there, after whatever else a new run needs.
+        begin: makes and fills one there, after whatever else a new run needs; that may be a
+            checkpoint of another run, to go on from.
         team: the processes.
 
     Raises:
@@ -51,6 +52,10 @@ def open_folder(
     if checkpoint is not None:
         return team.together(lambda: _go_on(checkpoint, reopen, path, team))
     replay = team.together(lambda: begin(path))
+    taken = team.together(lambda: last_checkpoint(output_dir))
+    if taken is not None:
+        replay.close()
+        return team.together(lambda: _go_on(taken, reopen, path, team))
     return replay, MetricsLog(output_dir / METRICS_NAME) if team.is_main else None
 
 
