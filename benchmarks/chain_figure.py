@@ -22,7 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from vla_trqam.adjoint import lean_adjoint
+from vla_trqam.adjoint import AdjointKind, lean_adjoint, scalar_adjoint
 from vla_trqam.report.figures import BASE, BUDGET, TUNED, new_figure, save, use_log_axis
 from vla_trqam.sde import Velocity, sample_memoryless_sde, sample_ode
 from vla_trqam.time_grid import Posterior, Scheme, ShiftedEuler, TimeGrid
@@ -85,23 +85,25 @@ class Outcome:
         return self.acting_mean**2 / self.ode_variance
 
 
-def optimum(flow: GaussianFlow, grid: TimeGrid) -> Tensor:
+def optimum(flow: GaussianFlow, grid: TimeGrid, adjoint: AdjointKind = "lean") -> Tensor:
     """``v_tuned - v_base`` of every step for ``w = lam = 1``, (K,): the loss's minimiser."""
+    end = -torch.ones(1, 1, 1, dtype=torch.float64)
 
     def pullback(i: int, a: Tensor) -> Tensor:
         tau = grid.steps[i].adjoint_tau
         assert tau is not None
         return flow.gain(tau) * a
 
-    adjoint = lean_adjoint(-torch.ones(1, 1, 1, dtype=torch.float64), pullback, grid).flatten()
+    lean = adjoint == "lean"
+    paired = lean_adjoint(end, pullback, grid) if lean else scalar_adjoint(end, grid)
     factors = [step.variance / step.gain for step in grid.steps]
-    return -adjoint.new_tensor(factors) * adjoint
+    return -paired.new_tensor(factors) * paired.flatten()
 
 
-def solve(variance: float, grid: TimeGrid) -> Outcome:
+def solve(variance: float, grid: TimeGrid, adjoint: AdjointKind = "lean") -> Outcome:
     """Follows the optimum through the library's samplers."""
     flow = GaussianFlow(variance)
-    gap = optimum(flow, grid)
+    gap = optimum(flow, grid, adjoint)
     one = torch.ones(1, 1, 1, dtype=torch.float64)
     return Outcome(
         acting_mean=float(sample_ode(flow.shifted(gap, grid), 0.0 * one, grid)) / variance,

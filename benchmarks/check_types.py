@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "types"
 CACHE = ROOT / "build" / "types_cache"
 INSTALLED = ("adapters", "recipes")
+SCRIPTS = {path.name: path for path in sorted((ROOT / "benchmarks").rglob("*.py"))}
+"""Each imports the others by their names alone."""
 
 
 def lay_out() -> list[str]:
@@ -28,10 +30,9 @@ def lay_out() -> list[str]:
     parts = [path for path in (ROOT / "vla_trqam").iterdir() if path.name != "__pycache__"]
     for path in [*parts, *(ROOT / name for name in INSTALLED)]:
         (package / path.name).symlink_to(path)
-    scripts = sorted(Path(__file__).parent.glob("*.py"))
-    for path in scripts:
+    for path in SCRIPTS.values():
         (TREE / path.name).symlink_to(path)
-    return ["vla_trqam", *(path.name for path in scripts)]
+    return ["vla_trqam", *SCRIPTS]
 
 
 def main() -> int:
@@ -52,8 +53,9 @@ def _real(line: str) -> str:
     for name in INSTALLED:
         if line.startswith(f"vla_trqam/{name}/"):
             return line.removeprefix("vla_trqam/")
-    script = line.partition(":")[0]
-    return f"benchmarks/{line}" if (TREE / script).is_file() and "/" not in script else line
+    script, colon, rest = line.partition(":")
+    known = SCRIPTS.get(script)
+    return line if known is None else f"{known.relative_to(ROOT)}{colon}{rest}"
 
 
 if __name__ == "__main__":
