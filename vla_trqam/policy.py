@@ -195,6 +195,11 @@ class FlowPolicy(nn.Module, ABC):
         """(A,) bool: real action dimensions (True) against padded ones."""
         return torch.ones(self.chunk_shape[1], dtype=torch.bool)
 
+    @property
+    def executed_size(self) -> int:
+        """Numbers in what the robot executes of a chunk, H a."""
+        return self.chunk_shape[0] * int(self.action_mask.sum())
+
     def real_actions(self, x: Tensor) -> Tensor:
         """The dimensions that exist on the robot: (..., A) -> (..., a); what it executes."""
         mask = self.action_mask
