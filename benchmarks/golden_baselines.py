@@ -16,7 +16,8 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import td_target
-from vla_trqam.methods.dsrl import ACTOR, DSRL, NOISE_CRITIC, TEMPERATURE, DSRLConfig
+from vla_trqam.methods.dsrl import ACTOR, DSRL, NOISE_CRITIC, DSRLConfig
+from vla_trqam.methods.entropy import TEMPERATURE
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import IFQL, VALUE, IFQLConfig
 from vla_trqam.methods.off_policy import Draws, OffPolicyConfig, SummedLosses

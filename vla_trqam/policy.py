@@ -201,6 +201,11 @@ class FlowPolicy(nn.Module, ABC):
         """Whether there are padded dimensions; every update asks it often."""
         return not bool(self.action_mask.all())
 
+    @property
+    def executed_size(self) -> int:
+        """Numbers in what the robot executes of a chunk, H a."""
+        return self.chunk_shape[0] * int(self.action_mask.sum())
+
     def real_actions(self, x: Tensor) -> Tensor:
         """The dimensions that exist on the robot: (..., A) -> (..., a); what it executes."""
         return x[..., self.action_mask.to(x.device)] if self._has_padding else x

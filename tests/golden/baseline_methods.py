@@ -24,7 +24,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.methods.dsrl import ACTOR, DSRLConfig
 from vla_trqam.methods.dsrl import NOISE_CRITIC as OUR_NOISE_CRITIC
-from vla_trqam.methods.dsrl import TEMPERATURE as OUR_TEMPERATURE
+from vla_trqam.methods.entropy import TEMPERATURE as OUR_TEMPERATURE
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import VALUE as OUR_VALUE
 from vla_trqam.methods.ifql import IFQLConfig

@@ -14,10 +14,14 @@ from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig
 from vla_trqam.methods.dsrl import DSRLConfig
+from vla_trqam.methods.external_kl import ExternalKLConfig
 from vla_trqam.methods.fql import FQLConfig
 from vla_trqam.methods.ifql import IFQLConfig
 from vla_trqam.methods.qam import QAMConfig
+from vla_trqam.methods.qam_e import QAMEConfig
 from vla_trqam.methods.registry import METHODS, name_of
+from vla_trqam.methods.residual import ResidualConfig
+from vla_trqam.methods.sqam import SQAMConfig
 from vla_trqam.methods.trqam import TRQAMConfig
 
 
@@ -31,6 +35,10 @@ TRAINING_BASE = [
     FQLConfig(train_base=True),
     IFQLConfig(train_base=True),
     DSRLConfig(train_base=True),
+    SQAMConfig(train_base=True),
+    QAMEConfig(train_base=True),
+    ExternalKLConfig(train_base=True),
+    ResidualConfig(train_base=True),
 ]
 
 
@@ -55,6 +63,7 @@ def test_every_method_serves_with_its_own_defaults() -> None:
     [
         (FQLConfig(), "--critic.adjoint_pessimism"),
         (DSRLConfig(), "--critic.clip_actions"),
+        (ResidualConfig(), "--critic.clip_actions"),
         (IFQLConfig(), "--critic.redraws"),
     ],
 )

@@ -10,10 +10,15 @@ from vla_trqam.critic import Critic
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig, Offers, OffPolicyMethod, Requirements
 from vla_trqam.methods.dsrl import DSRL, DSRLConfig
+from vla_trqam.methods.external_kl import ExternalKL, ExternalKLConfig
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import IFQL, IFQLConfig
 from vla_trqam.methods.qam import QAMConfig
-from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
+from vla_trqam.methods.qam_e import QAME, QAMEConfig
+from vla_trqam.methods.residual import Residual, ResidualConfig
+from vla_trqam.methods.sqam import SQAM, SQAMConfig
+from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.methods.trqam_config import TRQAMConfig
 from vla_trqam.policy import FlowPolicy
 
 if TYPE_CHECKING:
@@ -42,6 +47,10 @@ def _entry(config: type[MethodConfig], method: Any) -> Entry:
 METHODS = {
     "trqam": _entry(TRQAMConfig, TRQAM),
     "qam": _entry(QAMConfig, TRQAM),
+    "qam_e": _entry(QAMEConfig, QAME),
+    "external_kl": _entry(ExternalKLConfig, ExternalKL),
+    "sqam": _entry(SQAMConfig, SQAM),
+    "residual": _entry(ResidualConfig, Residual),
     "fql": _entry(FQLConfig, FQL),
     "ifql": _entry(IFQLConfig, IFQL),
     "dsrl": _entry(DSRLConfig, DSRL),
