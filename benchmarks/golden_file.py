@@ -21,10 +21,12 @@ REPLAYED_SETTINGS: dict[str, Any] = {
     "bc_only": False,
     "fql_alpha": 0.0,
     "residual": False,
+    "separate": False,
     "target_actor": True,
+    "target_guidance": True,
     "use_target_grad": True,
 }
-AGENTS = ("trqam", "qam", "fql", "ifql", "dsrl")
+AGENTS = ("trqam", "qam", "fql", "ifql", "dsrl", "cgql", "cgql_l")
 
 
 class GoldenFile:
@@ -41,6 +43,8 @@ class GoldenFile:
         if not isinstance(self._config, dict):
             raise UserError(f"{path}: config.json is not an object of settings")
         self.agent = self.setting("agent_name")
+        if self.agent == "cgql" and self.setting("mode") != "simple":
+            self.agent = "cgql_l"
         if self.agent not in AGENTS:
             raise UserError(f"{path} records {self.agent!r}; only {', '.join(AGENTS)} are replayed")
         fixed = REPLAYED_SETTINGS | ({} if self.agent == "qam" else {"edit_scale": 0.0})

@@ -66,7 +66,9 @@ BASELINES = {
     ],
     "ifql": ["info/value/value_loss", "info/value/v_max", "final/modules_value/value_net"],
     "dsrl": ["info/critic/distill_loss", "info/actor/entropy", "final/modules_alpha"],
+    "cgql_l": ["info/critic/noisy_critic_loss", "final/modules_target_actor/mlp"],
 }
+CRITICS = {"cgql_l": "mlp"}
 # Derived numbers, and totals of what is compared by its parts.
 LEFT_OUT = {"batch/terminals", "info/actor", "info/critic"}
 
@@ -78,7 +80,8 @@ def test_the_authors_baselines_are_reproduced(agent: str, kernels: Kernels) -> N
         comparison = replay(FOLDER / f"golden_{agent}.npz", rtol=1e-5, atol=1e-6)
     assert comparison.failures == []
     shared = ["info/critic/critic_loss", "info/critic/q_min", "info/grad/norm"]
-    shared += ["final/modules_critic/value_net", "final/modules_target_critic/value_net"]
+    critic = CRITICS.get(agent, "value_net")
+    shared += [f"final/modules_critic/{critic}", f"final/modules_target_critic/{critic}"]
     assert {*shared, *BASELINES[agent]} <= comparison.worst.keys()
     assert set(comparison.not_compared) <= LEFT_OUT
 
@@ -266,7 +269,7 @@ def test_what_is_no_npz_of_arrays_is_refused(
 
 
 REFUSED_SETTINGS = [
-    ({"agent_name": "sac_flow"}, "only trqam, qam, fql, ifql, dsrl are replayed"),
+    ({"agent_name": "sac_flow"}, "only trqam, qam, fql, ifql, dsrl, cgql, cgql_l are replayed"),
     ({"agent_name": None}, "config.json has no agent_name"),
     ({"kl_budget": None}, "config.json has no kl_budget"),
     ({"kl_budget": -1.0}, "kl_budget is -1.0"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vla_trqam.critic import Critic
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig, Offers, OffPolicyMethod, Requirements
+from vla_trqam.methods.cgql import CGQL, CGQLConfig, CGQLLConfig
 from vla_trqam.methods.dsrl import DSRL, DSRLConfig
 from vla_trqam.methods.external_kl import ExternalKL, ExternalKLConfig
 from vla_trqam.methods.fql import FQL, FQLConfig
@@ -54,6 +55,8 @@ METHODS = {
     "fql": _entry(FQLConfig, FQL),
     "ifql": _entry(IFQLConfig, IFQL),
     "dsrl": _entry(DSRLConfig, DSRL),
+    "cgql": _entry(CGQLConfig, CGQL),
+    "cgql_l": _entry(CGQLLConfig, CGQL),
 }
 
 
