@@ -31,8 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def sweep(config: SweepConfig) -> int:
     """The whole study."""
-    variants = [Variant(f"kl{b:g}", config.method, {"kl_budget": b}) for b in config.budgets]
-    return work(config, variants, read_run, write_sweep)
+    return work(config, variants_of(config), read_run, write_sweep)
+
+
+def variants_of(config: SweepConfig) -> list[Variant]:
+    """The method with each budget."""
+    return [Variant(f"kl{b:g}", config.method, {"kl_budget": b}) for b in config.budgets]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A study from its settings to its page: the plan, the processes, and what is written in the end."""
+"""A study from its settings to its page: the plan, the processes, what is written in the end."""
 
 from __future__ import annotations
 

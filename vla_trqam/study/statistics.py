@@ -22,6 +22,8 @@ from vla_trqam.report.intervals import Interval
 
 REPLICATES = 2000
 CONFIDENCE = 0.95
+ALL_SIGNS = 2**16
+"""Ways to flip signs that a test tries."""
 Scores = Mapping[str, NDArray[np.float64]]
 """Success by variant: (R, M), R seeds of M tasks."""
 
@@ -128,7 +130,7 @@ def compare_pairs(scores: Scores, replicates: int = REPLICATES) -> list[Pair]:
     """Every two variants, by the differences of their runs of one task and seed.
 
     The runs share base, replay and initial states, so each difference is one of methods. The test
-    flips the signs of the differences: exactly where there are few, else by 10,000 draws.
+    flips the signs of the differences: all ways of it for up to 16 runs, else that many draws.
     """
     names = list(itertools.combinations(scores, 2))
     differences = [scores[a] - scores[b] for a, b in names]
@@ -149,7 +151,7 @@ def sign_flip_p(differences: NDArray[np.float64]) -> float:
         lambda x, axis=-1: np.mean(x, axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=10_000,
+        n_resamples=ALL_SIGNS,
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
@@ -188,19 +190,19 @@ def rate_interval(
 def rank_correlation(
     cause: NDArray[np.float64], effect: NDArray[np.float64], replicates: int = REPLICATES
 ) -> Estimate:
-    """Spearman's, with a percentile interval: runs of one cause are drawn anew among themselves.
+    """Spearman's, with a percentile interval of a bootstrap of the runs.
+
+    Whole runs are drawn anew: drawn within each cause, few of them would vary too little, and the
+    interval would lie above the number itself.
 
     Args:
-        cause: (N,) each value several times, such as the budget of a run.
+        cause: (N,) such as the budget of each run.
         effect: (N,).
         replicates: of the bootstrap.
     """
     rng = np.random.default_rng(0)
-    groups = [np.flatnonzero(cause == value) for value in np.unique(cause)]
-    found = []
-    for _ in range(replicates):
-        rows = np.concatenate([rng.choice(group, len(group)) for group in groups])
-        found.append(spearman(cause[rows], effect[rows]))
+    drawn = rng.integers(len(cause), size=(replicates, len(cause)))
+    found = [spearman(cause[rows], effect[rows]) for rows in drawn]
     return Estimate(spearman(cause, effect), _percentiles(np.array(found)))
 
 

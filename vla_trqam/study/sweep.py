@@ -26,7 +26,7 @@ NOTES = (
     "KL: the moving average over the last half of the updates, beside its budget. On a bound: "
     "share of that time with λ on a bound, where the KL need not follow.",
     "Rank correlation: Spearman's over all runs of the task, with a 95% interval of a bootstrap "
-    "of the seeds of each budget. Where one of the two does not vary it is 0.",
+    "of the runs. Where one of the two does not vary it is 0.",
     "Recommended: the smallest budget whose mean success is within one standard error of the best "
     "budget's, by its seeds.",
 )
