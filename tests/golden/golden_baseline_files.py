@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_files import Problem, random_network, to_array
+from golden_files import Problem, random_network, squashed_gaussian, to_array
 from reference_baselines import (
     CRITIC,
     FIELD,
@@ -97,19 +97,9 @@ def random_weights(problem: Problem, config: dict[str, Any], rng: np.random.Gene
     for name, (widths, lead, norm) in shapes.items():
         arrays |= random_network(rng, name, widths, lead, norm=norm, scale=problem.weight_scale)
     if problem.agent == "dsrl":
-        arrays |= _noise_actor(rng, [seen, *actor], flat)
+        arrays |= squashed_gaussian(rng, NOISE_ACTOR, [seen, *actor], flat)
         arrays[f"{TEMPERATURE}/log_value"] = np.array(0.2)
     return {k: as_double(v.astype(np.float32)) for k, v in arrays.items()}
-
-
-def _noise_actor(rng: np.random.Generator, widths: list[int], flat: int) -> dict[str, np.ndarray]:
-    trunk = random_network(rng, f"{NOISE_ACTOR}/MLP_0", widths, (), norm=False)
-    heads: dict[str, np.ndarray] = {}
-    for name in ("Mean", "LogStd"):
-        head = random_network(rng, "head", [widths[-1], flat], (), norm=False)
-        prefix = f"{NOISE_ACTOR}/OutputDense{name}"
-        heads |= {f"{prefix}/{k.rpartition('/')[2]}": v for k, v in head.items()}
-    return trunk | heads
 
 
 def random_draws(

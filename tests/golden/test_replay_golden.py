@@ -16,6 +16,7 @@ BOTH_WAYS = ("fast", "plain")
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 TRQAM, QAM = FOLDER / "golden_trqam.npz", FOLDER / "golden_qam.npz"
+QAM_E = FOLDER / "golden_qam_e.npz"
 
 NETWORKS = (
     "modules_actor_fast/mlp",
@@ -56,6 +57,26 @@ def test_the_authors_updates_are_reproduced(path: Path, kernels: Kernels) -> Non
     expected = [q for q in QUANTITIES if path == TRQAM or q.startswith(("info/", "final/"))]
     assert set(expected) - {"info/actor/path_kl"} <= comparison.worst.keys()
     assert comparison.not_compared == ["batch/terminals", "modules_target_actor_fast/mlp"]
+
+
+@pytest.mark.parametrize("kernels", BOTH_WAYS)
+def test_the_authors_updates_of_qam_e_are_reproduced(kernels: Kernels) -> None:
+    with chosen_kernels(kernels):
+        comparison = replay(QAM_E, rtol=1e-5, atol=1e-6)
+    assert comparison.failures == []
+    edits = ("edit_alpha", "edit_alpha_loss", "edit_entropy", "edit_entropy_loss", "edit_q_loss")
+    networks = (*NETWORKS, "modules_edit_actor", "modules_edit_alpha")
+    assert {f"info/actor/{name}" for name in edits} <= comparison.worst.keys()
+    assert {f"final/{name}" for name in networks} <= comparison.worst.keys()
+    assert comparison.not_compared == ["batch/terminals", "modules_target_actor_fast/mlp"]
+
+
+@pytest.mark.parametrize("key", ["u1/draw/01_normal", "u0/draw/15_normal", "u0/draw/16_normal"])
+def test_other_noise_of_an_edit_is_found(key: str, tmp_path: Path) -> None:
+    data = load(QAM_E)
+    data[key] = data[key] + np.float32(0.05)
+    np.savez(tmp_path / "perturbed.npz", **data)
+    assert main([str(tmp_path / "perturbed.npz")]) == 1
 
 
 BASELINES = {
@@ -191,6 +212,20 @@ PROBLEMS = {
     "qam, H=5, K=7": Problem(
         agent="qam", settings={"horizon_length": 5, "flow_steps": 7, "inv_temp": 10.0}
     ),
+    "qam-e with layer norm, H=1, K=4, two critics, invalid rows, wide edits": Problem(
+        agent="qam",
+        invalid_rows=(0, 3),
+        settings=ONE_STEP | {"actor_layer_norm": True, "edit_scale": 0.9},
+    ),
+    "qam-e, H=5, K=7, ten critics without layer norm, no clips, another target": Problem(
+        agent="qam",
+        batch_size=4,
+        settings={
+            **{"horizon_length": 5, "flow_steps": 7, "num_qs": 10, "value_layer_norm": False},
+            **{"clip_adj": False, "clip_grad": False, "edit_scale": 0.3, "rho": 0.0},
+            **{"edit_target_entropy": 4.0, "actor_hidden_dims": [40, 24], "inv_temp": 0.1},
+        },
+    ),
 }
 
 
@@ -274,6 +309,7 @@ REFUSED_SETTINGS = [
     ({"kl_budget": None}, "config.json has no kl_budget"),
     ({"kl_budget": -1.0}, "kl_budget is -1.0"),
     ({"best_of_n": 4}, "best_of_n is 4; only 1 is replayed"),
+    ({"edit_scale": 0.1}, "edit_scale is 0.1; only 0.0 is replayed"),
     ({"use_target_grad": False}, "use_target_grad is False"),
     ({"target_actor": False}, "target_actor is False"),
     ({"action_chunking": False}, "action_chunking is False"),

@@ -1,4 +1,4 @@
-"""FQL, IFQL and DSRL against independent truths, and on a task that each must solve."""
+"""The other methods on a task that each must solve; FQL, IFQL and DSRL against other truths."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,26 +10,49 @@ from torch import Tensor
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.methods.base import GeneratorNoise
+from vla_trqam.methods.base import GeneratorNoise, MethodConfig
 from vla_trqam.methods.dsrl import DSRL, DSRLConfig
+from vla_trqam.methods.external_kl import ExternalKLConfig
 from vla_trqam.methods.fql import FQLConfig
 from vla_trqam.methods.ifql import IFQL, VALUE, BestOfN, IFQLConfig
-from vla_trqam.methods.off_policy import OffPolicyConfig
+from vla_trqam.methods.qam_e import QAMEConfig
 from vla_trqam.methods.registry import make_method
+from vla_trqam.methods.residual import ResidualConfig
+from vla_trqam.methods.sqam import SQAMConfig
 from vla_trqam.networks import TanhGaussian
 
 RATES = {"actor_lr": 1e-3, "critic_lr": 3e-3}
-CONFIGS = {
+CONFIGS: dict[str, MethodConfig] = {
     "fql": FQLConfig(alpha=0.1, hidden_dims=(48, 48), **RATES),
     "ifql": IFQLConfig(num_samples=64, **RATES),
     # A box of noise wide enough for the flow to reach the best action.
     "dsrl": DSRLConfig(
         noise_scale=2.5, target_entropy=-6.0, hidden_dims=(48, 48), actor_lr=1e-2, critic_lr=3e-3
     ),
+    "residual": ResidualConfig(
+        edit_scale=1.0,
+        target_entropy=-4.0,
+        edit_hidden_dims=(48, 48),
+        actor_lr=1e-2,
+        critic_lr=3e-3,
+    ),
+    "sqam": SQAMConfig(inverse_temperature=10.0, **RATES),
+    "qam_e": QAMEConfig(
+        inverse_temperature=10.0,
+        edit_scale=0.2,
+        target_entropy=-6.0,
+        edit_hidden_dims=(48, 48),
+        **RATES,
+    ),
+    # Its temperature is never below 1: the rewards must be large instead.
+    "external_kl": ExternalKLConfig(kl_budget=3.0, lam_init=1.0, **RATES),
 }
 
 
-def train(config: OffPolicyConfig, updates: int, value: Callable[[Tensor], Tensor]) -> float:
+SCALES = {"external_kl": 10.0}
+
+
+def train(config: MethodConfig, updates: int, value: Callable[[Tensor], Tensor]) -> float:
     """Mean reward of what acts after so many updates on returns of this value."""
     policy = MLPFlowPolicy(SHAPE)
     policy.load_state_dict(pretrained())
@@ -47,13 +70,15 @@ def train(config: OffPolicyConfig, updates: int, value: Callable[[Tensor], Tenso
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_solves_a_bandit(name: str) -> None:
-    assert train(CONFIGS[name], 500, reward) > SOLVED
+    scale = SCALES.get(name, 1.0)
+    assert train(CONFIGS[name], 500, lambda action: scale * reward(action)) > SOLVED
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_run_with_the_rewards_negated_does_worse_than_the_base(name: str) -> None:
     base = train(IFQLConfig(num_samples=1), 1, reward)
-    assert train(CONFIGS[name], 300, lambda action: -reward(action)) < base < -1.0
+    scale = SCALES.get(name, 1.0)
+    assert train(CONFIGS[name], 300, lambda action: -scale * reward(action)) < base < -1.0
 
 
 def test_fql_with_a_large_alpha_is_the_flow_in_one_step() -> None:

@@ -11,7 +11,7 @@ from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.errors import UserError
 from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, check_kernels
 from vla_trqam.methods.base import Offers
-from vla_trqam.methods.registry import check_served, idle_knobs, name_of
+from vla_trqam.methods.registry import check_served, idle_knobs, name_of, requirements_of
 from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
@@ -298,11 +298,13 @@ def refuse_idle_knobs(config: RunSettings, flags: set[str]) -> None:
     Raises:
         UserError: there is such a flag.
     """
-    idle = sorted(flags & idle_knobs(config.method))
+    idle = flags & idle_knobs(config.method)
+    if not requirements_of(config.method).learns_critic:
+        idle |= {flag for flag in flags if flag.startswith("--critic.")}
     if idle:
         raise UserError(
-            f"--method.type={name_of(config.method)} has no use for {' and '.join(idle)}: leave it "
-            "out"
+            f"--method.type={name_of(config.method)} has no use for {' and '.join(sorted(idle))}: "
+            "leave it out"
         )
 
 

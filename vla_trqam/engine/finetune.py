@@ -81,6 +81,7 @@ def finetune[C: RunSettings](config: C, open_job: OpenJob[C], *, several: bool =
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
     check_tracker(config.log_with)
+    config.method.check_inputs()
     accelerator = prepare_torch(config, several=several)
     team = Team(accelerator if several else None)
     if several:

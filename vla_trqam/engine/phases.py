@@ -10,6 +10,7 @@ from vla_trqam.engine.cached import CriticOnly
 from vla_trqam.engine.job import Job
 from vla_trqam.engine.run import Phase
 from vla_trqam.errors import UserError
+from vla_trqam.methods.registry import name_of, requirements_of
 
 CRITIC, OFFLINE, ONLINE = "critic", "offline", "online"
 
@@ -36,7 +37,7 @@ def _wanted(job: Job[Any]) -> list[Phase]:
     phases = job.first_phases()
     if config.base_alone:
         return phases
-    if config.critic.warmup_steps:
+    if warms_up := _warms_up(job):
         phases.append(_warm_up(job))
     moving = partial(
         Phase,
@@ -46,13 +47,12 @@ def _wanted(job: Job[Any]) -> list[Phase]:
         evaluate_every=0 if job.family() is None else config.evaluate_every,
     )
     if config.steps:
-        collected = config.critic.warmup_steps > 0
         phases.append(
             moving(
                 name=OFFLINE,
                 num_steps=config.steps,
                 sampler=job.draw(),
-                base_episodes=() if collected else config.base_seeds(),
+                base_episodes=() if warms_up else config.base_seeds(),
             )
         )
     if config.online.steps:
@@ -65,6 +65,16 @@ def _wanted(job: Job[Any]) -> list[Phase]:
             )
         )
     return phases
+
+
+def _warms_up(job: Job[Any]) -> bool:
+    """Whether the critic is learnt alone at first; tells where the method has none."""
+    config = job.config
+    if config.critic.warmup_steps and not requirements_of(config.method).learns_critic:
+        if job.team.is_main:
+            print(f"{name_of(config.method)} learns no critic, and there is no warm-up of one")
+        return False
+    return config.critic.warmup_steps > 0
 
 
 def _warm_up(job: Job[Any]) -> Phase:

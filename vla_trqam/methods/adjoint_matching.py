@@ -6,7 +6,7 @@ returns the scalar, so that distributed wrappers see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -153,7 +153,7 @@ class TRQAMLoss(nn.Module):
 
         critic = self.critic_terms(batch, features, next_context, next_action)
 
-        terminal_adjoint = self.terminal_adjoint(features, trajectory.x_1)
+        terminal_adjoint, ends = self.terminal_adjoint(features, trajectory.x_1)
         adjoint = self._adjoint(terminal_adjoint, fields)
 
         control_gap = fields.tuned() - fields.base()
@@ -176,17 +176,19 @@ class TRQAMLoss(nn.Module):
             adjoint=adjoint,
             terminal_adjoint=terminal_adjoint,
             next_action=next_action,
-            more={**critic.more, **({} if more is None else more.logged)},
+            more={**critic.more, **ends, **({} if more is None else more.logged)},
         )
 
     def next_action(self, next_context: Context, chunk: Tensor, noise: UpdateNoise) -> Tensor:
         """What is executed at the next observations, of the flow's chunk there: (B, H, real A)."""
         return self.policy.executed(chunk)
 
-    def terminal_adjoint(self, features: Tensor, x_1: Tensor) -> Tensor:
-        """Minus the slope of what is maximised at the path's end: (B, H, A)."""
+    def terminal_adjoint(
+        self, features: Tensor, x_1: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Minus the slope of what is maximised at the path's end, (B, H, A); what is logged."""
         gradient, _ = self.critic.action_gradient(features, x_1, self.policy.executed)
-        return -self.config.adjoint_scale * gradient
+        return -self.config.adjoint_scale * gradient, {}
 
     def _adjoint(self, terminal_adjoint: Tensor, fields: PathFields) -> Tensor:
         if self.config.adjoint == "scalar":

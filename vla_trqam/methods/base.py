@@ -111,6 +111,13 @@ class MethodConfig:
             UserError: why not; the number's name is for the caller to say.
         """
 
+    def check_inputs(self) -> None:
+        """Reads what the knobs name, before anything else is opened.
+
+        Raises:
+            UserError: a file or folder is missing, or is not what it should be.
+        """
+
     @property
     def trains_the_base(self) -> bool:
         """Whether the base is to go on training by behaviour cloning."""
@@ -143,12 +150,14 @@ class Requirements:
         host_acts: the saved policy acts by itself in its host library; otherwise what acts needs
             the method's own networks too.
         adjoint: an adjoint starts from the action gradient of the critic's target.
+        learns_critic: a critic is learnt of the replay's rewards.
     """
 
     trains_field: bool
     next_actions: bool
     host_acts: bool
     adjoint: bool = False
+    learns_critic: bool = True
 
 
 @dataclass(frozen=True)

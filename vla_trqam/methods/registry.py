@@ -17,6 +17,7 @@ from vla_trqam.methods.ifql import IFQL, IFQLConfig
 from vla_trqam.methods.qam import QAMConfig
 from vla_trqam.methods.qam_e import QAME, QAMEConfig
 from vla_trqam.methods.residual import Residual, ResidualConfig
+from vla_trqam.methods.reward_matching import RewardMatching, RewardMatchingConfig
 from vla_trqam.methods.sqam import SQAM, SQAMConfig
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.methods.trqam_config import TRQAMConfig
@@ -51,6 +52,7 @@ METHODS = {
     "qam_e": _entry(QAMEConfig, QAME),
     "external_kl": _entry(ExternalKLConfig, ExternalKL),
     "sqam": _entry(SQAMConfig, SQAM),
+    "reward_matching": _entry(RewardMatchingConfig, RewardMatching),
     "residual": _entry(ResidualConfig, Residual),
     "fql": _entry(FQLConfig, FQL),
     "ifql": _entry(IFQLConfig, IFQL),

@@ -89,7 +89,7 @@ class TRQAM(OffPolicyMethod):
         self.ranks = Ranks(accelerator, shard=shard)
         if config.train_base:
             policy.start_base_training()
-        self.loss = self.loss_class(policy, critic, config)
+        self.loss = self.make_loss()
         self._distribute()
         self.trust_region = TrustRegion(config, policy.chunk_shape[0])
         actor = [*policy.trainable_parameters(), *policy.behaviour_parameters()]
@@ -105,6 +105,10 @@ class TRQAM(OffPolicyMethod):
         self.average = WeightAverage(policy.trainable_parameters(), rate) if rate else None
         self._result: UpdateResult | None = None
         self._critic_result: CriticUpdateResult | None = None
+
+    def make_loss(self) -> TRQAMLoss:
+        """The update up to the gradient, of the method's own kind."""
+        return self.loss_class(self.policy, self.critic, self.config)
 
     @property
     def step_factor(self) -> float:
