@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vla_trqam.adjoint import AdjointKind, lean_adjoint, scalar_adjoint
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.errors import UserError
 from vla_trqam.losses import (
     adjoint_matching_loss,
     flow_matching_loss,
@@ -62,7 +63,8 @@ class UpdateNoise:
     Attributes:
         next_action: start of the ODE that samples the next action chunk, (B, H, A).
         sde_x_0: start of the memoryless SDE, (B, H, A).
-        sde_steps: its unit increments, (K, B, H, A).
+        sde_steps: its unit increments, (K, B, H, A); the last, where the chain's last step has no
+            noise, is what makes the critic's gradient wrong on purpose.
         bc_x_0: noise of the flow-matching loss, (B, H, A).
         bc_tau: its times, uniform on [0, 1), (B,).
     """
@@ -100,7 +102,11 @@ class TRQAMLoss(nn.Module):
         super().__init__()
         self.policy, self.critic, self.config = policy, critic, config
         self.grid = TimeGrid(policy.num_flow_steps, config.chain)
-        self.grid.steps  # noqa: B018 (refuses a grid that is too coarse)
+        if critic.gradient_noise > 0.0 and not self.grid.steps[-1].sampled_with_base:
+            raise UserError(
+                f"critic.gradient_noise is {critic.gradient_noise}, but it takes the noise of the "
+                "chain's last step, which final_step='sde' uses: take 'noiseless_base'"
+            )
 
     def forward(self, batch: TransitionBatch, noise: UpdateNoise, lam: float) -> LossOutput:
         """Algorithm 2 up to the gradient step."""
@@ -124,7 +130,8 @@ class TRQAMLoss(nn.Module):
 
         q, target, td = self._temporal_difference(batch, features, next_context, next_action)
 
-        gradient, _ = critic.action_gradient(features, trajectory.x_1, policy.executed)
+        spare = noise.sde_steps[-1]  # of the step without noise
+        gradient, _ = critic.action_gradient(features, trajectory.x_1, policy.executed, spare)
         terminal_adjoint = -self.config.adjoint_scale * gradient
         adjoint = self._adjoint(terminal_adjoint, fields)
 
