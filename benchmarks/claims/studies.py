@@ -76,7 +76,9 @@ TASKS = {
         ("--dataset.num_demos=30", "--base_episodes=10"),
     ),
     "pointmaze": Task(
-        "finetune_ogbench", ("--dataset.path=maze.npz", "--evaluate_every=3000"), 2.0
+        "finetune_ogbench",
+        ("--dataset.path=maze.npz", "--steps=9000", "--evaluate_every=3000"),
+        2.0,
     ),
 }
 
@@ -161,6 +163,7 @@ def c6() -> Iterator[Run]:
                     scheme = label.lower().replace(" ", "_")
                     for adjoint in ("lean", "scalar"):
                         flags = (
+                            *OFFLINE,
                             f"--policy.num_flow_steps={steps}",
                             f"--method.scheme={scheme}",
                             f"--method.adjoint={adjoint}",
