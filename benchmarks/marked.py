@@ -28,8 +28,13 @@ def put(page: Path, name: str, text: str) -> bool:
     return new != old
 
 
+def begin_of(name: str) -> str:
+    """The marker that opens a part."""
+    return f"<!-- begin {name} -->"
+
+
 def _around(page: Path, name: str) -> tuple[str, str, str]:
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    begin, end = begin_of(name), f"<!-- end {name} -->"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     head, found, rest = text.partition(begin)
     inside, closed, tail = rest.partition(end)

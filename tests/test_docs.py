@@ -15,11 +15,12 @@ from vla_trqam.methods.registry import METHODS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path.relative_to(ROOT)
-    for path in (*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *ROOT.glob("docs/*.md"))
+    for pattern in ("*.md", "benchmarks/*.md", "docs/*.md", "docs/methods/*.md")
+    for path in ROOT.glob(pattern)
     # What was once, and what is refused.
     if path.name not in ("CHANGELOG.md", "bad_input.md")
 )
-SCRIPTS = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "recipes").glob("*.py")]
+SCRIPTS = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*\w)")
 # Of accelerate launch and torchrun, and of lerobot-eval with our environment.
 OTHERS = {"cpu", "mixed_precision", "multi_gpu", "nproc_per_node", "num_processes"} | {

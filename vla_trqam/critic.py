@@ -150,9 +150,11 @@ class Critic(nn.Module):
         target_rate: the target's EMA rate.
         clip_actions: take the action gradient at the clipped action, as the authors' code does:
             beyond the limits it is zero.
+        gradient_noise: makes the action gradient wrong on purpose, to see what an imperfect critic
+            does: Gaussian noise of so many times its own size, fresh in every update.
 
     Raises:
-        UserError: a pessimism or target_rate is out of its range.
+        UserError: a pessimism, target_rate or gradient_noise is out of its range.
     """
 
     def __init__(
@@ -163,18 +165,20 @@ class Critic(nn.Module):
         adjoint_pessimism: float = 0.0,
         target_rate: float = 0.005,
         clip_actions: bool = True,
+        gradient_noise: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, rho in (("pessimism", pessimism), ("adjoint_pessimism", adjoint_pessimism)):
-            if not 0.0 <= rho < math.inf:
-                raise UserError(f"{name} is {rho}; it must be finite and not negative")
+        sizes = {"pessimism": pessimism, "adjoint_pessimism": adjoint_pessimism}
+        for name, size in {**sizes, "gradient_noise": gradient_noise}.items():
+            if not 0.0 <= size < math.inf:
+                raise UserError(f"{name} is {size}; it must be finite and not negative")
         if not 0.0 <= target_rate <= 1.0:
             raise UserError(f"target_rate is {target_rate}; it must be in [0, 1]")
         self.online = ensemble
         self.target = copy.deepcopy(ensemble).requires_grad_(False)
         self.pessimism, self.adjoint_pessimism = pessimism, adjoint_pessimism
         self.target_rate = target_rate
-        self.clip_actions = clip_actions
+        self.clip_actions, self.gradient_noise = clip_actions, gradient_noise
 
     @torch.no_grad()
     def next_value(self, features: Tensor, action: Tensor) -> Tensor:
@@ -182,7 +186,11 @@ class Critic(nn.Module):
         return pessimistic_value(self.target(features, action), self.pessimism)
 
     def action_gradient(
-        self, features: Tensor, action: Tensor, executed: Executed = in_box
+        self,
+        features: Tensor,
+        action: Tensor,
+        executed: Executed = in_box,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The target value's gradient at every sample, and that value (by default the mean's).
 
@@ -190,6 +198,7 @@ class Critic(nn.Module):
             features: (B, F).
             action: the policy's chunks, (B, H, A).
             executed: what the critic sees of them, as :meth:`FlowPolicy.executed`.
+            noise: standard normal, (B, H, A), of which ``gradient_noise`` takes what it adds.
 
         Returns:
             The gradient to ``action`` (B, H, A) and the value (B,), both detached.
@@ -200,11 +209,29 @@ class Critic(nn.Module):
             value = pessimistic_value(q, self.adjoint_pessimism)
             with own_precision(point):
                 (gradient,) = torch.autograd.grad(value.sum(), point)
+        if self.gradient_noise > 0.0 and noise is not None:
+            gradient = made_wrong(gradient, noise, self.gradient_noise)
         return gradient, value.detach()
 
     def update_target(self) -> None:
         """``target <- (1 - rate) target + rate online``."""
         ema_update(self.target.weights(), self.online.weights(), self.target_rate)
+
+
+def made_wrong(gradient: Tensor, noise: Tensor, size: float) -> Tensor:
+    """A gradient plus noise, sample by sample ``size`` times as large as itself.
+
+    What is zero stays so: padded dimensions, and what is beyond the limits.
+
+    Args:
+        gradient: (B, H, A).
+        noise: standard normal, (B, H, A).
+        size: of the noise's root mean square over the gradient's.
+    """
+    there = gradient != 0.0
+    square = gradient.square().sum(dim=(1, 2), keepdim=True)
+    scale = (square / there.sum(dim=(1, 2), keepdim=True).clamp(min=1)).sqrt()
+    return gradient + size * scale * noise * there
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def errors(size: float, density: Numbers) -> Iterator[Numbers]:
     for frequency in (0.5, 1.0, 2.0, 5.0, 20.0):
         for phase in (0.0, 1.0, 2.0):
             yield size * np.sin(frequency * X + phase)
-    # Up where the share 1 / (1 + exp(beta eps)) is, down elsewhere: the distance is tanh(beta eps/2).
+    # Up where the share 1 / (1 + exp(beta eps)) is, down elsewhere: tanh(beta eps / 2) away.
     share = 1.0 / (1.0 + np.exp(-size / LAM))
     edge = X[np.searchsorted(np.cumsum(density) * WIDTH, share)]
     yield np.where(X > edge, size, -size)

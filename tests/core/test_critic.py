@@ -215,3 +215,34 @@ def test_hidden_dims_without_a_positive_width_are_refused(hidden_dims: tuple[int
 def test_an_ensemble_without_members_is_refused(size: int) -> None:
     with pytest.raises(UserError, match=f"ensemble_size is {size}; it must be at least 1"):
         CriticEnsemble(FEATURES, 6, HIDDEN, size)
+
+
+def test_noise_on_the_action_gradient_is_of_the_size_that_is_asked() -> None:
+    ensemble = ensemble_of(3, dtype=torch.float64)
+    features, action = inputs_of(torch.float64, scale=0.8)
+    noise = torch.randn(BATCH, *CHUNK, dtype=torch.float64)
+    right, value = Critic(ensemble).action_gradient(features, action, noise=noise)
+    wrong, same = Critic(ensemble, gradient_noise=0.5).action_gradient(
+        features, action, noise=noise
+    )
+    assert torch.equal(value, same)
+    beyond = action.abs() > 1.0
+    assert bool(beyond.any())
+    assert not bool(wrong[beyond].any())
+    for row in range(BATCH):
+        there = ~beyond[row]
+        size = right[row][there].square().mean().sqrt()
+        torch.testing.assert_close((wrong - right)[row][there], 0.5 * size * noise[row][there])
+
+
+def test_no_noise_is_asked_by_default_and_none_is_added_where_none_is_given() -> None:
+    features, action = inputs_of()
+    critic = Critic(ensemble_of(3), gradient_noise=0.5)
+    quiet = Critic(ensemble_of(3))
+    given, _ = critic.action_gradient(features, action)
+    expected, _ = quiet.action_gradient(features, action)
+    ignored, _ = quiet.action_gradient(features, action, noise=torch.ones(BATCH, *CHUNK))
+    assert torch.equal(given, expected)
+    assert torch.equal(ignored, expected)
+    with pytest.raises(UserError, match=r"gradient_noise is -1\.0; it must be finite"):
+        Critic(ensemble_of(3), gradient_noise=-1.0)

@@ -64,6 +64,7 @@ def test_every_method_serves_with_its_own_defaults() -> None:
         (FQLConfig(), "--critic.adjoint_pessimism"),
         (DSRLConfig(), "--critic.clip_actions"),
         (ResidualConfig(), "--critic.clip_actions"),
+        (FQLConfig(), "--critic.gradient_noise"),
         (IFQLConfig(), "--critic.redraws"),
     ],
 )

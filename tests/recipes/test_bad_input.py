@@ -139,6 +139,7 @@ SETTINGS = [
     (["--critic.hidden_dims=8"], ["--critic.hidden_dims", "list"]),
     (["--critic.target_rate=0"], ["--critic.target_rate=0"]),
     (["--critic.pessimism=-1"], ["--critic.pessimism=-1"]),
+    (["--critic.gradient_noise=-1"], ["--critic.gradient_noise=-1"]),
     (["--pretrain.optimizer.lr=0"], ["lr", "0", "positive"]),
     (["--policy.chunk_length=11"], ["--eval.max_episode_steps=10", "11"]),
     (

@@ -44,6 +44,8 @@ class CriticConfig:
         adjoint_pessimism: the same in the value whose action gradient starts the adjoint.
         target_rate: EMA rate of the target network.
         clip_actions: evaluate at actions clipped to [-1, 1].
+        gradient_noise: noise on the action gradient that starts the adjoint, in units of its size:
+            an imperfect critic on purpose.
         warmup_steps: updates of the critic alone before the policy moves.
     """
 
@@ -54,6 +56,7 @@ class CriticConfig:
     adjoint_pessimism: float = 0.0
     target_rate: float = 0.005
     clip_actions: bool = True
+    gradient_noise: float = 0.0
     warmup_steps: int = 0
 
 
@@ -261,10 +264,10 @@ class RunSettings:
             raise UserError(f"--online.fraction={self.online.fraction} must lie between 0 and 1")
         if not 0.0 < self.critic.target_rate <= 1.0:
             raise UserError(f"--critic.target_rate={self.critic.target_rate} must lie in (0, 1]")
-        for name in ("pessimism", "adjoint_pessimism"):
-            rho = getattr(self.critic, name)
-            if not 0.0 <= rho < float("inf"):
-                raise UserError(f"--critic.{name}={rho} must be finite and not negative")
+        for name in ("pessimism", "adjoint_pessimism", "gradient_noise"):
+            size = getattr(self.critic, name)
+            if not 0.0 <= size < float("inf"):
+                raise UserError(f"--critic.{name}={size} must be finite and not negative")
 
     def _check_seeds(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:

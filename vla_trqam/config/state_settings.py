@@ -22,6 +22,8 @@ class DatasetConfig:
         path: a Robomimic HDF5 file; without path and name, the packed file of Lift.
         name: an official dataset ("lift/mh"), downloaded from the Hub.
         filter_key: only the demos of this key.
+        num_demos: so many of the demos that are not cloned, spread evenly over the file; null for
+            all.
         obs_keys: low-dimensional observations, concatenated in this order.
         reward: what the critic maximises.
         short_chunks: chunks that the episode's end cuts short.
@@ -30,6 +32,7 @@ class DatasetConfig:
     path: Path | None = None
     name: str | None = None
     filter_key: str | None = None
+    num_demos: int | None = None
     obs_keys: tuple[str, ...] = LOW_DIM_KEYS
     reward: RewardKind = "success_minus_one"
     short_chunks: ShortChunks = "pad"
@@ -152,7 +155,10 @@ class FinetuneRobomimicConfig(StateRunConfig):
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def _at_least_one(self) -> dict[str, int | None]:
-        return super()._at_least_one() | {"pretrain.num_demos": self.pretrain.num_demos}
+        return super()._at_least_one() | {
+            "pretrain.num_demos": self.pretrain.num_demos,
+            "dataset.num_demos": self.dataset.num_demos,
+        }
 
     def _check_data(self) -> None:
         if self.dataset.path is not None and self.dataset.name is not None:

@@ -164,5 +164,6 @@ def make_critic(knobs: CriticConfig, policy: FlowPolicy, seed: int) -> Critic:
         adjoint_pessimism=knobs.adjoint_pessimism,
         target_rate=knobs.target_rate,
         clip_actions=knobs.clip_actions,
+        gradient_noise=knobs.gradient_noise,
     )
     return critic.to(next(policy.parameters()).device)

@@ -71,11 +71,24 @@ def parts_of(config: FinetuneRobomimicConfig, file: RobomimicFile) -> dict[str, 
     """All demos by the name that they get in the replay; those to clone have one of their own.
 
     Raises:
-        UserError: see :func:`pretraining_demos`.
+        UserError: see :func:`pretraining_demos`; or fewer than ``dataset.num_demos`` are left.
     """
     cloned = set(pretraining_demos(config, file))
+    rest = [demo.name for demo in file.demos if demo.name not in cloned]
     names = {
         "pretrain": [demo.name for demo in file.demos if demo.name in cloned],
-        "dataset": [demo.name for demo in file.demos if demo.name not in cloned],
+        "dataset": _spread(rest, config.dataset.num_demos, file),
     }
     return {part: file.select(chosen) for part, chosen in names.items() if chosen}
+
+
+def _spread(names: list[str], count: int | None, file: RobomimicFile) -> list[str]:
+    """So many of them from the first to the last: the operators of a file follow one another."""
+    if count is None:
+        return names
+    if count > len(names):
+        raise UserError(
+            f"--dataset.num_demos={count} wants more demos than the {len(names)} of {file.path} "
+            "that are not cloned"
+        )
+    return [names[len(names) * i // count] for i in range(count)]

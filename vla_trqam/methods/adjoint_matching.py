@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vla_trqam.adjoint import AdjointKind, lean_adjoint, scalar_adjoint
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.errors import UserError
 from vla_trqam.losses import (
     adjoint_matching_loss,
     flow_matching_loss,
@@ -62,7 +63,8 @@ class UpdateNoise:
     Attributes:
         next_action: start of the ODE that samples the next action chunk, (B, H, A).
         sde_x_0: start of the memoryless SDE, (B, H, A).
-        sde_steps: its unit increments, (K, B, H, A).
+        sde_steps: its unit increments, (K, B, H, A); the last, where the chain's last step has no
+            noise, is what makes the critic's gradient wrong on purpose.
         bc_x_0: noise of the flow-matching loss, (B, H, A).
         bc_tau: its times, uniform on [0, 1), (B,).
         more: a method's own by name, (B, ...) each.
@@ -108,7 +110,11 @@ class TRQAMLoss(nn.Module):
         super().__init__()
         self.policy, self.critic, self.config = policy, critic, config
         self.grid = TimeGrid(policy.num_flow_steps, config.chain)
-        self.grid.steps  # noqa: B018 (refuses a grid that is too coarse)
+        if critic.gradient_noise > 0.0 and not self.grid.steps[-1].sampled_with_base:
+            raise UserError(
+                f"critic.gradient_noise is {critic.gradient_noise}, but it takes the noise of the "
+                "chain's last step, which final_step='sde' uses: take 'noiseless_base'"
+            )
         device = next(critic.parameters()).device
         self.own = nn.ModuleDict({k: v.to(device) for k, v in self.make_networks().items()})
 
@@ -153,7 +159,8 @@ class TRQAMLoss(nn.Module):
 
         critic = self.critic_terms(batch, features, next_context, next_action)
 
-        terminal_adjoint, ends = self.terminal_adjoint(features, trajectory.x_1)
+        spare = noise.sde_steps[-1]  # of the step without noise
+        terminal_adjoint, ends = self.terminal_adjoint(features, trajectory.x_1, spare)
         adjoint = self._adjoint(terminal_adjoint, fields)
 
         control_gap = fields.tuned() - fields.base()
@@ -184,10 +191,16 @@ class TRQAMLoss(nn.Module):
         return self.policy.executed(chunk)
 
     def terminal_adjoint(
-        self, features: Tensor, x_1: Tensor
+        self, features: Tensor, x_1: Tensor, spare: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Minus the slope of what is maximised at the path's end, (B, H, A); what is logged."""
-        gradient, _ = self.critic.action_gradient(features, x_1, self.policy.executed)
+        """Minus the slope of what is maximised at the path's end, (B, H, A); what is logged.
+
+        Args:
+            features: of the observations, (B, F).
+            x_1: the path's ends, (B, H, A).
+            spare: standard normal numbers that the chain has not used, (B, H, A).
+        """
+        gradient, _ = self.critic.action_gradient(features, x_1, self.policy.executed, spare)
         return -self.config.adjoint_scale * gradient, {}
 
     def _adjoint(self, terminal_adjoint: Tensor, fields: PathFields) -> Tensor:

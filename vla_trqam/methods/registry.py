@@ -106,7 +106,7 @@ def idle_knobs(config: MethodConfig) -> set[str]:
     """The critic's flags that would change what is learnt, were there a place for them here."""
     wants, idle = requirements_of(config), set[str]()
     if not wants.adjoint:
-        idle |= {"--critic.adjoint_pessimism", "--critic.clip_actions"}
+        idle |= {"--critic.adjoint_pessimism", "--critic.clip_actions", "--critic.gradient_noise"}
     if not wants.next_actions:
         idle.add("--critic.redraws")
     return idle

@@ -165,7 +165,7 @@ class RewardLoss(TRQAMLoss):
         return CriticLossOutput(nothing.sum(), nothing.sum(), nothing, nothing[0])
 
     def terminal_adjoint(
-        self, features: Tensor, x_1: Tensor
+        self, features: Tensor, x_1: Tensor, spare: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Minus the slope of the scaled reward of what is executed."""
         with torch.enable_grad():

@@ -1,0 +1,127 @@
+"""Run folders as the claims read them: finished ones, and those that diverged on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import above  # noqa: F401 (benchmarks/)
+import numpy as np
+from finished_run import read_run
+from numpy.typing import NDArray
+
+from vla_trqam.config.parsing import read_settings
+from vla_trqam.errors import UserError
+from vla_trqam.report.metrics import TRAINING_PHASES, Metrics, join_phases, read_metrics
+
+REPORT, CONFIG, LINES = "report.json", "config.yaml", "metrics.jsonl"
+TENTH = 1 / 10
+
+
+@dataclass(frozen=True, eq=False)
+class ClaimRun:
+    """A run, whatever became of it.
+
+    Attributes:
+        folder: where it lies.
+        title: of its report; empty where it has none.
+        config: its settings.
+        metrics: what it logged.
+        base: success of its base on the final initial states; None where it did not finish.
+        tuned: of what it made of it; None where it did not finish.
+    """
+
+    folder: Path
+    title: str
+    config: Mapping[str, Any]
+    metrics: Metrics
+    base: float | None = None
+    tuned: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was evaluated at its end."""
+        return self.tuned is not None
+
+    @property
+    def gain(self) -> float | None:
+        """Success won, from 0 to 1; what did not finish won none."""
+        return None if self.tuned is None or self.base is None else self.tuned - self.base
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        """The method's knobs, and its name as ``type``."""
+        knobs: Mapping[str, Any] = self.config["method"]
+        return knobs
+
+    @property
+    def seed(self) -> int:
+        """Of its training."""
+        return int(self.config["seed"])
+
+    def values(self, name: str, phases: tuple[str, ...] = TRAINING_PHASES) -> NDArray[np.float64]:
+        """What it logged of a metric; empty where it logged none."""
+        return join_phases(self.metrics, name, phases).value
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """Medians over the first and the last tenth of a metric's lines; NaN without any."""
+        values = self.values(name)
+        if not len(values):
+            return np.nan, np.nan
+        few = max(round(len(values) * TENTH), 1)
+        return float(np.median(values[:few])), float(np.median(values[-few:]))
+
+    @property
+    def worst(self) -> float:
+        """Least success of its evaluations during training; NaN where there were none."""
+        rates = self.values("success_rate", ("eval",))[1:]
+        return float(rates.min()) if len(rates) else np.nan
+
+
+def read_claim_run(folder: Path) -> ClaimRun:
+    """A run's folder; one without a report is one that did not finish.
+
+    Raises:
+        UserError: it is no run's folder, or a file of it is damaged.
+    """
+    if (folder / REPORT).is_file():
+        done = read_run(folder)
+        rates = done.evaluation.base_rate, done.evaluation.tuned_rate
+        return ClaimRun(folder, done.title, done.config, done.metrics, *rates)
+    if not (folder / CONFIG).is_file() or not (folder / LINES).is_file():
+        raise UserError(
+            f"{folder} is no run's folder: it has no {REPORT}, and not both of {CONFIG} and {LINES}"
+        )
+    return ClaimRun(folder, "", read_settings(folder / CONFIG), read_metrics(folder / LINES))
+
+
+def read_claim_runs(folders: Iterable[Path]) -> list[ClaimRun]:
+    """Several.
+
+    Raises:
+        UserError: one is given twice; or see :func:`read_claim_run`.
+    """
+    found = sorted(folders)
+    twice = [str(a) for a, b in pairwise(found) if a == b]
+    if twice:
+        raise UserError(f"the run {twice[0]} is given twice")
+    return [read_claim_run(folder) for folder in found]
+
+
+def grouped(runs: Sequence[ClaimRun], key: Callable[[ClaimRun], Any]) -> dict[Any, list[ClaimRun]]:
+    """Runs by what they have in common, in the order of the first of each."""
+    groups: dict[Any, list[ClaimRun]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``0.931 -> 93 ± 4``: percent, with the standard deviation over seeds where there are two."""
+    if not values:
+        return "-"
+    spread = f" ± {100 * np.std(values, ddof=1):.0f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.0f}{spread}"

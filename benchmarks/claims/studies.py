@@ -1,0 +1,205 @@
+r"""The runs that the claims want, by name: which recipe, with which flags.
+
+    python benchmarks/claims/studies.py c2
+    python benchmarks/claims/studies.py c2 --folder outputs/c2 --commands > c2.txt
+    tr '\n' '\0' < c2.txt | xargs -0 -P2 -I{} sh -c '{}'
+
+Prints a list in YAML, or with ``--commands`` a shell line a run, which does nothing where the run
+is finished and goes on with one that is not. Seeds are outermost: what is there after the first
+seed is a whole table. Data that a task needs is made before, as ``DATA`` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import above  # noqa: F401 (benchmarks/)
+import yaml
+from chain_figure import SCHEMES, offset_kl
+
+from vla_trqam.time_grid import TimeGrid
+
+SEEDS = (0, 1, 2)
+EVERY_RUN = ("--num_threads=1", "--eval.num_workers=1", "--eval.videos=0", "--save_freq=5000")
+OFFLINE = ("--online.steps=0",)
+DATA = {
+    "can.hdf5": "recipes/make_robomimic_data.py --task=can --episodes=300 --output=can.hdf5",
+    "maze.npz": (
+        "recipes/make_ogbench_data.py --dataset=pointmaze-medium-navigate-v0 --output=maze.npz"
+    ),
+}
+RUNS = "RUNS"
+"""In a flag: the folder of the runs."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where runs are made.
+
+    Attributes:
+        recipe: of the runs.
+        flags: of all of them.
+        budget: TRQAM's in the recipe's preset.
+        a_tenth: a tenth of the data, the base's episodes included; nothing is cloned of it.
+    """
+
+    recipe: str
+    flags: tuple[str, ...]
+    budget: float
+    a_tenth: tuple[str, ...] = ()
+
+
+TASKS = {
+    "lift": Task(
+        "finetune_robomimic",
+        ("--evaluate_every=2500",),
+        0.5,
+        ("--dataset.num_demos=20", "--base_episodes=6"),
+    ),
+    "can": Task(
+        "finetune_robomimic",
+        (
+            "--preset=full",
+            "--dataset.path=can.hdf5",
+            "--eval.max_episode_steps=250",
+            "--eval.episodes_during_training=25",
+            "--critic.warmup_steps=5000",
+            "--steps=7500",
+            "--evaluate_every=2500",
+            "--base_episodes=100",
+        ),
+        0.2,
+        ("--dataset.num_demos=30", "--base_episodes=10"),
+    ),
+    "pointmaze": Task(
+        "finetune_ogbench",
+        ("--dataset.path=maze.npz", "--steps=9000", "--evaluate_every=3000"),
+        2.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that a claim wants.
+
+    Attributes:
+        name: of its folder.
+        recipe: that makes it.
+        flags: beside the output_dir.
+    """
+
+    name: str
+    recipe: str
+    flags: tuple[str, ...]
+
+
+def run_of(task: str, name: str, seed: int, flags: Sequence[str]) -> Run:
+    """A run in a task; a later flag wins over an earlier one of the same name."""
+    place = TASKS[task]
+    given = [*EVERY_RUN, *place.flags, f"--seed={seed}", *flags]
+    last = {flag.partition("=")[0]: flag for flag in given}
+    return Run(f"{task}_{name}_s{seed}", place.recipe, tuple(last.values()))
+
+
+def methods_of_c1() -> dict[str, tuple[str, ...]]:
+    """TRQAM, and QAM at three temperatures."""
+    qam = {
+        f"qam{beta}": ("--method.type=qam", f"--method.inverse_temperature={beta}")
+        for beta in (1, 3, 10)
+    }
+    return {"trqam": (), **qam}
+
+
+def c1() -> Iterator[Run]:
+    """Imperfect critics: few, few data, a wrong gradient. Offline, where nothing mends them."""
+    critics = {f"critics{n}": (f"--critic.ensemble_size={n}",) for n in (4, 1, 2, 10)}
+    noise = {f"noise{size}": (f"--critic.gradient_noise={size}",) for size in (1, 4)}
+    for seed in SEEDS:
+        for task in ("lift", "can"):
+            # Of the run before, whose base is this seed's: then the data is for the critic alone.
+            base = f"--policy.path={RUNS}/{task}_critics4_trqam_s{seed}/base_policy"
+            tenth = {"tenth": (base, *TASKS[task].a_tenth)}
+            for label, flags in {**critics, **noise, **tenth}.items():
+                for method, knobs in methods_of_c1().items():
+                    name = f"{label}_{method}"
+                    yield run_of(task, name, seed, (*OFFLINE, *flags, *knobs))
+
+
+def c2() -> Iterator[Run]:
+    """Lambda inside against the penalty outside, at three targets."""
+    for seed in SEEDS:
+        for target in (0.1, 0.5, 1.0):
+            for method in ("trqam", "external_kl"):
+                flags = (f"--method.type={method}", f"--method.kl_budget={target:g}")
+                yield run_of("lift", f"{method}_{target:g}", seed, (*OFFLINE, *flags))
+
+
+def c3() -> Iterator[Run]:
+    """The response to the budget; `recipes/sweep_kl.py` makes such runs and their statistics."""
+    for seed in SEEDS:
+        for task in TASKS:
+            for budget in (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
+                flags = (*OFFLINE, f"--method.kl_budget={budget:g}")
+                yield run_of(task, f"budget{budget:g}", seed, flags)
+
+
+def c6() -> Iterator[Run]:
+    """The chain: scheme, number of steps and adjoint on three tasks.
+
+    A budget of shifted Euler is worth what the preset's is in the posterior chain of as many steps,
+    by the yardstick of docs/method.md.
+    """
+    for seed in SEEDS:
+        for task, place in TASKS.items():
+            for steps in (3, 4, 6, 10):
+                for label in SCHEMES:
+                    budget = place.budget * offset_kl(TimeGrid(steps, SCHEMES[label]))
+                    budget /= offset_kl(TimeGrid(steps, SCHEMES["posterior"]))
+                    scheme = label.lower().replace(" ", "_")
+                    for adjoint in ("lean", "scalar"):
+                        flags = (
+                            *OFFLINE,
+                            f"--policy.num_flow_steps={steps}",
+                            f"--method.scheme={scheme}",
+                            f"--method.adjoint={adjoint}",
+                            f"--method.kl_budget={budget:.3g}",
+                        )
+                        yield run_of(task, f"{scheme}{steps}_{adjoint}", seed, flags)
+
+
+STUDIES: Mapping[str, Callable[[], Iterator[Run]]] = {"c1": c1, "c2": c2, "c3": c3, "c6": c6}
+
+
+def command(run: Run, folder: Path) -> str:
+    """A shell line that makes the run, unless it is finished."""
+    own = folder / run.name
+    begin = [f"--output_dir={own}", *(f.replace(RUNS, str(folder)) for f in run.flags)]
+    recipe = f"python -m vla_trqam.recipes.{run.recipe}"
+    go_on = f"{recipe} --resume=true --output_dir={shlex.quote(str(own))}"
+    new = f"{recipe} {shlex.join(begin)}"
+    done, begun = (shlex.quote(str(own / name)) for name in ("report.json", "config.yaml"))
+    return f"test -f {done} || if test -f {begun}; then {go_on}; else {new}; fi"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the list."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--folder", type=Path, default=Path("outputs"), help="of the runs")
+    parser.add_argument("--commands", action="store_true", help="shell lines in place of YAML")
+    given = parser.parse_args(arguments)
+    runs = list(STUDIES[given.study]())
+    if given.commands:
+        print("\n".join(command(run, given.folder) for run in runs))
+    else:
+        listed = [{**asdict(run), "flags": list(run.flags)} for run in runs]
+        print(yaml.safe_dump(listed, sort_keys=False, width=100), end="")
+
+
+if __name__ == "__main__":
+    main()

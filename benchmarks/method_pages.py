@@ -1,0 +1,102 @@
+"""Writes what the code knows of the methods into their pages: who asks what, and every knob.
+
+    python benchmarks/method_pages.py --folder docs/methods
+
+``README.md`` gets one row a method of the registry, from its `Requirements` and what it acts by; a
+method's own page its knobs, from the dataclass that owns them, where the page has a place for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from evaluations import SMALL, make
+from marked import begin_of, put
+
+from vla_trqam.config.flag_help import as_yaml, attribute_docs
+from vla_trqam.methods.base import Requirements
+from vla_trqam.methods.bc import BehaviourCloningConfig
+from vla_trqam.methods.registry import METHODS
+from vla_trqam.report.formats import table
+
+INDEX, ALL, KNOBS = "README.md", "methods", "knobs"
+SHARED = ("policy", "critic")
+OWNERS: dict[str, type] = {
+    **{name: entry.config for name, entry in METHODS.items()},
+    "bc": BehaviourCloningConfig,
+}
+"""The dataclass of a page's knobs; cloning is what the base comes from and no choice."""
+
+
+def methods_table(folder: Path) -> str:
+    """A row a method."""
+    header = (
+        *("method", "trains the policy's field", "networks beside policy and critic", "acts by"),
+        *("TD asks for a next action", "the saved policy acts by itself", "adjoint"),
+    )
+    return table(header, [_row(name, folder) for name in METHODS])
+
+
+def _row(name: str, folder: Path) -> list[str]:
+    asks: Requirements = METHODS[name].requirements
+    method = make(METHODS[name].config(), SMALL, 2)
+    own = [f"`{key}`" for key in method.modules() if key not in SHARED]
+    page = f"[{name}]({name}.md)" if (folder / f"{name}.md").is_file() else name
+    return [
+        page,
+        _yes(asks.trains_field),
+        ", ".join(own) or "none",
+        _first_sentence(method.actor()),
+        _yes(asks.next_actions),
+        _yes(asks.host_acts),
+        _yes(asks.adjoint),
+    ]
+
+
+def _first_sentence(actor: Any) -> str:
+    return inspect.getdoc(type(actor)).split("\n\n")[0].replace("\n", " ").replace("``", "`")  # type: ignore[union-attr]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def knobs_table(config: type) -> str:
+    """A row a knob: its name, its default and what it means."""
+    docs = attribute_docs(config)
+    rows = [
+        [f"`{field.name}`", f"`{as_yaml(field.default)}`", docs[field.name].replace("``", "`")]
+        for field in fields(config)
+    ]
+    return table(("knob", "default", "what it is"), [[_cell(c) for c in row] for row in rows])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def write(folder: Path) -> list[Path]:
+    """Writes into every page that there is; returns those that changed."""
+    pages = {folder / INDEX: (ALL, methods_table(folder))}
+    for name, config in OWNERS.items():
+        page = folder / f"{name}.md"
+        if page.is_file() and begin_of(KNOBS) in page.read_text(encoding="utf-8"):
+            pages[page] = (KNOBS, knobs_table(config))
+    return [page for page, (name, text) in pages.items() if put(page, name, text)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes, and says which pages changed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("docs/methods"), help="of the pages")
+    for page in write(parser.parse_args(arguments).folder):
+        print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What the claims' scripts make of run folders whose numbers are known."""
+
+from pathlib import Path
+from typing import Any
+
+import c1_fragile
+import c2_budget
+import numpy as np
+import pytest
+from claim_folders import LINES, make_run
+from claim_runs import mean_and_spread, read_claim_run
+from marked import marked
+from matplotlib.figure import Figure
+
+from vla_trqam.errors import UserError
+
+TRQAM = {"type": "trqam"}
+GROWING = tuple(np.geomspace(1.0, 1000.0, LINES))
+
+
+@pytest.fixture(autouse=True)
+def no_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not rendered, which takes most of the time."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_bytes(b"png"))
+
+
+def qam(beta: float) -> dict[str, Any]:
+    return {"type": "qam", "inverse_temperature": beta}
+
+
+def page_of(tmp_path: Path, name: str) -> Path:
+    page = tmp_path / "claims.md"
+    page.write_text(f"# Claims\n<!-- begin {name} -->\n<!-- end {name} -->\nend\n")
+    return page
+
+
+def row(text: str, *start: str) -> list[str]:
+    head = "| " + " | ".join(start) + " |"
+    (line,) = [line for line in text.splitlines() if line.startswith(head)]
+    return line.strip("| ").split(" | ")
+
+
+def test_a_fragile_temperature_is_told_from_one_that_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noisy = {"critic": {"ensemble_size": 4, "gradient_noise": 4.0}}
+    runs = [
+        make_run(tmp_path / "t0", method=TRQAM, tuned=16),
+        make_run(tmp_path / "t1", method=TRQAM, tuned=14, seed=1),
+        make_run(tmp_path / "q1", method=qam(1), tuned=15),
+        make_run(tmp_path / "q10a", method=qam(10), tuned=4, loss=GROWING),
+        make_run(tmp_path / "q10b", method=qam(10), tuned=None, seed=1),
+        make_run(tmp_path / "t2", method=TRQAM, tuned=12, settings=noisy),
+        make_run(tmp_path / "q2", method=qam(10), tuned=2, settings=noisy),
+    ]
+    page, figure = page_of(tmp_path, "c1"), tmp_path / "figures" / "c1.png"
+    given = ["--runs", *map(str, runs), "--page", str(page), "--output", str(figure)]
+    assert c1_fragile.main(given) == 0
+    text = marked(page, "c1")
+    assert text in capsys.readouterr().out
+    assert figure.is_file()
+    assert text.startswith("**Claim 1 holds for QAM β=10, not for QAM β=1.**")
+    assert "TRQAM 0 of 3 (worst mean gain +10 points)" in text
+    assert "QAM β=10 3 of 3 (worst mean gain -40 points)" in text
+    own = row(text, "lift", "4 critics", "TRQAM")
+    assert own[3:8] == ["2", "50 ± 0", "75 ± 7", "30", "0"]
+    lost = row(text, "lift", "4 critics", "QAM β=10")
+    assert lost[3:6] == ["2", "50", "20"]
+    assert (lost[7], lost[10]) == ("2", "2")
+    assert float(lost[9]) == pytest.approx(
+        np.median(GROWING[-4:]) / np.median(GROWING[:4]), rel=0.01
+    )
+    assert row(text, "lift", "4 critics, noise 4", "QAM β=10")[7] == "1"
+
+
+def test_the_budget_is_ahead_of_no_temperature_that_does_as_well(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "t", method=TRQAM, tuned=14),
+        make_run(tmp_path / "q", method=qam(3), tuned=14),
+    ]
+    groups = c1_fragile.groups_of([read_claim_run(run) for run in runs])
+    assert c1_fragile.verdict(groups).startswith("**Claim 1 does not hold.**")
+
+
+def test_a_loss_that_is_not_finite_has_diverged(tmp_path: Path) -> None:
+    loss = (*((1.0,) * (LINES - 1)), float("nan"))
+    run = read_claim_run(make_run(tmp_path / "q", method=qam(3), loss=loss))
+    (group,) = c1_fragile.groups_of([run])
+    assert (group.diverged, group.growth) == (1, float("inf"))
+
+
+def test_a_target_kept_and_one_passed_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rising = tuple(np.linspace(0.1, 0.5, LINES))
+    inside, outside = ({"type": name, "kl_budget": 0.2} for name in ("trqam", "external_kl"))
+    on_top = (*((1.0,) * 30), *((10.0,) * 10))
+    runs = [
+        make_run(tmp_path / "in", method=inside, kl=(0.21,) * LINES),
+        make_run(tmp_path / "out", method=outside, kl=rising, lam=on_top),
+    ]
+    page, figure = page_of(tmp_path, "c2"), tmp_path / "c2.png"
+    given = ["--runs", *map(str, runs), "--page", str(page), "--output", str(figure)]
+    assert c2_budget.main(given) == 0
+    text = marked(page, "c2")
+    assert text in capsys.readouterr().out
+    assert "**Lambda inside keeps the target: holds** (within a fifth in 1 of 1 runs)" in text
+    assert "**The penalty outside lies above it: holds**" in text
+    kept = row(text, "trqam", "0.2", "1")
+    assert kept[3].startswith("1.05 (")
+    assert abs(float(kept[4].split()[0])) < 1e-6
+    assert kept[6] == "0%"
+    passed = row(text, "external_kl", "0.2", "1")
+    late = np.array(rising[20:])
+    assert float(passed[3].split()[0]) == pytest.approx(late.mean() / 0.2, abs=5e-3)
+    assert float(passed[4].split()[0]) == pytest.approx((late[-1] - late[0]) / 0.2, abs=5e-3)
+    assert passed[5].startswith("10 (")
+    assert passed[6] == "50%"
+
+
+def test_what_cannot_be_compared_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "one", method=TRQAM)
+    for script, said in ((c1_fragile, "compares TRQAM's runs"), (c2_budget, "give both")):
+        assert script.main(["--runs", str(run)]) == 2
+        assert said in capsys.readouterr().err
+        assert script.main(["--runs", str(run), str(run)]) == 2
+        assert "is given twice" in capsys.readouterr().err
+        assert script.main(["--runs", str(tmp_path)]) == 2
+        assert "is no run's folder" in capsys.readouterr().err
+
+
+def test_a_run_without_a_report_did_not_finish(tmp_path: Path) -> None:
+    run = read_claim_run(make_run(tmp_path / "cut", method=TRQAM, tuned=None))
+    assert not run.finished
+    assert run.gain is None
+    assert run.worst == 0.3
+    with pytest.raises(UserError, match=r"empty is no run's folder: it has no report\.json"):
+        read_claim_run(tmp_path / "empty")
+
+
+def test_a_mean_of_one_has_no_spread() -> None:
+    assert (mean_and_spread([]), mean_and_spread([0.5])) == ("-", "50")
+    assert mean_and_spread([0.5, 0.7]) == "60 ± 14"

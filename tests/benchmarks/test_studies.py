@@ -1,0 +1,75 @@
+"""The runs that the claims want are runs that the recipes accept."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import studies
+import yaml
+from vla_trqam.recipes import finetune_ogbench, finetune_robomimic
+
+from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
+from vla_trqam.config.parsing import parse_config
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig, StateRunConfig
+from vla_trqam.methods.base import MethodConfig
+from vla_trqam.methods.registry import METHODS
+
+RECIPES: dict[str, tuple[type[StateRunConfig], Path]] = {
+    "finetune_robomimic": (FinetuneRobomimicConfig, finetune_robomimic.PRESETS),
+    "finetune_ogbench": (FinetuneOGBenchConfig, finetune_ogbench.PRESETS),
+}
+
+
+def config_of(run: studies.Run) -> StateRunConfig:
+    config, presets = RECIPES[run.recipe]
+    return parse_config(config, presets, run.flags)
+
+
+@pytest.mark.parametrize(("study", "count"), [("c1", 168), ("c2", 18), ("c3", 72), ("c6", 144)])
+def test_a_study_has_so_many_runs_each_with_a_name_of_its_own(study: str, count: int) -> None:
+    runs = list(studies.STUDIES[study]())
+    assert len({run.name for run in runs}) == len(runs) == count
+    for run in runs:
+        names = [flag.partition("=")[0] for flag in run.flags]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_the_recipes_accept_a_studys_flags(study: str) -> None:
+    first_seed = [run for run in studies.STUDIES[study]() if "--seed=0" in run.flags]
+    for run in first_seed:
+        chosen = [f.partition("=")[2] for f in run.flags if f.startswith("--method.type=")]
+        if set(chosen) <= set(METHODS):
+            config = config_of(run)
+            assert config.online.steps == 0
+            assert isinstance(config.method, MethodConfig)
+
+
+def test_the_tenth_of_the_data_has_the_base_of_a_run_before_it() -> None:
+    runs = list(studies.c1())
+    names = [run.name for run in runs]
+    for number, run in enumerate(runs):
+        (base,) = [f for f in run.flags if f.startswith("--policy.path=")] or [None]
+        if base is not None:
+            place = base.removeprefix("--policy.path=RUNS/").removesuffix("/base_policy")
+            assert names.index(place) < number
+            assert place.rpartition("_")[2] == run.name.rpartition("_")[2]
+
+
+def test_a_command_makes_a_run_goes_on_with_it_or_leaves_it(tmp_path: Path) -> None:
+    run = next(run for run in studies.c1() if "_tenth_" in run.name)
+    line = studies.command(run, Path("outputs/c1"))
+    new = line.rpartition("else ")[2].removesuffix("; fi")
+    words = shlex.split(new)
+    assert words[:3] == ["python", "-m", "vla_trqam.recipes.finetune_robomimic"]
+    assert f"--output_dir=outputs/c1/{run.name}" in words
+    assert "--policy.path=outputs/c1/lift_critics4_trqam_s0/base_policy" in words
+    assert line.startswith(f"test -f outputs/c1/{run.name}/report.json || if test -f ")
+    assert f"--resume=true --output_dir=outputs/c1/{run.name}; else" in line
+
+
+def test_the_list_is_yaml_of_name_recipe_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    studies.main(["c2"])
+    listed = yaml.safe_load(capsys.readouterr().out)
+    assert [set(run) for run in listed] == [{"name", "recipe", "flags"}] * 18
+    assert listed[0]["name"] == "lift_trqam_0.1_s0"
