@@ -10,7 +10,7 @@ from vla_trqam.config.state_settings import StateRunConfig
 from vla_trqam.data.sampling import ShortChunks
 from vla_trqam.methods.bc import BehaviourCloningConfig
 
-OGBenchReward = Literal["success_minus_one", "sparse"]
+OGBenchReward = Literal["success_minus_one", "sparse", "dense"]
 """Of the kinds of a reward; there is no column, as the data is relabelled for the task."""
 
 
@@ -32,11 +32,15 @@ class OGBenchDataConfig:
     Attributes:
         path: an npz of OGBench's format, or a folder of them, which are read one after the other;
             null for the place where OGBench keeps the task's own.
-        reward: what the critic maximises, of a success that is 1 and everything else 0.
+        swap_every: updates with one file of a folder in memory before the next one's turn, for sets
+            that are too large; null for all of them in the replay.
+        reward: what the critic maximises: made of success, or OGBench's own ("dense"), which is
+            minus the number of the task's parts that are not yet right.
         short_chunks: chunks that a solved state cuts short.
     """
 
     path: Path | None = None
+    swap_every: int | None = None
     reward: OGBenchReward = "success_minus_one"
     short_chunks: ShortChunks = "pad"
 
@@ -67,3 +71,6 @@ class FinetuneOGBenchConfig(StateRunConfig):
     dataset: OGBenchDataConfig = field(default_factory=OGBenchDataConfig)
     pretrain: OGBenchCloningConfig = field(default_factory=OGBenchCloningConfig)
     env: OGBenchTaskConfig = field(default_factory=OGBenchTaskConfig)
+
+    def _at_least_one(self) -> dict[str, int | None]:
+        return super()._at_least_one() | {"dataset.swap_every": self.dataset.swap_every}
