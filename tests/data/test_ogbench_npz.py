@@ -49,6 +49,9 @@ def arm_rows(task, seed=0, steps=40):
     observation, _ = env.reset(seed=seed)
     inner, rng = env.unwrapped, np.random.default_rng(seed)
     qpos = np.repeat(inner._data.qpos[None].copy(), steps + 1, axis=0)
+    if task.startswith("scene"):
+        for column, goal in ((-2, inner._target_drawer_pos), (-1, inner._target_window_pos)):
+            qpos[:, column] = goal + rng.uniform(0, 0.05, steps + 1)
     for cube in range(getattr(inner, "_num_cubes", 0)):
         goal = inner._data.mocap_pos[cube]
         near = rng.uniform(0, 0.06, (steps + 1, 1))
@@ -73,8 +76,8 @@ def saved(folder, name, rows):
     return folder / f"{name}.npz"
 
 
-def loaded(path, task, folder):
-    data = read_ogbench(path, task)
+def loaded(path, task, folder, *, dense=False):
+    data = read_ogbench(path, task, dense=dense)
     replay = Replay.create(
         folder,
         observation_dim=data.observation_dim,
@@ -105,6 +108,7 @@ def steps_of(replay):
         pytest.param("cube-single-play-singletask-task2-v0", marks=pytest.mark.slow),
         pytest.param("cube-double-play-singletask-task2-v0", marks=pytest.mark.slow),
         pytest.param("puzzle-3x3-play-singletask-task4-v0", marks=pytest.mark.slow),
+        pytest.param("scene-play-singletask-task2-v0", marks=pytest.mark.slow),
     ],
 )
 def test_every_step_is_ogbenchs_with_its_reward_mask_and_end(task, tmp_path):
@@ -122,9 +126,13 @@ def test_every_step_is_ogbenchs_with_its_reward_mask_and_end(task, tmp_path):
     ours = RewardSpec("success_minus_one").apply(replay.rewards)
     sparse = -(theirs["rewards"] != 0).astype(np.float32)  # theirs, but of cube-double and puzzle
     np.testing.assert_array_equal(ours, sparse)
-    if "double" not in task and "puzzle" not in task:
+    if len(np.unique(theirs["rewards"])) == 2:  # of a task of one part
         np.testing.assert_array_equal(ours, theirs["rewards"])
     np.testing.assert_array_equal(cut, (theirs["terminals"] == 1) & ~terminated)
+    _, parts = loaded(path, task, tmp_path / "dense", dense=True)
+    np.testing.assert_array_equal(RewardSpec("dense").apply(parts.rewards), theirs["rewards"])
+    np.testing.assert_array_equal(parts.episodes().success, replay.episodes().success)
+    assert ("double" in task or "puzzle" in task or "scene" in task) == (parts.rewards.min() < -1)
 
 
 def test_the_shards_of_a_folder_are_read_in_order_and_those_for_validation_are_not(tmp_path):
@@ -226,7 +234,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
 
 
 def test_zeros_that_unpack_to_more_than_a_file_can_hold_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("vla_trqam.data.sources.ogbench.HARMLESS_IN_ALL", 1000)
+    monkeypatch.setattr("vla_trqam.data.sources.ogbench_npz.HARMLESS_IN_ALL", 1000)
     np.savez_compressed(tmp_path / "zeros.npz", observations=np.zeros((1000, 1000)))
     with pytest.raises(UserError, match=r"zeros\.npz of \d+ bytes claims to hold 80001\d\d"):
         read_ogbench(tmp_path / "zeros.npz", MAZE)

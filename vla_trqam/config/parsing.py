@@ -57,7 +57,9 @@ def parse_config[C](
         flags = of_today(_read_flags(others, known))
         preset = str(flags.get("preset", preset))
         chosen = {name: flags[name] for name in flags if name == TYPE}
-        section = _merged(_flatten(_section(presets, preset), known), chosen, known)
+        section = _flatten(_section(presets, preset), known)
+        section |= _between(config_class, preset, section, flags)
+        section = _merged(section, chosen, known)
         program, names = Path(sys.argv[0]).name, list(_read_yaml(presets))
         print(help_text(_decode(config_class, section), program, presets, names, preset))
         raise SystemExit(0)
@@ -67,11 +69,19 @@ def parse_config[C](
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     if config_path is None:
         section = of_today(_flatten(_section(presets, name), known))
+        section |= _between(config_class, name, section, flags)
         return _decode(config_class, _merged(section, flags, known))
     settings = of_former_run(_flatten(_read_yaml(str(config_path)), known))
     former = former_values(settings) if OF_FORMER in settings else {}
     _tell_former(str(config_path), former.keys() - flags.keys())
     return _decode(config_class, _merged(settings | former, flags, known))
+
+
+def _between(config_class: type, preset: str, section: Settings, flags: Settings) -> Settings:
+    """What the preset and the flags together decide, below the flags."""
+    if not issubclass(config_class, RunSettings) or flags.get("resume"):
+        return {}
+    return config_class.between(preset, section, flags)
 
 
 def _merged(settings: Settings, flags: Settings, known: Collection[str]) -> Settings:

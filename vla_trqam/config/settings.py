@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.errors import UserError
@@ -155,6 +155,19 @@ class RunSettings:
     method: MethodChoice = field(default_factory=default_method)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @classmethod
+    def between(
+        cls, preset: str, settings: Mapping[str, Any], flags: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What lies above a preset and below the flags, because both together decide it.
+
+        Args:
+            preset: its name.
+            settings: its own, by dotted name.
+            flags: those of the command line.
+        """
+        return {}
 
     @property
     def warmup_batch_size(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vla_trqam.config.settings import RunSettings
-from vla_trqam.data.sampling import RewardKind, ShortChunks
+from vla_trqam.data.sampling import AnyReward, RewardKind, ShortChunks
 from vla_trqam.envs.robomimic.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.bc import BehaviourCloningConfig
@@ -85,7 +85,7 @@ class StateData(Protocol):
     short_chunks: ShortChunks
 
     @property
-    def reward(self) -> RewardKind:
+    def reward(self) -> AnyReward:
         """What the critic maximises."""
 
 

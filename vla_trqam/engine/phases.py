@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
@@ -21,7 +23,7 @@ def phases_of(job: Job[Any]) -> list[Phase]:
     Raises:
         UserError: one has nothing to draw.
     """
-    phases = _wanted(job)
+    phases = _turning_data(job, _wanted(job))
     length = job.policy.chunk_shape[0]
     for phase in phases:
         if phase.sampler.num_starts == 0:
@@ -30,6 +32,19 @@ def phases_of(job: Job[Any]) -> list[Phase]:
                 f"choose {job.shorter_chunks} or other --dataset.short_chunks"
             )
     return phases
+
+
+def _turning_data(job: Job[Any], phases: list[Phase]) -> list[Phase]:
+    """The phases, each of which tells the job how many updates there were."""
+    before = accumulate((phase.num_steps for phase in phases), initial=0)
+
+    def turn(begin: int, done: int) -> None:
+        job.turn_data(begin + done)
+
+    return [
+        replace(phase, turn_data=partial(turn, begin))
+        for phase, begin in zip(phases, before, strict=False)
+    ]
 
 
 def _wanted(job: Job[Any]) -> list[Phase]:

@@ -64,6 +64,8 @@ class Phase:
         moves_policy: whether its updates count as the run's: those that move the tuned field away
             from its base.
         renew: called where the run goes back to before this phase: it makes the next method new.
+        turn_data: called before every update, with the updates done in the phase: of data that is
+            not all there at once it brings what is drawn from next.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Phase:
     finish: Callable[[Method], None] = lambda _: None
     moves_policy: bool = True
     renew: Callable[[], None] = lambda: None
+    turn_data: Callable[[int], None] = lambda _: None
 
 
 @dataclass
@@ -198,7 +201,9 @@ class Run:
             if phase.moves_policy and self.step == 0:
                 # Of the policy as it came, whatever is to act.
                 self._evaluate(phase, method, 0, progress)
+            phase.turn_data(min(start, phase.num_steps - 1))
             for done in range(start, phase.num_steps):
+                phase.turn_data(done)
                 self._collect(phase, method, done, progress)
                 with self.timed(phase.name), _named(f"{phase.name} update {done + 1}"):
                     rows = self.team.batch_share(phase.batch_size)
