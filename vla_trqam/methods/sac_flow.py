@@ -127,7 +127,8 @@ class GatedField(nn.Module):
     def forward(self, features: Tensor, x: Tensor, tau: Tensor) -> Tensor:
         """Features (B, F), x (B, H, a), tau (B,) -> velocity (B, H, a)."""
         flat = x.flatten(1)
-        inputs = torch.cat([features, flat, tau.unsqueeze(1)], dim=1).to(torch.float32)
+        inputs = torch.cat([features, flat, tau.unsqueeze(1)], dim=1)
+        inputs = inputs.to(self.gate_in.weight.dtype)
         with own_precision(inputs):
             gate = self.gate_out(F.silu(self.gate_in(inputs))).sigmoid()
         return (gate * (self.aim(inputs) - flat)).view_as(x)
