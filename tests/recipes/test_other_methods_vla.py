@@ -1,4 +1,4 @@
-"""FQL, IFQL and DSRL on a tiny π0: its weights stay, and what acts is learnt beside it."""
+"""The methods beside the flow on a tiny π0: its weights stay, and what acts is learnt beside it."""
 
 import pytest
 from safetensors.torch import load_file
@@ -25,6 +25,8 @@ METHODS = {
     "fql": (["--method.hidden_dims=[16]"], "one_step."),
     "ifql": (["--method.num_samples=3"], "value."),
     "dsrl": (["--method.hidden_dims=[16]"], "noise_actor."),
+    "best_of_n": (["--method.num_samples=2"], "value."),
+    "cgql_l": ([], "critic."),
 }
 
 
@@ -35,7 +37,9 @@ def test_a_run_goes_whole_and_a_killed_one_to_the_same_bits(name, tiny, no_concl
     assert tiny(tmp_path / "whole", *flags) == 0
     weights = load_file(tmp_path / "whole/checkpoints/last/algorithm/networks.safetensors")
     assert any(key.startswith(own) for key in weights)
-    assert any(key.startswith("next_actions.") for key in weights) == (name != "ifql")
+    assert any(key.startswith("next_actions.") for key in weights) == (
+        name not in ("ifql", "best_of_n")
+    )
     with killed(lambda patch: dies_at_update(patch, Cached, 5)):
         tiny(tmp_path / "killed", *flags)
     assert resume(tmp_path / "killed") == 0

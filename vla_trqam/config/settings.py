@@ -134,7 +134,7 @@ class RunSettings:
     """
 
     GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
-    OFFERS: ClassVar[Offers] = Offers(training_base=True)
+    OFFERS: ClassVar[Offers] = Offers(training_base=True, own_field=True)
 
     output_dir: Path | None = None
     resume: bool = False

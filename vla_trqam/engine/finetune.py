@@ -100,6 +100,8 @@ def _finetune(job: Job[Any]) -> None:
         run, phases, everything = _set_up(job, stack)
         if job.team.is_main:
             job.announce()
+            if config.method.notice:
+                print(config.method.notice)
         with InterruptGuard(quiet=not job.team.is_main) as guard:
             method = run.train(phases, guard)
         if config.base_alone:

@@ -128,6 +128,11 @@ class MethodConfig:
         """Whether a running mean of the policy's trained weights is kept beside them."""
         return False
 
+    @property
+    def notice(self) -> str:
+        """What a reader of the terminal should know of the method before it trains."""
+        return ""
+
     def rehearse(self, policy: FlowPolicy, context: Context, rows: int) -> Rehearsal | None:
         """The pass of an update through the policy's trained weights; None where there is none.
 
@@ -151,6 +156,8 @@ class Requirements:
             the method's own networks too.
         adjoint: an adjoint starts from the action gradient of the critic's target.
         learns_critic: a critic is learnt of the replay's rewards.
+        own_field: what acts is a velocity field of the method's own, in which nothing of the
+            pretrained one is used.
     """
 
     trains_field: bool
@@ -158,6 +165,7 @@ class Requirements:
     host_acts: bool
     adjoint: bool = False
     learns_critic: bool = True
+    own_field: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,9 +174,11 @@ class Offers:
 
     Attributes:
         training_base: its base can go on training.
+        own_field: a small field of a method's own may act in its place.
     """
 
     training_base: bool
+    own_field: bool = False
 
 
 class Method(ABC):
