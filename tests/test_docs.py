@@ -11,6 +11,7 @@ from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.methods.registry import METHODS
+from vla_trqam.study.settings import CompareConfig, SweepConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -44,6 +45,9 @@ def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
         for method in METHODS:
             with pytest.raises(SystemExit):
                 parse_config(config, presets.with_name(name), ["--help", f"--method.type={method}"])
+    for study, name in ((CompareConfig, "compare.yaml"), (SweepConfig, "sweep_kl.yaml")):
+        with pytest.raises(SystemExit):
+            parse_config(study, presets.with_name(name), ["--help"], preset="smoke")
     declared = re.findall(r'"--(\w+)"', "".join(path.read_text("utf-8") for path in SCRIPTS))
     return flags_in(capsys.readouterr().out) | set(declared) | OTHERS | {"help"}
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vla_trqam.report.figures import BASE, CYCLE, color_of, new_figure, save
+from vla_trqam.report.intervals import Interval
 from vla_trqam.study.results import Result
 from vla_trqam.study.statistics import Estimate, Profile, rate_interval
 from vla_trqam.study.tables import grouped
@@ -44,13 +45,24 @@ def _plot_task(results: Sequence[Result], path: Path) -> Path:
 
 
 def _draw(
-    axes: Axes, x: NDArray[np.float64], mean: NDArray[np.float64], limits: Sequence, index: int,
+    axes: Axes,
+    x: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    limits: Sequence[Interval],
+    index: int,
     label: str,
-) -> None:  # fmt: skip
-    style = "-" if index < len(CYCLE) else ":"  # more methods than colours
-    color = color_of(index)
-    axes.plot(x, mean, style, color=color, marker=".", linewidth=1.8, label=label)
-    low, high = [limit.low for limit in limits], [limit.high for limit in limits]
+) -> None:
+    axes.plot(x, mean, style_of(index), color=color_of(index), marker=".", label=label)
+    ends = ([limit.low for limit in limits], [limit.high for limit in limits])
+    _band(axes, x, *ends, color_of(index))
+
+
+def style_of(index: int) -> str:
+    """Of a line: dotted for more methods than there are colours."""
+    return "-" if index < len(CYCLE) else ":"
+
+
+def _band(axes: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, color: str) -> None:
     axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
 
 
@@ -66,10 +78,9 @@ def plot_aggregate(
     _draw_estimates(better, beaten, f"P({next(iter(means))} is better)")
     better.axvline(0.5, color=BASE, linestyle="--", linewidth=1)
     for index, (label, found) in enumerate(profiles.items()):
-        style, color = "-" if index < len(CYCLE) else ":", color_of(index)
-        profile.plot(found.thresholds, found.share, style, color=color, label=label)
-        limits = {"color": color, "alpha": 0.12, "linewidth": 0}
-        profile.fill_between(found.thresholds, found.low, found.high, **limits)
+        color = color_of(index)
+        profile.plot(found.thresholds, found.share, style_of(index), color=color, label=label)
+        _band(profile, found.thresholds, found.low, found.high, color)
     profile.set(xlabel="success", ylabel="share of runs above it", ylim=(-0.02, 1.02))
     return save(figure, path)
 

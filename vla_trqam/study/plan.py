@@ -46,7 +46,7 @@ class Step:
     Attributes:
         name: like "lift/trqam_s0".
         command: that begins it.
-        folder: what it fills.
+        folder: what it fills, or the file it writes; the folder around it is made.
         done: is there when it is finished.
         needs: names of the steps before it.
         resume: the command that goes on with it; None for one that is just begun again.
@@ -159,7 +159,7 @@ def _data_step(settings: StudySettings, task: StudyTask) -> Step:
     path = _data_file(settings, task)
     flags = [*as_flags(task.data.flags), f"--output={path}"]
     command = _command(task.data.recipe, flags)
-    return Step(f"{task.name}/data", command, path.parent, path)
+    return Step(f"{task.name}/data", command, path, path)
 
 
 def _data_file(settings: StudySettings, task: StudyTask) -> Path:

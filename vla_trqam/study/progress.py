@@ -118,7 +118,7 @@ def newest(folder: Path) -> tuple[int, str, dict[str, float]]:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - TAIL, 0))
             lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0, "", {}
     step, phase, values = 0, "", dict[str, float]()
     for line in lines:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,10 +48,10 @@ class Profile:
         high: (T,), upper ends.
     """
 
-    thresholds: NDArray[np.float64]
-    share: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
+    thresholds: NDArray[Any]
+    share: NDArray[Any]
+    low: NDArray[Any]
+    high: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def _interval(pair: NDArray[np.float64]) -> Interval:
     return Interval(float(pair[0]), float(pair[1]))
 
 
-def _rliable():  # type: ignore[no-untyped-def]
+def _rliable() -> tuple[Any, Any]:
     """Loaded when it is wanted: it brings pandas and takes seconds."""
     try:
         from rliable import library, metrics

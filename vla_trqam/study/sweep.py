@@ -14,6 +14,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.report.comparison_plots import plot_budget_sweep
 from vla_trqam.report.formats import percent, table
+from vla_trqam.report.metrics import TrustRegionSummary
 from vla_trqam.report.page import write_json
 from vla_trqam.study.comparison import PICTURES, how_it_was_made
 from vla_trqam.study.plan import StudyRun
@@ -182,7 +183,7 @@ def row(result: Result) -> dict[str, object]:
     }
 
 
-def _region(result: Result):  # type: ignore[no-untyped-def]
+def _region(result: Result) -> TrustRegionSummary:
     assert result.trust_region is not None, "looked at in by_budget"
     return result.trust_region
 
