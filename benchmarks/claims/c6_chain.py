@@ -253,13 +253,11 @@ def seconds_table(seconds: float, steps: Sequence[int]) -> str:
         [chain.scheme, str(chain.num_flow_steps), chain.adjoint, f"{s:.4f}", f"{s / best:.2f}"]
         for chain, s in zip(chains, found, strict=True)
     ]
-    where = (
-        f"{platform.machine()}, {torch.get_num_threads()} thread, {len(os.sched_getaffinity(0))}"
-    )
+    where = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} thread"
     day = datetime.now(UTC).date().isoformat()
     return (
-        f"Seconds of one update at the default preset's size ({day}, torch {torch.__version__}, "
-        f"{where} shared cores; medians, in turns), over the default's {default.label}:\n\n"
+        f"Processor seconds of one update at the default preset's size ({day}, {where} of a shared "
+        f"machine; medians, in turns), and over the default's {default.label}:\n\n"
         + table(("chain", "K", "adjoint", "seconds", "ratio"), rows)
     )
 
