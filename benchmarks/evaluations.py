@@ -282,8 +282,8 @@ def speed_table(seconds: float) -> str:
     end = time.perf_counter() + seconds * len(methods)
     while time.perf_counter() < end or len(methods[DEFAULT_TYPE].updates) < 5:
         for method in methods.values():
-            method.updates += [_spent(method.update) for _ in range(5)]
-            method.acts += [_spent(method.act) for _ in range(5)]
+            method.updates += [spent(method.update) for _ in range(5)]
+            method.acts += [spent(method.act) for _ in range(5)]
     best = median(methods[DEFAULT_TYPE].updates)
     rows = [
         [name, *(f"{1000 * median(s):.2f}" for s in (m.updates, m.acts)), _rate(best, m.updates)]
@@ -304,7 +304,8 @@ def _rate(best: float, seconds: Sequence[float]) -> str:
     return f"{best / median(seconds):.2f}"
 
 
-def _spent(call: Callable[[], object]) -> float:
+def spent(call: Callable[[], object]) -> float:
+    """Processor seconds of a call, which others on the machine hardly change."""
     start = time.process_time()
     call()
     return time.process_time() - start

@@ -13,20 +13,22 @@ same nats is the better chain. With ``--seconds`` the updates are timed instead,
 from __future__ import annotations
 
 import argparse
-import os
 import platform
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
 import torch
 from chain_figure import COLORS, SCHEMES, GaussianFlow, Outcome, solve
+from evaluations import spent
 from marked import put
-from update_step import Chain, default_preset, measure
+from update_step import Chain, Size, default_preset, make_update
 
 from vla_trqam.adjoint import AdjointKind
 from vla_trqam.report.figures import new_figure, save, use_log_axis
@@ -227,24 +229,35 @@ def draw(path: Path) -> Path:
     return save(figure, path)
 
 
+def measured(size: Size, chains: Sequence[Chain], seconds: float) -> list[float]:
+    """Median processor seconds of an update by each chain, all in turns."""
+    updates = [make_update(size, chain) for chain in chains]
+    for update in updates:
+        update()
+    found: list[list[float]] = [[] for _ in chains]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(found[0]) < 10:
+        for update, own in zip(updates, found, strict=True):
+            own += [spent(update) for _ in range(5)]
+    return [median(own) for own in found]
+
+
 def seconds_table(seconds: float, steps: Sequence[int]) -> str:
     """Seconds of one update at the default preset's size, all in turns, in this many threads."""
     size, default = default_preset()
     chains = [Chain(NAMES[name], k, adjoint) for k in steps for name, adjoint in KINDS]
     chains = list(dict.fromkeys([*chains, default]))
-    found = [update for update, _ in measure(size, chains, seconds)]
+    found = measured(size, chains, seconds)
     best = dict(zip(chains, found, strict=True))[default]
     rows = [
         [chain.scheme, str(chain.num_flow_steps), chain.adjoint, f"{s:.4f}", f"{s / best:.2f}"]
         for chain, s in zip(chains, found, strict=True)
     ]
-    where = (
-        f"{platform.machine()}, {torch.get_num_threads()} thread, {len(os.sched_getaffinity(0))}"
-    )
+    where = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} thread"
     day = datetime.now(UTC).date().isoformat()
     return (
-        f"Seconds of one update at the default preset's size ({day}, torch {torch.__version__}, "
-        f"{where} shared cores; medians, in turns), over the default's {default.label}:\n\n"
+        f"Processor seconds of one update at the default preset's size ({day}, {where} of a shared "
+        f"machine; medians, in turns), and over the default's {default.label}:\n\n"
         + table(("chain", "K", "adjoint", "seconds", "ratio"), rows)
     )
 

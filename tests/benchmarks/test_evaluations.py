@@ -131,7 +131,7 @@ def test_a_rate_is_the_default_methods_time_over_a_methods_own(
         return Timed(*(lambda spent=spent: spent for spent in calls.values()), [], [])
 
     monkeypatch.setattr(evaluations, "timed", timed)
-    monkeypatch.setattr(evaluations, "_spent", lambda call: call())
+    monkeypatch.setattr(evaluations, "spent", lambda call: call())
     text = evaluations.speed_table(0.0)
     assert "| trqam | 20.00 | 1.00 | 1.00 |" in text
     assert "| fql | 40.00 | 1.00 | 0.50 |" in text
