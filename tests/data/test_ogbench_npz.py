@@ -14,6 +14,7 @@ from vla_trqam.data.sources.ogbench import (
     dataset_name,
     read_ogbench,
 )
+from vla_trqam.envs.ogbench.family import DOMAINS, task_names
 from vla_trqam.errors import UserError
 
 from .source_contract import SourceContract
@@ -248,3 +249,12 @@ def test_without_a_path_the_data_that_ogbench_keeps_is_taken(tmp_path, monkeypat
     own.parent.mkdir(parents=True)
     own.touch()
     assert data_path(None, MAZE) == own
+    with pytest.raises(UserError, match=r"antmaze-giant-navigate-v0.npz, where .* cannot be made"):
+        data_path(None, "antmaze-giant-navigate-singletask-task1-v0")
+
+
+def test_every_domains_data_has_the_name_that_ogbench_gives_it():
+    names = {dataset_name(task) for task in task_names()}
+    assert names == {f"{domain}-v0" for domain in DOMAINS}
+    assert {name.rsplit("-", 2)[1] for name in names} == {"play", "navigate"}
+    assert dataset_name("cube-triple-play-singletask-v0") == "cube-triple-play-v0"

@@ -161,7 +161,7 @@ def test_the_notes_say_what_is_not_known_yet(folder):
 def test_without_a_path_files_in_turn_are_ogbenchs_largest_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     own = tmp_path / ".ogbench/data/cube-double-play-100m-v0"
-    with pytest.raises(UserError, match=r"cube-double-play-100m-v0 is not there"):
+    with pytest.raises(UserError, match=r"100m-v0, where .* --shards=10"):
         data_path(None, "cube-double-play-singletask-task2-v0", sharded=True)
     own.mkdir(parents=True)
     assert data_path(None, "cube-double-play-singletask-task2-v0", sharded=True) == own

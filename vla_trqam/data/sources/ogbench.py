@@ -34,7 +34,7 @@ from vla_trqam.envs.seeding import global_seed
 from vla_trqam.errors import UserError
 
 VALIDATION = "-val.npz"
-MADE = "recipes/make_ogbench_data.py"
+MADE, NOT_PLAYED = "recipes/make_ogbench_data.py", ("ant", "humanoid")
 BLOCK = 100_000
 """States at a time where numbers are widened to be summed."""
 
@@ -122,9 +122,17 @@ def data_path(path: Path | None, task: str, *, sharded: bool = False) -> Path:
     folder = Path("~/.ogbench/data").expanduser()
     own = folder / (name.removesuffix("-v0") + "-100m-v0" if sharded else f"{name}.npz")
     if not own.exists():
+        made = f"`python {MADE} --dataset={name} --output={name}" + (
+            f" --shards=10 --episodes=1000` would make a smaller one, or --dataset.swap_every=null "
+            f"takes {name}.npz"
+            if sharded
+            else ".npz` makes it"
+        )
+        if name.startswith(NOT_PLAYED):
+            made = "it cannot be made here, as ant and humanoid want an expert policy"
         raise UserError(
-            f"--dataset.path is not given and {own} is not there: OGBench's own {own.name}, or "
-            f"what `python {MADE} --dataset={name} --output={name}.npz` makes, would do"
+            f"--dataset.path is not given and {own}, where OGBench's own would lie, is not there: "
+            f"{made}"
         )
     return own
 

@@ -64,6 +64,8 @@ def read_shapes(path: Path) -> Shapes:
                 for name in archive.namelist()
                 if name.removesuffix(".npy") in (*WANTED, BUTTONS)
             }
+    except UserError:
+        raise  # it says by itself what is wrong
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as OGBench's npz: {error}") from None
     _check_names(shapes, path)
@@ -100,6 +102,8 @@ def read_rows(path: Path) -> Rows:
         _check_size(path)
         with np.load(path, allow_pickle=False) as file:
             rows = _rows(file, path)
+    except UserError:
+        raise  # it says by itself what is wrong
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as OGBench's npz: {error}") from None
     _check(rows, path)
