@@ -1,4 +1,4 @@
-"""FQL, IFQL and DSRL in the recipe for states: whole runs, kills, checkpoints."""
+"""FQL, IFQL, DSRL and residual RL in the recipe for states: whole runs, kills, checkpoints."""
 
 import json
 
@@ -12,6 +12,7 @@ from toy_task import Killed
 from vla_trqam.methods.dsrl import DSRL
 from vla_trqam.methods.fql import FQL
 from vla_trqam.methods.ifql import IFQL
+from vla_trqam.methods.residual import Residual
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +20,7 @@ METHODS = {
     "fql": (FQL, ["--method.hidden_dims=[16]", "--method.alpha=3"], "one_step."),
     "ifql": (IFQL, ["--method.num_samples=4"], "value."),
     "dsrl": (DSRL, ["--method.hidden_dims=[16]"], "noise_actor."),
+    "residual": (Residual, ["--method.edit_hidden_dims=[16]"], "edit."),
 }
 
 
