@@ -13,6 +13,7 @@ from vla_trqam.methods.cgql import CGQL
 from vla_trqam.methods.dsrl import DSRL
 from vla_trqam.methods.fql import FQL
 from vla_trqam.methods.ifql import IFQL
+from vla_trqam.methods.residual import Residual
 from vla_trqam.methods.sac_flow import SACFlow
 
 pytestmark = pytest.mark.slow
@@ -24,6 +25,7 @@ METHODS = {
     "best_of_n": (IFQL, ["--method.num_samples=4"], "value."),
     "cgql_l": (CGQL, ["--method.inverse_temperature=3"], "critic."),
     "sac_flow": (SACFlow, ["--method.hidden_dims=[16]", "--method.gate_dim=4"], "gated_field."),
+    "residual": (Residual, ["--method.edit_hidden_dims=[16]"], "edit."),
 }
 
 

@@ -90,6 +90,7 @@ class QAME(TRQAM):
 
     requirements = Requirements(trains_field=True, next_actions=True, host_acts=False, adjoint=True)
     loss_class = QAMELoss
+    config: QAMEConfig
     loss: QAMELoss
 
     def actor(self, which: Which = "tuned") -> Actor:

@@ -200,6 +200,7 @@ class RewardMatching(TRQAM):
     requirements = Requirements(
         trains_field=True, next_actions=False, host_acts=True, learns_critic=False
     )
+    config: RewardMatchingConfig
     loss: RewardLoss
 
     def __init__(
