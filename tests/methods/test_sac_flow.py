@@ -38,14 +38,14 @@ def field_of(*, at_first: bool = False) -> GatedField:
 
 def rolled(field: GatedField, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     with chosen_kernels("plain"):
-        return noisy_path(lambda x, tau: field(features, x, tau), noise, SIGMA)
+        return noisy_path(lambda x, tau: field.velocity(x, tau, features), noise, SIGMA)
 
 
 def test_the_gate_is_open_at_first() -> None:
     field, features, x = field_of(at_first=True), normal(B, F), normal(B, H, A, seed=1)
     tau = torch.full((B,), 0.25, dtype=torch.float64)
     with chosen_kernels("plain"):
-        found = field(features, x, tau)
+        found = field.velocity(x, tau, features)
         aim = field.aim(torch.cat([features, x.flatten(1), tau.unsqueeze(1)], dim=1)).view_as(x)
     expected = (aim - x) / (1.0 + math.exp(-5.0))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
@@ -60,7 +60,7 @@ def test_a_paths_density_is_that_of_its_steps_one_by_one() -> None:
         for i in range(K):
             tau = torch.full((1,), i / K, dtype=torch.float64)
             with torch.no_grad(), chosen_kernels("plain"):
-                mean = x + field(features[row : row + 1], x, tau) / K
+                mean = x + field.velocity(x, tau, features[row : row + 1]) / K
             x = mean + SIGMA * noise[row, 1 + i]
             total += float(torch.distributions.Normal(mean, SIGMA).log_prob(x).sum())
         total -= float(torch.log(1.0 - torch.tanh(x) ** 2).sum())

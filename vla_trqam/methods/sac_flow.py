@@ -124,8 +124,8 @@ class GatedField(nn.Module):
         nn.init.zeros_(self.gate_out.weight)
         nn.init.constant_(self.gate_out.bias, GATE_AT_FIRST)
 
-    def forward(self, features: Tensor, x: Tensor, tau: Tensor) -> Tensor:
-        """Features (B, F), x (B, H, a), tau (B,) -> velocity (B, H, a)."""
+    def velocity(self, x: Tensor, tau: Tensor, features: Tensor) -> Tensor:
+        """``v(x, tau; s)``: x (B, H, a), tau (B,), features (B, F) -> (B, H, a)."""
         flat = x.flatten(1)
         inputs = torch.cat([features, flat, tau.unsqueeze(1)], dim=1)
         inputs = inputs.to(self.gate_in.weight.dtype)
@@ -208,6 +208,13 @@ class SACFlow(SummedLosses):
         """None beside the critic."""
         return ()
 
+    @property
+    def field(self) -> GatedField:
+        """Its own."""
+        network = self.own[FIELD]
+        assert isinstance(network, GatedField)
+        return network
+
     def actor(self, which: Which = "tuned") -> Actor:
         """Its own flow; the base is the policy's."""
         return FlowActor(self.policy, "base") if which == "base" else PathActor(self)
@@ -257,8 +264,9 @@ class SACFlow(SummedLosses):
 
     def path(self, features: Tensor, noise: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Executed chunks (B, H, a) and ``log pi`` (B,), from noise (B, 1 + K, H, A)."""
-        drawn, field = self.policy.real_actions(noise), self.own[FIELD]
-        action, log_p = noisy_path(lambda x, tau: field(features, x, tau), drawn, sigma)
+        drawn = self.policy.real_actions(noise)
+        velocity = self.field.velocity
+        action, log_p = noisy_path(lambda x, tau: velocity(x, tau, features), drawn, sigma)
         if self.config.relative_entropy:
             log_p = log_p + noise_entropy(action[0].numel(), self.config.num_steps, sigma)
         return action, log_p
@@ -268,7 +276,8 @@ class SACFlow(SummedLosses):
         if self.config.clone_through_tanh:
             real = real.clamp(-CLONED_LIMIT, CLONED_LIMIT).atanh()
         x_tau, velocity = flow_matching_target(real, self.policy.real_actions(draws["bc_x_0"]), tau)
-        return flow_matching_loss(self.own[FIELD](features, x_tau, tau), velocity, batch.valid)
+        predicted = self.field.velocity(x_tau, tau, features)
+        return flow_matching_loss(predicted, velocity, batch.valid)
 
     @staticmethod
     def _size(policy: FlowPolicy) -> int:
