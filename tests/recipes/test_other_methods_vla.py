@@ -1,4 +1,4 @@
-"""Methods with networks beside a tiny π0, whose weights stay, and one that takes these as its reward."""
+"""Methods with networks beside a tiny π0, and one that takes these as its reward."""
 
 import json
 
