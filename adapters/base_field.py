@@ -43,12 +43,7 @@ class AdaptersOff(nn.Module):
 
 
 class FrozenCopy(nn.Module):
-    """The base is a frozen deep copy of the parts that train; all other modules are shared.
-
-    Args:
-        host: the host policy.
-        parts: dotted names of the modules that train.
-    """
+    """The base is a frozen deep copy of the parts that train; all other modules are shared."""
 
     def __init__(self, host: nn.Module, parts: Sequence[str]) -> None:
         super().__init__()

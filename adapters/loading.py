@@ -30,13 +30,14 @@ from vla_trqam.adapters.checkpoint.policy_gate import (
 from vla_trqam.adapters.checkpoint.weights import verify_adapters, verify_policy
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.families.registry import check_type, family_of
-from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy, check_config
+from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.lora import LoRASettings, check_kind, with_lora
+from vla_trqam.adapters.policy_checks import check_config
 from vla_trqam.adapters.processors import Limits, Processors
 
 from vla_trqam.data.foreign import read_json
 from vla_trqam.data.sources.lerobot.hub import commit_of
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 
 PREPROCESSOR = "policy_preprocessor.json"
 # What a training run leaves beside the policy is not needed to load it; code and pickles never are.
@@ -360,6 +361,6 @@ def _merged(model: PeftModel) -> PreTrainedPolicy:
 
 def _one_line(error: object) -> str:
     """What it says, and what is behind it: draccus tells what was wrong in the cause alone."""
-    text = " ".join(str(error).split())
-    cause = " ".join(str(getattr(error, "__cause__", None) or "").split())
+    text = one_line(error)
+    cause = one_line(getattr(error, "__cause__", None) or "")
     return (text if cause in text else f"{text} ({cause})")[:400]

@@ -40,12 +40,6 @@ def with_lora(
 ) -> PeftModel:
     """Puts fresh adapters into a policy; until they are trained it acts as before, to the bit.
 
-    Args:
-        host: the policy; its weights are frozen.
-        family: knows which targets lie in the prefix.
-        settings: rank and targets.
-        base: where the policy came from.
-
     Raises:
         UserError: no module of the policy matches the targets.
     """

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 
 class LeRobotPathFields(PathFields):
-    """See :class:`~vla_trqam.policy.PathFields`.
-
-    Args:
-        policy: whose fields.
-        context: of the path's observations.
-        next_context: of those whose next action is sampled beside the path.
-        keep_activations: see :class:`~vla_trqam.policy.PathFields`.
-    """
+    """See :class:`~vla_trqam.policy.PathFields`."""
 
     def __init__(
         self,

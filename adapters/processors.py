@@ -129,14 +129,19 @@ class Processors:
         """What observations and actions are normalised by."""
         return _statistics(self.normalizer)
 
+    def mode(self, key: str) -> NormalizationMode:
+        """How a feature is normalised."""
+        step = self.normalizer
+        feature = step.features.get(key)
+        same = NormalizationMode.IDENTITY
+        return same if feature is None else step.norm_map.get(feature.type, same)
+
     def flat(self, key: str) -> Tensor:
         """(d,) bool: dimensions of a feature that never moved, by what normalises it; else (0,).
 
         They are normalised as LeRobot does it, and nothing can be judged by them.
         """
-        step, entry = self.normalizer, self.statistics.get(key, {})
-        feature = step.features.get(key)
-        mode = NormalizationMode.IDENTITY if feature is None else step.norm_map.get(feature.type)
+        mode, entry = self.mode(key), self.statistics.get(key, {})
         names = NEEDED.get(mode, ())
         if not names or not entry:
             return torch.zeros(0, dtype=torch.bool)
@@ -175,7 +180,7 @@ class Processors:
         """
         step = self.normalizer
         for key, feature in step.features.items():
-            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+            mode = self.mode(key)
             if mode is NormalizationMode.IDENTITY:
                 continue
             yield from _entry_problems("preprocessor", key, mode, self.statistics.get(key, {}))

@@ -10,3 +10,8 @@ class DivergenceError(FloatingPointError):
 
     The message is the beginning of a sentence: which number, and where.
     """
+
+
+def one_line(error: object) -> str:
+    """What an error says, for a message of one line."""
+    return " ".join(str(error).split())

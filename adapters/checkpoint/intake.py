@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lerobot.utils.constants import ACTION, OBS_STATE
-from vla_trqam.adapters.lerobot_policy import RELATIVE
+from vla_trqam.adapters.policy_checks import RELATIVE
 from vla_trqam.adapters.processors import Processors
 
 from vla_trqam.errors import UserError
@@ -35,12 +35,6 @@ def switch_off(config: Any, where: str, say: Say) -> None:
 
 def reconcile(config: Any, processors: Processors, where: str, say: Say) -> None:
     """Holds the config against the processors' statistics, which are of what was trained on.
-
-    Args:
-        config: of the host that was built.
-        processors: its own.
-        where: the policy came from.
-        say: gets each thing that is set right or left out.
 
     Raises:
         UserError: they contradict each other in what the host computes.

@@ -37,9 +37,6 @@ def check_policy_folder(folder: Path) -> None:
 
     Files that are missing are left to who needs them.
 
-    Args:
-        folder: of a policy, whole or an adapter.
-
     Raises:
         UserError: a file could make a library run or fetch something; the file and what in it.
     """

@@ -31,10 +31,6 @@ def verify_policy(policy: PreTrainedPolicy, path: Path) -> None:
     LeRobot's loader of pi0 and pi05 prints a warning and returns a *random* model when the file is
     missing or does not fit, and the others skip keys that do not match.
 
-    Args:
-        policy: loaded by the host.
-        path: its ``model.safetensors``.
-
     Raises:
         UserError: the file is missing or unreadable, or keys, shapes or values differ; the first
             ones are named.

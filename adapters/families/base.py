@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -110,21 +110,77 @@ class FlowFamily(ABC):
         """The condition that :meth:`pack` was given."""
 
 
+@dataclass(frozen=True)
+class CachedPrefix:
+    """A vision-language prefix, as a condition.
+
+    Attributes:
+        pad_masks: its tokens that are no padding, (B, L).
+        cache: keys and values of every layer.
+        suffix: what else the host's ``denoise_step`` takes, by name.
+    """
+
+    pad_masks: Tensor
+    cache: Any
+    suffix: dict[str, Tensor] = field(default_factory=dict)
+
+
+class CachedPrefixFamily(FlowFamily):
+    """A vision-language prefix in a cache, which an action expert attends to.
+
+    LeRobot's time runs from 1, noise, to 0; the velocity is turned round here, once.
+    """
+
+    @staticmethod
+    @abstractmethod
+    def language_model(host: PreTrainedPolicy) -> Any:
+        """The prefix's transformer."""
+
+    def own_cache(self, cache: Any) -> Any:
+        """A cache for one evaluation; here the host copies what it changes."""
+        return cache
+
+    def chunk_shape(self, config: Any) -> tuple[int, int]:
+        """``(chunk_size, max_action_dim)``."""
+        return config.chunk_size, config.max_action_dim
+
+    def prefix_layers(self, host: PreTrainedPolicy) -> Sequence[nn.Module]:
+        """The language model's, as many as the policy keeps."""
+        return self.language_model(host).layers
+
+    def prefix_width(self, host: PreTrainedPolicy) -> int:
+        """The language model's hidden size."""
+        return self.language_model(host).config.hidden_size
+
+    def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
+        """``-u(x, 1 - tau)`` by the host's ``denoise_step``."""
+        u = host.model.denoise_step(
+            prefix_pad_masks=condition.pad_masks,
+            past_key_values=self.own_cache(condition.cache),
+            x_t=x,
+            timestep=1.0 - tau,
+            **condition.suffix,
+        )
+        return -u
+
+    def pack(self, condition: Any) -> dict[str, Tensor]:
+        """Keys and values of all layers, (B, layers, heads, L, width) each, mask and suffix."""
+        layers = condition.cache.layers
+        return {
+            "keys": torch.stack([layer.keys for layer in layers], dim=1),
+            "values": torch.stack([layer.values for layer in layers], dim=1),
+            "mask": condition.pad_masks,
+            **condition.suffix,
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> CachedPrefix:
+        """The same back."""
+        layers = zip(tensors["keys"].unbind(1), tensors["values"].unbind(1), strict=True)
+        suffix = {k: v for k, v in tensors.items() if k not in ("keys", "values", "mask")}
+        return CachedPrefix(tensors["mask"], DynamicCache(tuple(layers)), suffix)
+
+
 def rows_of_points(x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Points (B, N, H, A) at times (N,) as rows (B * N, H, A), (B * N,)."""
     assert tau.shape == x.shape[1:2], (x.shape, tau.shape)
     return x.flatten(0, 1), tau.repeat(len(x))
-
-
-def pack_cache(cache: Any) -> dict[str, Tensor]:
-    """Keys and values of all layers, (B, layers, heads, L, width) each."""
-    return {
-        "keys": torch.stack([layer.keys for layer in cache.layers], dim=1),
-        "values": torch.stack([layer.values for layer in cache.layers], dim=1),
-    }
-
-
-def unpack_cache(tensors: Mapping[str, Tensor]) -> DynamicCache:
-    """The cache that :func:`pack_cache` was given."""
-    layers = zip(tensors["keys"].unbind(1), tensors["values"].unbind(1), strict=True)
-    return DynamicCache(tuple(layers))

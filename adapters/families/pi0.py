@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,34 +10,18 @@ import torch
 from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from torch import Tensor, nn
+from torch import Tensor
 from vla_trqam.adapters.critic_features import recorded_layer_input
 from vla_trqam.adapters.families.base import (
-    FlowFamily,
+    CachedPrefix,
+    CachedPrefixFamily,
     Observation,
     PrefixPass,
-    pack_cache,
     rows_of_points,
-    unpack_cache,
 )
 from vla_trqam.adapters.families.gemma_expert import SharedPrefix, expert_states, share_prefix
 
 _EXPERT = "model.paligemma_with_expert.gemma_expert.model"
-
-
-@dataclass(frozen=True)
-class _Condition:
-    """The prefix.
-
-    Attributes:
-        pad_masks: valid tokens, (B, L).
-        cache: keys and values of every layer; the host copies it at every use.
-        suffix: what else the host's ``denoise_step`` takes: pi0's padded state.
-    """
-
-    pad_masks: Tensor
-    cache: Any
-    suffix: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +32,7 @@ class _Shared:
     suffix: dict[str, Tensor]
 
 
-class PI0Family(FlowFamily):
+class PI0Family(CachedPrefixFamily):
     """pi0: the state enters with the action expert."""
 
     # The expert's lm_head is dead weight, so "gemma_expert" itself is not listed.
@@ -67,21 +51,9 @@ class PI0Family(FlowFamily):
         """Everything a config of this family can say beyond the general checks is honoured."""
         yield from ()
 
-    def chunk_shape(self, config: Any) -> tuple[int, int]:
-        """``(chunk_size, max_action_dim)``."""
-        return config.chunk_size, config.max_action_dim
-
     def masks_padded_steps(self, config: Any) -> bool:
         """The host ignores ``action_is_pad``."""
         return False
-
-    def prefix_layers(self, host: PreTrainedPolicy) -> Sequence[nn.Module]:
-        """PaliGemma's."""
-        return self._language_model(host).layers
-
-    def prefix_width(self, host: PreTrainedPolicy) -> int:
-        """PaliGemma's hidden size."""
-        return self._language_model(host).config.hidden_size
 
     def encode(self, host: PreTrainedPolicy, observation: Observation, layer: int) -> PrefixPass:
         """Images and instruction through PaliGemma."""
@@ -89,7 +61,7 @@ class PI0Family(FlowFamily):
         images, image_masks = host._preprocess_images(observation)
         tokens, masks = observation[OBS_LANGUAGE_TOKENS], observation[OBS_LANGUAGE_ATTENTION_MASK]
         embeddings, pad_masks, att_masks = model.embed_prefix(images, image_masks, tokens, masks)
-        language_model = self._language_model(host)
+        language_model = self.language_model(host)
         # As the host does before sampling: the additive mask is made for this implementation.
         language_model.config._attn_implementation = "eager"
         with recorded_layer_input(language_model.layers, layer) as record:
@@ -102,19 +74,8 @@ class PI0Family(FlowFamily):
             )
         states = record[0] if record else last
         return PrefixPass(
-            _Condition(pad_masks, cache, self._suffix(host, observation)), states, pad_masks
+            CachedPrefix(pad_masks, cache, self._suffix(host, observation)), states, pad_masks
         )
-
-    def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
-        """``-u(x, 1 - tau)`` by the host's ``denoise_step``."""
-        u = host.model.denoise_step(
-            prefix_pad_masks=condition.pad_masks,
-            past_key_values=condition.cache,
-            x_t=x,
-            timestep=1.0 - tau,
-            **condition.suffix,
-        )
-        return -u
 
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
         """Masks, rotations and the state's rows; nothing here depends on trained weights."""
@@ -145,20 +106,12 @@ class PI0Family(FlowFamily):
         u = model.action_out_proj(states)
         return -u.view(x.shape)
 
-    def pack(self, condition: Any) -> dict[str, Tensor]:
-        """Cache, mask, and the state that pi0's suffix takes."""
-        return pack_cache(condition.cache) | {"mask": condition.pad_masks} | condition.suffix
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The same back."""
-        suffix = {key: tensors[key] for key in ("state",) if key in tensors}
-        return _Condition(tensors["mask"], unpack_cache(tensors), suffix)
-
     def _suffix(self, host: PreTrainedPolicy, observation: Observation) -> dict[str, Tensor]:
         return {"state": host.prepare_state(observation)}
 
     @staticmethod
-    def _language_model(host: PreTrainedPolicy) -> Any:
+    def language_model(host: PreTrainedPolicy) -> Any:
+        """PaliGemma's."""
         return host.model.paligemma_with_expert.paligemma.model.language_model
 
 

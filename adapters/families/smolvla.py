@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from torch import Tensor, nn
+from torch import Tensor
 from vla_trqam.adapters.critic_features import recorded_layer_input
 from vla_trqam.adapters.families.base import (
-    FlowFamily,
+    CachedPrefix,
+    CachedPrefixFamily,
     Observation,
     PrefixPass,
-    pack_cache,
     rows_of_points,
-    unpack_cache,
 )
 from vla_trqam.adapters.families.smolvla_expert import expert_states, share_prefix
 
 
-@dataclass(frozen=True)
-class _Condition:
-    """The prefix: valid tokens (B, L), and keys and values of every layer."""
-
-    pad_masks: Tensor
-    cache: Any
-
-
-class SmolVLAFamily(FlowFamily):
+class SmolVLAFamily(CachedPrefixFamily):
     """SmolVLA.
 
     ``state_proj`` is a layer of the *prefix* here (it embeds the state token): training it would
@@ -62,21 +52,9 @@ class SmolVLAFamily(FlowFamily):
         if not config.use_cache:
             yield "use_cache is false; the prefix is computed once an observation: set it to true"
 
-    def chunk_shape(self, config: Any) -> tuple[int, int]:
-        """``(chunk_size, max_action_dim)``."""
-        return config.chunk_size, config.max_action_dim
-
     def masks_padded_steps(self, config: Any) -> bool:
         """The host's loss is a mean over the steps that are not padding."""
         return True
-
-    def prefix_layers(self, host: PreTrainedPolicy) -> Sequence[nn.Module]:
-        """SmolVLM's, as many as the policy keeps."""
-        return self._language_model(host).layers
-
-    def prefix_width(self, host: PreTrainedPolicy) -> int:
-        """SmolVLM's hidden size."""
-        return self._language_model(host).config.hidden_size
 
     def encode(self, host: PreTrainedPolicy, observation: Observation, layer: int) -> PrefixPass:
         """Images, instruction and state through SmolVLM."""
@@ -94,17 +72,7 @@ class SmolVLAFamily(FlowFamily):
                 inputs_embeds=[embeddings, None],
                 use_cache=True,
             )
-        return PrefixPass(_Condition(pad_masks, cache), record[0] if record else last, pad_masks)
-
-    def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
-        """``-u(x, 1 - tau)`` by the host's ``denoise_step``."""
-        u = host.model.denoise_step(
-            prefix_pad_masks=condition.pad_masks,
-            past_key_values=_own_cache(condition.cache),
-            x_t=x,
-            timestep=1.0 - tau,
-        )
-        return -u
+        return PrefixPass(CachedPrefix(pad_masks, cache), record[0] if record else last, pad_masks)
 
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
         """Masks, rotations, and the prefix's keys and values as the expert projects them."""
@@ -124,27 +92,19 @@ class SmolVLAFamily(FlowFamily):
         u = host.model.action_out_proj(out[:, -host.config.chunk_size :].to(torch.float32))
         return -u.view(x.shape)
 
-    def pack(self, condition: Any) -> dict[str, Tensor]:
-        """Cache and mask."""
-        return pack_cache(condition.cache) | {"mask": condition.pad_masks}
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The same back."""
-        return _Condition(tensors["mask"], unpack_cache(tensors))
-
     @staticmethod
-    def _language_model(host: PreTrainedPolicy) -> Any:
+    def language_model(host: PreTrainedPolicy) -> Any:
+        """SmolVLM's."""
         return host.model.vlm_with_expert.get_vlm_model().text_model
 
+    def own_cache(self, cache: Any) -> Any:
+        """A cache with the same tensors for one evaluation.
 
-def _own_cache(cache: Any) -> Any:
-    """A cache with the same tensors for one evaluation.
-
-    ``denoise_step`` appends the suffix to the cache it is given and crops it off again; the slice
-    that remains keeps the autograd graph of that evaluation, and a second backward pass over the
-    same cache fails. Appending replaces a layer's tensors and never writes into them, so copies of
-    the layer objects suffice.
-    """
-    own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]
-    return own
+        ``denoise_step`` appends the suffix to the cache it is given and crops it off again; the
+        slice that remains keeps the autograd graph of that evaluation, and a second backward pass
+        over the same cache fails. Appending replaces a layer's tensors and never writes into them,
+        so copies of the layer objects suffice.
+        """
+        own = copy.copy(cache)
+        own.layers = [copy.copy(layer) for layer in cache.layers]
+        return own

@@ -113,14 +113,7 @@ def tiny_multi_task_dit_config(
 def write_checkpoint(
     config: PreTrainedConfig, stats: Stats, folder: Path, *, seed: int = 0
 ) -> Path:
-    """A policy with random weights and its processors, in the format of ``lerobot-train``.
-
-    Args:
-        config: of any policy type.
-        stats: by feature, then by name, as a LeRobot dataset holds them.
-        folder: where to write.
-        seed: of the weights.
-    """
+    """A policy with random weights and its processors, in the format of ``lerobot-train``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = get_policy_class(config.type)(config)

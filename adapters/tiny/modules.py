@@ -68,14 +68,7 @@ def make_processors(
     dataset_stats: dict[str, dict[str, Any]] | None,
     ordered: Callable[[Any, RelativeActionsProcessorStep], Sequence[Any]],
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Both processors of a policy.
-
-    Args:
-        config: of the policy.
-        dataset_stats: for the normalisation.
-        ordered: the steps before the policy, from LeRobot's default ones and that of relative
-            actions.
-    """
+    """Both processors of a policy."""
     steps = make_default_policy_processor_steps(config, dataset_stats)
     relative = RelativeActionsProcessorStep(
         enabled=config.use_relative_actions,

@@ -117,14 +117,7 @@ def learn_poses(
 ) -> None:
     """Trains the vision-language model so that a linear map of its averaged states is the pose.
 
-    Args:
-        policy: without adapters; its action expert stays as it is.
-        scenes: to learn from.
-        steps: updates.
-        batch_size: scenes a batch.
-        lr: Adam's step size; it falls linearly to zero.
-        seed: of the head's start and the batches.
-        progress: told the loss.
+    By Adam, whose step size ``lr`` falls linearly to zero; the action expert stays as it is.
     """
     torch.manual_seed(seed)
     looks, host = Looks(policy, scenes), policy.host

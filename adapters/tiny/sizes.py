@@ -80,12 +80,7 @@ def paligemma(sizes: TinySizes, image_size: int) -> PaliGemmaForConditionalGener
 
 
 def action_expert(sizes: TinySizes, *, time_in_norms: bool) -> PiGemmaForCausalLM:
-    """The action expert, with random weights.
-
-    Args:
-        sizes: its widths.
-        time_in_norms: whether the flow time enters by the normalisation layers (pi05).
-    """
+    """The action expert, with random weights."""
     expert = PiGemmaForCausalLM(
         AutoConfig.for_model(
             "gemma",

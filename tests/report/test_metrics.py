@@ -109,18 +109,13 @@ def test_a_new_log_does_not_touch_an_existing_file(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("way", ["step", "line"])
-def test_an_interrupted_and_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path, way):
+def test_an_interrupted_and_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     write_run(whole, range(10))
     write_run(resumed, range(7))  # the checkpoint was saved at step 4: steps 5 and 6 are lost
     with resumed.open("ab") as file:
         file.write(b'{"step": 7, "phase": "offl')
-    if way == "step":
-        log = MetricsLog.resume_after_step(resumed, 4, clock=Clock())
-    else:
-        log = MetricsLog.resume_after_line(resumed, 5, clock=Clock(start=77.0))
-    with log:
+    with MetricsLog.resume_after_line(resumed, 5, clock=Clock(start=77.0)) as log:
         for step in range(5, 10):
             log.log(step, "offline", {"lam": 1.0, "kl_ema": step / 10})
     assert resumed.read_bytes() == whole.read_bytes()
@@ -141,7 +136,7 @@ def test_resuming_a_log_that_ends_before_its_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"3 complete lines.*after 4"):
         MetricsLog.resume_after_line(path, 4)
     with pytest.raises(UserError, match="does not exist"):
-        MetricsLog.resume_after_step(tmp_path / "missing.jsonl", 4)
+        MetricsLog.resume_after_line(tmp_path / "missing.jsonl", 4)
 
 
 def test_a_half_written_last_line_is_left_out_when_reading(tmp_path):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 
 
 class Flags(argparse.ArgumentParser):
@@ -44,7 +44,7 @@ def exit_status(work: Callable[[], None], interrupted: str = "") -> int:
     try:
         work()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if interrupted:

@@ -25,7 +25,7 @@ from vla_trqam.config.former import (
 )
 from vla_trqam.config.methods import DEFAULT_TYPE, TYPE, MethodChoice, knobs_of, with_chosen_type
 from vla_trqam.config.settings import RunSettings
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 from vla_trqam.files import written_whole
 from vla_trqam.launched import launched_first
 from vla_trqam.methods.base import MethodConfig
@@ -271,7 +271,7 @@ def _decode[C](config_class: type[C], settings: Settings) -> C:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
-        raise UserError(f"a setting has a bad value: {' '.join(str(error).split())}") from None
+        raise UserError(f"a setting has a bad value: {one_line(error)}") from None
     return decoded
 
 
@@ -385,7 +385,7 @@ def _read_yaml(path: str | Path) -> Settings:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping")
     return content

@@ -62,9 +62,6 @@ class FeatureCache(Observer[FrameObservation]):
     def update(self, *, batch_size: int = 32) -> int:
         """Compute what is missing.
 
-        Args:
-            batch_size: frames that `compute` is given at a time.
-
         Returns:
             How many frames were computed.
 

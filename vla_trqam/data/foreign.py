@@ -87,12 +87,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting may be.
-
-    Attributes:
-        name: for a message.
-        fits: whether a value is such a one.
-    """
+    """What a setting may be."""
 
     name: str
     fits: Callable[[Any], bool]

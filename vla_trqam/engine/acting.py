@@ -16,12 +16,7 @@ from vla_trqam.policy import FlowPolicy
 
 
 class KeyedNoise:
-    """Noise that is a function of each observation's key alone, whatever the batch.
-
-    Args:
-        keys: of the observations.
-        device: where the numbers are wanted.
-    """
+    """Noise that is a function of each observation's key alone, whatever the batch."""
 
     def __init__(self, keys: Sequence[tuple[int, ...]], device: torch.device) -> None:
         self._generators = [np.random.default_rng(key) for key in keys]
@@ -38,11 +33,6 @@ def chunk_policy(policy: FlowPolicy, actor: Actor, noise_seed: int) -> ChunkPoli
 
     The noise of a chunk is a function of ``noise_seed``, the episode's seed and the chunk's number
     alone: two actors evaluated with the same ``noise_seed`` start from the same noise.
-
-    Args:
-        policy: what sees the observation, and knows the robot's units.
-        actor: what acts.
-        noise_seed: separates the noise of different purposes.
     """
     device = next(policy.trainable_parameters()).device
 

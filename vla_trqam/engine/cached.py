@@ -36,11 +36,7 @@ class TrainedWeights(nn.Module):
 
 
 class Around(OffPolicyMethod):
-    """Another method with something around it; what is not said here is that one's.
-
-    Args:
-        method: the other.
-    """
+    """Another method with something around it; what is not said here is that one's."""
 
     def __init__(self, method: OffPolicyMethod) -> None:
         self.method = method

@@ -53,12 +53,7 @@ def smaller_factor(factor: float, error: DivergenceError) -> float:
 
 
 def what_to_do(output_dir: Path | None, on_divergence: str) -> str:
-    """The end of the sentence of a run that ends by a :class:`DivergenceError`.
-
-    Args:
-        output_dir: of the run.
-        on_divergence: its setting.
-    """
+    """The end of the sentence of a run that ends by a :class:`DivergenceError`."""
     checkpoint = None if output_dir is None else last_checkpoint(output_dir)
     if checkpoint is None:
         return f"there is no checkpoint to go back to: begin again with a smaller {SMALLER}"

@@ -11,12 +11,7 @@ from vla_trqam.data.replay import Replay
 
 @dataclass(frozen=True)
 class EpisodeStore:
-    """A replay that takes what a :class:`~vla_trqam.envs.rollout.RolloutPool` makes.
-
-    Attributes:
-        replay: where episodes go.
-        cache: of the images' features, kept up to date; None for none.
-    """
+    """A replay that takes what a :class:`~vla_trqam.envs.rollout.RolloutPool` makes."""
 
     replay: Replay
     cache: FeatureCache | None = None

@@ -18,13 +18,7 @@ DEFAULT_VIDEOS = 2
 
 @dataclass(frozen=True)
 class Player:
-    """What acts, where.
-
-    Attributes:
-        name: as the video's label has it.
-        pool: the simulators.
-        policy: what acts.
-    """
+    """What acts, where."""
 
     name: str
     pool: RolloutPool

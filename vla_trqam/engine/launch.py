@@ -21,10 +21,11 @@ from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.engine.processes.interruption import Interrupted, how_to_go_on, stops_as_ctrl_c
 from vla_trqam.engine.processes.memory import keep_freed_memory
 from vla_trqam.engine.processes.team import FailedElsewhereError, make_accelerator
-from vla_trqam.errors import DivergenceError, UserError
+from vla_trqam.errors import DivergenceError, UserError, one_line
 from vla_trqam.kernel_choice import choose_kernels
 from vla_trqam.launched import launched_first, launched_here, launched_processes
 from vla_trqam.policy import FlowPolicy
+from vla_trqam.report.provenance import allowed_cores
 
 MAIN_ENDS_WITHIN = 20.0
 """Seconds in which the main process of a failed run removes what it began and tells why."""
@@ -41,10 +42,6 @@ class Settings(Protocol):
 def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -> int:
     """Runs a recipe; what went wrong becomes one sentence and the status of the program.
 
-    Args:
-        read: the settings from the command line.
-        work: the whole run.
-
     Returns:
         0, 1 for numbers that are not finite, 2 for a mistake of the user's, 130 when interrupted.
     """
@@ -60,7 +57,7 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
     except UserError as error:
         # Every process reads the same settings.
         if config is not None or launched_first():
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except DivergenceError as error:
         if not launched_first():
@@ -73,7 +70,7 @@ def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -
     except (OSError, SafetensorError) as error:
         if FULL_DISK not in str(error):
             raise
-        sentence = f"error: {' '.join(str(error).split())}; {_going_on(config, '')}"
+        sentence = f"error: {one_line(error)}; {_going_on(config, '')}"
         print(sentence, file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -100,10 +97,6 @@ def prepare_torch(config: RunSettings, *, several: bool = False) -> Accelerator:
 def prepare_process(num_threads: int | None, *, several: bool = False) -> Accelerator:
     """Threads and memory; returns the launcher's settings.
 
-    Args:
-        num_threads: torch's; None for one a core.
-        several: whether the recipe can work in several processes.
-
     Raises:
         UserError: the launcher started several processes, and the recipe cannot.
     """
@@ -123,11 +116,6 @@ def prepare_process(num_threads: int | None, *, several: bool = False) -> Accele
 def own_device(flag: str, wanted: str | None, accelerator: Accelerator) -> torch.device:
     """The device of this process.
 
-    Args:
-        flag: of the settings.
-        wanted: its value; None for the launcher's.
-        accelerator: the launcher's.
-
     Raises:
         UserError: it is not here.
     """
@@ -137,15 +125,13 @@ def own_device(flag: str, wanted: str | None, accelerator: Accelerator) -> torch
         device = torch.device(wanted or ("cpu" if own.type == "cpu" else own))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--{flag}={wanted} is not here: {reason}") from None
+        raise UserError(f"--{flag}={wanted} is not here: {one_line(error)}") from None
     return device
 
 
 def usable_cores() -> int:
     """The cores that this process may use: its share of the machine's, and at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // launched_here())
+    return max(1, allowed_cores() // launched_here())
 
 
 def make_critic(knobs: CriticConfig, policy: FlowPolicy, seed: int) -> Critic:

@@ -28,13 +28,7 @@ CHUNKS, DRAWN, UPDATES = "chunks", "drawn", "updates"
 
 
 class NumberedFeatures(Observer[FrameObservation]):
-    """Cached features of a replay's frames, and the frames' numbers (B,).
-
-    Args:
-        cache: of the features.
-        replay: whose frames.
-        names: of the features wanted; None for all.
-    """
+    """Cached features of a replay's frames, and the frames' numbers (B,)."""
 
     def __init__(
         self, cache: FeatureCache, replay: Replay, names: tuple[str, ...] | None = None

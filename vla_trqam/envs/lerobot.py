@@ -22,7 +22,7 @@ import numpy as np
 
 from vla_trqam.data.frames import IMAGE_PREFIX, STATE_KEY
 from vla_trqam.envs.base import EnvFamily, SeededTaskEnv
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 
 INSTALL = {
     "pusht": "uv sync --extra pusht",
@@ -258,8 +258,7 @@ def _config(choice: _Choice) -> Any:
     try:
         return draccus.decode(config_class, dict(choice.options))
     except Exception as error:  # whatever a type's own checks raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"--env.options do not suit {choice.env_type}: {reason}") from None
+        raise UserError(f"--env.options do not suit {choice.env_type}: {one_line(error)}") from None
 
 
 def _environments(
@@ -295,7 +294,7 @@ def _text(env: gymnasium.Env[Any, np.ndarray], choice: _Choice) -> str:
 
 def _not_installed(env_type: str, error: ImportError) -> str:
     how = INSTALL.get(env_type, f"uv pip install 'lerobot[{env_type}]==0.6.1'")
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return f"--env.type={env_type} needs a simulator that is not here ({reason}): {how}"
 
 

@@ -49,12 +49,7 @@ class SlowWorkerError(LostWorkerError):
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that a worker may take to answer.
-
-    Attributes:
-        chunk: an initial state, or the actions of a chunk.
-        start: the environment's making.
-    """
+    """Seconds that a worker may take: for a reset or a chunk's steps, and to make its simulator."""
 
     chunk: float
     start: float = START_DEADLINE
@@ -72,10 +67,6 @@ class Deadlines:
 
 class Worker(Generic[Job]):  # noqa: UP046 (mypy of the class attribute)
     """One process and the connection to it.
-
-    Args:
-        settings: of its environment.
-        deadlines: of its answers.
 
     Attributes:
         spaces: observation size O and action size A, once the environment is made.

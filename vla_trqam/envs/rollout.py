@@ -298,14 +298,9 @@ class RolloutPool:
         width: int = 256,
         every: int = 2,
     ) -> list[Episode]:
-        """As `run`, with `frames`; numbers are the same, but a software-rendered frame is slow.
+        """As `run`, with `frames` of `height` by `width` pixels at `every` so many steps.
 
-        Args:
-            policy: see `run`.
-            seeds: see `run`.
-            height: of the frames in pixels.
-            width: of the frames in pixels.
-            every: steps from frame to frame.
+        Numbers are the same, but a software-rendered frame is slow.
 
         Raises:
             UserError: a size below 1, or off-screen rendering does not start. Others: see `run`.

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 LONGEST_REASON = 300  # characters
@@ -104,8 +104,9 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--repo_id={repo_id} is not of the form USER/NAME: {reason}") from None
+        raise UserError(
+            f"--repo_id={repo_id} is not of the form USER/NAME: {one_line(error)}"
+        ) from None
     if "/" not in repo_id:
         raise UserError(f"--repo_id={repo_id} is not of the form USER/NAME")
 
@@ -150,7 +151,7 @@ def _sentence(api: HfApi, error: BaseException) -> str:
 def _of_status(hub: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
     said = error.server_message or error.response.reason_phrase
-    said = " ".join(str(said).split())[:LONGEST_REASON]
+    said = one_line(said)[:LONGEST_REASON]
     meaning = {
         401: f"does not know the token; make one with write permission at {TOKENS_PAGE}",
         403: "refuses: the token has no permission for this",
@@ -160,7 +161,7 @@ def _of_status(hub: str, error: HfHubHTTPError) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:LONGEST_REASON]
+    return one_line(error)[:LONGEST_REASON]
 
 
 def _check_role(who: dict[str, Any], repo_id: str) -> None:

@@ -20,7 +20,7 @@ from vla_trqam.engine.folder.checkpoints import (
     read_position,
 )
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.flow_steps import FlowSteps
 from vla_trqam.report.metrics import (
@@ -150,11 +150,6 @@ def find_checkpoint(run: Path, name: str = "last") -> Path:
 def read_facts(run: Path, checkpoint: Path, policy: Path | None = None) -> RunFacts:
     """Collects what the card of a checkpoint tells.
 
-    Args:
-        run: the run's folder.
-        checkpoint: one of its checkpoints.
-        policy: an export of the checkpoint's policy; None takes the checkpoint's own.
-
     Raises:
         UserError: a file is missing or is not what a run writes.
     """
@@ -248,7 +243,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping of names to values")
     return content

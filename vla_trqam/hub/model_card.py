@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vla_trqam.hub.card_facts import RunFacts
 from vla_trqam.report.formats import percent, table
-from vla_trqam.report.page import CAPTIONS
+from vla_trqam.report.page import caption
 from vla_trqam.report.provenance import package_versions
 from vla_trqam.report.success import differences, effect_of_steps, success_table
 
@@ -22,13 +22,7 @@ OF_ROBOMIMIC = ("env.cameras", "env.image_size", "env.shadows")
 
 
 def model_card(facts: RunFacts, repo_id: str, license_name: str | None) -> str:
-    """The text of ``README.md``.
-
-    Args:
-        facts: of the checkpoint.
-        repo_id: where the card will stand.
-        license_name: the Hub's identifier of the licence; None where it is not known.
-    """
+    """The text of ``README.md``."""
     sections = [
         f"---\n{_metadata(facts, repo_id, license_name).to_yaml()}\n---",
         f"# {repo_id.partition('/')[2]}",
@@ -256,8 +250,5 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def _figures(facts: RunFacts) -> str:
-    images = [
-        f"![{CAPTIONS.get(plot.stem, plot.stem.replace('_', ' '))}]({PLOTS}/{plot.name})"
-        for plot in facts.plots
-    ]
+    images = [f"![{caption(plot)}]({PLOTS}/{plot.name})" for plot in facts.plots]
     return "\n\n".join(["## Figures", *images]) if images else ""

@@ -14,7 +14,7 @@ from torch import Tensor
 from vla_trqam.adapters.checkpoint.policy_gate import PICKLED, check_policy_folder
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.engine.folder.checkpoints import ALGORITHM, PRETRAINED
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 from vla_trqam.files import written_whole
 from vla_trqam.hub.access import check_repo_id, connect, one_sentence
 from vla_trqam.hub.model_card import PLOTS
@@ -121,8 +121,7 @@ def load_algorithm(algorithm: Path, method: OffPolicyMethod, *, trust_region: bo
         _check_finite(critic)
         method.critic.load_state_dict(critic)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{algorithm} does not fit this run's critic: {reason}") from None
+        raise UserError(f"{algorithm} does not fit this run's critic: {one_line(error)}") from None
     if trust_region:
         _load_trust_region(algorithm / "scalars.json", method)
 
@@ -145,8 +144,7 @@ def _load_trust_region(path: Path, method: OffPolicyMethod) -> None:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not the state of a trust region: {reason}") from None
+        raise UserError(f"{path} is not the state of a trust region: {one_line(error)}") from None
 
 
 def _is_amount(value: object) -> bool:

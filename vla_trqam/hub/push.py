@@ -1,4 +1,4 @@
-"""Checkpoints to the Hugging Face Hub; ``hub_pull`` brings them back.
+"""Checkpoints to the Hugging Face Hub; :mod:`vla_trqam.hub.pull` brings them back.
 
 A pushed repository has LeRobot's layout at its root, so that stock LeRobot loads it by name::
 
@@ -30,12 +30,7 @@ from vla_trqam.data.foreign import read_json
 from vla_trqam.engine.folder.checkpoints import ALGORITHM
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.errors import UserError
-from vla_trqam.hub.access import (
-    WriteAccess,
-    check_push,
-    check_repo_id,
-    one_sentence,
-)
+from vla_trqam.hub.access import WriteAccess, check_push, check_repo_id, one_sentence
 from vla_trqam.hub.card_facts import (
     ADAPTER_CONFIG,
     METRICS,
@@ -54,13 +49,8 @@ WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 # What a push may have left at the root; another push removes what it does not bring itself. An old
 # adapter_config.json, for instance, would make a whole policy an adapter of something else.
 OURS = (
-    *(
-        "*.safetensors",
-        POLICY_CONFIG,
-        ADAPTER_CONFIG,
-        "policy_preprocessor*",
-        "policy_postprocessor*",
-    ),
+    *("*.safetensors", POLICY_CONFIG, ADAPTER_CONFIG),
+    *("policy_preprocessor*", "policy_postprocessor*"),
     *(f"{folder}/*" for folder in (ALGORITHM, PLOTS, RUN)),
 )
 TEXT = (".json", ".jsonl", ".yaml")
@@ -102,12 +92,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Pushed:
-    """A finished push.
-
-    Attributes:
-        url: the repository's page.
-        commit: the commit's hash.
-    """
+    """A finished push."""
 
     url: str
     commit: str
@@ -179,15 +164,8 @@ def push_checkpoint(
 ) -> Pushed:
     """Pushes policy, processors, critic, plots and model card of a run in one commit.
 
-    Args:
-        run: folder of a finished or interrupted run.
-        repo_id: ``USER/NAME``; made if it does not exist.
-        checkpoint: its number, or "last".
-        private: whether a new repository is private; None takes the account's default.
-        license_name: the Hub's identifier of the licence; None takes the base policy's.
-        policy: folder of an export of the checkpoint's policy; None takes the checkpoint's own.
-        endpoint: of the Hub; None takes ``HF_ENDPOINT``, or huggingface.co.
-        token: None takes ``HF_TOKEN``, or the one of ``hf auth login``.
+    Arguments are those of :func:`prepare_push` and :func:`~vla_trqam.hub.access.check_push`; a
+    repository that does not exist is made.
 
     Raises:
         UserError: what :func:`prepare_push` and
@@ -243,11 +221,8 @@ def _check_paths(facts: RunFacts) -> None:
         for name, value in _texts(read_json(file)):
             folder = name in NAMES_A_MODEL and Path(value).expanduser().is_dir()
             if folder or (name not in WHERE_FROM and Path(value).is_absolute()):
-                hint = (
-                    "push the whole policy by --merged=true"
-                    if facts.is_adapter
-                    else ("train from one on the Hub")
-                )
+                whole = "push the whole policy by --merged=true"
+                hint = whole if facts.is_adapter else "train from one on the Hub"
                 raise UserError(
                     f"{file} needs {name}={value}, a path of this machine, so nobody else could "
                     f"load the policy: {hint}"

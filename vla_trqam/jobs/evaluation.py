@@ -56,15 +56,7 @@ def read_config(presets: Path, arguments: Sequence[str]) -> EvaluateConfig:
 
 @dataclass(frozen=True)
 class _Match:
-    """Who plays against whom.
-
-    Attributes:
-        base: plays first.
-        tuned: plays second.
-        as_it_came: the base with its own number of flow steps, where it plays with another.
-        flow_steps: those of a run.
-        names: of the two.
-    """
+    """Who plays against whom."""
 
     base: Contestant
     tuned: Contestant

@@ -89,13 +89,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is evaluated.
-
-    Attributes:
-        what: said of it.
-        policy: which sees the observations.
-        actor: which acts on them.
-    """
+    """What is evaluated."""
 
     what: str
     policy: FlowPolicy

@@ -6,7 +6,7 @@ The process's part of the dataset and the policy, after all that needs neither h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ def checked_inputs(
     if team.is_main:
         _check_push(config)
     base_revision = take_pinned_commits(config)
-    say = print if team.is_main else _say_nothing
+    say = print if team.is_main else lambda _: None
     given = _given_policy(config, packed)
     check_own_steps(flow_steps_of(*given), config.policy.tuned_flow_steps, config.method)
     seen = _looked_through(config, given)
@@ -90,11 +90,7 @@ def give_base(
 
     The adapters of its checkpoints name it there, and a resumed run loads it from there.
 
-    Args:
-        config: of the run.
-        policy: as loaded.
-        output_dir: the run's folder.
-        writes: whether this process is the one that does.
+    Of several processes one ``writes``.
     """
     if config.policy.merged or not policy.lacks_base:
         return
@@ -106,10 +102,6 @@ def give_base(
             f"the policy with its adapters merged in is the base: {folder}, which must stay there"
         )
     policy.name_base(folder)
-
-
-def _say_nothing(note: str) -> None:
-    """In place of a print that another process does."""
 
 
 def _given_policy(config: FinetuneVLAConfig, packed: Path | None) -> tuple[str, str | None]:
@@ -280,20 +272,9 @@ def _dataset(
     rename_map: dict[str, str],
     columns: tuple[str, ...] | None,
 ) -> LeRobotConfig:
-    return LeRobotConfig(
-        repo_id=data.repo_id or "",
-        root=data.root,
-        revision=data.revision,
-        episodes=data.episodes,
-        reward=data.reward,
-        kind=kind,
-        success_labels=data.success_labels,
-        instruction=data.instruction,
-        task_changes=data.task_changes,
-        tolerance_s=data.tolerance_s,
-        rename_map=rename_map,
-        columns=columns,
-    )
+    own = {item.name: getattr(data, item.name) for item in fields(OneDatasetConfig)}
+    own["repo_id"] = data.repo_id or ""
+    return LeRobotConfig(**own, kind=kind, rename_map=rename_map, columns=columns)
 
 
 def _load_policy(

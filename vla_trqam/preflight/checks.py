@@ -54,15 +54,7 @@ def preflight_machine(
 ) -> PreflightReport:
     """Looks at policy, tables and machine before anything is decoded; changes nothing.
 
-    Args:
-        policy: on its device.
-        readers: of the datasets by their names in the replay; no picture is looked at.
-        plan: what the replay will hold.
-        critic: with its target; counts towards memory and disk.
-        method: its chain, and what it keeps of it.
-        share: of an update, that this process has.
-        output_dir: of the run.
-        num_checkpoints: still to be written and kept.
+    The readers go by their datasets' names in the replay, and checkpoints are those still to come.
 
     Returns:
         All findings; print `lines()` and call `raise_on_failure()`.

@@ -103,7 +103,7 @@ def check_statistics(
         )
     problems, notes = [], []
     for key, raw in _numbers(policy, replay, sources).items():
-        mode = _mode(policy, key)
+        mode = str(policy.processors.mode(key).value)
         if mode not in FAR_OUT:
             notes.append(f"{key} is not normalised")
             continue
@@ -137,12 +137,6 @@ def _spread_rows(rows: np.ndarray, mine: np.ndarray) -> Tensor:
     wanted = np.flatnonzero(mine)
     every = -(-len(wanted) // MAX_ROWS) or 1
     return torch.from_numpy(np.array(rows[wanted[::every]], dtype=np.float32))
-
-
-def _mode(policy: LeRobotFlowPolicy, key: str) -> str:
-    assert policy.processors is not None
-    step = policy.processors.normalizer
-    return str(step.norm_map[step.features[key].type].value)
 
 
 def _misfits(
@@ -179,16 +173,7 @@ def _fit(key: str, normalized: Tensor, mode: str, judged: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """What the rewards of a replay tell.
-
-    Attributes:
-        kind: of the reward.
-        low: the least reward of a step.
-        high: the largest.
-        episodes: how many there are.
-        successes: how many of them succeed.
-        terminated: how many end for good.
-    """
+    """What the rewards of a replay tell."""
 
     kind: str
     low: float

@@ -32,11 +32,6 @@ def plot_budget_sweep(
 ) -> Path:
     """KL budgets against each other: does the KL follow, and what does it buy?
 
-    Args:
-        runs: `metrics.jsonl` of each training seed, by its KL budget.
-        path: The PNG.
-        kl_unit: Unit of the KL.
-
     Raises:
         UserError: When there is nothing to compare, or a run logged no evaluation or no KL budget.
     """

@@ -41,13 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What counts of an episode.
-
-    Attributes:
-        seed: of the initial state.
-        success: whether the task was solved.
-        num_steps: control steps until the episode ended.
-    """
+    """What counts of an episode."""
 
     seed: int
     success: bool

@@ -40,11 +40,6 @@ class FlowSteps:
 def check_flow_steps(count: int, what: str, config: MethodConfig) -> None:
     """Refuses a number of flow steps that a method cannot be trained with.
 
-    Args:
-        count: K.
-        what: the beginning of the sentence: which number it is.
-        config: of the method.
-
     Raises:
         UserError: it is too small.
     """

@@ -52,9 +52,8 @@ Metrics = Mapping[str, Mapping[str, MetricSeries]]
 class MetricsLog:
     """Appends to `metrics.jsonl`, flushing every line.
 
-    `MetricsLog(path)` begins a new file. After an interruption, `resume_after_line` (with the
-    `num_lines` that the checkpoint recorded; exact) or `resume_after_step` (keeps the lines up to
-    the checkpoint's step) drops what the lost updates wrote.
+    `MetricsLog(path)` begins a new file. After an interruption, `resume_after_line`, with the
+    `num_lines` that the checkpoint recorded, drops what the lost updates wrote.
 
     Attributes:
         path: the file.
@@ -73,27 +72,6 @@ class MetricsLog:
             raise UserError(f"{path} exists: resume that run or choose another folder") from None
         self._begin(path, num_lines=0, elapsed=0.0, clock=clock)
 
-    @classmethod
-    def resume_after_step(
-        cls, path: Path, step: int, *, clock: Callable[[], float] = time.monotonic
-    ) -> Self:
-        """Go on after the last line of `step`; what was logged beyond is dropped.
-
-        Right when everything of a step is logged before its checkpoint is saved, and steps never
-        run backwards; `resume_after_line` needs neither.
-        """
-        lines = _complete_lines(path)
-        steps = [_parse_line(path, number, line)["step"] for number, line in enumerate(lines, 1)]
-        num_lines = next((i for i, other in enumerate(steps) if other > step), len(steps))
-        return cls._reopen(path, lines[:num_lines], clock)
-
-    @classmethod
-    def resume_after_line(
-        cls, path: Path, num_lines: int, *, clock: Callable[[], float] = time.monotonic
-    ) -> Self:
-        """Go on after the first `num_lines` lines; what was logged beyond is dropped."""
-        return cls._reopen(path, cls._kept(path, num_lines), clock)
-
     @staticmethod
     def _kept(path: Path, num_lines: int) -> list[bytes]:
         lines = _complete_lines(path)
@@ -105,7 +83,11 @@ class MetricsLog:
         return lines[:num_lines]
 
     @classmethod
-    def _reopen(cls, path: Path, kept: list[bytes], clock: Callable[[], float]) -> Self:
+    def resume_after_line(
+        cls, path: Path, num_lines: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> Self:
+        """Go on after the first `num_lines` lines; what was logged beyond is dropped."""
+        kept = cls._kept(path, num_lines)
         elapsed = float(_parse_line(path, len(kept), kept[-1])["time"]) if kept else 0.0
         os.truncate(path, _size(kept))
         log = cls.__new__(cls)
@@ -175,9 +157,6 @@ class MetricsLog:
 def read_metrics(path: Path) -> dict[str, dict[str, MetricSeries]]:
     """Read `metrics.jsonl`, leaving out a half-written last line.
 
-    Args:
-        path: The file; the run that writes it may still be going on.
-
     Returns:
         Series by phase and name. Only the lines that carry a name are in its series.
 
@@ -242,9 +221,7 @@ class TrustRegionSummary:
 def summarise_trust_region(metrics: Metrics, tolerance: float = 0.2) -> TrustRegionSummary | None:
     """Compare the KL's moving average with its budget over the last half of training.
 
-    Args:
-        metrics: What `read_metrics` returned.
-        tolerance: Relative error that counts as following the budget.
+    A relative error up to the tolerance counts as following it.
 
     Returns:
         The summary; None when the run logged no `kl_ema` or no `kl_budget` (no trust region).

@@ -170,7 +170,7 @@ def _time_section(wall_clock: Mapping[str, float]) -> str:
 def _media_section(output_dir: Path, plots: Sequence[Path], videos: Sequence[Path]) -> str:
     parts = []
     if plots:
-        images = [f"![{_caption(plot)}]({_link(plot, output_dir)})" for plot in plots]
+        images = [f"![{caption(plot)}]({_link(plot, output_dir)})" for plot in plots]
         parts += ["## Figures", *images]
     if videos:
         links = [f"- [{video.name}]({_link(video, output_dir)})" for video in videos]
@@ -232,7 +232,8 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _caption(plot: Path) -> str:
+def caption(plot: Path) -> str:
+    """Of a figure, by its name."""
     return CAPTIONS.get(plot.stem, plot.stem.replace("_", " "))
 
 

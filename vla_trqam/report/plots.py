@@ -49,13 +49,7 @@ def plot_run(
     evaluation: PairedEvaluation | None = None,
     kl_unit: str = "nats",
 ) -> list[Path]:
-    """Draw every figure that the run has numbers for.
-
-    Args:
-        metrics_path: The run's `metrics.jsonl`.
-        folder: Where the PNGs go; made if absent.
-        evaluation: The final paired evaluation, if it was made.
-        kl_unit: Unit of the KL and its budget: "nats per chunk" or "nats per action".
+    """Draw every figure that the run has numbers for into a folder, made if absent.
 
     Returns:
         The files written. A figure is left out when the run logged none of its metrics (a run that

@@ -38,7 +38,7 @@ def machine() -> dict[str, str | int]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu_cores": _usable_cores(),
+        "cpu_cores": allowed_cores(),
         "torch_threads": torch.get_num_threads(),
         "cuda_device": device,
     }
@@ -72,7 +72,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _usable_cores() -> int:
+def allowed_cores() -> int:
     """Cores that this process may use; a container may allow fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 
 # A slash with no word before it: no part of USER/NAME, m/s, ../x or https://.
 ABSOLUTE = re.compile(r"file://[^\s'\"]+|(?<![\w.:/<>*~-])(?:~[\w.-]*)?/[^\s'\",;:=\[\]{}()<>|]+")
@@ -36,17 +36,12 @@ def public_copy(file: Path) -> bytes | None:
         text = file.read_text(encoding="utf-8")
         public = readers[file.suffix](text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from None
     return None if public is None else public.encode()
 
 
 def without_paths(value: Any, name: str = "") -> Any:
-    """Settings, records and texts with the last part of each absolute path alone.
-
-    Args:
-        value: as JSON or YAML holds it.
-        name: of the setting.
-    """
+    """Settings, records and texts with the last part of each absolute path alone."""
     if isinstance(value, dict):
         return {without_paths(k): without_paths(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):

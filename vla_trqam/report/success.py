@@ -15,13 +15,7 @@ from vla_trqam.report.formats import percent, points, points_interval, table
 
 @dataclass(frozen=True)
 class Names:
-    """What the two policies of an evaluation are called, and the difference of their rates.
-
-    Attributes:
-        base: that which comes first.
-        tuned: the other.
-        gain: of the second over the first.
-    """
+    """What the two policies of an evaluation are called, and the difference of their rates."""
 
     base: str = "base"
     tuned: str = "tuned"
@@ -33,13 +27,7 @@ OF_A_RUN = Names()
 
 @dataclass(frozen=True)
 class Rate:
-    """A policy's success.
-
-    Attributes:
-        label: which policy.
-        successes: episodes that it solved.
-        count: of how many.
-    """
+    """A policy's success."""
 
     label: str
     successes: int
@@ -78,12 +66,7 @@ def rates(evaluation: PairedEvaluation, names: Names = OF_A_RUN) -> list[Rate]:
 def differences(
     evaluation: PairedEvaluation, name: str = "difference"
 ) -> list[tuple[str, PairedEvaluation]]:
-    """The pairs whose difference is told, by label: that of tuning first.
-
-    Args:
-        evaluation: the final one.
-        name: the label where it is the only one.
-    """
+    """The pairs whose difference is told, by label: that of tuning first."""
     alone, total = evaluation.by_steps_alone(), evaluation.in_total()
     if evaluation.as_it_came is None or alone is None or total is None:
         return [(name, evaluation)]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsFloat, get_args
 
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 
 Service = Literal["wandb", "trackio", "tensorboard"]
 PROJECT = "vla_trqam"
@@ -23,12 +23,7 @@ class _Host(Protocol):
 
 
 class Tracker:
-    """A service that gets every line of the log.
-
-    Args:
-        host: accelerate's tracker, started.
-        service: its name.
-    """
+    """A service that gets every line of the log."""
 
     def __init__(self, host: _Host, service: Service) -> None:
         self._host, self._one_axis = host, service in ONE_AXIS
@@ -92,7 +87,7 @@ def tracker(service: Service, output_dir: Path, settings: Mapping[str, Any]) -> 
     try:
         host.start()
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"--log_with={service} does not start: {reason}") from None
     try:
         yield Tracker(host, service)

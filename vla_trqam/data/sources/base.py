@@ -62,14 +62,7 @@ class Source(Protocol):
 def create_replay(
     path: Path, sources: Sequence[Source], *, more_steps: int = 0, more_frames: int = 0
 ) -> Replay:
-    """An empty replay with room for the sources and what is collected later.
-
-    Args:
-        path: its folder, made if absent.
-        sources: of the same sizes, but for how much they hold.
-        more_steps: collected later.
-        more_frames: of them with images.
-    """
+    """An empty replay with room for the sources and what is collected later."""
     first, every = sources[0].sizes, [source.sizes for source in sources]
     return Replay.create(
         path,

@@ -27,12 +27,6 @@ def setting(config: Any, flag: str) -> Any:
 def check_resumed(asked: Any, saved: Any, wanted: Mapping[str, int], *, restart: Restart) -> None:
     """Refuses numbers of updates that a run cannot be gone on with.
 
-    Args:
-        asked: what the command line gives: the folder and the checkpoint.
-        saved: settings of the run, whose ``GROWING`` has the phases in order, by their flags.
-        wanted: numbers by flag.
-        restart: see there.
-
     Raises:
         UserError: a number shrinks, or grows in a phase that is over: then with the command that
             starts a new run from the checkpoint.

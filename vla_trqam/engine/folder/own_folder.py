@@ -57,10 +57,6 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
     A new run's folder is made. Whatever ends the run by an exception before its first checkpoint:
     what this run made in the folder is removed, and the same command works again.
 
-    Args:
-        config: of the run.
-        team: its processes, of which the main one holds the lock.
-
     Raises:
         UserError: another process works in the folder; it is in use or cannot be made; or the
             checkpoint to go on from is damaged.

@@ -10,7 +10,7 @@ from typing import Any
 
 from vla_trqam.engine.folder.manifest import FileFacts
 from vla_trqam.engine.folder.run_folder import BASE_NAME
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
 from vla_trqam.files import written_durably
 
 INPUTS_NAME = "inputs.json"
@@ -100,8 +100,9 @@ def read_pins(output_dir: Path) -> dict[str, Pin]:
     try:
         return {name: _read(values) for name, values in json.loads(path.read_text()).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not say what the run is trained on: {reason}") from None
+        raise UserError(
+            f"{path} does not say what the run is trained on: {one_line(error)}"
+        ) from None
 
 
 def _read(values: dict[str, Any]) -> Pin:

@@ -12,11 +12,7 @@ LOCK_NAME = "run.lock"
 
 
 class RunLock:
-    """Held by the one run that works in a folder; the system frees it however that run ends.
-
-    Args:
-        folder: of the run.
-    """
+    """Held by the one run that works in a folder; the system frees it however that run ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -13,12 +13,7 @@ from vla_trqam.methods.parallel import shard_like
 
 
 def module_tensors(method: Method, *, own: bool = False) -> dict[str, Tensor]:
-    """Every weight of a method under ``<module>.<key>``.
-
-    Args:
-        method: whose.
-        own: only of what this process has for itself.
-    """
+    """Every weight of a method under ``<module>.<key>``; ``own``: only of what this process has."""
     return {
         f"{name}.{key}": value.detach().contiguous()
         for name, module in method.modules().items()
@@ -30,12 +25,7 @@ def module_tensors(method: Method, *, own: bool = False) -> dict[str, Tensor]:
 def load_module_tensors(
     method: Method, tensors: Mapping[str, Tensor], *, without: Collection[str] = ()
 ) -> None:
-    """Restores :func:`module_tensors`.
-
-    Args:
-        method: whose.
-        tensors: by name.
-        without: modules that stay as they are, and whose tensors are passed over.
+    """Restores :func:`module_tensors`; modules in ``without`` stay as they are.
 
     Raises:
         UserError: a key belongs to no module.

@@ -36,9 +36,6 @@ class InterruptGuard:
 
     Ctrl-C and SIGTERM act when they come again. A terminal that closes (SIGHUP) and a launcher that
     dies come along with others, and only ever ask.
-
-    Args:
-        quiet: say nothing, for another process does.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -74,11 +71,7 @@ class InterruptGuard:
 
 
 class _Stop:
-    """Ends the program by an exception, once: a second one would cut the tidying short.
-
-    Attributes:
-        asked: whether a guard was; what its first signal brings along comes too late to act.
-    """
+    """Ends the program by an exception, once: a second one would cut the tidying short."""
 
     def __init__(self) -> None:
         self.asked, self._acted = False, False
@@ -143,12 +136,7 @@ def is_launcher(process: int) -> bool:
 
 
 def how_to_go_on(output_dir: Path | None, where: str) -> str:
-    """The last sentence of a run that was asked to stop.
-
-    Args:
-        output_dir: the run's folder; None where there is none to go on with.
-        where: what :class:`Interrupted` said; empty when the run stopped at once.
-    """
+    """The last sentence of a run that was asked to stop."""
     stopped = f"stopped at {where}" if where else "stopped"
     if output_dir is None:
         return f"{stopped} before the first checkpoint: nothing is kept, begin again"

@@ -36,14 +36,7 @@ def robomimic_family(
     cameras: CameraSettings | None = None,
     fast_step: bool = True,
 ) -> EnvFamily:
-    """A task of robomimic's.
-
-    Args:
-        env_meta: a file's `env_args`, see `env_meta.env_meta_for`.
-        max_episode_steps: control steps after which an episode is truncated.
-        obs_keys: observation keys, in the order of concatenation.
-        cameras: what a policy sees beside `obs_keys`; None for states alone.
-        fast_step: see `RobomimicEnv`.
+    """A task of robomimic's, arguments as `RobomimicEnv`'s; `cameras` None is for states alone.
 
     Raises:
         UserError: a number below 1, `env_meta` cannot be honoured, or robosuite is not installed.

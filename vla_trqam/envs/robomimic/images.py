@@ -103,17 +103,9 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
     ) -> None:
         """Build the simulator and open a GL context (`MUJOCO_GL` egl or osmesa).
 
-        Args:
-            env_meta: a file's `env_args`, see `env_meta_for`.
-            max_episode_steps: control steps after which an episode is truncated.
-            cameras: of the robosuite model.
-            image_size: height and width in pixels.
-            render_every: steps from frame to frame: the number of actions executed of a chunk.
-            state_keys: robomimic's observation keys that make `agent_pos`, in order.
-            fast_step: see `RobomimicEnv`.
-            video_size: pixels of `render`'s own frames; None shows what the first camera saw last,
-                which costs nothing.
-            shadows: see `CameraSettings`.
+        Arguments are `RobomimicEnv`'s and those of `CameraSettings`; `render_every` are the steps
+        from frame to frame, the number of actions executed of a chunk, and `video_size` the pixels
+        of `render`'s own frames: None shows what the first camera saw last, which costs nothing.
 
         Raises:
             UserError: a number below 1, an unknown or missing camera, or as `RobomimicEnv`.

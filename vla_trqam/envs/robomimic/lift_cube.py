@@ -14,9 +14,6 @@ def resample_cube_size(env: Any) -> None:
 
     Every array of the MuJoCo model is then what compiling the new cube gives (a test compares
     them all). The simulator's data are scratched: reset them afterwards.
-
-    Args:
-        env: robosuite's `Lift`.
     """
     low, high = HALF_SIZE_RANGE
     half_size = np.array([np.random.uniform(low, high) for _ in range(3)])

@@ -128,10 +128,6 @@ class OscStep:
     def __init__(self, env: Any, obs_keys: Sequence[str]) -> None:
         """Bind to `env`'s simulator, which must outlive this object (no hard resets).
 
-        Args:
-            env: a robosuite `MujocoEnv`.
-            obs_keys: robomimic's names of what `observation` returns.
-
         Raises:
             UserError: the robot, controller or sensors are not the supported kind.
         """

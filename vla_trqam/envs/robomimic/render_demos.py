@@ -146,12 +146,6 @@ def initial_scenes(
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Scenes of a task before anything has happened, the arm moved about at random.
 
-    Args:
-        env: whose resets place the objects.
-        seeds: of the resets; each gives one scene.
-        moves: control steps that the arm is moved for, at most.
-        generator: of the moves.
-
     Yields:
         What is seen, and the objects' poses (robosuite's ``object``).
     """

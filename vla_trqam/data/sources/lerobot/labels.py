@@ -218,12 +218,6 @@ def reward_values(rows: Mapping[str, np.ndarray]) -> np.ndarray:
 def check_rewards(where: str, outcome: Outcome, plan: LabelPlan, kind: RewardKind) -> None:
     """Refuse rewards from which the critic's cannot be made, before anything is decoded.
 
-    Args:
-        where: the episode, for messages.
-        outcome: of the episode.
-        plan: of the dataset.
-        kind: what the critic is to maximise, `--dataset.kind`.
-
     Raises:
         UserError: they are from the reward column, not all 0 or 1, and `kind` wants that.
     """

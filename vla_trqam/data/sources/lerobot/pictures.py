@@ -43,14 +43,6 @@ class Pictures:
     ) -> None:
         """Find the cameras; nothing of them is opened.
 
-        Args:
-            where: the dataset, for messages.
-            place: where it was found.
-            folder: its folder.
-            info: what it declares.
-            table: its episodes.
-            rename_map: from its cameras to the policy's.
-
         Raises:
             UserError: the map names a camera that is not there, or gives two of them one name.
         """
@@ -98,12 +90,6 @@ class Pictures:
         self, camera: str, shape: ImageShape, rows: Sequence[EpisodeRows], tolerance: float
     ) -> None:
         """Look at the first picture of each of a camera's files, without decoding a video.
-
-        Args:
-            camera: which.
-            shape: declared.
-            rows: the episodes to read.
-            tolerance: seconds that a frame may be away.
 
         Raises:
             UserError: a file is missing or damaged, its pictures are of another size, or it does
@@ -217,11 +203,7 @@ def check_parts(
 ) -> None:
     """Refuse videos whose parts are too short for their episodes, or belong to two of them.
 
-    Args:
-        where: the dataset.
-        key: of the camera.
-        parts: (number, rows, part) of each episode.
-        fps: frames per second.
+    A part comes with its episode's number and rows.
 
     Raises:
         UserError: one is. Episodes that show the same part from the same moment on are let be.

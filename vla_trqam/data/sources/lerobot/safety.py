@@ -54,16 +54,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `meta/info.json` says, as far as it is needed here.
-
-    Attributes:
-        fps: frames per second.
-        total_episodes: of the whole dataset.
-        total_frames: of the whole dataset.
-        features: by name.
-        data_path: template of the tables' paths in the folder.
-        video_path: template of the videos'; None without videos.
-    """
+    """What `meta/info.json` says, as far as it is needed here."""
 
     fps: float
     total_episodes: int
@@ -126,10 +117,6 @@ class DatasetFolder:
 
 def read_info(folder: DatasetFolder, repo_id: str) -> DatasetInfo:
     """Read and check `meta/info.json`.
-
-    Args:
-        folder: the dataset's.
-        repo_id: its name, for the command that converts it.
 
     Raises:
         UserError: there is none, it is damaged, of another version, or declares what cannot be.

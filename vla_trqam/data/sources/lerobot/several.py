@@ -26,11 +26,7 @@ def source_names(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class LeRobotDatasets:
-    """Datasets of one robot, by what they are called in the replay; at least one.
-
-    Attributes:
-        named: their readers.
-    """
+    """Datasets of one robot, by what they are called in the replay; at least one."""
 
     named: Mapping[str, LeRobotReader]
 
@@ -155,14 +151,7 @@ def check_rollouts(reader: LeRobotReader) -> None:
 
 @dataclass(frozen=True)
 class _Rewards:
-    """What the critic learns from a dataset.
-
-    Attributes:
-        kind: of the dataset.
-        low: the least reward.
-        high: the largest.
-        scales: those of success that all rewards are on; none where they are graded.
-    """
+    """What the critic learns from a dataset."""
 
     kind: RewardKind
     low: float

@@ -263,12 +263,9 @@ class LeRobotReader:
 
     def _left_out(self, outcomes: Sequence[Outcome]) -> list[str]:
         """What is in the files and not in the episodes, or in no chunk."""
-        notes, ends = [], zip(self._rows, outcomes, strict=True)
+        notes, ends = [], list(zip(self._rows, outcomes, strict=True))
         late = sum(max(rows.length - outcome.num_steps - 1, 0) for rows, outcome in ends)
-        unseen = sum(
-            not (outcome.terminated or _observed(rows, outcome)[-1])
-            for rows, outcome in zip(self._rows, outcomes, strict=True)
-        )
+        unseen = sum(not (o.terminated or _observed(rows, o)[-1]) for rows, o in ends)
         if self._strangers:
             notes.append(
                 f"{self._strangers} rows of episodes that meta/episodes does not list are left out"
@@ -288,9 +285,7 @@ class LeRobotReader:
         Raises:
             UserError: its frames cannot be decoded.
         """
-        return self._episode(self._rows[number])
-
-    def _episode(self, rows: EpisodeRows) -> Episode:
+        rows = self._rows[number]
         outcome = self._outcome(rows)
         num_steps = outcome.num_steps
         seen = np.minimum(np.arange(num_steps + 1), rows.length - 1)

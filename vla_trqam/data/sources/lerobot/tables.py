@@ -7,7 +7,8 @@ Pyarrow is imported inside functions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,7 @@ ALWAYS_UNPACKED = 64 << 20  # bytes
 
 @dataclass(frozen=True)
 class Tasks:
-    """What `meta/tasks.parquet` says.
-
-    Attributes:
-        path: of the file.
-        texts: by task_index.
-    """
+    """What `meta/tasks.parquet` says: the texts by task_index."""
 
     path: Path
     texts: dict[int, str]
@@ -51,7 +47,7 @@ class ParquetTable:
 
         self.path = path
         self._held: dict[str, tuple[int, Any]] = {}
-        with self._sentence():
+        with _one_sentence(self.path):
             self._file = pyarrow.parquet.ParquetFile(path, memory_map=False)
             self._schema = self._file.schema_arrow
             self._leaves = dict(self._find_leaves())
@@ -73,11 +69,6 @@ class ParquetTable:
 
     def numbers(self, name: str, width: int, place: Place) -> np.ndarray:
         """A column of `width` numbers a row.
-
-        Args:
-            name: of the column; one number a row may be a list of one.
-            width: D.
-            place: names a row.
 
         Returns:
             (R, D), of the column's own type.
@@ -136,7 +127,7 @@ class ParquetTable:
             raise UserError(f"{self.path} has {plain(kind)} in {name!r}, which must be of texts.")
         array = self._read(name, encoded=True)
         self._check_filled(name, array, place)
-        with self._sentence():
+        with _one_sentence(self.path):
             if not pa.types.is_dictionary(array.type):
                 array = array.dictionary_encode()
             known = array.dictionary.to_pylist()
@@ -162,11 +153,6 @@ class ParquetTable:
 
     def images(self, name: str, rows: np.ndarray, place: Place) -> Iterator[bytes]:
         """The files of images that are held by the column at these rows, in order.
-
-        Args:
-            name: of the column.
-            rows: increasing.
-            place: names a row.
 
         Raises:
             UserError: a row holds no image, or refers to a file or an address instead.
@@ -206,7 +192,7 @@ class ParquetTable:
         import pyarrow.parquet
 
         leaves = self._leaves_of(name)
-        with self._sentence():
+        with _one_sentence(self.path):
             file = self._file
             if encoded:
                 kept = [path for path, kind in leaves if _is_text(kind) or _is_bytes(kind)]
@@ -263,11 +249,8 @@ class ParquetTable:
     def _lengths(self, array: Any) -> np.ndarray:
         import pyarrow.compute
 
-        with self._sentence():
+        with _one_sentence(self.path):
             return np.asarray(pyarrow.compute.list_value_length(array).to_numpy())
-
-    def _sentence(self) -> _Sentence:
-        return _Sentence(self.path)
 
 
 def read_tasks(path: Path) -> Tasks:
@@ -304,24 +287,18 @@ def _text_column(table: ParquetTable) -> str:
     )
 
 
-class _Sentence:
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
     """Makes one sentence of what pyarrow raises."""
+    import pyarrow as pa
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        import pyarrow as pa
-
-        if isinstance(error, (pa.ArrowException, OSError, ValueError)):
-            reason = plain((str(error).strip() or type(error).__name__).splitlines()[0])
-            raise UserError(
-                f"{self._path} cannot be read ({reason}); is it whole, and was its recording "
-                "finalized?"
-            ) from error
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = plain((str(error).strip() or type(error).__name__).splitlines()[0])
+        raise UserError(
+            f"{path} cannot be read ({reason}); is it whole, and was its recording finalized?"
+        ) from error
 
 
 def _leaf_types(kind: Any) -> Iterator[Any]:
@@ -333,9 +310,8 @@ def _leaf_types(kind: Any) -> Iterator[Any]:
     elif pa.types.is_dictionary(kind):
         yield kind.value_type
     elif pa.types.is_nested(kind):
-        inner: Sequence[Any] = [kind.field(i).type for i in range(kind.num_fields)]
-        for each in inner:
-            yield from _leaf_types(each)
+        for number in range(kind.num_fields):
+            yield from _leaf_types(kind.field(number).type)
     else:
         yield kind
 

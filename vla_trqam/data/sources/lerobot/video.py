@@ -130,13 +130,6 @@ def check_size(
 ) -> None:
     """Refuse a picture whose size is not the declared one.
 
-    Args:
-        where: it is, a file and what of it.
-        camera: whose.
-        declared: (height, width, channels).
-        found: likewise.
-        kind: what else it is, for the message.
-
     Raises:
         UserError: they differ.
     """

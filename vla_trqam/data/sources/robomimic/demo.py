@@ -78,13 +78,6 @@ def read_demo(
 ) -> RobomimicDemo:
     """Read one demo's group; `where` begins every message.
 
-    Args:
-        demo: the group data/demo_N.
-        where: file and demo, for messages.
-        obs_keys: observations to put side by side.
-        filter_keys: masks that hold the demo.
-        allowance: of the file.
-
     Raises:
         UserError: a key is absent or lies elsewhere, or lengths, shapes or numbers cannot be right.
     """

@@ -32,11 +32,7 @@ LARGEST_TEXT = 10_000_000
 
 
 class Allowance:
-    """How much may be read from a file, given its size.
-
-    Args:
-        path: the file.
-    """
+    """How much may be read from a file, given its size."""
 
     def __init__(self, path: Path) -> None:
         self.file_size = path.stat().st_size
@@ -44,10 +40,6 @@ class Allowance:
 
     def take(self, dataset: h5py.Dataset, where: str) -> None:
         """Whether an array may be read; called before it is.
-
-        Args:
-            dataset: the array.
-            where: file and array, for messages.
 
         Raises:
             UserError: it lies in another file, needs a plugin, or declares more than is stored.
@@ -74,11 +66,6 @@ class Allowance:
 
 def child(group: h5py.Group, name: str, where: str) -> Any:
     """What a group holds under a name, or None.
-
-    Args:
-        group: of an open file.
-        name: of a group or array in it.
-        where: file and group, for messages.
 
     Raises:
         UserError: it is a link to another file, or to elsewhere in this one.

@@ -12,13 +12,7 @@ from vla_trqam.envs.robomimic.env import RobomimicEnv
 
 
 def collect(task_name: str, plans: Sequence[EpisodePlan], workers: int) -> Iterator[Demonstration]:
-    """Play the planned episodes and yield them in the plans' order.
-
-    Args:
-        task_name: ``lift``, ``can`` or ``square``.
-        plans: the episodes.
-        workers: processes; 0 plays in this one.
-    """
+    """Play the planned episodes and yield them in the plans' order; 0 workers: in this process."""
     if workers == 0:
         yield from _collect_here(demo_task(task_name), plans)
     else:

@@ -24,12 +24,8 @@ def in_processes[P, R](
 ) -> Iterator[R]:
     """Plays the plans and yields what comes of them, in their order.
 
-    Args:
-        play: called in a worker with a plan; a function of a module.
-        plans: the episodes.
-        workers: processes, at least 1.
-        start: called once in every worker, with the task.
-        task: what all plans are of.
+    Every worker calls ``start`` once, with the task that all plans are of, and ``play`` with each
+    of its plans; both are functions of a module.
     """
     with _single_threaded_children():
         pool = ProcessPoolExecutor(

@@ -24,15 +24,7 @@ KeepStates = Literal["all", "initial", "none"]
 
 @dataclass(frozen=True)
 class EpisodePlan:
-    """All that determines an episode: same plan, same episode, in any process.
-
-    Attributes:
-        seed: of the whole collection.
-        index: of the episode in it.
-        operator: name of the operator.
-        keep_states: which simulator states to keep: ``all``, ``initial`` or ``none``.
-        keep_model: keep the simulator's model as XML.
-    """
+    """All that determines an episode: same plan, same episode, in any process."""
 
     seed: int
     index: int
