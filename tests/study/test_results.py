@@ -106,14 +106,15 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
         "| lift | trqam | 2 | 20.0% ± 0.0 | 60.0% ± 0.0 | 90.0% ± 14.1 | +70.0 | 80 | 100 |"
     ) in page
     assert "| lift | fql | 2 | 20.0% ± 0.0 | 60.0% ± 0.0 | 45.0% ± 7.1 | +25.0 | 80 | 100 |" in page
-    assert "**These seeds tell no two methods apart.**" in page, "two seeds of one task are few"
+    for stage in ("After offline", "After online"):
+        assert f"{stage}: **These seeds tell no two methods apart.**" in page, "two seeds are few"
     assert "| trqam | 90.0% (80.0% to 100.0%) |  |" in page
     assert "| fql | 45.0% (40.0% to 50.0%) | 100.0% (100.0% to 100.0%) |" in page
     assert "| trqam - fql | +45.0 | +40.0 to +50.0 | 0.5 | 0.5 | no |" in page
     assert "| lift | trqam | defaults | kl_budget 0.2, 0.5 |" in page
     assert "| lift | fql | alpha 3.0 | this value alone |" in page
     assert (tmp_path / "table.md").read_text() == page
-    for name in ("curves_lift.png", "aggregate.png"):
+    for name in ("curves_lift.png", "after_offline.png", "after_online.png"):
         assert f"(pictures/{name})" in page
         assert (tmp_path / "pictures" / name).stat().st_size > 10_000
     with (tmp_path / "table.csv").open() as file:
@@ -125,8 +126,9 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
         ("fql", "1", "0.5"),
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["interquartile_mean"]["fql"]["value"] == pytest.approx(0.45)
-    assert summary["pairs"][0]["told_apart"] is False
+    assert summary["after online"]["interquartile_mean"]["fql"]["value"] == pytest.approx(0.45)
+    assert summary["after offline"]["interquartile_mean"]["fql"]["value"] == pytest.approx(0.6)
+    assert summary["after online"]["pairs"][0]["told_apart"] is False
 
 
 @pytest.mark.slow
