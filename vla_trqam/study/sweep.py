@@ -40,6 +40,7 @@ class Response:
     Attributes:
         task: its name.
         unit: of budgets and KL.
+        held: share of the time, at the recommended budget, with λ free of its bounds.
         success: rank correlation of budget and final success.
         kl: rank correlation of budget and realised KL.
         recommended: a budget; None where no budget is better than the base.
@@ -48,6 +49,7 @@ class Response:
 
     task: str
     unit: str
+    held: float
     success: Estimate
     kl: Estimate
     recommended: float | None
@@ -59,9 +61,14 @@ class Response:
         advice = "no budget can" if budget is None else f"take a budget of {budget:g} {self.unit}"
         return (
             f"**{self.task}: {advice}{' be recommended' if budget is None else ''}** "
-            f"({self.reason}). Rank correlation of budget and success {_estimate(self.success)}, "
-            f"of budget and realised KL {_estimate(self.kl)}."
+            f"({self.reason}).{self._warning()} Rank correlation of budget and success "
+            f"{_estimate(self.success)}, of budget and realised KL {_estimate(self.kl)}."
         )
+
+    def _warning(self) -> str:
+        if self.held > 0.5:
+            return ""
+        return " There λ sat on a bound most of the time: it is the bound that this recommends."
 
 
 def write_sweep(settings: SweepConfig, runs: Sequence[StudyRun], results: Sequence[Result]) -> str:
@@ -123,8 +130,11 @@ def response(task: str, groups: Mapping[float, Sequence[Result]]) -> Response:
     kl = np.array([_region(result).kl_ema_mean for _, result in runs])
     base = float(np.mean([result.base for _, result in runs]))
     recommended, reason = recommend({b: [r.final for r in g] for b, g in groups.items()}, base)
+    chosen = [_region(result) for result in groups.get(recommended or 0.0, ())]
+    on_bound = [r.share_on_lower_bound + r.share_on_upper_bound for r in chosen]
     return Response(
         task=task,
+        held=1.0 - float(np.mean(on_bound or [0.0])),
         unit=runs[0][1].kl_unit,
         success=rank_correlation(budgets, np.array([result.final for _, result in runs])),
         kl=rank_correlation(budgets, kl),
