@@ -28,6 +28,7 @@ def no_cloning(patch):
     dies_at_update(patch, BehaviourCloning, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), FQL, ("--critic.warmup_steps=3",)])
 def test_a_run_that_takes_a_base_is_to_the_bit_the_run_that_makes_it(
     flags, tiny, base_run, tmp_path, monkeypatch

@@ -21,7 +21,7 @@ STEPS, ONLINE = 10, 5
 TABLE = {"lift": {"recipe": "finetune_robomimic", "tried": {"trqam": "kl_budget 0.2, 0.5"}}}
 
 
-def finished(folder, label, seed, *, final, method=None, budget=None, kl=None):
+def finished(folder, label, seed, *, final, method=None, budget=None, kl=None, lam_min=None):
     """A run's folder with two evaluations in the offline updates and rollouts in both phases."""
     folder = folder / f"{label}_s{seed}"
     folder.mkdir(parents=True)
@@ -37,6 +37,7 @@ def finished(folder, label, seed, *, final, method=None, budget=None, kl=None):
         line(0, "offline", success=1.0, episode_steps=30)
         line(0, "offline", success=0.0, episode_steps=50)
         region = {} if budget is None else {"kl_budget": budget, "kl_ema": kl, "lam": 1.0}
+        region |= {} if lam_min is None else {"lam_min": lam_min}
         line(5, "offline", updates_per_s=70.0, kl_estimate=kl or 0.0, **region)
         line(STEPS, "offline", updates_per_s=80.0, kl_estimate=kl or 0.0, **region)
         line(STEPS, "eval", success_rate=0.6, episodes=10)
@@ -106,14 +107,15 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
         "| lift | trqam | 2 | 20.0% ± 0.0 | 60.0% ± 0.0 | 90.0% ± 14.1 | +70.0 | 80 | 100 |"
     ) in page
     assert "| lift | fql | 2 | 20.0% ± 0.0 | 60.0% ± 0.0 | 45.0% ± 7.1 | +25.0 | 80 | 100 |" in page
-    assert "**These seeds tell no two methods apart.**" in page, "two seeds of one task are few"
+    for stage in ("After offline", "After online"):
+        assert f"{stage}: **These seeds tell no two methods apart.**" in page, "two seeds are few"
     assert "| trqam | 90.0% (80.0% to 100.0%) |  |" in page
     assert "| fql | 45.0% (40.0% to 50.0%) | 100.0% (100.0% to 100.0%) |" in page
     assert "| trqam - fql | +45.0 | +40.0 to +50.0 | 0.5 | 0.5 | no |" in page
     assert "| lift | trqam | defaults | kl_budget 0.2, 0.5 |" in page
     assert "| lift | fql | alpha 3.0 | this value alone |" in page
     assert (tmp_path / "table.md").read_text() == page
-    for name in ("curves_lift.png", "aggregate.png"):
+    for name in ("curves_lift.png", "after_offline.png", "after_online.png"):
         assert f"(pictures/{name})" in page
         assert (tmp_path / "pictures" / name).stat().st_size > 10_000
     with (tmp_path / "table.csv").open() as file:
@@ -125,8 +127,9 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
         ("fql", "1", "0.5"),
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["interquartile_mean"]["fql"]["value"] == pytest.approx(0.45)
-    assert summary["pairs"][0]["told_apart"] is False
+    assert summary["after online"]["interquartile_mean"]["fql"]["value"] == pytest.approx(0.45)
+    assert summary["after offline"]["interquartile_mean"]["fql"]["value"] == pytest.approx(0.6)
+    assert summary["after online"]["pairs"][0]["told_apart"] is False
 
 
 @pytest.mark.slow
@@ -159,6 +162,11 @@ def test_the_page_of_a_sweep_orders_budgets_and_recommends_one(tmp_path):
     assert (tmp_path / "pictures/budgets_lift.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "summary.json").read_text())["runs"]
     assert rows[-1]["kl_realised"] == pytest.approx(1.8)
+    bound = finished(tmp_path, "bound", 0, final=0.95, budget=4.0, kl=0.5, lam_min=1.0)
+    page = write_sweep(settings, [*runs, bound], read_results([*runs, bound]))
+    assert (
+        "take a budget of 4 nats per action** (the best mean success, 95.0%). There λ sat" in page
+    )
     other = finished(tmp_path, "fql", 0, final=0.5)
     with pytest.raises(UserError, match="logged no KL budget: its method has none"):
         write_sweep(settings, [other], read_results([other]))

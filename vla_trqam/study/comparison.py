@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from vla_trqam.study.tables import (
 )
 
 PICTURES = "pictures"
+OFFLINE, ONLINE = "after offline", "after online"
 NOTES = (
     "Base, offline and online stand for the base policy, the policy after the offline updates, "
     "and that after the online ones: means over the seeds ± their standard deviation. Base and "
@@ -65,16 +67,18 @@ def write_comparison(
     pictures.mkdir(exist_ok=True)
     missing = missing_line(results, [(r.task, r.label, r.seed) for r in runs])
     figures = plot_curves(results, pictures)
-    summary, parts = _aggregate(settings, results, pictures, figures)
+    stages = [_aggregate(stage, settings, results, pictures) for stage in stages_of(results)]
+    for stage in stages:
+        figures |= stage.figures
     configs = {(run.task, run.label): run.config.method for run in runs}
     tasks = [settings.task(name) for name in settings.tasks]
     page = [
         f"# Comparison on {', '.join(settings.tasks)}",
-        *parts[:1],
+        *(stage.headline for stage in stages),
         missing,
         "## Success",
         success_table(results),
-        *parts[1:],
+        *(part for stage in stages for part in stage.tables),
         "\n".join(f"- {note}" for note in NOTES),
         "## Settings",
         flags_table(tasks, settings.flags),
@@ -87,36 +91,70 @@ def write_comparison(
     with written_whole(folder / "table.md") as part:
         part.write_text(text, encoding="utf-8")
     write_csv(results, folder / "table.csv")
-    write_json(folder / "summary.json", summary | {"runs": [r.row() for r in results]})
+    summary = {stage.name: stage.summary for stage in stages}
+    write_json(folder / "summary.json", {**summary, "runs": [r.row() for r in results]})
     return text
 
 
-def _aggregate(
-    settings: StudySettings, results: Sequence[Result], pictures: Path, figures: dict[Path, str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Numbers, and the headline before the tables over all tasks; nothing where runs are missing.
+@dataclass(frozen=True)
+class Stage:
+    """What all tasks together say of one moment of the runs.
 
-    A variant without one of its runs would be compared on other tasks than the rest.
+    Attributes:
+        name: "after offline" or "after online".
+        headline: which methods are not told apart.
+        tables: with their headings.
+        figures: with their captions.
+        summary: the numbers.
     """
-    scores = complete_scores(results, settings.seeds)
+
+    name: str
+    headline: str
+    tables: Sequence[str] = ()
+    figures: Mapping[Path, str] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+def stages_of(results: Sequence[Result]) -> dict[str, dict[Result, float]]:
+    """Success of every run at the moments that all of them have."""
+    offline, final = ({r: r.offline for r in results}, {r: r.final for r in results})
+    if offline == final:
+        return {OFFLINE: final}
+    whole = not any(math.isnan(rate) for rate in offline.values())
+    return {OFFLINE: offline, ONLINE: final} if whole else {ONLINE: final}
+
+
+def _aggregate(
+    name: str, settings: StudySettings, results: Sequence[Result], pictures: Path
+) -> Stage:
+    """Nothing of a method without one of its runs: the rest is compared on other tasks."""
+    scores = complete_scores(results, settings.seeds, stages_of(results)[name])
+    title = f"{name[0].upper()}{name[1:]}"
     if not scores:
-        return {}, ["No method has all of its runs: there is no aggregate."]
+        return Stage(name, f"{title}: no method has all of its runs, and there is no aggregate.")
     first = next(iter(scores))
     means, pairs = interquartile_means(scores), compare_pairs(scores)
     beaten, profiles = improvements(scores, first), performance_profiles(scores)
-    path = plot_aggregate(means, beaten, profiles, pictures / "aggregate.png")
-    figures[path] = "All tasks: aggregate, probability of improvement, performance profiles"
-    summary: Mapping[str, Any] = {
-        "interquartile_mean": {name: asdict(found) for name, found in means.items()},
-        "probability_of_improvement": {
-            "of": first,
-            "over": {name: asdict(found) for name, found in beaten.items()},
+    path = pictures / f"{name.replace(' ', '_')}.png"
+    plot_aggregate(f"All tasks, {name}", means, beaten, profiles, path)
+    return Stage(
+        name=name,
+        headline=f"{title}: {not_told_apart(pairs)}",
+        tables=[
+            f"## All tasks, {name}",
+            aggregate_table(means, beaten),
+            *([pairs_table(pairs)] if pairs else []),
+        ],
+        figures={path: f"All tasks, {name}: aggregate, improvement, performance profiles"},
+        summary={
+            "interquartile_mean": {label: asdict(found) for label, found in means.items()},
+            "probability_of_improvement": {
+                "of": first,
+                "over": {label: asdict(found) for label, found in beaten.items()},
+            },
+            "pairs": [asdict(pair) | {"told_apart": pair.told_apart} for pair in pairs],
         },
-        "pairs": [asdict(pair) | {"told_apart": pair.told_apart} for pair in pairs],
-    }
-    tables = ["## Over all tasks", aggregate_table(means, beaten)]
-    tables += ["## Pairs", pairs_table(pairs)] if pairs else []
-    return dict(summary), [not_told_apart(pairs), *tables]
+    )
 
 
 def how_it_was_made() -> str:

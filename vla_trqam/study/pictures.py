@@ -67,13 +67,14 @@ def _band(axes: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, color: str)
 
 
 def plot_aggregate(
+    title: str,
     means: Mapping[str, Estimate],
     beaten: Mapping[str, Estimate],
     profiles: Mapping[str, Profile],
     path: Path,
 ) -> Path:
     """Interquartile means, probabilities of improvement, and performance profiles."""
-    figure, (iqm, better, profile) = new_figure("All tasks", columns=3, size=(16.0, 4.5))
+    figure, (iqm, better, profile) = new_figure(title, columns=3, size=(16.0, 4.5))
     _draw_estimates(iqm, means, "interquartile mean of success")
     _draw_estimates(better, beaten, f"P({next(iter(means))} is better)")
     better.axvline(0.5, color=BASE, linestyle="--", linewidth=1)

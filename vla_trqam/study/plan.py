@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,11 +274,3 @@ def _command(recipe: str, flags: Sequence[str]) -> tuple[str, ...]:
 def _resume(settings: StudySettings, task: StudyTask, folder: Path) -> tuple[str, ...]:
     flags = ["--resume=true", f"--output_dir={folder}", f"--num_threads={settings.num_threads}"]
     return _command(task.recipe, flags)
-
-
-def by_group(runs: Sequence[StudyRun]) -> Iterator[tuple[str, str, list[StudyRun]]]:
-    """Task, label and runs of its seeds, in the order of the plan."""
-    for task in dict.fromkeys(run.task for run in runs):
-        own = [run for run in runs if run.task == task]
-        for label in dict.fromkeys(run.label for run in own):
-            yield task, label, [run for run in own if run.label == label]

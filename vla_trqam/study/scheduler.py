@@ -65,8 +65,9 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Installs itself for Ctrl-C, SIGTERM and a terminal that closes."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        """Installs itself for Ctrl-C, SIGTERM and a terminal that closes, but under nohup."""
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
         previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield

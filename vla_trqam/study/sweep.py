@@ -29,7 +29,7 @@ NOTES = (
     "Rank correlation: Spearman's over all runs of the task, with a 95% interval of a bootstrap "
     "of the runs. Where one of the two does not vary it is 0.",
     "Recommended: the smallest budget whose mean success is within one standard error of the best "
-    "budget's, by its seeds.",
+    "budget's, by its seeds; none where the best is not above the base.",
 )
 
 
@@ -40,26 +40,35 @@ class Response:
     Attributes:
         task: its name.
         unit: of budgets and KL.
+        held: share of the time, at the recommended budget, with λ free of its bounds.
         success: rank correlation of budget and final success.
         kl: rank correlation of budget and realised KL.
-        recommended: a budget.
+        recommended: a budget; None where no budget is better than the base.
         reason: why that one.
     """
 
     task: str
     unit: str
+    held: float
     success: Estimate
     kl: Estimate
-    recommended: float
+    recommended: float | None
     reason: str
 
     def sentence(self) -> str:
         """For the page's head."""
+        budget = self.recommended
+        advice = "no budget can" if budget is None else f"take a budget of {budget:g} {self.unit}"
         return (
-            f"**{self.task}: take a budget of {self.recommended:g} {self.unit}** ({self.reason}). "
-            f"Rank correlation of budget and success {_estimate(self.success)}, of budget and "
-            f"realised KL {_estimate(self.kl)}."
+            f"**{self.task}: {advice}{' be recommended' if budget is None else ''}** "
+            f"({self.reason}).{self._warning()} Rank correlation of budget and success "
+            f"{_estimate(self.success)}, of budget and realised KL {_estimate(self.kl)}."
         )
+
+    def _warning(self) -> str:
+        if self.held > 0.5:
+            return ""
+        return " There λ sat on a bound most of the time: it is the bound that this recommends."
 
 
 def write_sweep(settings: SweepConfig, runs: Sequence[StudyRun], results: Sequence[Result]) -> str:
@@ -119,9 +128,13 @@ def response(task: str, groups: Mapping[float, Sequence[Result]]) -> Response:
     runs = [(budget, result) for budget, group in groups.items() for result in group]
     budgets = np.array([budget for budget, _ in runs])
     kl = np.array([_region(result).kl_ema_mean for _, result in runs])
-    recommended, reason = recommend({b: [r.final for r in g] for b, g in groups.items()})
+    base = float(np.mean([result.base for _, result in runs]))
+    recommended, reason = recommend({b: [r.final for r in g] for b, g in groups.items()}, base)
+    chosen = [_region(result) for result in groups.get(recommended or 0.0, ())]
+    on_bound = [r.share_on_lower_bound + r.share_on_upper_bound for r in chosen]
     return Response(
         task=task,
+        held=1.0 - float(np.mean(on_bound or [0.0])),
         unit=runs[0][1].kl_unit,
         success=rank_correlation(budgets, np.array([result.final for _, result in runs])),
         kl=rank_correlation(budgets, kl),
@@ -130,14 +143,20 @@ def response(task: str, groups: Mapping[float, Sequence[Result]]) -> Response:
     )
 
 
-def recommend(success: Mapping[float, Sequence[float]]) -> tuple[float, str]:
-    """The smallest budget within one standard error of the best mean, and a sentence's part."""
+def recommend(success: Mapping[float, Sequence[float]], base: float) -> tuple[float | None, str]:
+    """The smallest budget within one standard error of the best mean, and a sentence's part.
+
+    Args:
+        success: of the runs, by budget.
+        base: mean success of their bases, which a budget must better.
+    """
     means = {budget: float(np.mean(rates)) for budget, rates in success.items()}
     best = max(means, key=lambda budget: (means[budget], -budget))
+    if means[best] <= base:
+        return None, f"the best, {percent(means[best])}, is not above the base's {percent(base)}"
     count = len(success[best])
     error = float(np.std(success[best], ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    enough = [b for b, mean in means.items() if mean >= means[best] - error - 1e-12]
-    chosen = min(enough)
+    chosen = min(b for b, mean in means.items() if mean > base and mean >= means[best] - error)
     if chosen == best:
         return chosen, f"the best mean success, {percent(means[best])}"
     return chosen, (

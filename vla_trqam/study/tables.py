@@ -88,10 +88,12 @@ def missing_line(results: Sequence[Result], expected: Iterable[tuple[str, str, i
     return f"**Missing, and left out of what is below:** {', '.join(left)}."
 
 
-def complete_scores(results: Sequence[Result], seeds: Sequence[int]) -> Scores:
-    """Final success by variant, (R, M), of the variants that have every task and seed."""
+def complete_scores(
+    results: Sequence[Result], seeds: Sequence[int], rates: Mapping[Result, float]
+) -> Scores:
+    """Success by variant, (R, M), of the variants that have every task and seed."""
     tasks = list(dict.fromkeys(r.task for r in results))
-    found = {(r.label, r.task, r.seed): r.final for r in results}
+    found = {(r.label, r.task, r.seed): rates[r] for r in results}
     scores: dict[str, NDArray[np.float64]] = {}
     for label in dict.fromkeys(r.label for r in results):
         keys = [[(label, task, seed) for task in tasks] for seed in seeds]
