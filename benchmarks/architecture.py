@@ -35,6 +35,7 @@ from vla_trqam.errors import UserError
 BLUE, GREEN, GREY, ORANGE, PURPLE = "#0b6aa8", "#0b7f5c", "#6f7378", "#b4530f", "#7a4fa3"
 ROOMS = {
     "recipes": (PURPLE, "what is run: presets, and one call of the engine"),
+    "study": (PURPLE, "many runs side by side, and their table"),
     "jobs": (ORANGE, "states, VLA: what a kind of run brings"),
     "hub": (GREY, "push a run to the Hub, pull one"),
     "engine": (ORANGE, "phases, checkpoints, interruption, processes"),

@@ -24,11 +24,15 @@ from bad_input_dataset import ROWS as DATASET_ROWS
 from bad_input_folder import ROWS as FOLDER_ROWS
 from bad_input_hdf5 import ROWS as HDF5_ROWS
 from bad_input_hub import ROWS as HUB_ROWS
+from bad_input_ogbench import ROWS as OGBENCH_ROWS
 from bad_input_place import DATASET, POLICY, Originals, Place, Row, run_main
 from bad_input_policy import ROWS as POLICY_ROWS
 from bad_input_settings import ROWS as SETTINGS_ROWS
 
-ROWS = (*SETTINGS_ROWS, *HDF5_ROWS, *DATASET_ROWS, *POLICY_ROWS, *FOLDER_ROWS, *HUB_ROWS)
+ROWS = (
+    *(*SETTINGS_ROWS, *HDF5_ROWS, *DATASET_ROWS, *POLICY_ROWS, *FOLDER_ROWS, *HUB_ROWS),
+    *OGBENCH_ROWS,
+)
 REPOSITORY = Path(__file__).resolve().parents[1]
 ERROR = "error: "
 

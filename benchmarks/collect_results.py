@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from combined_runs import combine_seeds, comparison_table, plot_comparison
 from finished_run import FinishedRun, read_runs, shareable_command
 from result_page import Page, duration, number, write_page
 from result_rows import (
@@ -36,11 +37,9 @@ from result_rows import (
 from step_columns import bases, note_on_steps, with_base_as_it_came
 
 from vla_trqam.errors import UserError
-from vla_trqam.report.comparison_plots import plot_budget_sweep, plot_comparison
-from vla_trqam.report.evaluation import combine_seeds
+from vla_trqam.report.comparison_plots import plot_budget_sweep
 from vla_trqam.report.formats import percent, points, points_interval, table
 from vla_trqam.report.metrics import summarise_trust_region
-from vla_trqam.report.page import comparison_table
 from vla_trqam.report.plots import plot_episodes, plot_success
 from vla_trqam.report.provenance import command_line
 

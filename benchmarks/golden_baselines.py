@@ -1,4 +1,4 @@
-"""Replays the authors' baselines, FQL, IFQL and DSRL: what their files call what."""
+"""Replays the authors' baselines, FQL, IFQL, DSRL and CGQL: what their files call what."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import td_target
-from vla_trqam.methods.dsrl import ACTOR, DSRL, NOISE_CRITIC, TEMPERATURE, DSRLConfig
+from vla_trqam.methods.cgql import CGQL, CGQLConfig, CGQLLConfig
+from vla_trqam.methods.dsrl import ACTOR, DSRL, NOISE_CRITIC, DSRLConfig
+from vla_trqam.methods.entropy import TEMPERATURE
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import IFQL, VALUE, IFQLConfig
 from vla_trqam.methods.off_policy import Draws, OffPolicyConfig, SummedLosses
@@ -35,6 +37,7 @@ class Baseline:
         networks: the method's own, by the file's names; policy and critic are of all.
         draws: the file's draws, in order, by our names.
         numbers_first: those of them whose second axis is the batch.
+        critic: what the file calls a critic's network.
         renamed: what the file calls our logged numbers.
         required: outputs without which it is no such file.
     """
@@ -47,6 +50,7 @@ class Baseline:
     renamed: Mapping[str, str]
     required: tuple[str, ...]
     numbers_first: tuple[str, ...] = ()
+    critic: str = "value_net"
 
 
 def _policy(method: SummedLosses) -> MLPFlowPolicy:
@@ -80,6 +84,27 @@ def _dsrl_networks(method: SummedLosses) -> Networks:
         "modules_z_critic/value_net": method.own[NOISE_CRITIC],
         "modules_actor": method.own[ACTOR],
         "modules_alpha": method.own[TEMPERATURE],
+    }
+
+
+def _cgql_networks(method: SummedLosses) -> Networks:
+    policy = _policy(method)
+    assert policy.behaviour is not None
+    return {"modules_actor/mlp": policy.behaviour, "modules_target_actor/mlp": policy.base}
+
+
+def _cgql_knobs(golden: GoldenFile) -> dict[str, Any]:
+    return {
+        "inverse_temperature": golden.setting("inv_temp"),
+        "guidance": golden.setting("guidance_coef"),
+    }
+
+
+def _cgql_l_knobs(golden: GoldenFile) -> dict[str, Any]:
+    return _cgql_knobs(golden) | {
+        "noisy_loss": golden.setting("mode"),
+        "noisy_weight": golden.setting("noisy_coef"),
+        "linex_clip": golden.setting("isd_clip"),
     }
 
 
@@ -140,6 +165,30 @@ BASELINES = {
         ("info/critic/critic_loss", "info/critic/distill_loss", "info/grad/norm"),
         numbers_first=("next", "actor"),
     ),
+    "cgql": Baseline(
+        CGQL,
+        CGQLConfig,
+        _cgql_knobs,
+        _cgql_networks,
+        ("next", "bc_x_0", "bc_tau"),
+        {"info/critic/critic_loss": "td_loss", "info/actor/flow_loss": "bc_loss"},
+        ("info/critic/critic_loss", "info/grad/norm"),
+        critic="mlp",
+    ),
+    "cgql_l": Baseline(
+        CGQL,
+        CGQLLConfig,
+        _cgql_l_knobs,
+        _cgql_networks,
+        ("next", "noisy_tau", "noisy_x_0", "bc_x_0", "bc_tau"),
+        {
+            "info/critic/critic_loss": "td_loss",
+            "info/critic/noisy_critic_loss": "noisy_critic_loss",
+            "info/actor/flow_loss": "bc_loss",
+        },
+        ("info/critic/critic_loss", "info/critic/noisy_critic_loss", "info/grad/norm"),
+        critic="mlp",
+    ),
 }
 
 
@@ -158,10 +207,11 @@ def make(golden: GoldenFile, policy: MLPFlowPolicy, critic: Critic) -> SummedLos
 
 def networks_of(golden: GoldenFile, method: SummedLosses) -> Networks:
     """All of them by the file's names."""
+    baseline = BASELINES[golden.agent]
     return {
-        **BASELINES[golden.agent].networks(method),
-        "modules_critic/value_net": method.critic.online,
-        "modules_target_critic/value_net": method.critic.target,
+        **baseline.networks(method),
+        f"modules_critic/{baseline.critic}": method.critic.online,
+        f"modules_target_critic/{baseline.critic}": method.critic.target,
     }
 
 
@@ -174,7 +224,7 @@ def read_draws(golden: GoldenFile, update: int, batch: TransitionBatch) -> Draws
     shape = batch.action.shape
     found: dict[str, Tensor] = {}
     for name, key in zip(names, keys, strict=True):
-        if name == "bc_tau":
+        if name.endswith("_tau"):
             found[name] = golden.tensor(key, shape[:1])
         elif name in turned:
             flat = golden.tensor(key, (shape[1:].numel(), shape[0]))

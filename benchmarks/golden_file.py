@@ -19,13 +19,14 @@ REPLAYED_SETTINGS: dict[str, Any] = {
     "action_chunking": True,
     "best_of_n": 1,
     "bc_only": False,
-    "edit_scale": 0.0,
     "fql_alpha": 0.0,
     "residual": False,
+    "separate": False,
     "target_actor": True,
+    "target_guidance": True,
     "use_target_grad": True,
 }
-AGENTS = ("trqam", "qam", "fql", "ifql", "dsrl")
+AGENTS = ("trqam", "qam", "fql", "ifql", "dsrl", "cgql", "cgql_l")
 
 
 class GoldenFile:
@@ -42,9 +43,12 @@ class GoldenFile:
         if not isinstance(self._config, dict):
             raise UserError(f"{path}: config.json is not an object of settings")
         self.agent = self.setting("agent_name")
+        if self.agent == "cgql" and self.setting("mode") != "simple":
+            self.agent = "cgql_l"
         if self.agent not in AGENTS:
             raise UserError(f"{path} records {self.agent!r}; only {', '.join(AGENTS)} are replayed")
-        for name, value in REPLAYED_SETTINGS.items():
+        fixed = REPLAYED_SETTINGS | ({} if self.agent == "qam" else {"edit_scale": 0.0})
+        for name, value in fixed.items():
             if self._config.get(name, value) != value:
                 raise UserError(f"{path}: {name} is {self._config[name]}; only {value} is replayed")
 
@@ -70,6 +74,11 @@ class GoldenFile:
             UserError: always.
         """
         raise UserError(f"{self.path}: {reason}")
+
+    @property
+    def edits(self) -> bool:
+        """Whether it is QAM's with an edit behind the flow: QAM-E."""
+        return self.agent == "qam" and self._config.get("edit_scale", 0.0) != 0.0
 
     def has_setting(self, name: str) -> bool:
         """Whether the file's config.json has it."""

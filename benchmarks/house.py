@@ -37,7 +37,8 @@ PACKAGE_RANKS = {
     "engine": 8,
     "hub": 9,
     "jobs": 10,
-    "recipes": 11,
+    "study": 11,
+    "recipes": 12,
 }
 # `files` and `launched` are no packages, and no math either: one writes, one reads the environment.
 RANKS = MATH_RANKS | {"files": 4, "launched": 4} | PACKAGE_RANKS

@@ -18,7 +18,7 @@ from typing import Any
 from evaluations import SMALL, make
 from marked import begin_of, put
 
-from vla_trqam.config.flag_help import attribute_docs, shown
+from vla_trqam.config.flag_help import as_yaml, attribute_docs
 from vla_trqam.methods.base import Requirements
 from vla_trqam.methods.bc import BehaviourCloningConfig
 from vla_trqam.methods.registry import METHODS
@@ -70,7 +70,7 @@ def knobs_table(config: type) -> str:
     """A row a knob: its name, its default and what it means."""
     docs = attribute_docs(config)
     rows = [
-        [f"`{field.name}`", f"`{shown(field.default)}`", docs[field.name].replace("``", "`")]
+        [f"`{field.name}`", f"`{as_yaml(field.default)}`", docs[field.name].replace("``", "`")]
         for field in fields(config)
     ]
     return table(("knob", "default", "what it is"), [[_cell(c) for c in row] for row in rows])

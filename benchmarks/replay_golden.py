@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +32,11 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, chosen_kernels
+from vla_trqam.methods.edit import EDIT
+from vla_trqam.methods.entropy import TEMPERATURE, entropy_target
 from vla_trqam.methods.qam import qam_config
+from vla_trqam.methods.qam_e import DRAWS, QAME, QAMEConfig
+from vla_trqam.methods.registry import make_method
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise, UpdateResult
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.sde import sample_ode
@@ -88,6 +92,14 @@ def _method_config(golden: GoldenFile) -> TRQAMConfig:
         "base_ema_rate": get("tau"),
         "max_grad_norm": 1.0 if get("clip_grad") else float("inf"),
     }
+    if golden.edits:
+        return QAMEConfig(
+            inverse_temperature=get("inv_temp"),
+            edit_scale=get("edit_scale"),
+            target_entropy=get("edit_target_entropy"),
+            edit_hidden_dims=tuple(get("actor_hidden_dims")),
+            **common,
+        )
     if golden.agent == "qam":
         return qam_config(TRQAMConfig(**common), get("inv_temp"))
     scale = get("lam_scale")
@@ -133,7 +145,8 @@ def _policy_and_critic(golden: GoldenFile) -> tuple[MLPFlowPolicy, Critic]:
 
 def build(golden: GoldenFile) -> TRQAM:
     """The method with the file's initial weights."""
-    method = TRQAM(*_policy_and_critic(golden), _method_config(golden))
+    method = make_method(*_policy_and_critic(golden), _method_config(golden))
+    assert isinstance(method, TRQAM)
     load_initial(golden, _networks(method))
     if golden.agent == "trqam":
         lam_raw, kl_ema = float(golden["u0/in/lambda_raw"]), float(golden["u0/in/kl_ema"])
@@ -146,7 +159,8 @@ def _networks(method: TRQAM) -> Networks:
     policy = method.policy
     assert isinstance(policy, MLPFlowPolicy)
     assert policy.behaviour is not None
-    return {
+    theirs = {EDIT: "modules_edit_actor", TEMPERATURE: "modules_edit_alpha"}
+    return {theirs[name]: network for name, network in method.loss.own.items()} | {
         "modules_actor_fast/mlp": policy.tuned,
         "modules_actor_slow/mlp": policy.behaviour,
         "modules_target_actor_slow/mlp": policy.base,
@@ -185,15 +199,21 @@ def read_batch(golden: GoldenFile, policy: FlowPolicy, update: int) -> Transitio
 
 def read_noise(golden: GoldenFile, update: int, steps: int, shape: torch.Size) -> UpdateNoise:
     """The recorded noise: named in TRQAM's files, in drawing order in QAM's."""
-    prefix = f"u{update}"
+    prefix, more = f"u{update}", dict[str, Tensor]()
     if golden.agent == "trqam":
         names = ("next_action", "bc_x0", "bc_t", "sde_x0")
         keys = [f"{prefix}/noise/{name}" for name in names]
         increments = golden.tensor(f"{prefix}/noise/sde_steps", (steps, *shape))
     else:
         keys = golden.keys(f"{prefix}/draw/")
-        if len(keys) != 4 + steps:
-            raise UserError(f"{golden.path}: {len(keys)} {prefix}/draw entries, not {4 + steps}")
+        expected = 4 + steps + (len(DRAWS) if golden.edits else 0)
+        if len(keys) != expected:
+            raise UserError(f"{golden.path}: {len(keys)} {prefix}/draw entries, not {expected}")
+        if golden.edits:
+            next_edit, flow, edit = keys.pop(1), keys.pop(-2), keys.pop(-1)
+            more = dict(
+                zip(DRAWS, _edit_draws(golden, (next_edit, flow, edit), shape), strict=True)
+            )
         increments = torch.stack([golden.tensor(key, shape) for key in keys[4:]])
     return UpdateNoise(
         next_action=golden.tensor(keys[0], shape),
@@ -201,7 +221,19 @@ def read_noise(golden: GoldenFile, update: int, steps: int, shape: torch.Size) -
         bc_tau=golden.tensor(keys[2], shape[:1]),
         sde_x_0=golden.tensor(keys[3], shape),
         sde_steps=increments,
+        more=more,
     )
+
+
+def _edit_draws(golden: GoldenFile, keys: Sequence[str], shape: torch.Size) -> list[Tensor]:
+    """Of the next edit, the flow's chunk and its edit; the edits' second axis is the batch."""
+    turned = (shape[1:].numel(), shape[0])
+    next_edit, flow, edit = keys
+    return [
+        golden.tensor(next_edit, turned).t().reshape(shape),
+        golden.tensor(flow, shape),
+        golden.tensor(edit, turned).t().reshape(shape),
+    ]
 
 
 def compare_update(
@@ -239,7 +271,22 @@ def _outputs(method: TRQAM, result: UpdateResult) -> dict[str, Tensor | float]:
         "info/critic/q_mean": out.q.mean(),
         "info/critic/q_max": out.q.max(),
         "info/critic/q_min": out.q.min(),
+        **_edit_outputs(method, out.more),
         **_gradient_outputs(method, result),
+    }
+
+
+def _edit_outputs(method: TRQAM, logged: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
+    if not isinstance(method, QAME):
+        return {}
+    alpha, entropy = logged["temperature"], logged["entropy"]
+    target = entropy_target(method.config.target_entropy, method.policy.executed_size)
+    return {
+        "info/actor/edit_alpha": alpha,
+        "info/actor/edit_alpha_loss": alpha * (entropy - target),
+        "info/actor/edit_entropy": entropy,
+        "info/actor/edit_entropy_loss": -alpha * entropy,
+        "info/actor/edit_q_loss": -logged["actor_q"],
     }
 
 

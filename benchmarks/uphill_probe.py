@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import gymnasium
 import numpy as np
+from combined_runs import pigeonhole_interval
 
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.engine.acting import ChunkPolicy
-from vla_trqam.report.intervals import Interval, pigeonhole_interval
+from vla_trqam.report.intervals import Interval
 
 Env = gymnasium.Env[np.ndarray, np.ndarray]
 Gradient = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]

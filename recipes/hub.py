@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
+from typing import Any
 
+from vla_trqam.config.command_line import boolean, exit_status, flags_of
 from vla_trqam.engine.folder.checkpoints import PRETRAINED
 from vla_trqam.errors import UserError
 from vla_trqam.hub.access import check_push
@@ -27,24 +28,17 @@ from vla_trqam.hub.push import prepare_push, push_checkpoint
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    try:
+
+    def work() -> None:
         options = parse(arguments)
         (push if options.command == "push" else pull)(options)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_status(work)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the flags; an unknown one is a UserError."""
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="push|pull")
     _add_push(commands.add_parser("push", help="a run's checkpoint to the Hub", allow_abbrev=False))
     _add_pull(commands.add_parser("pull", help="a pushed checkpoint", allow_abbrev=False))
@@ -56,30 +50,14 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, required=True, help="folder of a finished or interrupted run")
     add("--repo_id", required=True, help="USER/NAME; made if it does not exist")
     add("--checkpoint", default="last", help="number of the checkpoint, or last")
-    add(
-        "--private",
-        type=_boolean,
-        nargs="?",
-        const=True,
-        help="whether a new repository is private; the account's default if not given",
-    )
+    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True}
+    default = "whether a new repository is private; the account's default if not given"
+    add("--private", **switch, help=default)
     add("--license", help="the Hub's identifier, like apache-2.0; the base policy's if not given")
-    add(
-        "--merged",
-        type=_boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="push the whole policy with its LoRA adapters merged in",
-    )
-    add(
-        "--dry_run",
-        type=_boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="print files, sizes and the model card; ask nothing of the Hub and send nothing",
-    )
+    merged = "push the whole policy with its LoRA adapters merged in"
+    add("--merged", **switch, default=False, help=merged)
+    dry = "print files, sizes and the model card; ask nothing of the Hub and send nothing"
+    add("--dry_run", **switch, default=False, help=dry)
 
 
 def _add_pull(parser: argparse.ArgumentParser) -> None:
@@ -99,25 +77,17 @@ def push(options: argparse.Namespace) -> None:
         # Before the adapters are merged, which takes a while.
         check_push(options.repo_id, private=options.private)
     with _policy(options) as policy:
+        what: dict[str, Any] = {
+            "checkpoint": options.checkpoint,
+            "private": options.private,
+            "license_name": options.license,
+            "policy": policy,
+        }
         if options.dry_run:
-            prepared = prepare_push(
-                options.run,
-                options.repo_id,
-                checkpoint=options.checkpoint,
-                private=options.private,
-                license_name=options.license,
-                policy=policy,
-            )
+            prepared = prepare_push(options.run, options.repo_id, **what)
             print("\n".join(prepared.lines()), prepared.card, sep="\n\n", end="")
             return
-        pushed = push_checkpoint(
-            options.run,
-            options.repo_id,
-            checkpoint=options.checkpoint,
-            private=options.private,
-            license_name=options.license,
-            policy=policy,
-        )
+        pushed = push_checkpoint(options.run, options.repo_id, **what)
     print(f"pushed to {pushed.url} (commit {pushed.commit})")
 
 
@@ -145,17 +115,6 @@ def _policy(options: argparse.Namespace) -> Iterator[Path | None]:
     with TemporaryDirectory() as folder:
         load_policy(saved, adapter="continue").save_pretrained(Path(folder), merged=True)
         yield Path(folder)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists every flag")
-
-
-def _boolean(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text == "true"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Example::
 
     python recipes/make_ogbench_data.py --dataset=cube-single-play-v0 --output=cube.npz
 
-writes that file, and beside it ``cube-val.npz`` with a tenth as many episodes. Killed or stopped,
-the same command goes on where it was.
+writes that file, and beside it ``cube-val.npz`` with a tenth as many episodes. With ``--shards=10
+--output=cubes`` it is a folder of ten such pairs, as OGBench's sets of 10 and 100 million steps.
+Killed or stopped, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +29,28 @@ from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 
 SETTINGS_NAME = "settings.json"
+SETTINGS = ("dataset", "episodes", "steps", "seed", "shards")
 COUNTS = ("goals", "reached")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to make, and that for validation beside it.
+
+    Attributes:
+        train: its path.
+        plans: its episodes.
+        val_plans: those for validation.
+    """
+
+    train: Path
+    plans: list[PlayPlan]
+    val_plans: list[PlayPlan]
+
+    @property
+    def val(self) -> Path:
+        """Where those for validation go."""
+        return self.train.with_name(f"{self.train.stem}-val.npz")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,8 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--dataset", required=True, help="OGBench's name, like cube-single-play-v0")
-    add("--output", type=Path, required=True, help="the npz to make")
-    add("--episodes", type=int, default=100, help="for training; OGBench's data has 1000")
+    add("--output", type=Path, required=True, help="the npz to make, or with --shards the folder")
+    add("--episodes", type=int, default=100, help="of a file for training; OGBench's have 1000")
+    add("--shards", type=int, default=0, help="files in a folder; 0 for one file alone")
     add("--steps", type=int, default=1000, help="of an episode")
     add("--seed", type=int, default=0, help="determines every episode")
     add(
@@ -53,61 +77,102 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make(options: argparse.Namespace) -> None:
-    """Play the episodes that are not there yet, then write both files.
+    """Play the episodes that are not there yet, and write the files.
 
     Raises:
         UserError: an option is out of range, or the output exists.
     """
-    for name, least in (("episodes", 1), ("steps", 1), ("seed", 0), ("workers", 0)):
+    least_of = {"episodes": 1, "steps": 1, "seed": 0, "workers": 0, "shards": 0}
+    for name, least in least_of.items():
         if getattr(options, name) < least:
             value = getattr(options, name)
             raise UserError(f"--{name}={value} is too small; it must be at least {least}")
-    output, validation = _outputs(options.output)
-    make_player(options.dataset).env.close()  # refused before there is a folder
+    outputs = _outputs(options)
     parts = _parts(options)
-    num_validation = max(1, options.episodes // 10)
-    plans = [
-        PlayPlan(options.dataset, options.seed, number, options.steps)
-        for number in range(options.episodes + num_validation)
-    ]
-    _play(plans, parts, options)
-    files = [_part(parts, plan) for plan in plans]
-    goals, reached = _write(output, files[: options.episodes])
-    _write(validation, files[options.episodes :])
-    shutil.rmtree(parts)
-    print(
-        f"{output}: {options.episodes} episodes of {options.steps} steps; {reached} of {goals} "
-        f"goals reached ({reached / max(goals, 1):.0%}); {num_validation} more in {validation.name}"
-    )
-
-
-def _outputs(output: Path) -> tuple[Path, Path]:
-    if output.suffix != ".npz":
-        raise UserError(f"--output={output} must end in .npz")
-    pair = output, output.with_name(f"{output.stem}-val.npz")
-    for path in pair:
+    begun = _begun(parts, options)
+    for path in () if begun else [p for output in outputs for p in (output.train, output.val)]:
         if path.exists():
             raise UserError(f"{path} exists already; choose another --output")
-    return pair
+    make_player(options.dataset).env.close()  # refused before there is a folder
+    _begin(parts, options)
+    for output in outputs:
+        _make_file(output, parts, options)
+    shutil.rmtree(parts)
+
+
+def _outputs(options: argparse.Namespace) -> list[Output]:
+    """The files to make; those of a folder have the names of OGBench's large sets."""
+    if not options.shards:
+        if options.output.suffix != ".npz":
+            raise UserError(f"--output={options.output} must end in .npz")
+        return [_output(options.output, 0, options)]
+    if options.output.suffix == ".npz":
+        raise UserError(
+            f"--output={options.output} must be a folder, for the {options.shards} files of "
+            "--shards; only without does it end in .npz"
+        )
+    names = [f"{options.dataset}-{number:03d}.npz" for number in range(options.shards)]
+    return [_output(options.output / name, n, options) for n, name in enumerate(names)]
+
+
+def _output(train: Path, shard: int, options: argparse.Namespace) -> Output:
+    count = options.episodes + max(1, options.episodes // 10)
+    plans = [
+        PlayPlan(options.dataset, options.seed, number, options.steps)
+        for number in range(shard * count, (shard + 1) * count)
+    ]
+    return Output(train, plans[: options.episodes], plans[options.episodes :])
 
 
 def _parts(options: argparse.Namespace) -> Path:
-    """The folder of the episodes played so far, which are all of the same settings."""
-    folder = options.output.with_suffix(".parts")
-    settings = {name: getattr(options, name) for name in ("dataset", "episodes", "steps", "seed")}
-    path = folder / SETTINGS_NAME
-    if path.exists() and json.loads(path.read_text()) != settings:
+    """The folder of the episodes played so far."""
+    whole: Path = options.output
+    return whole.with_name(f"{whole.stem if not options.shards else whole.name}.parts")
+
+
+def _begun(parts: Path, options: argparse.Namespace) -> bool:
+    """Whether episodes of these settings are there, so that whatever else is there is of them."""
+    path = parts / SETTINGS_NAME
+    if not path.exists():
+        return False
+    settings = {"shards": 0} | json.loads(path.read_text())  # of before there were any
+    if settings != {name: getattr(options, name) for name in SETTINGS}:
         raise UserError(
-            f"{folder} holds episodes of other settings, {path.read_text()}; go on with those, or "
+            f"{parts} holds episodes of other settings, {path.read_text()}; go on with those, or "
             "remove it"
         )
+    return True
+
+
+def _begin(parts: Path, options: argparse.Namespace) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        parts.mkdir(parents=True, exist_ok=True)
+        if options.shards:
+            options.output.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
-    with written_whole(path) as part:
-        part.write_text(json.dumps(settings))
-    return folder
+        raise UserError(f"{error.filename} cannot be made: {error.strerror}") from None
+    with written_whole(parts / SETTINGS_NAME) as part:
+        part.write_text(json.dumps({name: getattr(options, name) for name in SETTINGS}))
+
+
+def _make_file(output: Output, parts: Path, options: argparse.Namespace) -> None:
+    """Plays the episodes of a file that are not there yet, and writes it."""
+    done = parts / f"{output.train.stem}.done"
+    if done.exists():
+        print(f"{output.train} is there already")
+        return
+    plans = [*output.plans, *output.val_plans]
+    _play(plans, parts, options)
+    goals, reached = _write(output.train, [_part(parts, plan) for plan in output.plans])
+    _write(output.val, [_part(parts, plan) for plan in output.val_plans])
+    done.touch()
+    for plan in plans:
+        _part(parts, plan).unlink()
+    print(
+        f"{output.train}: {len(output.plans)} episodes of {options.steps} steps; {reached} of "
+        f"{goals} goals reached ({reached / max(goals, 1):.0%}); {len(output.val_plans)} more in "
+        f"{output.val.name}"
+    )
 
 
 def _part(parts: Path, plan: PlayPlan) -> Path:
@@ -115,6 +180,7 @@ def _part(parts: Path, plan: PlayPlan) -> Path:
 
 
 def _play(plans: Sequence[PlayPlan], parts: Path, options: argparse.Namespace) -> None:
+    """Plays what is missing of these episodes."""
     missing = [plan for plan in plans if not _part(parts, plan).exists()]
     if len(missing) < len(plans):
         print(f"going on after {len(plans) - len(missing)} of {len(plans)} episodes in {parts}")

@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
+from vla_trqam.config.command_line import boolean, exit_status, flags_of
 from vla_trqam.data.sources.robomimic.writer import RobomimicWriter
 from vla_trqam.envs.robomimic.demonstrators.collect import collect
 from vla_trqam.envs.robomimic.demonstrators.operators import operator_names
@@ -30,26 +30,18 @@ _VALID_SHARE = 0.1
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags; an unknown one ends the program with one sentence."""
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags_of(__doc__)
     add = parser.add_argument
     add("--task", required=True, help="lift, can or square")
     add("--episodes", type=int, required=True)
     add("--seed", type=int, default=0, help="determines every episode of the file")
     add("--output", type=Path, required=True, help="the HDF5 file to make")
     add("--operators", default="mixed", help="mixed, better, okay, worse or one operator's name")
-    add(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes; 0 plays in this one; the file is the same",
-    )
+    help_on_workers = "processes; 0 plays in this one; the file is the same"
+    add("--workers", type=int, default=2, help=help_on_workers)
     add("--states", default="all", choices=("all", "initial", "none"), help="simulator states kept")
-    add("--next_obs", type=_boolean, default=True, help="store next_obs too: true or false")
-    add("--model_file", type=_boolean, default=True, help="store the model's XML: true or false")
+    add("--next_obs", type=boolean, default=True, help="store next_obs too: true or false")
+    add("--model_file", type=boolean, default=True, help="store the model's XML: true or false")
     return parser.parse_args(arguments)
 
 
@@ -117,17 +109,6 @@ def _flag(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help.")
-
-
-def _boolean(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
-
-
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"{name} is {value}; it must be at least {least}.")
@@ -135,15 +116,7 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    try:
-        make(parse(arguments))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: make(parse(arguments)), "interrupted; nothing was written.")
 
 
 if __name__ == "__main__":

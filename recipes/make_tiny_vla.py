@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from vla_trqam.adapters.tiny.pretraining import (
 )
 
 import vla_trqam.data
+from vla_trqam.config.command_line import exit_status, flags_of
 from vla_trqam.config.settings import refuse_below
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
@@ -67,11 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an unknown one, or a value that cannot be.
     """
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags_of(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to make: policy/ and dataset/")
     add("--policy", choices=("pi0", "smolvla"), default="pi0")
@@ -98,6 +95,7 @@ def make(options: argparse.Namespace) -> None:
     """
     if options.output.exists():
         raise UserError(f"{options.output} exists already; name another --output")
+    torch.set_num_threads(options.num_threads)
     total = len(read_robomimic(options.demos).demos)
     read_robomimic(options.demos, filter_key=options.filter_key)  # refused before the rendering
     rendered = render_demos(options.demos, CAMERAS, every=1, num_workers=options.num_workers)
@@ -271,19 +269,7 @@ def bar(name: str, steps: int) -> Iterator[Progress]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the recipe; returns the exit code."""
-    try:
-        options = parse(arguments)
-        torch.set_num_threads(options.num_threads)
-        make(options)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists every flag")
+    return exit_status(lambda: make(parse(arguments)), "interrupted; nothing was written.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.methods.registry import METHODS
+from vla_trqam.study.settings import CompareConfig, SweepConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -41,9 +42,14 @@ def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
         (FinetuneOGBenchConfig, "finetune_ogbench.yaml"),
         (FinetuneVLAConfig, "finetune_pi0.yaml"),
     ):
-        for method in METHODS:
+        for method, entry in METHODS.items():
+            if entry.requirements.own_field and not config.OFFERS.own_field:
+                continue  # refused there
             with pytest.raises(SystemExit):
                 parse_config(config, presets.with_name(name), ["--help", f"--method.type={method}"])
+    for study, name in ((CompareConfig, "compare.yaml"), (SweepConfig, "sweep_kl.yaml")):
+        with pytest.raises(SystemExit):
+            parse_config(study, presets.with_name(name), ["--help"], preset="smoke")
     declared = re.findall(r'"--(\w+)"', "".join(path.read_text("utf-8") for path in SCRIPTS))
     return flags_in(capsys.readouterr().out) | set(declared) | OTHERS | {"help"}
 

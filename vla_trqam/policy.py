@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -195,10 +196,19 @@ class FlowPolicy(nn.Module, ABC):
         """(A,) bool: real action dimensions (True) against padded ones."""
         return torch.ones(self.chunk_shape[1], dtype=torch.bool)
 
+    @cached_property
+    def _has_padding(self) -> bool:
+        """Whether there are padded dimensions; every update asks it often."""
+        return not bool(self.action_mask.all())
+
+    @property
+    def executed_size(self) -> int:
+        """Numbers in what the robot executes of a chunk, H a."""
+        return self.chunk_shape[0] * int(self.action_mask.sum())
+
     def real_actions(self, x: Tensor) -> Tensor:
         """The dimensions that exist on the robot: (..., A) -> (..., a); what it executes."""
-        mask = self.action_mask
-        return x if bool(mask.all()) else x[..., mask.to(x.device)]
+        return x[..., self.action_mask.to(x.device)] if self._has_padding else x
 
     def embedded(self, action: Tensor, around: Tensor | None = None) -> Tensor:
         """Numbers of the real dimensions (..., a) among all of the flow's: (..., A).
@@ -207,9 +217,9 @@ class FlowPolicy(nn.Module, ABC):
             action: of the real dimensions.
             around: what padded ones are, (..., A); None for zero.
         """
-        mask = self.action_mask.to(action.device)
-        if bool(mask.all()):
+        if not self._has_padding:
             return action
+        mask = self.action_mask.to(action.device)
         whole = action.new_zeros((*action.shape[:-1], len(mask))) if around is None else around
         whole = whole.clone()
         whole[..., mask] = action
@@ -218,7 +228,7 @@ class FlowPolicy(nn.Module, ABC):
     @property
     def action_limits(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest executed number in the flow's space: (), or (a,) by dimension."""
-        return torch.tensor(-1.0), torch.tensor(1.0)
+        return _unit_limits()
 
     def to_robot(self, action: Tensor) -> Tensor:
         """The flow's chunks (B, H, A) as the robot takes them, in its units: (B, H, a)."""
@@ -304,3 +314,8 @@ class FlowPolicy(nn.Module, ABC):
     ) -> PathFields:
         """Both fields along one path, and the tuned one along the next action's ODE."""
         return PathFields(self, context, next_context, keep_activations=keep_activations)
+
+
+@cache
+def _unit_limits() -> tuple[Tensor, Tensor]:
+    return torch.tensor(-1.0), torch.tensor(1.0)

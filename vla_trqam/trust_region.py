@@ -12,7 +12,7 @@ from vla_trqam.time_grid import TimeGrid
 
 
 def path_kl_per_step(control_gap: Tensor, grid: TimeGrid) -> Tensor:
-    r"""Each flow step's share of the path-space KL, in nats per chunk, (K,).
+    r"""Each flow step's share of the path-space KL, in nats per chunk, (K,), without gradient.
 
     Two Gaussian steps of the same noise whose fields differ: ``B_i^2 / (2 V_i) E_b || v_tuned -
     v_base ||^2``, exact for the sampled chain where it takes the step with noise (Girsanov as K
@@ -22,7 +22,16 @@ def path_kl_per_step(control_gap: Tensor, grid: TimeGrid) -> Tensor:
         control_gap: ``v_tuned - v_base`` along the path, (K, B, H, A).
         grid: the chain's steps.
     """
-    squared = control_gap.detach().flatten(2).square().sum(dim=2).mean(dim=1)
+    return _kl_terms(control_gap.detach(), grid)
+
+
+def kl_penalty(control_gap: Tensor, grid: TimeGrid) -> Tensor:
+    """:func:`path_kl` as a term of a loss: the gradient flows through ``control_gap``."""
+    return _kl_terms(control_gap, grid).sum()
+
+
+def _kl_terms(control_gap: Tensor, grid: TimeGrid) -> Tensor:
+    squared = control_gap.flatten(2).square().sum(dim=2).mean(dim=1)
     gains = squared.new_tensor([step.gain * step.noisy for step in grid.steps])
     return squared * gains / squared.new_tensor([step.noise_scale_squared for step in grid.steps])
 
@@ -78,6 +87,10 @@ class TrustRegionConfig:
                 "no clip: an estimate clipped at the budget can never raise lambda"
             )
 
+    def kl_divisor(self, chunk_length: int) -> int:
+        """What a path KL in nats per chunk is divided by to be in the budget's unit."""
+        return chunk_length if self.kl_per_action else 1
+
 
 class TrustRegion:
     """Lambda by dual descent: ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``."""
@@ -86,7 +99,7 @@ class TrustRegion:
         self.config = config
         self.lam = config.lam_init
         self.kl_ema = 0.0
-        self._divisor = chunk_length if config.kl_per_action else 1
+        self._divisor = config.kl_divisor(chunk_length)
 
     def in_budget_units(self, kl: float) -> float:
         """A path KL (nats per chunk) in the budget's unit."""

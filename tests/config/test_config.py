@@ -1,5 +1,5 @@
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -139,6 +139,32 @@ def test_a_resumed_run_keeps_its_settings_but_may_have_other_threads(tmp_path):
     assert found == Outer("first", output_dir=tmp_path, resume=True, num_threads=3)
     with pytest.raises(UserError, match=r"but for more of --inner.a; leave out --name"):
         resumed_config(asked, "config.yaml", [*arguments, "--name=second"], refuse_nothing)
+
+
+def test_the_command_that_began_a_run_goes_on_with_it(presets, tmp_path):
+    flags = ["--preset=big", "--name=first", "--inner.b=9", f"--output_dir={tmp_path}"]
+    began = parse_config(Outer, presets, flags)
+    dump_config(began, tmp_path / "config.yaml")
+    again = parse_config(Outer, presets, [*flags, "--resume=true"])
+    found = resumed_config(again, "config.yaml", [*flags, "--resume=true"], refuse_nothing)
+    assert found == replace(began, resume=True)
+
+
+def test_a_flag_that_would_change_a_resumed_run_is_refused_with_both_values(presets, tmp_path):
+    dump_config(Outer(name="first", output_dir=tmp_path), tmp_path / "config.yaml")
+
+    def refusal(*flags):
+        arguments = ["--resume=true", f"--output_dir={tmp_path}", *flags]
+        with pytest.raises(UserError) as refused:
+            resumed_config(
+                parse_config(Outer, presets, arguments), "config.yaml", arguments, refuse_nothing
+            )
+        return str(refused.value).partition("leave out ")[2]
+
+    changed = "--inner.b, --name: inner.b is 9 here and 2 in the run, name is z here and first in"
+    assert refusal("--name=z", "--inner.b=9", "--folder=null").startswith(changed)
+    of_a_preset = "--preset: name is x here and first in the run, widths is [100] here and [1, 2] "
+    assert refusal("--preset=big").startswith(of_a_preset)
 
 
 def refuse_nothing(*_):

@@ -166,7 +166,7 @@ def test_dense_reward_is_refused_where_a_success_reward_is_wanted() -> None:
     with pytest.raises(UserError, match=r"reward 0\.25.*'column'"):
         RewardSpec("sparse").apply(dense)
     with pytest.raises(UserError, match="success_minus_one, sparse, column"):
-        RewardSpec("dense")  # type: ignore[arg-type]
+        RewardSpec("shaped")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ import torch
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind, RewardSpec
 from vla_trqam.data.sources.base import create_replay, fill
-from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
+from vla_trqam.data.sources.lerobot.several import (
+    LeRobotDatasets,
+    check_rollouts,
+    source_names,
+)
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.engine.alarms import reward_range
@@ -233,3 +237,26 @@ def test_rollouts_have_zeros_in_further_columns(tmp_path: Path) -> None:
     (name,) = TAKEN
     assert replay.column(name)[-LENGTH:].tolist() == [False] * LENGTH
     assert replay.column(name)[: len(ENDS)].tolist() == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kind", "fits"),
+    [
+        (COSTS, "column", False),
+        (ONCE, "column", True),
+        (GRADED, "column", True),
+        (ONCE, "success_minus_one", True),
+        (COSTS, None, True),
+    ],
+)
+def test_a_column_of_costs_does_not_share_a_replay_with_rollouts(
+    tmp_path: Path, rewards: list[float], kind: RewardKind | None, fits: bool
+) -> None:
+    """The simulators give 1 at success, which the kind `column` takes as it is."""
+    reader = LeRobotReader(config_of(tmp_path / "demos", rewards, kind))
+    if fits:
+        check_rollouts(reader)
+        return
+    said = r"/demos gives rewards of -1 to 0 \(kind column\) and rollouts have 0 and 1, .*=success "
+    with pytest.raises(UserError, match=said):
+        check_rollouts(reader)

@@ -14,6 +14,7 @@ from vla_trqam.data.sources.ogbench import (
     dataset_name,
     read_ogbench,
 )
+from vla_trqam.envs.ogbench.family import DOMAINS, task_names
 from vla_trqam.errors import UserError
 
 from .source_contract import SourceContract
@@ -49,6 +50,9 @@ def arm_rows(task, seed=0, steps=40):
     observation, _ = env.reset(seed=seed)
     inner, rng = env.unwrapped, np.random.default_rng(seed)
     qpos = np.repeat(inner._data.qpos[None].copy(), steps + 1, axis=0)
+    if task.startswith("scene"):
+        for column, goal in ((-2, inner._target_drawer_pos), (-1, inner._target_window_pos)):
+            qpos[:, column] = goal + rng.uniform(0, 0.05, steps + 1)
     for cube in range(getattr(inner, "_num_cubes", 0)):
         goal = inner._data.mocap_pos[cube]
         near = rng.uniform(0, 0.06, (steps + 1, 1))
@@ -73,8 +77,8 @@ def saved(folder, name, rows):
     return folder / f"{name}.npz"
 
 
-def loaded(path, task, folder):
-    data = read_ogbench(path, task)
+def loaded(path, task, folder, *, dense=False):
+    data = read_ogbench(path, task, dense=dense)
     replay = Replay.create(
         folder,
         observation_dim=data.observation_dim,
@@ -105,6 +109,7 @@ def steps_of(replay):
         pytest.param("cube-single-play-singletask-task2-v0", marks=pytest.mark.slow),
         pytest.param("cube-double-play-singletask-task2-v0", marks=pytest.mark.slow),
         pytest.param("puzzle-3x3-play-singletask-task4-v0", marks=pytest.mark.slow),
+        pytest.param("scene-play-singletask-task2-v0", marks=pytest.mark.slow),
     ],
 )
 def test_every_step_is_ogbenchs_with_its_reward_mask_and_end(task, tmp_path):
@@ -122,9 +127,13 @@ def test_every_step_is_ogbenchs_with_its_reward_mask_and_end(task, tmp_path):
     ours = RewardSpec("success_minus_one").apply(replay.rewards)
     sparse = -(theirs["rewards"] != 0).astype(np.float32)  # theirs, but of cube-double and puzzle
     np.testing.assert_array_equal(ours, sparse)
-    if "double" not in task and "puzzle" not in task:
+    if len(np.unique(theirs["rewards"])) == 2:  # of a task of one part
         np.testing.assert_array_equal(ours, theirs["rewards"])
     np.testing.assert_array_equal(cut, (theirs["terminals"] == 1) & ~terminated)
+    _, parts = loaded(path, task, tmp_path / "dense", dense=True)
+    np.testing.assert_array_equal(RewardSpec("dense").apply(parts.rewards), theirs["rewards"])
+    np.testing.assert_array_equal(parts.episodes().success, replay.episodes().success)
+    assert ("double" in task or "puzzle" in task or "scene" in task) == (parts.rewards.min() < -1)
 
 
 def test_the_shards_of_a_folder_are_read_in_order_and_those_for_validation_are_not(tmp_path):
@@ -226,7 +235,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
 
 
 def test_zeros_that_unpack_to_more_than_a_file_can_hold_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("vla_trqam.data.sources.ogbench.HARMLESS_IN_ALL", 1000)
+    monkeypatch.setattr("vla_trqam.data.sources.ogbench_npz.HARMLESS_IN_ALL", 1000)
     np.savez_compressed(tmp_path / "zeros.npz", observations=np.zeros((1000, 1000)))
     with pytest.raises(UserError, match=r"zeros\.npz of \d+ bytes claims to hold 80001\d\d"):
         read_ogbench(tmp_path / "zeros.npz", MAZE)
@@ -240,3 +249,12 @@ def test_without_a_path_the_data_that_ogbench_keeps_is_taken(tmp_path, monkeypat
     own.parent.mkdir(parents=True)
     own.touch()
     assert data_path(None, MAZE) == own
+    with pytest.raises(UserError, match=r"antmaze-giant-navigate-v0.npz, where .* cannot be made"):
+        data_path(None, "antmaze-giant-navigate-singletask-task1-v0")
+
+
+def test_every_domains_data_has_the_name_that_ogbench_gives_it():
+    names = {dataset_name(task) for task in task_names()}
+    assert names == {f"{domain}-v0" for domain in DOMAINS}
+    assert {name.rsplit("-", 2)[1] for name in names} == {"play", "navigate"}
+    assert dataset_name("cube-triple-play-singletask-v0") == "cube-triple-play-v0"

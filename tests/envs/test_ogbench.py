@@ -3,6 +3,7 @@
 import re
 
 import gymnasium
+import mujoco
 import numpy as np
 import pytest
 from family_contract import FamilyContract
@@ -12,6 +13,7 @@ from vla_trqam.envs.ogbench.family import ogbench_family, task_names
 from vla_trqam.errors import UserError
 
 ogbench = pytest.importorskip("ogbench", reason="uv sync --extra ogbench")
+relabel_dataset = pytest.importorskip("ogbench.relabel_utils").relabel_dataset
 MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 
 
@@ -79,6 +81,43 @@ def test_our_rewards_less_one_are_ogbenchs_own():
     assert (ours - 1.0).tolist() == theirs == [-1.0] * (len(actions) - 1) + [0.0]
     assert "-1 " in RewardSpec("success_minus_one").describe()
     env.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task", ["cube-double-play-singletask-task2-v0", "puzzle-3x3-play-singletask-task4-v0"]
+)
+def test_a_rollouts_dense_rewards_are_those_that_its_data_is_relabelled_with(task):
+    """Minus the missing parts of the state before the action, in a rollout and in data alike."""
+    env = ogbench_family(task, max_episode_steps=50, dense=True).make(False)
+    env.reset(seed=1)
+    inner, rng = env.unwrapped, np.random.default_rng(0)
+    rows, rewards = [], []
+    for missing in (2, 1, 2, 0):
+        put_right_but(missing, inner)
+        rows.append(
+            (inner._data.qpos.copy(), getattr(inner, "_cur_button_states", np.zeros(1)).copy())
+        )
+        _, reward, ended, _, info = env.step(rng.uniform(-0.1, 0.1, 5).astype(np.float32))
+        rewards.append(reward)
+        assert info["is_success"] == ended == (missing == 0)
+    qpos, buttons = map(np.array, zip(*rows, strict=True))
+    dataset = {"qpos": qpos, "button_states": buttons}
+    relabel_dataset(task, env.env, dataset)
+    assert rewards == dataset["rewards"].tolist() == [-2.0, -1.0, -2.0, 0.0]
+    env.close()
+
+
+def put_right_but(missing, inner):
+    """All parts of the task are at their goals but so many."""
+    if hasattr(inner, "_target_button_states"):
+        inner._cur_button_states = inner._target_button_states.copy()
+        inner._cur_button_states[:missing] ^= 1
+    for cube in range(getattr(inner, "_num_cubes", 0)):
+        away = [0.0, 0.1, 0.0] if cube < missing else np.zeros(3)
+        inner._data.joint(f"object_joint_{cube}").qpos[:3] = inner._data.mocap_pos[cube] + away
+    mujoco.mj_forward(inner._model, inner._data)
+    inner.post_step()  # which looks whether all are
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The library's FQL, IFQL and DSRL by the slow reference's settings and names."""
+"""The library's FQL, IFQL, DSRL and CGQL by the slow reference's settings and names."""
 
 import copy
 from typing import Any
@@ -9,12 +9,15 @@ from golden_weights import named_weights
 from reference_baselines import (
     CRITIC,
     FIELD,
+    GUIDED_FIELD,
     NOISE_ACTOR,
     NOISE_CRITIC,
     ONE_STEP,
     SLOW_FIELD,
     TARGET,
     TEMPERATURE,
+    TIMED_CRITIC,
+    TIMED_TARGET,
     VALUE,
 )
 from reference_update import Weights
@@ -22,9 +25,10 @@ from torch import Tensor, nn
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
+from vla_trqam.methods.cgql import CGQLConfig, CGQLLConfig
 from vla_trqam.methods.dsrl import ACTOR, DSRLConfig
 from vla_trqam.methods.dsrl import NOISE_CRITIC as OUR_NOISE_CRITIC
-from vla_trqam.methods.dsrl import TEMPERATURE as OUR_TEMPERATURE
+from vla_trqam.methods.entropy import TEMPERATURE as OUR_TEMPERATURE
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import VALUE as OUR_VALUE
 from vla_trqam.methods.ifql import IFQLConfig
@@ -55,7 +59,7 @@ def method_of(config: dict[str, Any], observation_dim: int) -> SummedLosses:
     )
     critic = Critic(ensemble, pessimism=config["rho"], target_rate=config["tau"])
     shared = {"train_base": config.get("train_base", True)}
-    knobs: FQLConfig | IFQLConfig | DSRLConfig
+    knobs: FQLConfig | IFQLConfig | DSRLConfig | CGQLConfig
     if config["agent_name"] == "fql":
         normalised = config.get("normalize_q_loss", False)
         knobs = FQLConfig(
@@ -67,6 +71,8 @@ def method_of(config: dict[str, Any], observation_dim: int) -> SummedLosses:
         )
     elif config["agent_name"] == "ifql":
         knobs = IFQLConfig(kappa=config["kappa"], num_samples=config["num_samples"], **shared)
+    elif config["agent_name"] == "cgql":
+        knobs = cgql_knobs(config, shared)
     else:
         knobs = DSRLConfig(
             noise_scale=config["noise_scale"],
@@ -79,21 +85,38 @@ def method_of(config: dict[str, Any], observation_dim: int) -> SummedLosses:
     return method
 
 
+def cgql_knobs(config: dict[str, Any], shared: dict[str, Any]) -> CGQLConfig:
+    guided = {"inverse_temperature": config["inv_temp"], "guidance": config["guidance_coef"]}
+    if config["mode"] == "simple":
+        return CGQLConfig(**guided, **shared)
+    return CGQLLConfig(
+        noisy_loss=config["mode"],
+        noisy_weight=config["noisy_coef"],
+        linex_clip=config["isd_clip"],
+        **guided,
+        **shared,
+    )
+
+
 def networks_of(method: SummedLosses) -> dict[str, nn.Module]:
     """All networks by the reference's names."""
     policy, own = method.policy, method.own
     assert isinstance(policy, MLPFlowPolicy)
     agent = type(method).__name__.lower()
     field_key = FIELD[agent]
+    critic, target = (TIMED_CRITIC, TIMED_TARGET) if agent == "cgql" else (CRITIC, TARGET)
     found: dict[str, nn.Module] = {
-        CRITIC: method.critic.online,
-        TARGET: method.critic.target,
+        critic: method.critic.online,
+        target: method.critic.target,
         field_key: policy.base if policy.behaviour is None else policy.behaviour,
     }
     if isinstance(method, FQL):
         found[ONE_STEP] = method.one_step.network
     elif agent == "ifql":
         found[VALUE] = own[OUR_VALUE]
+    elif agent == "cgql":
+        if policy.behaviour is not None:
+            found[GUIDED_FIELD] = policy.base
     else:
         found |= {NOISE_ACTOR: own[ACTOR], NOISE_CRITIC: own[OUR_NOISE_CRITIC]}
         found[TEMPERATURE] = own[OUR_TEMPERATURE]
@@ -114,7 +137,9 @@ def give_weights(networks: dict[str, nn.Module], weights: Weights) -> None:
 
 def as_ours(drawn: dict[str, np.ndarray], action: Tensor) -> Weights:
     return {
-        name: torch.from_numpy(value).reshape(len(action) if name == "bc_tau" else action.shape)
+        name: torch.from_numpy(value).reshape(
+            len(action) if name.endswith("_tau") else action.shape
+        )
         for name, value in drawn.items()
     }
 

@@ -1,4 +1,4 @@
-"""Golden files of FQL, IFQL and DSRL: read for the slow reference, and written with it."""
+"""Golden files of FQL, IFQL, DSRL and CGQL: read for the slow reference, and written with it."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_files import Problem, random_network, to_array
+from golden_files import Problem, random_network, squashed_gaussian, to_array
 from reference_baselines import (
     CRITIC,
     FIELD,
+    GUIDED_FIELD,
     NOISE_ACTOR,
     NOISE_CRITIC,
     ONE_STEP,
     SLOW_FIELD,
     TARGET,
     TEMPERATURE,
+    TIMED_CRITIC,
+    TIMED_TARGET,
     VALUE,
     Reference,
     Row,
@@ -27,6 +30,7 @@ DRAWS = {
     "fql": ("next", "bc_x_0", "bc_tau", "distill"),
     "ifql": ("bc_x_0", "bc_tau"),
     "dsrl": ("next", "distill", "bc_x_0", "bc_tau", "actor"),
+    "cgql": ("next", "noisy_tau", "noisy_x_0", "bc_x_0", "bc_tau"),
 }
 NUMBERS_FIRST = {"dsrl": ("next", "actor")}
 """Draws of the noise actor have the batch as their second axis."""
@@ -34,7 +38,19 @@ KNOBS: dict[str, dict[str, Any]] = {
     "fql": {"alpha": 10.0},
     "ifql": {"kappa": 0.9, "num_samples": 32},
     "dsrl": {"noise_scale": 1.0, "target_entropy": -3.0},
+    "cgql": {
+        **{"mode": "linex", "inv_temp": 1.0, "guidance_coef": 0.2, "noisy_coef": 0.1},
+        **{"isd_clip": 5.0, "separate": False, "target_guidance": True},
+    },
 }
+
+
+def draws_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of an update's draws, in order."""
+    names = DRAWS[config["agent_name"]]
+    if config.get("mode") == "simple":  # which never sees a noisy chunk
+        return tuple(name for name in names if not name.startswith("noisy_"))
+    return names
 
 
 def config_of(problem: Problem) -> dict[str, Any]:
@@ -66,30 +82,24 @@ def random_weights(problem: Problem, config: dict[str, Any], rng: np.random.Gene
     norms = {"actor": config["actor_layer_norm"], "value": config["value_layer_norm"]}
     field = ([seen + flat + 1, *actor, flat], (), norms["actor"])
     shapes = {FIELD[problem.agent]: field}
-    shapes |= {name: (critic, heads, norms["value"]) for name in (CRITIC, TARGET)}
+    critics = (CRITIC, TARGET)
+    if problem.agent == "cgql":
+        critic, critics = [seen + flat + 1, *value, 1], (TIMED_CRITIC, TIMED_TARGET)
+        shapes[GUIDED_FIELD] = field
+    shapes |= {name: (critic, heads, norms["value"]) for name in critics}
     if problem.agent == "fql":
         shapes[ONE_STEP] = ([seen + flat, *actor, flat], (), norms["actor"])
     elif problem.agent == "ifql":
         shapes[VALUE] = ([seen, *value, 1], (), norms["value"])
-    else:
+    elif problem.agent == "dsrl":
         shapes |= {SLOW_FIELD: field, NOISE_CRITIC: (critic, heads, norms["value"])}
     arrays: dict[str, np.ndarray] = {}
     for name, (widths, lead, norm) in shapes.items():
         arrays |= random_network(rng, name, widths, lead, norm=norm, scale=problem.weight_scale)
     if problem.agent == "dsrl":
-        arrays |= _noise_actor(rng, [seen, *actor], flat)
+        arrays |= squashed_gaussian(rng, NOISE_ACTOR, [seen, *actor], flat)
         arrays[f"{TEMPERATURE}/log_value"] = np.array(0.2)
     return {k: as_double(v.astype(np.float32)) for k, v in arrays.items()}
-
-
-def _noise_actor(rng: np.random.Generator, widths: list[int], flat: int) -> dict[str, np.ndarray]:
-    trunk = random_network(rng, f"{NOISE_ACTOR}/MLP_0", widths, (), norm=False)
-    heads: dict[str, np.ndarray] = {}
-    for name in ("Mean", "LogStd"):
-        head = random_network(rng, "head", [widths[-1], flat], (), norm=False)
-        prefix = f"{NOISE_ACTOR}/OutputDense{name}"
-        heads |= {f"{prefix}/{k.rpartition('/')[2]}": v for k, v in head.items()}
-    return trunk | heads
 
 
 def random_draws(
@@ -99,9 +109,9 @@ def random_draws(
     shape = (problem.batch_size, config["action_dim"] * config["horizon_length"])
     return {
         name: (
-            rng.uniform(size=(shape[0], 1)) if name == "bc_tau" else rng.normal(size=shape)
+            rng.uniform(size=(shape[0], 1)) if name.endswith("_tau") else rng.normal(size=shape)
         ).astype(np.float32)
-        for name in DRAWS[problem.agent]
+        for name in draws_of(config)
     }
 
 
@@ -138,7 +148,7 @@ def read_update(
     ]
     keys = sorted(k for k in data if k.startswith(f"{prefix}draw/"))
     draws = {}
-    for name, key in zip(DRAWS[ours.agent], keys, strict=True):
+    for name, key in zip(draws_of(ours.config), keys, strict=True):
         drawn = as_double(data[key])
         if name in NUMBERS_FIRST.get(ours.agent, ()):
             drawn = torch.movedim(drawn, 0, -1)
@@ -159,7 +169,7 @@ def write_baseline(path: Path, problem: Problem, seed: int = 0) -> dict[str, np.
         data |= {prefix + k: v for k, v in random_batch(problem, config, rng).items()}
         for i, (name, drawn) in enumerate(random_draws(problem, config, rng).items()):
             turned = name in NUMBERS_FIRST.get(problem.agent, ())
-            kind = "uniform" if name == "bc_tau" else "normal"
+            kind = "uniform" if name.endswith("_tau") else "normal"
             data[f"{prefix}draw/{i:02d}_{kind}"] = drawn.T.copy() if turned else drawn
         record = update(ours, *read_update(ours, data, number))
         data |= {f"{prefix}info/{k}": to_array(v) for k, v in record.items()}

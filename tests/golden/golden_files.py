@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference_update import NETWORKS, Learner, as_double, read_learner, read_update, update
+from reference_update import (
+    EDIT,
+    EDIT_ALPHA,
+    NETWORKS,
+    Learner,
+    as_double,
+    read_learner,
+    read_update,
+    update,
+)
 from torch import Tensor
 
 
@@ -60,6 +69,7 @@ def config_of(problem: Problem) -> dict[str, Any]:
         "lambda_min": 0.01,
     }
     qam = {"inv_temp": 3.0, "residual": False, "fql_alpha": 0.0, "edit_scale": 0.0}
+    qam |= {"edit_target_entropy": -3.0}
     return common | (dual if problem.agent == "trqam" else qam) | problem.settings
 
 
@@ -74,7 +84,22 @@ def random_weights(problem: Problem, config: dict[str, Any], rng: np.random.Gene
         widths, lead = (value, (config["num_qs"],)) if is_critic else (actor, ())
         norm = config["value_layer_norm" if is_critic else "actor_layer_norm"]
         arrays |= random_network(rng, network, widths, lead, norm=norm, scale=problem.weight_scale)
+    if config.get("edit_scale"):
+        arrays |= squashed_gaussian(rng, EDIT, [value[0], *config["actor_hidden_dims"]], flat)
+        arrays[f"{EDIT_ALPHA}/log_value"] = np.array(0.2)
     return {f"init/{k}": v.astype(np.float32) for k, v in arrays.items()}
+
+
+def squashed_gaussian(
+    rng: np.random.Generator, name: str, widths: list[int], size: int
+) -> dict[str, np.ndarray]:
+    """A Gaussian's trunk of these widths, and its two heads."""
+    trunk = random_network(rng, f"{name}/MLP_0", widths, (), norm=False)
+    heads: dict[str, np.ndarray] = {}
+    for end in ("Mean", "LogStd"):
+        head = random_network(rng, "head", [widths[-1], size], (), norm=False)
+        heads |= {f"{name}/OutputDense{end}/{k.rpartition('/')[2]}": v for k, v in head.items()}
+    return trunk | heads
 
 
 def random_network(
@@ -124,8 +149,12 @@ def random_update(problem: Problem, config: dict[str, Any], rng: np.random.Gener
         arrays |= {f"noise/{k}": v for k, v in draws.items()}
     else:
         drawn = [draws["next_action"][:, None], draws["bc_x0"], draws["bc_t"], draws["sde_x0"]]
-        for i, draw in enumerate([*drawn, *draws["sde_steps"]]):
-            kind = "uniform" if i == 2 else "normal"
+        drawn.extend(draws["sde_steps"])
+        if config["edit_scale"]:
+            drawn.insert(1, rng.normal(size=(flat, size, 1)))
+            drawn += [rng.normal(size=(size, flat)), rng.normal(size=(flat, size))]
+        for i, draw in enumerate(drawn):
+            kind = "uniform" if draw.shape == (size, 1) else "normal"
             arrays[f"draw/{i:02d}_{kind}"] = draw
     return {k: v.astype(np.float32) for k, v in arrays.items()}
 

@@ -1,4 +1,4 @@
-"""A slow second implementation of the updates of FQL, IFQL and DSRL.
+"""A slow second implementation of the updates of FQL, IFQL, DSRL and CGQL.
 
 It shares nothing with the library: weights are a dictionary under the golden files' keys, losses
 are sums over rows, heads and numbers in plain loops, gradients come from autograd, all in float64.
@@ -20,17 +20,22 @@ FIELD = {
     "fql": "modules_actor_bc_flow/mlp",
     "ifql": "modules_actor_flow/mlp",
     "dsrl": "modules_actor_bc_flow/mlp",
+    "cgql": "modules_actor/mlp",
 }
 ONE_STEP, VALUE = "modules_actor_onestep_flow/mlp", "modules_value/value_net"
 SLOW_FIELD, NOISE_CRITIC = "modules_target_actor_bc_flow/mlp", "modules_z_critic/value_net"
 NOISE_ACTOR, TEMPERATURE = "modules_actor", "modules_alpha"
+TIMED_CRITIC, TIMED_TARGET = "modules_critic/mlp", "modules_target_critic/mlp"
+GUIDED_FIELD = "modules_target_actor/mlp"
 TRAINED = {
     "fql": (FIELD["fql"], ONE_STEP, CRITIC),
     "ifql": (FIELD["ifql"], VALUE, CRITIC),
     "dsrl": (FIELD["dsrl"], NOISE_CRITIC, NOISE_ACTOR, TEMPERATURE, CRITIC),
+    "cgql": (FIELD["cgql"], TIMED_CRITIC),
 }
 FOLLOWING = {"fql": {TARGET: CRITIC}, "ifql": {TARGET: CRITIC}}
 FOLLOWING["dsrl"] = {TARGET: CRITIC, SLOW_FIELD: FIELD["dsrl"]}
+FOLLOWING["cgql"] = {TIMED_TARGET: TIMED_CRITIC, GUIDED_FIELD: FIELD["cgql"]}
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Reference:
     """A method's weights, settings and moments.
 
     Attributes:
-        agent: fql, ifql or dsrl.
+        agent: fql, ifql, dsrl or cgql.
         config: the file's settings; ``train_base`` and ``normalize_q_loss`` may stand there too.
         weights: every network's arrays, float64, by the file's keys without `init/`.
     """
@@ -90,12 +95,19 @@ class Reference:
                 x = x + self.velocity(network, s, x, i / steps) / steps
         return x.clamp(-1, 1)
 
-    def q(self, network: str, s: Tensor, a: Tensor, *, fixed: bool = False) -> list[Tensor]:
-        """Every head's value; fixed weights pass a gradient to the action alone."""
+    def q(
+        self, network: str, s: Tensor, a: Tensor, *, fixed: bool = False, time: float = 1.0
+    ) -> list[Tensor]:
+        """Every head's value; fixed weights pass a gradient to the action alone.
+
+        CGQL's heads see the time too.
+        """
+        timed = self.agent == "cgql"
+        network = network.replace("value_net", "mlp") if timed else network
         known = {k: v for k, v in self.weights.items() if k.startswith(f"{network}/")}
         if fixed:
             known = {k: v.detach() for k, v in known.items()}
-        inputs = torch.cat([s, a])
+        inputs = torch.cat([s, a, torch.tensor([time] * timed, dtype=s.dtype)])
         return [mlp(known, network, inputs, e)[0] for e in range(self.config["num_qs"])]
 
     def slow_value(self, s: Tensor, a: Tensor) -> float:
@@ -105,6 +117,25 @@ class Reference:
         mean = sum(heads) / len(heads)
         variance = sum((q - mean) ** 2 for q in heads) / len(heads)
         return mean - self.config["rho"] * math.sqrt(variance)
+
+    def guided(self, s: Tensor, x: Tensor) -> Tensor:
+        """CGQL's steps from noise to a clipped action, without gradient."""
+        steps, beta = self.config["flow_steps"], self.config["inv_temp"]
+        network = GUIDED_FIELD
+        if f"{network}/Dense_0/kernel" not in self.weights:
+            network = FIELD["cgql"]  # a base that was never trained
+        for i in range(steps):
+            t = i / steps
+            with torch.no_grad():
+                v = self.velocity(network, s, x, t)
+            if i > 0:
+                point = x.clone().requires_grad_(True)
+                asked = 1.0 if self.config["mode"] == "simple" else t
+                heads = self.q(CRITIC, s, point, fixed=True, time=asked)
+                (slope,) = torch.autograd.grad(sum(heads) / len(heads), point)
+                v = v + self.config["guidance_coef"] * ((1 - t) * beta * slope + x) / t
+            x = x + v / steps
+        return x.clamp(-1, 1)
 
     def one_step(self, s: Tensor, z: Tensor) -> Tensor:
         return mlp(self.weights, ONE_STEP, torch.cat([s, z]))
@@ -142,6 +173,8 @@ class Reference:
         if self.agent == "dsrl":
             z, _ = self.chosen_noise(s, drawn[0])
             return self.flow(SLOW_FIELD, s, self.config["noise_scale"] * z)
+        if self.agent == "cgql":
+            return self.guided(s, drawn[0])
         proposals = [self.flow(FIELD["ifql"], s, x) for x in drawn]
         worst = [min(float(q) for q in self.q(CRITIC, s, a)) for a in proposals]
         return proposals[worst.index(max(worst))]
@@ -242,7 +275,33 @@ def dsrl_losses(ours: Reference, rows: list[Row], draws: Weights) -> Weights:
     return found | {"total": sum(found.values())} | logged
 
 
-LOSSES = {"fql": fql_losses, "ifql": ifql_losses, "dsrl": dsrl_losses}
+def cgql_losses(ours: Reference, rows: list[Row], draws: Weights) -> Weights:
+    config, next_values, errors = ours.config, [], []
+    beta, mode = config["inv_temp"], config["mode"]
+    for i, row in enumerate(rows):
+        a_next = ours.guided(row.next_observation, draws["next"][i])
+        next_values.append(ours.slow_value(row.next_observation, a_next))
+        if mode == "simple":
+            continue
+        t = float(draws["noisy_tau"][i])
+        x = (1 - t) * draws["noisy_x_0"][i] + t * row.action
+        with torch.no_grad():
+            known = ours.q(TARGET, row.observation, row.action)
+        for q, k in zip(ours.q(CRITIC, row.observation, x, time=t), known, strict=True):
+            d = beta * (k - q)
+            if mode == "mse":
+                error = (q - k) ** 2
+            else:
+                error = d if float(d.detach()) > config["isd_clip"] else torch.exp(d) + beta * q
+            errors.append(row.td_weight * error)
+    found = {"td": td_loss(ours, rows, next_values)}
+    if mode == "simple":
+        return found | {"total": found["td"]}
+    found["noisy"] = sum(errors) / len(errors)
+    return found | {"total": found["td"] + config["noisy_coef"] * found["noisy"]}
+
+
+LOSSES = {"fql": fql_losses, "ifql": ifql_losses, "dsrl": dsrl_losses, "cgql": cgql_losses}
 
 
 def losses_and_gradients(
@@ -294,12 +353,14 @@ def recorded(agent: str, found: Weights) -> dict[str, Any]:
         names = {"actor/bc_flow_loss": "cloning", "actor/distill_loss": "distill"}
     elif agent == "ifql":
         names = {"actor/actor_loss": "cloning", "value/value_loss": "value"}
+    elif agent == "cgql":
+        names = {"actor/flow_loss": "cloning", "critic/noisy_critic_loss": "noisy"}
     else:
         names = {"critic/distill_loss": "distill", "actor/flow_loss": "cloning"}
         names |= {"actor/actor_loss": "actor", "actor/alpha_loss": "alpha_loss"}
         names |= {f"actor/{k}": k for k in ("alpha", "entropy", "q")}
     info: dict[str, Any] = {"critic/critic_loss": found["td"]}
-    info |= {theirs: found[name] for theirs, name in names.items()}
+    info |= {theirs: found[name] for theirs, name in names.items() if name in found}
     # What IFQL logs as q is the target.
     q = {"critic/q": found["targets"] if agent == "ifql" else found["online_q"]}
     if agent == "ifql":

@@ -7,6 +7,7 @@ then replays files that `golden_files.py` writes with it at other sizes.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ NETWORKS = {
     "target": "modules_target_critic/value_net",
 }
 TRAINED = ("behaviour", "tuned", "critic")
+EDIT, EDIT_ALPHA = "modules_edit_actor", "modules_edit_alpha"
+"""Of files of QAM-E alone."""
 
 
 def layer_norm(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -86,6 +89,32 @@ class Learner:
             x = x + self.velocity("tuned", observation, x, i / steps) / steps
         return x.clamp(-1, 1)
 
+    def edited(self, observation: Tensor, flow: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """QAM-E's action and the log-density of its edit, row by row and number by number."""
+        actions, densities = [], []
+        for s, a, eps in zip(observation, flow, noise, strict=True):
+            h, i = torch.cat([s, a]), 0
+            while f"{EDIT}/MLP_0/Dense_{i}/kernel" in self.weights:
+                layer = f"{EDIT}/MLP_0/Dense_{i}"
+                h = h @ self.weights[f"{layer}/kernel"] + self.weights[f"{layer}/bias"]
+                h, i = F.gelu(h, approximate="tanh"), i + 1
+            mean, log_std = (
+                h @ self.weights[f"{EDIT}/OutputDense{head}/kernel"]
+                + self.weights[f"{EDIT}/OutputDense{head}/bias"]
+                for head in ("Mean", "LogStd")
+            )
+            total, numbers = torch.zeros((), dtype=s.dtype), []
+            for m, log_s, e in zip(mean, log_std.clamp(-20, 2), eps, strict=True):
+                u = m + torch.exp(log_s) * e
+                normal = -0.5 * e**2 - log_s - 0.5 * math.log(2 * math.pi)
+                # 1 - tanh(u)^2 = 4 / (e^u + e^-u)^2
+                total = total + normal - torch.log(4 / (torch.exp(u) + torch.exp(-u)) ** 2)
+                numbers.append(torch.tanh(u))
+            moved = a + self.config["edit_scale"] * torch.stack(numbers)
+            actions.append(moved.clamp(-1, 1))
+            densities.append(total)
+        return torch.stack(actions), torch.stack(densities)
+
     def is_trqam(self) -> bool:
         return self.config["agent_name"] == "trqam"
 
@@ -96,10 +125,12 @@ def grid(steps: int, i: int) -> tuple[float, float, float]:
     return h, t, 2.0 * (1.0 - t + h) / (t + h)
 
 
-def critic_loss(learner: Learner, batch: Weights, noise: Tensor) -> tuple[Tensor, Weights]:
+def critic_loss(learner: Learner, batch: Weights, noise: Weights) -> tuple[Tensor, Weights]:
     config, last = learner.config, batch["next_observations"][:, -1]
     with torch.no_grad():
-        next_action = learner.ode_action(last, noise)
+        next_action = learner.ode_action(last, noise["next_action"])
+        if "next_edit" in noise:
+            next_action, _ = learner.edited(last, next_action, noise["next_edit"])
         next_q = learner.q_values("target", last, next_action)
         spread = torch.sqrt(((next_q - next_q.mean(0)) ** 2).mean(0))
         discount = config["discount"] ** config["horizon_length"]
@@ -185,6 +216,29 @@ def actor_losses(learner: Learner, batch: Weights, noise: Weights) -> tuple[Tens
     return flow, adjoint_loss, out
 
 
+def edit_losses(learner: Learner, batch: Weights, noise: Weights) -> tuple[Tensor, dict]:
+    """QAM-E's edit and its temperature; the critic's weights are fixed, the flow's chunk too."""
+    observation = batch["observations"]
+    with torch.no_grad():
+        flow = learner.ode_action(observation, noise["edit_flow"])
+    action, log_p = learner.edited(observation, flow, noise["edit"])
+    fixed = Learner(learner.config, {k: v.detach() for k, v in learner.weights.items()})
+    fixed.weights |= {k: v for k, v in learner.weights.items() if k.startswith(EDIT)}
+    q = fixed.q_values("critic", observation, action).mean(0)
+    alpha = torch.exp(learner.weights[f"{EDIT_ALPHA}/log_value"])
+    entropy = -log_p.detach().mean()
+    q_loss, entropy_loss = -q.mean(), (alpha.detach() * log_p).mean()
+    alpha_loss = alpha * (entropy - learner.config["edit_target_entropy"])
+    out = {
+        "edit_alpha": alpha,
+        "edit_alpha_loss": alpha_loss,
+        "edit_entropy": entropy,
+        "edit_entropy_loss": entropy_loss,
+        "edit_q_loss": q_loss,
+    }
+    return q_loss + entropy_loss + alpha_loss, out
+
+
 def dual_update(learner: Learner, kl: float) -> dict[str, float]:
     config = learner.config
     limit = config["kl_clip_coef"] * config["kl_budget"]
@@ -231,14 +285,19 @@ def follow(learner: Learner, average: str, current: str, old: Weights) -> None:
 
 def update(learner: Learner, batch: Weights, noise: Weights) -> dict[str, Any]:
     """One update; returns what a golden file records of it, by its keys after `u<n>/`."""
-    trained = [k for k in learner.weights if k.startswith(tuple(NETWORKS[n] for n in TRAINED))]
+    nets = (*(NETWORKS[n] for n in TRAINED), EDIT, EDIT_ALPHA)
+    trained = [k for k in learner.weights if k.startswith(nets)]
     for key in trained:
         learner.weights[key] = learner.weights[key].detach().requires_grad_(True)
     before = {"in/lambda_raw": learner.lam_raw, "in/kl_ema": learner.kl_ema}
-    td, critic = critic_loss(learner, batch, noise["next_action"])
+    td, critic = critic_loss(learner, batch, noise)
     flow, adjoint, actor = actor_losses(learner, batch, noise)
+    total = td + flow + adjoint
+    if "edit" in noise:
+        edit, found = edit_losses(learner, batch, noise)
+        total, actor = total + edit, actor | found
     leaves = [learner.weights[k] for k in trained]
-    gradients = dict(zip(trained, torch.autograd.grad(td + flow + adjoint, leaves), strict=True))
+    gradients = dict(zip(trained, torch.autograd.grad(total, leaves), strict=True))
     old = {k: v.detach() for k, v in learner.weights.items()}
     learner.weights = dict(old)
     adam_step(learner, gradients)
@@ -268,7 +327,7 @@ def update(learner: Learner, batch: Weights, noise: Weights) -> dict[str, Any]:
 def read_learner(data: dict[str, np.ndarray]) -> Learner:
     """The state before update 0 of a golden file."""
     config = json.loads(bytes(data["config.json"]).decode())
-    used = tuple(f"init/{name}" for name in NETWORKS.values())
+    used = tuple(f"init/{name}" for name in (*NETWORKS.values(), EDIT, EDIT_ALPHA))
     weights = {k.removeprefix("init/"): as_double(data[k]) for k in data if k.startswith(used)}
     return Learner(config, weights)
 
@@ -282,7 +341,12 @@ def read_update(data: dict[str, np.ndarray], number: int) -> tuple[Weights, Weig
         names = ("next_action", "bc_x0", "bc_t", "sde_x0", "sde_steps")
         return batch, {k: as_double(data[f"{prefix}noise/{k}"]) for k in names}
     draws = [as_double(data[k]) for k in sorted(data) if k.startswith(f"{prefix}draw/")]
-    return batch, {
+    edits: Weights = {}
+    if f"init/{EDIT_ALPHA}/log_value" in data:
+        # The edits' numbers come first, the batch is their second axis.
+        edits["next_edit"] = draws.pop(1)[:, :, 0].t()
+        edits["edit"], edits["edit_flow"] = draws.pop().t(), draws.pop()
+    return batch, edits | {
         "next_action": draws[0][:, 0],
         "bc_x0": draws[1],
         "bc_t": draws[2],

@@ -1,4 +1,4 @@
-"""FQL, IFQL and DSRL against a slow reference, which gives the authors' numbers itself."""
+"""FQL, IFQL, DSRL and CGQL against a slow reference, which gives the authors' numbers itself."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,14 @@ from golden_baseline_files import (
     write_baseline,
 )
 from golden_files import Problem
-from reference_baselines import SLOW_FIELD, Reference, Row, losses_and_gradients, update
+from reference_baselines import (
+    GUIDED_FIELD,
+    SLOW_FIELD,
+    Reference,
+    Row,
+    losses_and_gradients,
+    update,
+)
 from reference_update import as_double
 from replay_golden import replay
 from torch import Tensor
@@ -29,7 +36,7 @@ FOLDER = Path(__file__).parent
 RTOL, ATOL = 1e-5, 1e-6
 
 
-@pytest.mark.parametrize("agent", ["fql", "ifql", "dsrl"])
+@pytest.mark.parametrize("agent", ["fql", "ifql", "dsrl", "cgql_l"])
 def test_the_slow_reference_gives_the_authors_numbers(agent: str) -> None:
     with np.load(FOLDER / f"golden_{agent}.npz", allow_pickle=False) as archive:
         data = dict(archive)
@@ -77,6 +84,12 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
         {"noise_scale": 1.0, "target_entropy": -3.0},
         {"noise_scale": 0.4, "target_entropy": 0.0},
         {"noise_scale": 1.4, "target_entropy": None},
+    ],
+    "cgql": [
+        {"mode": "linex", "inv_temp": 1.0, "guidance_coef": 0.2, "noisy_coef": 0.1},
+        # Sharp enough that many heads are beyond the clip.
+        {"mode": "linex", "inv_temp": 3.0, "guidance_coef": 0.02, "isd_clip": 0.7},
+        {"mode": "simple", "inv_temp": 0.5, "guidance_coef": 0.5},
     ],
 }
 
@@ -130,6 +143,9 @@ VARIANTS = {
     },
     "fql, the critic's term normalised": Variant(problem("fql"), {"normalize_q_loss": True}),
     "dsrl, half the numbers as target": Variant(problem("dsrl", target_entropy=None)),
+    "cgql, without noisy chunks": Variant(problem("cgql", mode="simple")),
+    "cgql, squared errors": Variant(problem("cgql", mode="mse", noisy_coef=0.7)),
+    "cgql, beyond the clip": Variant(problem("cgql", isd_clip=0.05, inv_temp=2.0)),
 }
 
 
@@ -142,7 +158,8 @@ def test_losses_and_the_gradients_of_every_network_are_the_references(
     config, rng = config_of(variant.problem) | variant.knobs, np.random.default_rng(5)
     weights = random_weights(variant.problem, config, rng)
     if not config.get("train_base", True):
-        weights = {k: v for k, v in weights.items() if not k.startswith(f"{SLOW_FIELD}/")}
+        slow = (f"{SLOW_FIELD}/", f"{GUIDED_FIELD}/")
+        weights = {k: v for k, v in weights.items() if not k.startswith(slow)}
     rows, batch = cut_chunks(variant.problem, config, rng)
     drawn = random_draws(variant.problem, config, rng)
     reference = Reference(variant.problem.agent, config, dict(weights))
@@ -202,6 +219,7 @@ def test_what_acts_is_the_references(agent: str) -> None:
 
 
 OUR_NAMES = {
+    "cgql": {"td_loss": "td", "noisy_critic_loss": "noisy", "bc_loss": "cloning"},
     "fql": {"td_loss": "td", "distill_loss": "distill", "actor_q": "value", "bc_loss": "cloning"},
     "ifql": {"td_loss": "td", "value_loss": "value", "bc_loss": "cloning"},
     "dsrl": {

@@ -26,7 +26,7 @@ def assert_final_weights(learner: Learner, data: dict[str, np.ndarray]) -> None:
         assert_close(key, weight, data[f"final/{key}"])
 
 
-@pytest.mark.parametrize(("agent", "updates"), [("trqam", 3), ("qam", 2)])
+@pytest.mark.parametrize(("agent", "updates"), [("trqam", 3), ("qam", 2), ("qam_e", 2)])
 def test_the_slow_reference_gives_the_authors_numbers(agent: str, updates: int) -> None:
     data = load(agent)
     learner = read_learner(data)

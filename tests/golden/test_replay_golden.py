@@ -16,6 +16,7 @@ BOTH_WAYS = ("fast", "plain")
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 TRQAM, QAM = FOLDER / "golden_trqam.npz", FOLDER / "golden_qam.npz"
+QAM_E = FOLDER / "golden_qam_e.npz"
 
 NETWORKS = (
     "modules_actor_fast/mlp",
@@ -58,6 +59,26 @@ def test_the_authors_updates_are_reproduced(path: Path, kernels: Kernels) -> Non
     assert comparison.not_compared == ["batch/terminals", "modules_target_actor_fast/mlp"]
 
 
+@pytest.mark.parametrize("kernels", BOTH_WAYS)
+def test_the_authors_updates_of_qam_e_are_reproduced(kernels: Kernels) -> None:
+    with chosen_kernels(kernels):
+        comparison = replay(QAM_E, rtol=1e-5, atol=1e-6)
+    assert comparison.failures == []
+    edits = ("edit_alpha", "edit_alpha_loss", "edit_entropy", "edit_entropy_loss", "edit_q_loss")
+    networks = (*NETWORKS, "modules_edit_actor", "modules_edit_alpha")
+    assert {f"info/actor/{name}" for name in edits} <= comparison.worst.keys()
+    assert {f"final/{name}" for name in networks} <= comparison.worst.keys()
+    assert comparison.not_compared == ["batch/terminals", "modules_target_actor_fast/mlp"]
+
+
+@pytest.mark.parametrize("key", ["u1/draw/01_normal", "u0/draw/15_normal", "u0/draw/16_normal"])
+def test_other_noise_of_an_edit_is_found(key: str, tmp_path: Path) -> None:
+    data = load(QAM_E)
+    data[key] = data[key] + np.float32(0.05)
+    np.savez(tmp_path / "perturbed.npz", **data)
+    assert main([str(tmp_path / "perturbed.npz")]) == 1
+
+
 BASELINES = {
     "fql": [
         "info/actor/distill_loss",
@@ -66,7 +87,9 @@ BASELINES = {
     ],
     "ifql": ["info/value/value_loss", "info/value/v_max", "final/modules_value/value_net"],
     "dsrl": ["info/critic/distill_loss", "info/actor/entropy", "final/modules_alpha"],
+    "cgql_l": ["info/critic/noisy_critic_loss", "final/modules_target_actor/mlp"],
 }
+CRITICS = {"cgql_l": "mlp"}
 # Derived numbers, and totals of what is compared by its parts.
 LEFT_OUT = {"batch/terminals", "info/actor", "info/critic"}
 
@@ -78,7 +101,8 @@ def test_the_authors_baselines_are_reproduced(agent: str, kernels: Kernels) -> N
         comparison = replay(FOLDER / f"golden_{agent}.npz", rtol=1e-5, atol=1e-6)
     assert comparison.failures == []
     shared = ["info/critic/critic_loss", "info/critic/q_min", "info/grad/norm"]
-    shared += ["final/modules_critic/value_net", "final/modules_target_critic/value_net"]
+    critic = CRITICS.get(agent, "value_net")
+    shared += [f"final/modules_critic/{critic}", f"final/modules_target_critic/{critic}"]
     assert {*shared, *BASELINES[agent]} <= comparison.worst.keys()
     assert set(comparison.not_compared) <= LEFT_OUT
 
@@ -188,6 +212,20 @@ PROBLEMS = {
     "qam, H=5, K=7": Problem(
         agent="qam", settings={"horizon_length": 5, "flow_steps": 7, "inv_temp": 10.0}
     ),
+    "qam-e with layer norm, H=1, K=4, two critics, invalid rows, wide edits": Problem(
+        agent="qam",
+        invalid_rows=(0, 3),
+        settings=ONE_STEP | {"actor_layer_norm": True, "edit_scale": 0.9},
+    ),
+    "qam-e, H=5, K=7, ten critics without layer norm, no clips, another target": Problem(
+        agent="qam",
+        batch_size=4,
+        settings={
+            **{"horizon_length": 5, "flow_steps": 7, "num_qs": 10, "value_layer_norm": False},
+            **{"clip_adj": False, "clip_grad": False, "edit_scale": 0.3, "rho": 0.0},
+            **{"edit_target_entropy": 4.0, "actor_hidden_dims": [40, 24], "inv_temp": 0.1},
+        },
+    ),
 }
 
 
@@ -266,11 +304,12 @@ def test_what_is_no_npz_of_arrays_is_refused(
 
 
 REFUSED_SETTINGS = [
-    ({"agent_name": "sac_flow"}, "only trqam, qam, fql, ifql, dsrl are replayed"),
+    ({"agent_name": "sac_flow"}, "only trqam, qam, fql, ifql, dsrl, cgql, cgql_l are replayed"),
     ({"agent_name": None}, "config.json has no agent_name"),
     ({"kl_budget": None}, "config.json has no kl_budget"),
     ({"kl_budget": -1.0}, "kl_budget is -1.0"),
     ({"best_of_n": 4}, "best_of_n is 4; only 1 is replayed"),
+    ({"edit_scale": 0.1}, "edit_scale is 0.1; only 0.0 is replayed"),
     ({"use_target_grad": False}, "use_target_grad is False"),
     ({"target_actor": False}, "target_actor is False"),
     ({"action_chunking": False}, "action_chunking is False"),

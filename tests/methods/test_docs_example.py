@@ -22,10 +22,10 @@ PAGE = Path(__file__).parents[2] / "docs/add_a_method.md"
 def example(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """The page's file as a module, and in the registry."""
     code, entry = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    module = types.ModuleType("best_of_n_of_the_docs")
+    module = types.ModuleType("emaq_of_the_docs")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(code, str(PAGE), "exec"), module.__dict__)
-    line = next(line for line in entry.splitlines() if "best_of_n" in line)
+    line = next(line for line in entry.splitlines() if "emaq" in line)
     name, made = eval(
         f"({line.strip().rstrip(',').replace(':', ',', 1)})",
         {"_entry": registry._entry, **module.__dict__},
@@ -39,7 +39,7 @@ def test_the_pages_method_learns_to_choose(example: types.ModuleType) -> None:
     policy.load_state_dict(pretrained())
     torch.manual_seed(1)
     critic = Critic(CriticEnsemble(1, 2, (48, 48), 2), target_rate=0.02)
-    config = example.BestOfNConfig(num_samples=16, critic_lr=3e-3)
+    config = example.EMaQConfig(num_samples=16, critic_lr=3e-3)
     method = registry.make_method(policy, critic, config)
     generator = torch.Generator().manual_seed(2)
     for _ in range(300):
@@ -61,7 +61,7 @@ def test_micro_batches_make_the_same_update_of_it(example: types.ModuleType) -> 
         torch.manual_seed(1)
         policy = MLPFlowPolicy(SHAPE)
         critic = Critic(CriticEnsemble(1, 2, (48, 48), 2))
-        method = registry.make_method(policy, critic, example.BestOfNConfig())
+        method = registry.make_method(policy, critic, example.EMaQConfig())
         batch = transitions(torch.Generator().manual_seed(3))
         batch.terminated[:] = False
         method.update(batch, torch.Generator().manual_seed(4), num_parts=parts)
@@ -71,4 +71,4 @@ def test_micro_batches_make_the_same_update_of_it(example: types.ModuleType) -> 
 
 def test_the_pages_knobs_are_checked(example: types.ModuleType) -> None:
     with pytest.raises(UserError, match="num_samples is 0"):
-        example.BestOfNConfig(num_samples=0)
+        example.EMaQConfig(num_samples=0)

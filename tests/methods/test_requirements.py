@@ -13,11 +13,17 @@ from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig
+from vla_trqam.methods.cgql import CGQLConfig, CGQLLConfig
 from vla_trqam.methods.dsrl import DSRLConfig
+from vla_trqam.methods.external_kl import ExternalKLConfig
 from vla_trqam.methods.fql import FQLConfig
 from vla_trqam.methods.ifql import IFQLConfig
 from vla_trqam.methods.qam import QAMConfig
+from vla_trqam.methods.qam_e import QAMEConfig
 from vla_trqam.methods.registry import METHODS, name_of
+from vla_trqam.methods.residual import ResidualConfig
+from vla_trqam.methods.sac_flow import SACFlowConfig
+from vla_trqam.methods.sqam import SQAMConfig
 from vla_trqam.methods.trqam import TRQAMConfig
 
 
@@ -31,6 +37,12 @@ TRAINING_BASE = [
     FQLConfig(train_base=True),
     IFQLConfig(train_base=True),
     DSRLConfig(train_base=True),
+    SQAMConfig(train_base=True),
+    QAMEConfig(train_base=True),
+    ExternalKLConfig(train_base=True),
+    ResidualConfig(train_base=True),
+    CGQLConfig(train_base=True),
+    CGQLLConfig(train_base=True),
 ]
 
 
@@ -46,8 +58,41 @@ def test_a_base_that_must_train_is_refused_by_settings_whose_policies_have_a_fro
 
 def test_every_method_serves_with_its_own_defaults() -> None:
     for entry in METHODS.values():
-        vla(method=entry.config())
+        if not entry.requirements.own_field:
+            vla(method=entry.config())
         FinetuneRobomimicConfig(method=entry.config())
+
+
+def test_a_method_that_acts_by_its_own_field_is_refused_where_a_pretrained_one_is_to_be_tuned() -> (
+    None
+):
+    said = (
+        r"^--method\.type=sac_flow acts by a velocity network of its own architecture, which cannot"
+        r" take over the weights of a pretrained policy of this recipe; it runs on policies of "
+        r"states, in finetune_robomimic\.py and finetune_ogbench\.py$"
+    )
+    with pytest.raises(UserError, match=said):
+        vla(method=SACFlowConfig())
+
+
+BAD_KNOBS: list[tuple[type[MethodConfig], dict[str, Any], str]] = [
+    (CGQLConfig, {"inverse_temperature": 0.0}, "inverse_temperature is 0.0; it must be positive"),
+    (CGQLConfig, {"guidance": -1.0}, "guidance is -1.0; it must be finite and not negative"),
+    (CGQLLConfig, {"noisy_weight": 0.0}, "noisy_weight is 0.0; it must be positive and finite"),
+    (CGQLLConfig, {"noisy_loss": "l1"}, "noisy_loss is l1; it must be linex or mse"),
+    (SACFlowConfig, {"step_noise": 0.0}, "step_noise is 0.0; it must be positive and finite"),
+    (SACFlowConfig, {"num_steps": 0}, "num_steps is 0; it must be at least 1"),
+    (SACFlowConfig, {"bc_weight": -1.0}, "bc_weight is -1.0; it must be finite, not negative"),
+    (SACFlowConfig, {"target_entropy": float("inf")}, "target_entropy is inf; it must be finite"),
+]
+
+
+@pytest.mark.parametrize(("config", "knob", "said"), BAD_KNOBS)
+def test_a_knob_beyond_its_range_is_refused(
+    config: type[MethodConfig], knob: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{said}"):
+        config(**knob)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +100,7 @@ def test_every_method_serves_with_its_own_defaults() -> None:
     [
         (FQLConfig(), "--critic.adjoint_pessimism"),
         (DSRLConfig(), "--critic.clip_actions"),
+        (ResidualConfig(), "--critic.clip_actions"),
         (FQLConfig(), "--critic.gradient_noise"),
         (IFQLConfig(), "--critic.redraws"),
     ],

@@ -50,6 +50,8 @@ def tiny(toy_file: Path, toy_pool: type[ToyPool]) -> Callable[..., int]:
         base = [f"--dataset.path={toy_file}", *TINY]
         if any(flag.startswith("--policy.path=") for flag in flags):
             base = [flag for flag in base if not flag.startswith(OF_THE_POLICY)]
+        if "--method.type=reward_matching" in flags:
+            base = [flag for flag in base if not flag.startswith("--critic.")]
         return finetune_robomimic.main([*base, f"--output_dir={output_dir}", *flags])
 
     return run

@@ -221,7 +221,7 @@ def test_a_resume_that_cannot_be_is_refused(capsys, toy_pool, tmp_path):
         (["--resume=true"], "--output_dir"),
         (["--resume=true", f"--output_dir={tmp_path / 'nowhere'}"], "no run to go on with"),
         (["--resume=true", f"--output_dir={tmp_path}"], "no run to go on with"),
-        (["--resume=true", f"--output_dir={tmp_path}", "--seed=1"], "leave out --seed"),
+        (["--resume=true", f"--output_dir={tmp_path}", "--seed=1"], "no run to go on with"),
     ]
     for arguments, words in cases:
         assert finetune_robomimic.main(arguments) == 2

@@ -55,6 +55,10 @@ def two_tasks(root: Path) -> None:
     set_column("task_index", lambda _: [int(frame >= 2) for frame in frames])(root)
 
 
+def costs(root: Path) -> None:
+    set_column("next.reward", lambda values: [value - 1 for value in values])(root)
+
+
 def dense(root: Path) -> None:
     set_column("next.reward", lambda values: [value + 0.25 for value in values])(root)
 
@@ -77,11 +81,16 @@ def brought(files: Files, tmp_path: Path) -> Callable[..., int]:
     [
         (declare(shape=[48, 48, 3]), [], f"The camera {CAMERA} is declared with 48 x 48 x 3"),
         (dense, [], "frame 0 has the next.reward 0.25, .*: --dataset.reward=success takes them"),
+        (
+            costs,
+            ["--dataset.kind=column", "--env.type=robomimic", "--base_episodes=1"],
+            "rollouts have 0 and 1, but a critic learns one reward",
+        ),
         (two_tasks, [], "the task changes at episode 1, frame 2, .*--dataset.task_changes=first"),
         (lambda _: None, ["--dataset.episodes=[0,999]"], "names 999, .* the last is 5"),
         (lambda root: (root / DATA).unlink(), [], f"has no file {DATA}"),
     ],
-    ids=["size", "dense reward", "task changes", "episodes", "no data"],
+    ids=["size", "dense reward", "costs and rollouts", "task changes", "episodes", "no data"],
 )
 def test_what_cannot_be_read_is_one_sentence_and_leaves_no_folder(
     brought: Callable[..., int],

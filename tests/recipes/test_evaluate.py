@@ -12,7 +12,7 @@ from vla_trqam.recipes import evaluate, finetune_robomimic
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine import finetune as engine
 from vla_trqam.errors import UserError
-from vla_trqam.jobs import kinds
+from vla_trqam.jobs import evaluation, kinds
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def stand_in(env_args, *, max_episode_steps, obs_keys):
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setattr(evaluate, "RolloutPool", ToyPool)
+    monkeypatch.setattr(evaluation, "RolloutPool", ToyPool)
     monkeypatch.setattr(kinds, "robomimic_family", stand_in)
     ToyPool.rounds, ToyPool.before_run = [], None
 

@@ -12,7 +12,7 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import evaluate
 
 from vla_trqam.engine import conclude as showcase
-from vla_trqam.jobs import kinds
+from vla_trqam.jobs import evaluation, kinds
 
 __all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
 
@@ -64,8 +64,8 @@ def runs(tmp_path_factory, files, without_simulator):
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setattr(evaluate, "RolloutPool", ImageToyPool)
-    for place in (evaluate, kinds):
+    monkeypatch.setattr(evaluation, "RolloutPool", ImageToyPool)
+    for place in (evaluation, kinds):
         monkeypatch.setattr(place, "make_family", image_family)
 
 

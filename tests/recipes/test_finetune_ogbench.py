@@ -1,6 +1,7 @@
 """The recipe for OGBench, on a maze played in this process."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from vla_trqam.recipes import finetune_ogbench, make_ogbench_data
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
+from vla_trqam.data.window import Window
 from vla_trqam.engine import finetune as engine
 from vla_trqam.jobs import states
 from vla_trqam.methods.fql import FQL
@@ -107,6 +109,68 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, method, knobs, tiny, tmp_pa
     resume = ["--resume=true", f"--output_dir={tmp_path / 'killed'}"]
     assert finetune_ogbench.main(resume) == 0
     assert differences(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    flags = ["--dataset=pointmaze-medium-navigate-v0", "--episodes=2", "--steps=150"]
+    given = [*flags, "--workers=0", "--shards=3", f"--output={folder}"]
+    assert make_ogbench_data.main(given) == 0
+    return folder
+
+
+@pytest.mark.parametrize("update", [5, 11])
+def test_a_killed_run_goes_on_with_the_file_whose_turn_it_was(
+    update, tiny, shards, tmp_path, monkeypatch
+):
+    """Of 6 updates of cloning, 6 offline and 6 online, with another file after every 4 of them."""
+    turns = []
+
+    def watched(self, turn):
+        turns.append(turn)
+        turn_to(self, turn)
+
+    turn_to = Window.turn_to
+    monkeypatch.setattr(Window, "turn_to", watched)
+    monkeypatch.setattr(engine, "conclude", lambda *_, **__: None)
+    flags = [f"--dataset.path={shards}", "--dataset.swap_every=4", "--dataset.reward=dense"]
+    assert tiny(tmp_path / "whole", *flags) == 0
+    assert turns == sorted(turns)
+    assert [turns.count(turn) for turn in range(6)] == [6, 5, 4, 5, 2, 0], "each phase asks twice"
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at_update(patch, TRQAM, update)
+        with pytest.raises(Killed):
+            tiny(tmp_path / "killed", *flags)
+    turns.clear()
+    resume = ["--resume=true", f"--output_dir={tmp_path / 'killed'}"]
+    assert finetune_ogbench.main(resume) == 0
+    assert turns[-1] == 4
+    assert len(turns) < 20, "it went on, and did not begin anew"
+    assert differences(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
+    replay = Replay.open(tmp_path / "whole/replay")
+    assert set(replay.episodes().source) == {"offline", "online"}, "the files are not copied"
+    rewards = set(np.unique(replay.rewards))
+    assert rewards == {-1.0}, "of OGBench's own"
+
+
+@pytest.mark.slow
+def test_a_run_with_files_in_turn_goes_whole_to_its_report(tiny, shards, tmp_path, capsys):
+    flags = [f"--dataset.path={shards}", "--dataset.swap_every=4", "--online.fraction=0.5"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    assert "pretrain: 3 files of 302 states, one in memory at a time" in capsys.readouterr().out
+    assert (tmp_path / "run/report.md").is_file()
+
+
+def test_files_of_two_sizes_do_not_take_turns(tiny, maze, shards, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(shards, folder)
+    shutil.copy(maze, folder / "the-other.npz")
+    assert tiny(tmp_path / "run", f"--dataset.path={folder}", "--dataset.swap_every=4") == 2
+    said = capsys.readouterr().err
+    assert "the-other.npz has 1204 states and" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_replay_begins_with_the_data_and_the_policy_with_its_moments(

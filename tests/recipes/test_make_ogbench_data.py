@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from vla_trqam.recipes import make_ogbench_data as recipe
 
+from vla_trqam.data.sources.ogbench import read_shards
 from vla_trqam.envs.ogbench import oracles
 from vla_trqam.envs.ogbench.oracles import PlayPlan, make_player, play
 
@@ -45,6 +46,62 @@ def test_ogbenchs_own_loader_reads_it(tmp_path, capsys):
     free = np.isclose(moved, 0.2 * train["actions"], atol=1e-4).all(axis=1)
     assert free.mean() > 0.5
     assert {path.name for path in tmp_path.iterdir()} == {f"{MAZE}.npz", f"{MAZE}-val.npz"}
+
+
+def test_a_folder_of_files_is_as_ogbenchs_large_sets_and_its_own_loader_reads_each(
+    tmp_path, capsys
+):
+    assert run(tmp_path / "set", "--shards=2", "--episodes=2") == 0
+    said = capsys.readouterr().out
+    assert said.count("2 episodes of 40 steps") == 2
+    names = [f"{MAZE}-00{n}{part}.npz" for n in (0, 1) for part in ("", "-val")]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["set", *names])
+    task = "pointmaze-medium-navigate-singletask-task1-v0"
+    for number in range(2):
+        path = tmp_path / f"set/{MAZE}-00{number}.npz"
+        env, train, val = ogbench.make_env_and_datasets(task, dataset_path=str(path))
+        env.close()
+        assert (len(train["observations"]), len(val["observations"])) == (80, 40)
+    assert len(read_shards(tmp_path / "set", task).files) == 2
+    # Its episodes are those of the seed, one after the other.
+    assert run(tmp_path / "one.npz", "--episodes=2") == 0
+    same(tmp_path / "one.npz", tmp_path / f"set/{MAZE}-000.npz")
+    other = arrays(tmp_path / f"set/{MAZE}-001.npz")["observations"]
+    assert (other != arrays(tmp_path / "one.npz")["observations"]).any()
+
+
+def test_a_stopped_folder_of_files_goes_on_with_the_one_that_was_begun(tmp_path, capsys):
+    flags = ("--shards=2", "--episodes=2")
+    assert run(tmp_path / "whole", *flags) == 0
+
+    def interrupted(plans, workers):
+        for plan in plans:
+            if plan.number == 4:  # the second of the second file
+                raise KeyboardInterrupt
+            yield play(make_player(MAZE), plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "play_all", interrupted)
+        assert run(tmp_path / "set", *flags) == 130
+    capsys.readouterr()
+    assert run(tmp_path / "set", *flags) == 0
+    said = capsys.readouterr().out
+    assert f"{MAZE}-000.npz is there already" in said
+    assert "going on after 1 of 3 episodes" in said
+    assert not (tmp_path / "set.parts").exists()
+    for path in sorted((tmp_path / "whole").iterdir()):
+        same(path, tmp_path / "set" / path.name)
+
+
+def test_a_command_killed_as_it_wrote_the_file_goes_on_and_keeps_no_parts(tmp_path):
+    assert run(tmp_path / "whole.npz") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.shutil, "rmtree", lambda _: pytest.fail("killed here"))
+        with pytest.raises(pytest.fail.Exception):
+            run(tmp_path / "d.npz")
+    assert run(tmp_path / "d.npz") == 0
+    same(tmp_path / "whole.npz", tmp_path / "d.npz")
+    assert not (tmp_path / "d.parts").exists()
 
 
 def test_a_stopped_command_goes_on_to_the_same_data(tmp_path, monkeypatch, capsys):
@@ -87,8 +144,43 @@ def test_a_point_reaches_its_goals():
     assert episode.goals == episode.reached >= 3
 
 
+def walked(kind, steps=400):
+    player = make_player(f"pointmaze-medium-{kind}-v0")
+    return player, play(player, PlayPlan(f"pointmaze-medium-{kind}-v0", 0, 0, steps))
+
+
+def test_a_point_walks_four_cells_and_stays_there():
+    player, episode = walked("stitch")
+    inner, (first, *_, last) = player.env.unwrapped, episode.arrays["observations"]
+    start = inner.xy_to_ij(first)
+    assert start not in (goals := oracles._cells_away(start, set(player._free), 4))
+    assert inner.xy_to_ij(inner.cur_goal_xy) in goals
+    assert np.linalg.norm(last - inner.cur_goal_xy) < 2.0
+    assert (episode.goals, episode.reached) == (1, 1)
+
+
+def test_a_point_explores_in_directions_of_ten_steps_each():
+    _, episode = walked("explore")
+    actions = episode.arrays["actions"][:400].reshape(40, 10, 2)
+    means = actions.mean(axis=1)
+    assert (np.linalg.norm(means, axis=-1) > 0.3).mean() > 0.9, "one direction"
+    assert np.linalg.norm(means.mean(axis=0)) < 0.4, "and then another"
+    assert (episode.goals, episode.reached) == (0, 0)
+
+
+def test_goals_are_where_ways_part_turn_or_end():
+    """Which a cell between two walls is not."""
+    free = {(1, 1), (1, 2), (1, 3), (2, 3), (3, 3)}
+    assert [c for c in sorted(free) if not oracles._within_a_hallway(c, free)] == [
+        (1, 1),
+        (1, 3),
+        (3, 3),
+    ]
+    assert oracles._cells_away((1, 1), free, 4) == [(3, 3)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset", ["cube-single-play-v0", "puzzle-3x3-noisy-v0"])
+@pytest.mark.parametrize("dataset", ["cube-single-play-v0", "puzzle-3x3-noisy-v0", "scene-play-v0"])
 def test_the_oracles_reach_goals_and_an_episode_is_its_plans(dataset):
     """Whatever the environment has played before."""
     player = make_player(dataset)
@@ -107,6 +199,8 @@ def test_the_oracles_reach_goals_and_an_episode_is_its_plans(dataset):
     ("flag", "sentence"),
     [
         ("--dataset=antmaze-large-navigate-v0", "ant and humanoid want an expert policy"),
+        ("--dataset=humanoidmaze-medium-navigate-v0", "their data is OGBench's own files"),
+        ("--shards=2", "must be a folder, for the 2 files of --shards"),
         ("--dataset=cube-twenty-play-v0", "--dataset=cube-twenty-play-v0 is none of OGBench's"),
         ("--episodes=0", "--episodes=0 is too small; it must be at least 1"),
         ("--seed=-1", "--seed=-1 is too small"),
@@ -132,7 +226,7 @@ def test_a_killed_writer_leaves_no_half_an_episode(tmp_path):
     """Parts have their names only when they are whole."""
     parts = tmp_path / "d.parts"
     parts.mkdir()
-    settings = {"dataset": MAZE, "episodes": 3, "steps": 40, "seed": 0}
+    settings = {"dataset": MAZE, "episodes": 3, "steps": 40, "seed": 0}  # of before --shards
     (parts / recipe.SETTINGS_NAME).write_text(json.dumps(settings))
     (parts / ".part.000000.npz").write_bytes(b"half")
     assert run(tmp_path / "d.npz") == 0

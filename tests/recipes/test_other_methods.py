@@ -1,4 +1,4 @@
-"""FQL, IFQL and DSRL in the recipe for states: whole runs, kills, checkpoints."""
+"""The methods beside the flow in the recipe for states: whole runs, kills, checkpoints."""
 
 import json
 
@@ -9,9 +9,12 @@ from toy_deaths import dies_at_update
 from toy_files import differences, final_state
 from toy_task import Killed
 
+from vla_trqam.methods.cgql import CGQL
 from vla_trqam.methods.dsrl import DSRL
 from vla_trqam.methods.fql import FQL
 from vla_trqam.methods.ifql import IFQL
+from vla_trqam.methods.residual import Residual
+from vla_trqam.methods.sac_flow import SACFlow
 
 pytestmark = pytest.mark.slow
 
@@ -19,16 +22,22 @@ METHODS = {
     "fql": (FQL, ["--method.hidden_dims=[16]", "--method.alpha=3"], "one_step."),
     "ifql": (IFQL, ["--method.num_samples=4"], "value."),
     "dsrl": (DSRL, ["--method.hidden_dims=[16]"], "noise_actor."),
+    "best_of_n": (IFQL, ["--method.num_samples=4"], "value."),
+    "cgql_l": (CGQL, ["--method.inverse_temperature=3"], "critic."),
+    "sac_flow": (SACFlow, ["--method.hidden_dims=[16]", "--method.gate_dim=4"], "gated_field."),
+    "residual": (Residual, ["--method.edit_hidden_dims=[16]"], "edit."),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_goes_whole_and_a_killed_one_to_the_same_bits(
-    name, tiny, resume, toy_pool, tmp_path, monkeypatch
+    name, tiny, resume, toy_pool, tmp_path, capsys
 ):
     method, knobs, own = METHODS[name]
     flags = [f"--method.type={name}", *knobs, "--critic.warmup_steps=4", "--eval.videos=0"]
     assert tiny(tmp_path / "whole", *flags) == 0
+    told = "the pretrained field is not used" in capsys.readouterr().out
+    assert told == (name == "sac_flow")
     folder = tmp_path / "whole/checkpoints/last"
     weights = load_file(folder / "algorithm/networks.safetensors")
     assert any(key.startswith(own) for key in weights)

@@ -57,6 +57,16 @@ def test_a_failure_after_the_first_checkpoint_leaves_it_to_go_on_from(
     assert differences(final_state(tmp_path / "run"), uninterrupted[0]) == []
 
 
+def test_the_command_of_a_run_that_died_goes_on_with_it(
+    tiny, no_conclusion, uninterrupted, tmp_path
+):
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at_update(patch, TRQAM, 2, RuntimeError)
+        assert attempt(tiny, tmp_path / "run") is RuntimeError
+    assert tiny(tmp_path / "run", "--resume=true") == 0
+    assert differences(final_state(tmp_path / "run"), uninterrupted[0]) == []
+
+
 def test_a_second_run_in_the_folder_is_refused(tiny, resume, no_conclusion, tmp_path, capsys):
     said, folder = [], tmp_path / "run"
 

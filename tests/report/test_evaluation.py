@@ -8,6 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from combined_runs import combine_seeds, pigeonhole_interval
 from scipy import stats
 
 from vla_trqam.errors import UserError
@@ -15,12 +16,11 @@ from vla_trqam.report.evaluation import (
     BaseAsItCame,
     Interval,
     PairedEvaluation,
-    combine_seeds,
     paired_difference_interval,
     wilson_interval,
 )
 from vla_trqam.report.flow_steps import FlowSteps
-from vla_trqam.report.intervals import mcnemar_exact_p, pigeonhole_interval
+from vla_trqam.report.intervals import mcnemar_exact_p
 
 
 def make_evaluation(both: int, tuned_only: int, base_only: int, neither: int) -> PairedEvaluation:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from combined_runs import plot_comparison
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -198,7 +199,7 @@ def test_the_comparison_draws_each_run_and_the_median(tmp_path, drawn):
     runs = {"TRQAM": [], "QAM": []}
     for label, kls in (("TRQAM", (0.1, 0.2, 0.6)), ("QAM", (2.0,))):
         runs[label] = [write_run(tmp_path / f"{label}{kl}.jsonl", kl=kl) for kl in kls]
-    comparison_plots.plot_comparison(runs, tmp_path / "comparison.png")
+    plot_comparison(runs, tmp_path / "comparison.png")
     kl = drawn["comparison.png"].axes[1]
     np.testing.assert_allclose(line_of(kl, "TRQAM (3 seeds)")[1], 0.2)
     np.testing.assert_allclose(line_of(kl, "QAM")[1], 2.0)
@@ -213,7 +214,7 @@ def test_runs_logged_at_other_updates_are_drawn_without_a_median(tmp_path, drawn
         line for line in whole.read_text().splitlines(keepends=True) if '"step": 1000' not in line
     ]
     short.write_text("".join(kept))
-    comparison_plots.plot_comparison({"TRQAM": [whole, short]}, tmp_path / "c.png")
+    plot_comparison({"TRQAM": [whole, short]}, tmp_path / "c.png")
     assert len(line_of(drawn["c.png"].axes[1], "TRQAM (2 seeds)")[0]) == 0
 
 
@@ -230,6 +231,6 @@ def test_the_budget_sweep_sets_the_realised_kl_against_the_budget(tmp_path, draw
 
 def test_nothing_to_compare_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing to compare"):
-        comparison_plots.plot_comparison({}, tmp_path / "c.png")
+        plot_comparison({}, tmp_path / "c.png")
     with pytest.raises(UserError, match="QAM"):
-        comparison_plots.plot_comparison({"QAM": []}, tmp_path / "c.png")
+        plot_comparison({"QAM": []}, tmp_path / "c.png")

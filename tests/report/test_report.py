@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from combined_runs import comparison_table
 
 from vla_trqam.report import provenance
 from vla_trqam.report.evaluation import BaseAsItCame, PairedEvaluation
 from vla_trqam.report.flow_steps import FlowSteps
 from vla_trqam.report.metrics import MetricsLog
-from vla_trqam.report.page import comparison_table, write_json, write_report
+from vla_trqam.report.page import write_json, write_report
 
 
 def make_evaluation(both, tuned_only, base_only, neither):

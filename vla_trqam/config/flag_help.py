@@ -66,15 +66,15 @@ def _lines(config: Any, prefix: str) -> Iterator[str]:
                 yield f"      Which method, with the knobs below. One of {', '.join(METHODS)}."
             yield from _lines(value, f"{name}.")
         else:
-            yield f"  --{name}={shown(value)}"
+            yield f"  --{name}={as_yaml(value)}"
             meaning = re.sub(r"\bNone\b", "null", docs[field.name].replace("``", ""))
             if choices := _choices(hints[field.name]):
                 meaning += f" One of {', '.join(choices)}."
             yield textwrap.fill(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def shown(value: Any) -> str:
-    """A value as it is written on the command line and in presets."""
+def as_yaml(value: Any) -> str:
+    """A setting's value as it is given on a command line."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     if value is None or isinstance(value, bool):

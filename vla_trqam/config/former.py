@@ -8,7 +8,7 @@ from typing import Any
 from vla_trqam.config.methods import DEFAULT_TYPE, METHOD, TYPE
 from vla_trqam.errors import UserError
 from vla_trqam.methods.qam import DUAL_OFF
-from vla_trqam.methods.trqam import FORMER_SCHEME
+from vla_trqam.methods.trqam_config import FORMER_SCHEME
 
 Settings = dict[str, Any]
 FORMER_NAME, FORMER_GROUP = "method.name", "trqam."

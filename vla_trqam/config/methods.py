@@ -16,7 +16,7 @@ import draccus
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig
 from vla_trqam.methods.registry import METHODS
-from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.methods.trqam_config import TRQAMConfig
 
 if TYPE_CHECKING:
     MethodChoice = MethodConfig

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
 
-from vla_trqam.config.flag_help import help_text
+from vla_trqam.config.flag_help import as_yaml, help_text
 from vla_trqam.config.former import (
     FORMER,
     OF_FORMER,
@@ -24,13 +24,12 @@ from vla_trqam.config.former import (
     of_today,
 )
 from vla_trqam.config.methods import DEFAULT_TYPE, TYPE, MethodChoice, knobs_of, with_chosen_type
-from vla_trqam.config.settings import OnDivergence
+from vla_trqam.config.settings import RunSettings
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.launched import launched_first
 from vla_trqam.methods.base import MethodConfig
 from vla_trqam.methods.registry import METHODS, name_of
-from vla_trqam.report.tracker import Service
 
 Settings = dict[str, Any]
 YAML_START, YAML_END = b"---\n", b"\n...\n"
@@ -58,7 +57,9 @@ def parse_config[C](
         flags = of_today(_read_flags(others, known))
         preset = str(flags.get("preset", preset))
         chosen = {name: flags[name] for name in flags if name == TYPE}
-        section = _merged(_flatten(_section(presets, preset), known), chosen, known)
+        section = _flatten(_section(presets, preset), known)
+        section |= _between(config_class, preset, section, flags)
+        section = _merged(section, chosen, known)
         program, names = Path(sys.argv[0]).name, list(_read_yaml(presets))
         print(help_text(_decode(config_class, section), program, presets, names, preset))
         raise SystemExit(0)
@@ -68,11 +69,19 @@ def parse_config[C](
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     if config_path is None:
         section = of_today(_flatten(_section(presets, name), known))
+        section |= _between(config_class, name, section, flags)
         return _decode(config_class, _merged(section, flags, known))
     settings = of_former_run(_flatten(_read_yaml(str(config_path)), known))
     former = former_values(settings) if OF_FORMER in settings else {}
     _tell_former(str(config_path), former.keys() - flags.keys())
     return _decode(config_class, _merged(settings | former, flags, known))
+
+
+def _between(config_class: type, preset: str, section: Settings, flags: Settings) -> Settings:
+    """What the preset and the flags together decide, below the flags."""
+    if not issubclass(config_class, RunSettings) or flags.get("resume"):
+        return {}
+    return config_class.between(preset, section, flags)
 
 
 def _merged(settings: Settings, flags: Settings, known: Collection[str]) -> Settings:
@@ -96,26 +105,16 @@ def given_flags(arguments: Sequence[str]) -> set[str]:
     return {f"--{name_today(name)}" for name in names}
 
 
-class Resumable(Protocol):
-    """The settings that a resumed run may be given."""
-
-    GROWING: ClassVar[Mapping[str, str]]
-    output_dir: Path | None
-    resume: bool
-    checkpoint: str | None
-    num_threads: int | None
-    on_divergence: OnDivergence
-    log_with: Service | None
-
-
-ALLOWED = {
-    *("--resume", "--output_dir", "--num_threads", "--checkpoint", "--on_divergence", "--log_with")
-}
+ALLOWED = {"resume", "output_dir", "num_threads", "checkpoint", "on_divergence", "log_with"}
+WHOLE = {"preset", "config_path"}
+"""Flags that stand for many settings."""
+MOST = 3
+"""Settings that a message names."""
 MoreUpdates = Callable[[Any, Mapping[str, int]], None]
 """Refuses numbers of updates, by flag, that a run with these settings cannot be gone on with."""
 
 
-def resumed_config[C: Resumable](
+def resumed_config[C: RunSettings](
     config: C, name: str, arguments: Sequence[str], check_more: MoreUpdates
 ) -> C:
     """The settings of the run in ``config.output_dir``, to go on with it.
@@ -127,35 +126,51 @@ def resumed_config[C: Resumable](
         check_more: looks at the numbers of updates that the command line gives.
 
     Raises:
-        UserError: there is no such run, or the command line has other settings.
+        UserError: there is no such run, or the command line has settings that are not the run's.
     """
     if config.output_dir is None:
         raise UserError("--resume=true needs --output_dir, the folder of the run to go on with")
-    given = given_flags(arguments)
-    growing = {flag for flag in config.GROWING if f"--{flag}" in given}
-    others = given - ALLOWED - {f"--{flag}" for flag in growing}
-    if others:
-        more = " and ".join(f"--{flag}" for flag in config.GROWING)
-        raise UserError(
-            f"a resumed run keeps its settings, but for more of {more}; leave out "
-            f"{', '.join(sorted(others))}"
-        )
+    given = {flag.removeprefix("--") for flag in given_flags(arguments)}
     path = config.output_dir / name
     saved = saved_config(type(config), path)
     known = _known_flags(type(config))
     _tell_former(str(path), _former(of_former_run(_flatten(_read_yaml(path), known)), type(config)))
-    asked = _flatten(settings_of(config), known)
-    wanted = {flag: asked[flag] for flag in config.GROWING if flag in growing}
+    asked, kept = (_flatten(settings_of(each), known) for each in (config, saved))
+    _check_kept(given - ALLOWED - config.GROWING.keys(), asked, kept, config.GROWING)
+    wanted = {flag: asked[flag] for flag in config.GROWING if flag in given}
     check_more(saved, wanted)
     saved = with_settings(saved, wanted)
     saved.resume, saved.output_dir = True, config.output_dir
     saved.checkpoint = config.checkpoint
     saved.num_threads = config.num_threads or saved.num_threads
-    if "--on_divergence" in given:
+    if "on_divergence" in given:
         saved.on_divergence = config.on_divergence
-    if "--log_with" in given:
+    if "log_with" in given:
         saved.log_with = config.log_with
     return saved
+
+
+def _check_kept(given: set[str], asked: Settings, kept: Settings, growing: Collection[str]) -> None:
+    """Refuses flags with which a resumed run would have other settings than it was begun with.
+
+    A preset or a file stands for all of its settings.
+    """
+    whole = given & WHOLE
+    named = given - WHOLE if not whole else asked.keys() - ALLOWED - set(growing)
+    other = sorted(name for name in named if asked.get(name) != kept.get(name))
+    if not other:
+        return
+    flags = sorted(f"--{name}" for name in whole | (given & set(other)))
+    values = [
+        f"{name} is {as_yaml(asked.get(name))} here and {as_yaml(kept.get(name))} in the run"
+        for name in other[:MOST]
+    ]
+    more = f", and {len(other) - MOST} more differ" if len(other) > MOST else ""
+    raise UserError(
+        f"a resumed run keeps its settings, but for more of "
+        f"{' and '.join(f'--{flag}' for flag in growing)}; leave out {', '.join(flags)}: "
+        f"{', '.join(values)}{more}"
+    )
 
 
 def with_settings[C](config: C, changes: Settings) -> C:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from vla_trqam.config.methods import MethodChoice, default_method
 from vla_trqam.errors import UserError
 from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, check_kernels
 from vla_trqam.methods.base import Offers
-from vla_trqam.methods.registry import check_served, idle_knobs, name_of
+from vla_trqam.methods.registry import check_served, idle_knobs, name_of, requirements_of
 from vla_trqam.report.tracker import Service
 
 OnDivergence = Literal["stop", "rollback"]
@@ -134,7 +134,7 @@ class RunSettings:
     """
 
     GROWING: ClassVar[Mapping[str, str]] = {"steps": "offline", "online.steps": "online"}
-    OFFERS: ClassVar[Offers] = Offers(training_base=True)
+    OFFERS: ClassVar[Offers] = Offers(training_base=True, own_field=True)
 
     output_dir: Path | None = None
     resume: bool = False
@@ -155,6 +155,19 @@ class RunSettings:
     method: MethodChoice = field(default_factory=default_method)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @classmethod
+    def between(
+        cls, preset: str, settings: Mapping[str, Any], flags: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What lies above a preset and below the flags, because both together decide it.
+
+        Args:
+            preset: its name.
+            settings: its own, by dotted name.
+            flags: those of the command line.
+        """
+        return {}
 
     @property
     def warmup_batch_size(self) -> int:
@@ -193,6 +206,15 @@ class RunSettings:
         return self.base_episodes + rounds * self.online.episodes_per_round
 
     @property
+    def base_alone(self) -> bool:
+        """Whether no method's update is made: the run makes a base for others to begin with."""
+        return self.steps + self.online.steps == 0
+
+    def _makes_a_base(self) -> bool:
+        """Whether there is something to train before the method."""
+        return False
+
+    @property
     def _first_training_seed(self) -> int:
         return TRAINING_SEED + self.seed * TRAINING_SEED_STRIDE
 
@@ -207,7 +229,7 @@ class RunSettings:
     def _check_choices(self) -> None:
         """Refuses settings that do not go together."""
         check_on_divergence(self.on_divergence)
-        if self.steps + self.online.steps < 1:
+        if self.base_alone and not self._makes_a_base():
             raise UserError("--steps and --online.steps are both 0: nothing would be trained")
         check_kernels(self.kernels)
         check_served(self.method, self.OFFERS)
@@ -292,11 +314,13 @@ def refuse_idle_knobs(config: RunSettings, flags: set[str]) -> None:
     Raises:
         UserError: there is such a flag.
     """
-    idle = sorted(flags & idle_knobs(config.method))
+    idle = flags & idle_knobs(config.method)
+    if not requirements_of(config.method).learns_critic:
+        idle |= {flag for flag in flags if flag.startswith("--critic.")}
     if idle:
         raise UserError(
-            f"--method.type={name_of(config.method)} has no use for {' and '.join(idle)}: leave it "
-            "out"
+            f"--method.type={name_of(config.method)} has no use for {' and '.join(sorted(idle))}: "
+            "leave it out"
         )
 
 

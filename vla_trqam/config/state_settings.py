@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vla_trqam.config.settings import RunSettings
-from vla_trqam.data.sampling import RewardKind, ShortChunks
+from vla_trqam.data.sampling import AnyReward, RewardKind, ShortChunks
 from vla_trqam.envs.robomimic.env_meta import LOW_DIM_KEYS
 from vla_trqam.errors import UserError
 from vla_trqam.methods.bc import BehaviourCloningConfig
@@ -85,7 +85,7 @@ class StateData(Protocol):
     short_chunks: ShortChunks
 
     @property
-    def reward(self) -> RewardKind:
+    def reward(self) -> AnyReward:
         """What the critic maximises."""
 
 
@@ -105,11 +105,18 @@ class StateRunConfig(RunSettings):
         dataset: the replay's offline data.
         policy: the policy.
         pretrain: behaviour cloning of the base.
+        base_run: folder of a run with ``--steps=0 --online.steps=0`` and otherwise the same data,
+            policy, cloning, evaluation and seed: this run begins with its base and the base's
+            episodes, to the bit what it would have made by itself.
     """
 
     dataset: StateData = field(default_factory=DatasetConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     pretrain: Cloning = field(default_factory=PretrainConfig)
+    base_run: Path | None = None
+
+    def _makes_a_base(self) -> bool:
+        return self.policy.path is None and self.base_run is None
 
     def _at_least_one(self) -> dict[str, int | None]:
         return {

@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from vla_trqam.config.settings import (
-    CriticConfig,
-    RunSettings,
-)
+from vla_trqam.config.settings import CriticConfig, RunSettings
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.data.sources.lerobot.labels import RewardSource
 from vla_trqam.data.sources.lerobot.rows import TaskChanges

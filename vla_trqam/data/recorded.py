@@ -23,7 +23,13 @@ from vla_trqam.errors import UserError
 
 
 class RecordedEpisodes:
-    """The episodes of a folder that count: the part of a `Replay` that reads."""
+    """The episodes of a folder that count: the part of a `Replay` that reads.
+
+    Attributes:
+        revision: changes when episodes are taken away: samplers then start afresh.
+    """
+
+    revision = 0
 
     def __init__(self, path: Path, header: Header) -> None:
         """Map the arrays of the folder."""
@@ -60,17 +66,17 @@ class RecordedEpisodes:
     @property
     def observations(self) -> np.ndarray:
         """Read-only map (num_steps + num_episodes, O): T + 1 rows an episode."""
-        return self._columns["observations"].rows[: self.num_steps + self.num_episodes]
+        return self._rows("observations")[: self.num_steps + self.num_episodes]
 
     @property
     def actions(self) -> np.ndarray:
         """Read-only map (num_steps, A)."""
-        return self._columns["actions"].rows[: self.num_steps]
+        return self._rows("actions")[: self.num_steps]
 
     @property
     def rewards(self) -> np.ndarray:
         """Read-only map (num_steps,), as stored."""
-        return self._columns["rewards"].rows[: self.num_steps]
+        return self._rows("rewards")[: self.num_steps]
 
     @property
     def columns(self) -> dict[str, ColumnSpec]:
@@ -86,7 +92,7 @@ class RecordedEpisodes:
         if name not in self._header.columns:
             known = ", ".join(self._header.columns) or "none"
             raise UserError(f"The replay {self.path} has no column {name!r}; it has {known}.")
-        return self._columns[column_array(name)].rows[: self.num_steps]
+        return self._rows(column_array(name))[: self.num_steps]
 
     @property
     def cameras(self) -> dict[str, ImageShape]:
@@ -171,7 +177,7 @@ class RecordedEpisodes:
 
     def episodes(self, which: slice = slice(None)) -> Episodes:
         """The table of all episodes, or of those in the slice."""
-        table = self._columns["episodes"].rows[: self.num_episodes]
+        table = self._rows("episodes")[: self.num_episodes]
         number = np.arange(len(table))[which]
         first_step, num_steps, terminated, truncated, success, source = table[which].T
         return Episodes(
@@ -209,6 +215,10 @@ class RecordedEpisodes:
             window *= 2
         returns[np.repeat(~episodes.terminated, episodes.num_steps)] = np.nan
         return returns
+
+    def _rows(self, array: str) -> np.ndarray:
+        """An array with its whole capacity."""
+        return self._columns[array].rows
 
     @property
     def _seen(self) -> Frames:

@@ -60,7 +60,6 @@ class Replay(RecordedEpisodes):
         """Use `create` or `open`."""
         super().__init__(path, header)
         self._lock = WriteLock(path)
-        self.revision = 0  # changes when episodes are taken away: samplers then start afresh
 
     @classmethod
     def create(

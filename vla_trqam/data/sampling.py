@@ -14,9 +14,11 @@ from vla_trqam.data.transitions import Observation, TransitionBatch, chunk_retur
 from vla_trqam.errors import UserError
 
 if TYPE_CHECKING:
-    from vla_trqam.data.replay import Replay
+    from vla_trqam.data.recorded import RecordedEpisodes
 
 RewardKind = Literal["success_minus_one", "sparse", "column"]
+AnyReward = RewardKind | Literal["dense"]
+"""`dense` besides, where a simulator has rewards of its own for data and rollouts alike."""
 ShortChunks = Literal["drop", "pad"]
 Generator = np.random.Generator | torch.Generator
 
@@ -24,6 +26,7 @@ _DESCRIPTIONS: dict[str, str] = {
     "success_minus_one": "-1 on every step until success, 0 on the step that succeeds",
     "sparse": "1 on the step that succeeds, 0 on every other",
     "column": "the reward column as it is stored",
+    "dense": "minus the number of the task's parts that are not yet right",
 }
 
 SUCCESS_REWARDS: dict[str, tuple[float, float]] = {
@@ -39,12 +42,13 @@ class RewardSpec:
 
     Attributes:
         kind: `success_minus_one` is r - 1 and `sparse` is r, both for a stored success reward r
-            in {0, 1}; `column` takes whatever is stored.
+            in {0, 1}; `column` takes whatever is stored, and so does `dense`, of which rollouts
+            store the same.
         of_sources: name -> kind of a replay's sources that have one of their own, because other
             numbers are stored of them. All must come to one scale: a critic learns one reward.
     """
 
-    kind: RewardKind = "success_minus_one"
+    kind: AnyReward = "success_minus_one"
     of_sources: Mapping[str, RewardKind] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +83,7 @@ class RewardSpec:
                 kind = self.of_sources.get(str(name), self.kind)
                 learned[source == name] = RewardSpec(kind).apply(stored[source == name])
             return learned
-        if self.kind == "column":
+        if self.kind not in SUCCESS_REWARDS:
             return stored
         strange = stored[(stored != 0) & (stored != 1)]
         if strange.size:
@@ -120,7 +124,7 @@ class Observer(ABC, Generic[Observation]):  # noqa: UP046 (the default)
 class VectorObserver(Observer[torch.Tensor]):
     """The rows themselves, (B, O) float32, all of them known."""
 
-    def __init__(self, buffer: Replay) -> None:
+    def __init__(self, buffer: RecordedEpisodes) -> None:
         """Observe the buffer's own rows."""
         self._buffer = buffer
 
@@ -141,7 +145,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
 
     def __init__(
         self,
-        buffer: Replay,
+        buffer: RecordedEpisodes,
         observer: Observer[Observation],
         *,
         chunk_length: int,
@@ -173,6 +177,11 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         self._rebuild()
 
     @property
+    def buffers(self) -> tuple[RecordedEpisodes, ...]:
+        """Where chunks are drawn from."""
+        return (self.buffer,)
+
+    @property
     def num_starts(self) -> int:
         """How many different chunks can be drawn now."""
         self._catch_up()
@@ -187,12 +196,13 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         Raises:
             UserError: there is no admissible start.
         """
-        if self.num_starts == 0:
+        num_starts = self.num_starts
+        if num_starts == 0:
             raise UserError(
                 f"The replay {self.buffer.path} has no episode with a chunk of "
                 f"{self.chunk_length} steps to draw."
             )
-        return self.gather(draw_indices(len(self._starts), batch_size, generator))
+        return self.gather(draw_indices(num_starts, batch_size, generator))
 
     def gather(self, index: np.ndarray) -> TransitionBatch[Observation]:
         """The chunks with these numbers, (B,), each in [0, num_starts)."""

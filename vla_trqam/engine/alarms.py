@@ -182,13 +182,16 @@ def reward_range(sampler: ChunkSampler[Any], *, rolls_out: bool) -> Range:
         sampler: of all data.
         rolls_out: whether episodes of the simulators join it, with their rewards of 0 and 1.
     """
-    reward, episodes = sampler.reward, sampler.buffer.episodes()
+    reward = sampler.reward
     kinds = {reward.kind, *reward.of_sources.values()}
-    found = [end for kind in kinds - {"column"} for end in SUCCESS_REWARDS[kind]]
-    if "column" in kinds:
+    found = [end for kind in kinds & SUCCESS_REWARDS.keys() for end in SUCCESS_REWARDS[kind]]
+    for buffer in sampler.buffers if "column" in kinds else ():
+        episodes = buffer.episodes()
         given = ~np.isin(episodes.source, ROLLED_OUT)
-        rewards = sampler.buffer.rewards_as(reward)[np.repeat(given, episodes.num_steps)]
+        rewards = buffer.rewards_as(reward)[np.repeat(given, episodes.num_steps)]
         found += rewards[np.isfinite(rewards)].tolist()
+    if "dense" in kinds:
+        found += [0.0, *(float(buffer.rewards.min(initial=0.0)) for buffer in sampler.buffers)]
     if reward.kind == "column" and rolls_out:
         found += [0.0, 1.0]
     return min(found, default=0.0), max(found, default=0.0)

@@ -10,11 +10,10 @@ import numpy as np
 
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.engine.acting import chunk_policy
-from vla_trqam.engine.film import DEFAULT_VIDEOS, Player, film
+from vla_trqam.engine.film import Player, film
 from vla_trqam.engine.folder.run_folder import command_of
 from vla_trqam.engine.run import EVALUATION_NOISE, METRICS_NAME, Run
 from vla_trqam.envs.rollout import ChunkPolicy
-from vla_trqam.errors import UserError
 from vla_trqam.methods.base import FlowActor, OffPolicyMethod, Which
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.report.critic_check import check_critic
@@ -152,22 +151,14 @@ def _tell(
     if evaluation is None:
         print(f"\nnot evaluated: the run had no simulator\nreport {path}")
         return
-    try:
-        with run.timed("videos"):
-            count = DEFAULT_VIDEOS if num_videos is None else num_videos
-            before, after = (
-                Player(name, run.simulator, policy)
-                for name, policy in zip((BASE, TUNED), pair, strict=True)
-            )
-            videos = film(before, after, evaluation, count, run.output_dir / "videos")
-    except UserError as error:
-        # Without a wish of the user's, a machine that cannot render gets a sentence.
-        if num_videos is not None:
-            raise
-        print(f"no videos: {error}")
-    else:
-        path = report(videos)
-    print(_verdict(evaluation, path))
+    with run.timed("videos"):
+        before, after = (
+            Player(name, run.simulator, policy)
+            for name, policy in zip((BASE, TUNED), pair, strict=True)
+        )
+        videos = film(before, after, evaluation, num_videos, run.output_dir / "videos")
+    path = report(videos)
+    print("\n".join(["", *success_lines(evaluation), f"report {path}"]))
 
 
 def _evaluate(
@@ -184,15 +175,15 @@ def _evaluate(
         flow_steps: theirs.
         seeds: of the initial states.
     """
-    as_it_came, *pair = actors
+    as_it_came, base_actor, tuned_actor = actors
+
+    def of_base(actor: ChunkPolicy, count: int) -> list[Outcome]:
+        return run.remembered(seeds, count) or run.evaluate_policy(seeds, actor)
+
     with run.timed("final evaluation"):
-        own = (run.evaluate_policy(seeds, as_it_came), flow_steps) if flow_steps.differ else None
-        base, tuned = (run.evaluate_policy(seeds, actor) for actor in pair)
-        evaluation = paired_evaluation(base, tuned, own)
+        own = (of_base(as_it_came, flow_steps.own), flow_steps) if flow_steps.differ else None
+        base = of_base(base_actor, flow_steps.tuned)
+        evaluation = paired_evaluation(base, run.evaluate_policy(seeds, tuned_actor), own)
     if run.team.is_main:
         write_json(run.output_dir / EVALUATION_NAME, evaluation.to_json())
     return evaluation
-
-
-def _verdict(evaluation: PairedEvaluation, path: Path) -> str:
-    return "\n".join(["", *success_lines(evaluation), f"report {path}"])

@@ -9,6 +9,7 @@ from typing import Any
 from vla_trqam.data.episode import Episode
 from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
 from vla_trqam.envs.video import write_side_by_side
+from vla_trqam.errors import UserError
 from vla_trqam.report.evaluation import PairedEvaluation
 
 FRAME_EVERY = 2
@@ -31,7 +32,7 @@ class Player:
 
 
 def film(
-    base: Player, tuned: Player, evaluation: PairedEvaluation, count: int, folder: Path
+    base: Player, tuned: Player, evaluation: PairedEvaluation, wanted: int | None, folder: Path
 ) -> list[Path]:
     """Films both side by side: gained episodes first, then lost, then others.
 
@@ -39,16 +40,23 @@ def film(
         base: on the left.
         tuned: on the right.
         evaluation: of the two.
-        count: of episodes, at most.
+        wanted: episodes, at most; None for two where off-screen rendering starts, and else for none
+            and a sentence.
         folder: where the videos go; made where it is missing.
 
     Raises:
-        UserError: off-screen rendering does not start.
+        UserError: off-screen rendering does not start, and videos are wanted.
     """
-    seeds = _interesting(evaluation)[:count]
+    seeds = _interesting(evaluation)[: DEFAULT_VIDEOS if wanted is None else wanted]
     if not seeds:
         return []
-    pair = [each.pool.record(each.policy, seeds, every=FRAME_EVERY) for each in (base, tuned)]
+    try:
+        pair = [each.pool.record(each.policy, seeds, every=FRAME_EVERY) for each in (base, tuned)]
+    except UserError as error:
+        if wanted is not None:
+            raise
+        print(f"no videos: {error}")
+        return []
     rate, paths = base.pool.family.control_rate, []
     for before, after in zip(*pair, strict=True):
         path = folder / f"seed_{before.seed}.mp4"

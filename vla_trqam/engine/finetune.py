@@ -19,6 +19,7 @@ from vla_trqam.config.parsing import given_flags, parse_config, resumed_config, 
 from vla_trqam.config.settings import RunSettings, refuse_idle_knobs
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
+from vla_trqam.engine.base_record import BaseRecord, write_record
 from vla_trqam.engine.conclude import conclude
 from vla_trqam.engine.folder.more_updates import Restart, check_resumed
 from vla_trqam.engine.folder.own_folder import own_folder
@@ -80,6 +81,7 @@ def finetune[C: RunSettings](config: C, open_job: OpenJob[C], *, several: bool =
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
     check_tracker(config.log_with)
+    config.method.check_inputs()
     accelerator = prepare_torch(config, several=several)
     team = Team(accelerator if several else None)
     if several:
@@ -98,8 +100,13 @@ def _finetune(job: Job[Any]) -> None:
         run, phases, everything = _set_up(job, stack)
         if job.team.is_main:
             job.announce()
+            if config.method.notice:
+                print(config.method.notice)
         with InterruptGuard(quiet=not job.team.is_main) as guard:
             method = run.train(phases, guard)
+        if config.base_alone:
+            record_base(run, job)
+            return
         assert isinstance(method, OffPolicyMethod)
         base = job.base()
         with method.acting():
@@ -114,6 +121,22 @@ def _finetune(job: Job[Any]) -> None:
                 title=job.title,
                 seeds={"training": config.seed},
             )
+
+
+def record_base(run: Run, job: Job[Any]) -> None:
+    """Plays what every run with this base begins and ends with, and keeps it."""
+    config = job.config
+    job.method()  # the policy has the flow steps that training takes
+    count, final = run.policy.num_flow_steps, config.evaluation_seeds()
+    # As a run plays them, list by list: what is batched together can round otherwise.
+    evaluated = {own: run.evaluate_base(final, own) for own in {count, run.policy.own_flow_steps}}
+    solved = [outcome.success for outcome in evaluated[count]]
+    evaluated[count] = [*evaluated[count], *run.evaluate_base(config.validation_seeds(), count)]
+    write_record(run.output_dir, run.base_episodes(config.base_seeds()), evaluated)
+    print(
+        f"the base alone solves {sum(solved)} of {len(solved)} initial states; runs with "
+        f"--base_run={run.output_dir} begin with it"
+    )
 
 
 def _set_up(job: Job[Any], stack: ExitStack) -> tuple[Run, list[Phase], ChunkSampler[Any]]:
@@ -147,6 +170,7 @@ def _set_up(job: Job[Any], stack: ExitStack) -> tuple[Run, list[Phase], ChunkSam
         team=team,
         alarms=Alarms(_q_range(config, everything, team)),
         on_divergence=config.on_divergence,
+        record=None if config.base_alone else BaseRecord.of_run(config.output_dir),
     )
     return run, phases, everything
 

@@ -76,6 +76,15 @@ class Job[C: RunSettings](ABC):
             for_critic: whether the batches are of updates of the critic alone.
         """
 
+    def turn_data(self, done: int) -> None:  # noqa: B027 (few need it)
+        """Of data that is not all there at once, brings what is drawn from next.
+
+        It is a function of this number, so that a run that is gone on with draws the same.
+
+        Args:
+            done: updates of all phases so far.
+        """
+
     def check(self, everything: ChunkSampler[Any]) -> None:  # noqa: B027 (few need it)
         """What can only be looked at in the replay, and is dear; told or refused.
 

@@ -14,18 +14,15 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from vla_trqam.config.settings import CriticConfig
+from vla_trqam.config.settings import CriticConfig, RunSettings
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.engine.divergence import what_to_do
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.engine.processes.interruption import Interrupted, how_to_go_on, stops_as_ctrl_c
 from vla_trqam.engine.processes.memory import keep_freed_memory
-from vla_trqam.engine.processes.team import (
-    FailedElsewhereError,
-    make_accelerator,
-)
+from vla_trqam.engine.processes.team import FailedElsewhereError, make_accelerator
 from vla_trqam.errors import DivergenceError, UserError
-from vla_trqam.kernel_choice import Kernels, choose_kernels
+from vla_trqam.kernel_choice import choose_kernels
 from vla_trqam.launched import launched_first, launched_here, launched_processes
 from vla_trqam.policy import FlowPolicy
 
@@ -39,13 +36,6 @@ class Settings(Protocol):
 
     output_dir: Path | None
     num_threads: int | None
-
-
-class TrainingSettings(Settings, Protocol):
-    """What the settings of every recipe that trains have."""
-
-    seed: int
-    kernels: Kernels
 
 
 def exit_status[C: Settings](read: Callable[[], C], work: Callable[[C], None]) -> int:
@@ -99,7 +89,7 @@ def _going_on(config: Settings | None, where: str) -> str:
     return how_to_go_on(folder if begun else None, where)
 
 
-def prepare_torch(config: TrainingSettings, *, several: bool = False) -> Accelerator:
+def prepare_torch(config: RunSettings, *, several: bool = False) -> Accelerator:
     """:func:`prepare_process`, the kernels, and the seed of weights yet to be made."""
     accelerator = prepare_process(config.num_threads, several=several)
     choose_kernels(config.kernels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
@@ -10,6 +12,7 @@ from vla_trqam.engine.cached import CriticOnly
 from vla_trqam.engine.job import Job
 from vla_trqam.engine.run import Phase
 from vla_trqam.errors import UserError
+from vla_trqam.methods.registry import name_of, requirements_of
 
 CRITIC, OFFLINE, ONLINE = "critic", "offline", "online"
 
@@ -20,7 +23,7 @@ def phases_of(job: Job[Any]) -> list[Phase]:
     Raises:
         UserError: one has nothing to draw.
     """
-    phases = _wanted(job)
+    phases = _turning_data(job, _wanted(job))
     length = job.policy.chunk_shape[0]
     for phase in phases:
         if phase.sampler.num_starts == 0:
@@ -31,10 +34,25 @@ def phases_of(job: Job[Any]) -> list[Phase]:
     return phases
 
 
+def _turning_data(job: Job[Any], phases: list[Phase]) -> list[Phase]:
+    """The phases, each of which tells the job how many updates there were."""
+    before = accumulate((phase.num_steps for phase in phases), initial=0)
+
+    def turn(begin: int, done: int) -> None:
+        job.turn_data(begin + done)
+
+    return [
+        replace(phase, turn_data=partial(turn, begin))
+        for phase, begin in zip(phases, before, strict=False)
+    ]
+
+
 def _wanted(job: Job[Any]) -> list[Phase]:
     config = job.config
     phases = job.first_phases()
-    if config.critic.warmup_steps:
+    if config.base_alone:
+        return phases
+    if warms_up := _warms_up(job):
         phases.append(_warm_up(job))
     moving = partial(
         Phase,
@@ -44,13 +62,12 @@ def _wanted(job: Job[Any]) -> list[Phase]:
         evaluate_every=0 if job.family() is None else config.evaluate_every,
     )
     if config.steps:
-        collected = config.critic.warmup_steps > 0
         phases.append(
             moving(
                 name=OFFLINE,
                 num_steps=config.steps,
                 sampler=job.draw(),
-                episodes_before=lambda done: () if done or collected else config.base_seeds(),
+                base_episodes=() if warms_up else config.base_seeds(),
             )
         )
     if config.online.steps:
@@ -65,6 +82,16 @@ def _wanted(job: Job[Any]) -> list[Phase]:
     return phases
 
 
+def _warms_up(job: Job[Any]) -> bool:
+    """Whether the critic is learnt alone at first; tells where the method has none."""
+    config = job.config
+    if config.critic.warmup_steps and not requirements_of(config.method).learns_critic:
+        if job.team.is_main:
+            print(f"{name_of(config.method)} learns no critic, and there is no warm-up of one")
+        return False
+    return config.critic.warmup_steps > 0
+
+
 def _warm_up(job: Job[Any]) -> Phase:
     config = job.config
     return Phase(
@@ -73,7 +100,7 @@ def _warm_up(job: Job[Any]) -> Phase:
         make_method=lambda: CriticOnly(job.method()),
         sampler=job.draw(for_critic=True),
         batch_size=config.warmup_batch_size,
-        episodes_before=lambda done: () if done else config.base_seeds(),
+        base_episodes=config.base_seeds(),
         moves_policy=False,
         renew=job.renew,
     )

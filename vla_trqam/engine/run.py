@@ -19,6 +19,7 @@ from vla_trqam.data.episode import Episode
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.alarms import Alarms
+from vla_trqam.engine.base_record import BaseRecord
 from vla_trqam.engine.divergence import not_finite, smaller_factor
 from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import (
@@ -34,7 +35,7 @@ from vla_trqam.engine.processes.interruption import Interrupted, InterruptGuard
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
 from vla_trqam.errors import DivergenceError, UserError
-from vla_trqam.methods.base import Actor, Method
+from vla_trqam.methods.base import Actor, FlowActor, Method
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.report.evaluation import Outcome
 from vla_trqam.report.metrics import MetricsLog
@@ -54,6 +55,8 @@ class Phase:
         make_method: called when the phase begins, with the policy as the last phase left it.
         sampler: where batches come from.
         batch_size: chunks a batch, of all processes.
+        base_episodes: seeds of the episodes that the policy as it came rolls out before the first
+            update, whatever acts in the method; they join the replay.
         episodes_before: seeds of the episodes to roll out before an update, given the updates done
             in the phase; they join the replay, each that of the process that rolled it out.
         evaluate_every: updates between evaluations, 0 for none.
@@ -61,6 +64,8 @@ class Phase:
         moves_policy: whether its updates count as the run's: those that move the tuned field away
             from its base.
         renew: called where the run goes back to before this phase: it makes the next method new.
+        turn_data: called before every update, with the updates done in the phase: of data that is
+            not all there at once it brings what is drawn from next.
     """
 
     name: str
@@ -68,11 +73,13 @@ class Phase:
     make_method: Callable[[], Method]
     sampler: ChunkSampler[Any] | MixedSampler[Any]
     batch_size: int
+    base_episodes: Sequence[int] = ()
     episodes_before: Callable[[int], Sequence[int]] = lambda _: ()
     evaluate_every: int = 0
     finish: Callable[[Method], None] = lambda _: None
     moves_policy: bool = True
     renew: Callable[[], None] = lambda: None
+    turn_data: Callable[[int], None] = lambda _: None
 
 
 @dataclass
@@ -95,6 +102,7 @@ class Run:
         alarms: told as they begin, and logged.
         on_divergence: what becomes of a run with numbers that are not finite.
         step_factor: what the methods' step sizes are multiplied by, after rollbacks.
+        record: what the policy as it came did, where that is known from another run.
     """
 
     output_dir: Path
@@ -112,6 +120,7 @@ class Run:
     alarms: Alarms = field(default_factory=Alarms)
     on_divergence: OnDivergence = "stop"
     step_factor: float = 1.0
+    record: BaseRecord | None = None
     step: int = 0
     wall_clock: dict[str, float] = field(default_factory=dict)
 
@@ -190,9 +199,11 @@ class Run:
     def _train_phase(self, phase: Phase, method: Method, start: int, guard: InterruptGuard) -> None:
         with self._progress(phase, start) as progress:
             if phase.moves_policy and self.step == 0:
-                # The policy is still its base.
+                # Of the policy as it came, whatever is to act.
                 self._evaluate(phase, method, 0, progress)
+            phase.turn_data(min(start, phase.num_steps - 1))
             for done in range(start, phase.num_steps):
+                phase.turn_data(done)
                 self._collect(phase, method, done, progress)
                 with self.timed(phase.name), _named(f"{phase.name} update {done + 1}"):
                     rows = self.team.batch_share(phase.batch_size)
@@ -214,13 +225,25 @@ class Run:
             raise Interrupted(f"the end of {phase.name}")
 
     def _collect(self, phase: Phase, method: Method, done: int, progress: TrainingProgress) -> None:
-        seeds = phase.episodes_before(done)
-        if not seeds:
-            return
-        with self.timed("rollouts"), method.acting():
-            actor = chunk_policy(self.policy, method.actor(), ROLLOUT_NOISE)
-            episodes = self._roll_out(actor, seeds, phase.name)
-            outcomes = self._gathered(map(Outcome.of, episodes))
+        if phase.base_episodes and not done:
+            seeds = phase.base_episodes
+            with method.acting():
+                self._join(phase, lambda: self.base_episodes(seeds, phase.name), done, progress)
+        later = phase.episodes_before(done)
+        if later:
+            with method.acting():
+                actor = chunk_policy(self.policy, method.actor(), ROLLOUT_NOISE)
+                self._join(phase, lambda: self._roll_out(actor, later, phase.name), done, progress)
+
+    def _join(
+        self,
+        phase: Phase,
+        play: Callable[[], list[Episode]],
+        done: int,
+        progress: TrainingProgress,
+    ) -> None:
+        with self.timed("rollouts"):
+            outcomes = self._gathered(map(Outcome.of, play()))
         for outcome in outcomes:
             values = {"success": float(outcome.success), "episode_steps": outcome.num_steps}
             self._record(self.step, phase.name, values)
@@ -246,7 +269,11 @@ class Run:
         if not phase.evaluate_every or done % phase.evaluate_every:
             return
         with self.timed("evaluations"), method.acting():
-            outcomes = self.evaluate(self.evaluation_seeds, method.actor())
+            outcomes = (
+                self.evaluate(self.evaluation_seeds, method.actor())
+                if self.step
+                else self.evaluate_base(self.evaluation_seeds)
+            )
         values = {"success_rate": success_rate(outcomes), "episodes": float(len(outcomes))}
         self._record(self.step, "eval", values)
         progress.update(done, values)
@@ -260,6 +287,26 @@ class Run:
         """
         return self.evaluate_policy(seeds, chunk_policy(self.policy, actor, EVALUATION_NOISE))
 
+    def evaluate_base(
+        self, seeds: Sequence[int], num_flow_steps: int | None = None
+    ) -> list[Outcome]:
+        """:meth:`evaluate` of the policy as it came, before the first update."""
+        actor = FlowActor(self.policy, num_flow_steps=num_flow_steps)
+        count = num_flow_steps or self.policy.num_flow_steps
+        return self.remembered(seeds, count) or self.evaluate(seeds, actor)
+
+    def remembered(self, seeds: Sequence[int], num_flow_steps: int) -> list[Outcome] | None:
+        """Outcomes of the policy as it came, where another run has played them."""
+        return None if self.record is None else self.record.outcomes(seeds, num_flow_steps)
+
+    def base_episodes(self, seeds: Sequence[int], source: str | None = None) -> list[Episode]:
+        """Rollouts of the policy as it came; those with a source join the replay."""
+        record = self.record
+        if record is not None:
+            return self._played(lambda: record.episodes(seeds), source)
+        actor = chunk_policy(self.policy, FlowActor(self.policy), ROLLOUT_NOISE)
+        return self._roll_out(actor, seeds, source)
+
     def evaluate_policy(self, seeds: Sequence[int], policy: ChunkPolicy) -> list[Outcome]:
         """:meth:`evaluate` of what has its noise already."""
         return self._gathered(map(Outcome.of, self._roll_out(policy, seeds)))
@@ -268,9 +315,11 @@ class Run:
         self, actor: ChunkPolicy, seeds: Sequence[int], source: str | None = None
     ) -> list[Episode]:
         """This process's part of the episodes; those with a source join its replay."""
+        return self._played(lambda: self.simulator.run(actor, self.team.share(seeds)), source)
 
+    def _played(self, play: Callable[[], list[Episode]], source: str | None) -> list[Episode]:
         def work() -> list[Episode]:
-            episodes = self.simulator.run(actor, self.team.share(seeds))
+            episodes = play()
             if source is not None:
                 for episode in episodes:
                     self.store.add(episode, source=source)

@@ -26,7 +26,8 @@ class TaskEnv(gymnasium.Wrapper[np.ndarray, np.ndarray, Any, np.ndarray], ABC):
 
     Observations are states, (O,) float32; actions (A,) lie within the box `action_space`. An
     episode is a function of its reset's seed and its actions. The reward is 1 on the step that
-    succeeds, which ends the episode, and else 0; `info["is_success"]` is a bool at every step.
+    succeeds, which ends the episode, and else 0, unless the family was asked for the simulator's
+    own; `info["is_success"]` is a bool at every step.
 
     Attributes:
         task_text: what a policy is told in the episode under way.
@@ -108,6 +109,10 @@ class SeededTaskEnv(TaskEnv):
     def succeeded(self, info: Mapping[str, Any]) -> bool:
         """Whether the last step solved the task."""
 
+    def reward_of(self, own: float, success: bool) -> float:
+        """Of the last step: 1 for success and else 0, whatever the simulator's own is."""
+        return float(success)
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -121,12 +126,13 @@ class SeededTaskEnv(TaskEnv):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Execute one control step."""
-        observation, _, terminated, truncated, info = self.env.step(action)
+        observation, own, terminated, truncated, info = self.env.step(action)
         self._steps += 1
         success = self.succeeded(info)
         ended = success or bool(terminated)
         cut = not ended and (bool(truncated) or self._steps >= self._max_episode_steps)
-        return self.state_of(observation), float(success), ended, cut, {"is_success": success}
+        reward = self.reward_of(float(own), success)
+        return self.state_of(observation), reward, ended, cut, {"is_success": success}
 
     def frame(self, height: int, width: int) -> np.ndarray:
         """What the environment renders, scaled to that size."""

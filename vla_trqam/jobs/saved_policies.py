@@ -39,7 +39,7 @@ from vla_trqam.policy import FlowPolicy
 POLICY_CONFIG = "config.json"
 # A checkpoint's folder lies in its run's, and a policy's in a checkpoint's.
 DEPTH = 4
-OF_EVERY_METHOD = {"policy", "critic", "average", "next_actions"}
+OF_EVERY_METHOD = {"policy", "critic", "average", "next_actions", "reward"}
 # Of a run in pretraining there are no networks of the method yet.
 CLONING = "pretrain"
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy, read_shape
-from vla_trqam.config.parsing import given_flags
+from vla_trqam.config.parsing import given_flags, settings_of
 from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
-from vla_trqam.data.sources.base import Source, create_replay, fill
+from vla_trqam.data.sources.base import Sizes, Source, fill
+from vla_trqam.data.union import UnionSampler
+from vla_trqam.data.window import Shards, Window
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.episode_store import EpisodeStore
-from vla_trqam.engine.folder.checkpoints import PRETRAINED
+from vla_trqam.engine.folder.base_run import base_input, check_base_run, take_base
+from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.pins import Input, write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, SET_ASIDE, save_settings
 from vla_trqam.engine.job import Job
@@ -41,6 +45,25 @@ from vla_trqam.report.flow_steps import check_own_steps
 # Sensors that hardly move would be blown up to unit variance.
 SMALLEST_STD = 1e-2
 PRETRAIN = "pretrain"
+MAKES_A_BASE = (
+    *("seed", "base_episodes", "dataset", "env", "policy", "pretrain"),
+    *("eval.episodes", "eval.first_seed", "eval.max_episode_steps"),
+    "eval.episodes_during_training",
+)
+"""Settings on which a base, its episodes or its evaluation depend."""
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Data of which one file at a time is in memory, instead of all in the replay.
+
+    Attributes:
+        shards: the files.
+        every: updates until the next one's turn.
+    """
+
+    shards: Shards
+    every: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,7 @@ class StateTask:
         data: the files, to be the same when the run is gone on with.
         parts: the data by the name that it gets in the replay: what is to be cloned is "pretrain",
             the rest "dataset".
+        in_turn: instead of "pretrain", data of which one file at a time is drawn from.
         moments: mean and standard deviation of the observations, (O,) each.
         family: makes the simulator's family, last of all.
     """
@@ -61,12 +85,24 @@ class StateTask:
     parts: Mapping[str, Source]
     moments: Callable[[], tuple[np.ndarray, np.ndarray]]
     family: Callable[[], EnvFamily]
+    in_turn: InTurn | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Of an observation and of an action."""
-        sizes = next(iter(self.parts.values())).sizes
+        sizes = self._some_sizes
         return sizes.observation_dim, sizes.action_dim
+
+    @property
+    def num_steps(self) -> int:
+        """Of what the replay is to hold from the beginning."""
+        return sum(source.sizes.num_steps for source in self.parts.values())
+
+    @property
+    def _some_sizes(self) -> Sizes:
+        if self.in_turn is not None:
+            return self.in_turn.shards.sizes
+        return next(iter(self.parts.values())).sizes
 
 
 def main[C: StateRunConfig](
@@ -143,7 +179,8 @@ class StateJob(Job[StateRunConfig]):
         policy = _make_policy(config, task).to(device)
         if not config.resume:
             assert config.output_dir is not None
-            write_pins(config.output_dir, [task.data])  # of a given policy the run has a copy
+            # Of a given policy the run has a copy.
+            write_pins(config.output_dir, [task.data, *_check_base_run(config, task)])
         return cls(config, task, policy, team)
 
     @property
@@ -162,35 +199,67 @@ class StateJob(Job[StateRunConfig]):
             with written_durably(output_dir / BASE_NAME) as part:
                 self.policy.save_pretrained(part)
         save_settings(self.config, output_dir)
-        parts = self.task.parts
-        replay = create_replay(path, list(parts.values()), more_steps=self._more_steps)
-        for name, source in parts.items():
+        observation_dim, action_dim = self.task.sizes
+        replay = Replay.create(
+            path,
+            observation_dim=observation_dim,
+            action_dim=action_dim,
+            capacity=max(1, self.task.num_steps + self._more_steps),
+        )
+        for name, source in self.task.parts.items():
             fill(replay, source, name)
+        if self.config.base_run is not None:
+            replay.flush()
+            checkpoint = last_checkpoint(self.config.base_run)
+            assert checkpoint is not None, "it was looked at before the folder was begun"
+            take_base(self.config.base_run, checkpoint, output_dir)
+            print(f"the base, its episodes and its evaluation are those of {self.config.base_run}")
         return replay
 
     def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
         replay = Replay.open(path)
-        given = sum(source.sizes.num_steps for source in self.task.parts.values())
-        replay.grow(given + self._more_steps)
+        replay.grow(self.task.num_steps + self._more_steps)
         return replay
 
     def take(self, replay: Replay) -> EpisodeStore:
-        """The replay that all batches are drawn from."""
-        self._replay = replay
+        """The replay that all batches are drawn from, beside what is shown of files in turn."""
+        self._replay, in_turn = replay, self.task.in_turn
+        self._window = None if in_turn is None else Window(in_turn.shards, PRETRAIN)
         return EpisodeStore(replay)
+
+    def turn_data(self, done: int) -> None:
+        """Shows the file whose turn it is."""
+        if self._window is not None:
+            assert self.task.in_turn is not None
+            self._window.turn_to(done // self.task.in_turn.every)
 
     def draw(
         self, sources: Sequence[str] | None = None, *, for_critic: bool = False
     ) -> ChunkSampler:
         """A sampler of states."""
-        return self._replay.sampler(
-            chunk_length=self.policy.chunk_shape[0],
-            discount=self.config.discount,
-            short_chunks=self.config.dataset.short_chunks,
-            reward=self.reward,
-            sources=sources,
-        )
+        shown = self._shown if sources is None or PRETRAIN in sources else None
+        if shown is None:
+            return self._replay.sampler(**self._chunks, sources=sources)
+        others = None if sources is None else [name for name in sources if name != PRETRAIN]
+        if others == []:
+            return shown
+        return UnionSampler([shown, self._replay.sampler(**self._chunks, sources=others)])
+
+    @property
+    def _chunks(self) -> dict[str, Any]:
+        """What every sampler is asked for."""
+        return {
+            "chunk_length": self.policy.chunk_shape[0],
+            "discount": self.config.discount,
+            "short_chunks": self.config.dataset.short_chunks,
+            "reward": self.reward,
+        }
+
+    @cached_property
+    def _shown(self) -> ChunkSampler | None:
+        """A sampler of the file whose turn it is: one for all, as its table is large."""
+        return None if self._window is None else self._window.sampler(**self._chunks)
 
     def method(self) -> OffPolicyMethod:
         """The method on a pretrained policy, which takes the tuned flow steps from here on."""
@@ -211,7 +280,10 @@ class StateJob(Job[StateRunConfig]):
         return self._family()
 
     def announce(self) -> None:
-        """The reward, and how much is evaluated in the end."""
+        """The reward, how much is evaluated in the end, and what is not in the replay."""
+        if self.task.in_turn is not None:
+            for note in self.task.in_turn.shards.notes():
+                print(f"{PRETRAIN}: {note}")
         print(self.reward.describe())
         print(f"initial states of the final evaluation: {self.config.eval.episodes}")
 
@@ -281,6 +353,15 @@ def _make_policy(config: StateRunConfig, task: StateTask) -> MLPFlowPolicy:
         torch.from_numpy(mean),
         torch.from_numpy(std.clip(min=SMALLEST_STD)),
     )
+
+
+def _check_base_run(config: StateRunConfig, task: StateTask) -> list[Input]:
+    """What to pin of the run whose base is taken, which is just what this run would make."""
+    if config.base_run is None:
+        return []
+    settings = settings_of(config)
+    checkpoint = check_base_run(config.base_run, settings, MAKES_A_BASE, task.data)
+    return [base_input(config.base_run, checkpoint)]
 
 
 def _given_policy(config: StateRunConfig) -> Path | None:

@@ -228,7 +228,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
             method,
             self._next_actions(method) if method.requirements.next_actions else None,
             self.draw(for_critic=True),
-            critic_updates=knobs.updates_per_step,
+            critic_updates=knobs.updates_per_step if method.requirements.learns_critic else 0,
             batch_size=self.team.batch_share(knobs.batch_size),
             redraws=knobs.redraws,
             num_micro_batches=self.config.micro_batches,

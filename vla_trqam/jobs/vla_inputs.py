@@ -20,7 +20,7 @@ from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
 from vla_trqam.data.frames import IMAGE_PREFIX, image_key
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind, RewardSpec
-from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, check_rollouts, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.engine.folder.checkpoints import last_checkpoint
 from vla_trqam.engine.folder.pins import write_pins
@@ -62,6 +62,8 @@ def checked_inputs(
     configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
     datasets = LeRobotDatasets.opened(configs).part(team.rank, team.size)
     reader = datasets.first
+    if config.num_training_episodes and not config.resume:
+        check_rollouts(reader)
     policy = _load_policy(config, given, base_revision, device, say, family)
     # Before anything is decoded.
     for each in datasets.named.values():

@@ -6,8 +6,8 @@ returns the scalar, so that distributed wrappers see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +24,9 @@ from vla_trqam.losses import (
     td_loss,
     td_target,
 )
-from vla_trqam.methods.off_policy import rows_of, slices, td_weight
+from vla_trqam.methods.off_policy import Draws, Losses, rows_of, slices, td_weight
 from vla_trqam.methods.results import CriticLossOutput, LossOutput
-from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.policy import Context, FlowPolicy, PathFields
 from vla_trqam.sde import sample_ode, sample_path_and_next_action
 from vla_trqam.time_grid import Scheme, TimeGrid
 from vla_trqam.trust_region import path_kl_per_step
@@ -67,6 +67,7 @@ class UpdateNoise:
             noise, is what makes the critic's gradient wrong on purpose.
         bc_x_0: noise of the flow-matching loss, (B, H, A).
         bc_tau: its times, uniform on [0, 1), (B,).
+        more: a method's own by name, (B, ...) each.
     """
 
     next_action: Tensor
@@ -74,6 +75,7 @@ class UpdateNoise:
     sde_steps: Tensor
     bc_x_0: Tensor
     bc_tau: Tensor
+    more: Draws = field(default_factory=dict)
 
     @classmethod
     def draw(cls, action: Tensor, num_flow_steps: int, generator: torch.Generator) -> UpdateNoise:
@@ -92,13 +94,19 @@ class UpdateNoise:
             self.sde_steps[:, rows],
             self.bc_x_0[rows],
             self.bc_tau[rows],
+            {name: value[rows] for name, value in self.more.items()},
         )
 
 
 class TRQAMLoss(nn.Module):
-    """The update's scalar loss as a module over policy and critic."""
+    """The update's scalar loss as a module over policy and critic.
 
-    def __init__(self, policy: FlowPolicy, critic: Critic, config: Knobs) -> None:
+    A method of the family overrides a small step of it: :meth:`matching`, :meth:`terminal_adjoint`,
+    :meth:`critic_terms`, :meth:`next_action`, or adds to it: :meth:`more_terms` with
+    :meth:`draw_more`, and :meth:`make_networks`.
+    """
+
+    def __init__(self, policy: FlowPolicy, critic: Critic, config: Any) -> None:
         super().__init__()
         self.policy, self.critic, self.config = policy, critic, config
         self.grid = TimeGrid(policy.num_flow_steps, config.chain)
@@ -107,10 +115,31 @@ class TRQAMLoss(nn.Module):
                 f"critic.gradient_noise is {critic.gradient_noise}, but it takes the noise of the "
                 "chain's last step, which final_step='sde' uses: take 'noiseless_base'"
             )
+        device = next(critic.parameters()).device
+        self.own = nn.ModuleDict({k: v.to(device) for k, v in self.make_networks().items()})
+
+    config: Any
+    """The knobs, of the method's own kind: :class:`Knobs` and what it adds."""
+
+    def make_networks(self) -> dict[str, nn.Module]:
+        """Networks beside policy and critic, by the name that they are saved under.
+
+        They take part in the actor's step and clip.
+        """
+        return {}
+
+    def draw(self, action: Tensor, num_flow_steps: int, generator: torch.Generator) -> UpdateNoise:
+        """The noise of an update on chunks (B, H, A); without flow steps, of the critic alone."""
+        noise = UpdateNoise.draw(action, num_flow_steps, generator)
+        return replace(noise, more=self.draw_more(action, generator))
+
+    def draw_more(self, action: Tensor, generator: torch.Generator) -> Draws:
+        """The method's own random numbers."""
+        return {}
 
     def forward(self, batch: TransitionBatch, noise: UpdateNoise, lam: float) -> LossOutput:
         """Algorithm 2 up to the gradient step."""
-        policy, critic, grid = self.policy, self.critic, self.grid
+        policy, grid = self.policy, self.grid
         context = policy.encode(batch.observation)
         next_context = policy.encode(batch.next_observation)
         features = policy.features(context)
@@ -118,7 +147,7 @@ class TRQAMLoss(nn.Module):
         fields = policy.path_fields(
             context, next_context, keep_activations=self.config.keep_activations
         )
-        trajectory, next_action = sample_path_and_next_action(
+        trajectory, next_chunk = sample_path_and_next_action(
             fields,
             noise.sde_x_0,
             noise.sde_steps,
@@ -126,37 +155,66 @@ class TRQAMLoss(nn.Module):
             grid,
             jacobians=self.config.adjoint == "lean",
         )
-        next_action = policy.executed(next_action)
+        next_action = self.next_action(next_context, next_chunk, noise)
 
-        q, target, td = self._temporal_difference(batch, features, next_context, next_action)
+        critic = self.critic_terms(batch, features, next_context, next_action)
 
         spare = noise.sde_steps[-1]  # of the step without noise
-        gradient, _ = critic.action_gradient(features, trajectory.x_1, policy.executed, spare)
-        terminal_adjoint = -self.config.adjoint_scale * gradient
+        terminal_adjoint, ends = self.terminal_adjoint(features, trajectory.x_1, spare)
         adjoint = self._adjoint(terminal_adjoint, fields)
 
         control_gap = fields.tuned() - fields.base()
-        am = adjoint_matching_loss(control_gap, adjoint, grid, lam)
+        am = self.matching(control_gap, adjoint, lam)
+        loss = critic.loss + am
         bc = self._behaviour_cloning(batch, noise, context) if self.config.train_base else None
+        loss = loss if bc is None else loss + bc
+        more = self.more_terms(noise, context, features)
+        loss = loss if more is None else loss + more.loss
         return LossOutput(
-            loss=td + am if bc is None else td + am + bc,
-            td_loss=td.detach(),
+            loss=loss,
+            td_loss=critic.td_loss,
             adjoint_loss=am.detach(),
             bc_loss=None if bc is None else bc.detach(),
             kl_per_step=path_kl_per_step(control_gap, grid),
             last_gap=control_gap[-1].detach(),
-            q=q.detach(),
-            target=target,
+            q=critic.q,
+            target=critic.target,
             trajectory=trajectory,
             adjoint=adjoint,
             terminal_adjoint=terminal_adjoint,
             next_action=next_action,
+            more={**critic.more, **ends, **({} if more is None else more.logged)},
         )
+
+    def next_action(self, next_context: Context, chunk: Tensor, noise: UpdateNoise) -> Tensor:
+        """What is executed at the next observations, of the flow's chunk there: (B, H, real A)."""
+        return self.policy.executed(chunk)
+
+    def terminal_adjoint(
+        self, features: Tensor, x_1: Tensor, spare: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Minus the slope of what is maximised at the path's end, (B, H, A); what is logged.
+
+        Args:
+            features: of the observations, (B, F).
+            x_1: the path's ends, (B, H, A).
+            spare: standard normal numbers that the chain has not used, (B, H, A).
+        """
+        gradient, _ = self.critic.action_gradient(features, x_1, self.policy.executed, spare)
+        return -self.config.adjoint_scale * gradient, {}
 
     def _adjoint(self, terminal_adjoint: Tensor, fields: PathFields) -> Tensor:
         if self.config.adjoint == "scalar":
             return scalar_adjoint(terminal_adjoint, self.grid)
         return lean_adjoint(terminal_adjoint, fields.base_pullback, self.grid)
+
+    def matching(self, control_gap: Tensor, adjoint: Tensor, lam: float) -> Tensor:
+        """The regression of the fields' difference onto the adjoint, (K, B, H, A) both."""
+        return adjoint_matching_loss(control_gap, adjoint, self.grid, lam)
+
+    def more_terms(self, noise: UpdateNoise, context: Context, features: Tensor) -> Losses | None:
+        """The method's own terms of the loss; None where it has none."""
+        return None
 
     def critic_loss(
         self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
@@ -178,25 +236,23 @@ class TRQAMLoss(nn.Module):
                     noise.next_action,
                     self.grid,
                 )
-            next_action = policy.executed(x_1)
-        q, target, td = self._temporal_difference(
-            batch, policy.features(context), next_context, next_action
-        )
-        return CriticLossOutput(td, q.detach(), target)
+            next_action = self.next_action(next_context, x_1, noise)
+        return self.critic_terms(batch, policy.features(context), next_context, next_action)
 
-    def _temporal_difference(
-        self, batch: TransitionBatch, features: Tensor, next_context: object, next_action: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Online values (E, B), targets (B,) and the loss."""
+    def critic_terms(
+        self, batch: TransitionBatch, features: Tensor, next_context: Context, next_action: Tensor
+    ) -> CriticLossOutput:
+        """The TD loss at the action that is executed at the next observation."""
         policy = self.policy
         next_value = self.critic.next_value(policy.features(next_context), next_action)
         target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
         # What was executed is within the limits.
         q = self.critic.online(features, policy.executed(batch.action, clip=False))
-        return q, target, td_loss(q, target, td_weight(batch))
+        td = td_loss(q, target, td_weight(batch))
+        return CriticLossOutput(td, td.detach(), q.detach(), target)
 
     def _behaviour_cloning(
-        self, batch: TransitionBatch, noise: UpdateNoise, context: object
+        self, batch: TransitionBatch, noise: UpdateNoise, context: Context
     ) -> Tensor:
         x_tau, velocity = flow_matching_target(batch.action, noise.bc_x_0, noise.bc_tau)
         predicted = self.policy.behaviour_velocity(x_tau, noise.bc_tau, context)

@@ -111,6 +111,13 @@ class MethodConfig:
             UserError: why not; the number's name is for the caller to say.
         """
 
+    def check_inputs(self) -> None:
+        """Reads what the knobs name, before anything else is opened.
+
+        Raises:
+            UserError: a file or folder is missing, or is not what it should be.
+        """
+
     @property
     def trains_the_base(self) -> bool:
         """Whether the base is to go on training by behaviour cloning."""
@@ -120,6 +127,11 @@ class MethodConfig:
     def keeps_average(self) -> bool:
         """Whether a running mean of the policy's trained weights is kept beside them."""
         return False
+
+    @property
+    def notice(self) -> str:
+        """What a reader of the terminal should know of the method before it trains."""
+        return ""
 
     def rehearse(self, policy: FlowPolicy, context: Context, rows: int) -> Rehearsal | None:
         """The pass of an update through the policy's trained weights; None where there is none.
@@ -143,12 +155,17 @@ class Requirements:
         host_acts: the saved policy acts by itself in its host library; otherwise what acts needs
             the method's own networks too.
         adjoint: an adjoint starts from the action gradient of the critic's target.
+        learns_critic: a critic is learnt of the replay's rewards.
+        own_field: what acts is a velocity field of the method's own, in which nothing of the
+            pretrained one is used.
     """
 
     trains_field: bool
     next_actions: bool
     host_acts: bool
     adjoint: bool = False
+    learns_critic: bool = True
+    own_field: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,9 +174,11 @@ class Offers:
 
     Attributes:
         training_base: its base can go on training.
+        own_field: a small field of a method's own may act in its place.
     """
 
     training_base: bool
+    own_field: bool = False
 
 
 class Method(ABC):

@@ -21,13 +21,14 @@ from vla_trqam.critic import CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
+from vla_trqam.methods.entropy import TEMPERATURE, Temperature, entropy_target, entropy_terms
 from vla_trqam.methods.off_policy import Draws, Losses, OffPolicyConfig, SummedLosses, draw_cloning
 from vla_trqam.networks import TanhGaussian
-from vla_trqam.policy import Context, FlowPolicy
+from vla_trqam.policy import Context
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
 
-ACTOR, NOISE_CRITIC, TEMPERATURE = "noise_actor", "noise_critic", "temperature"
+ACTOR, NOISE_CRITIC = "noise_actor", "noise_critic"
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,6 @@ class DSRLConfig(OffPolicyConfig):
         super().__post_init__()
         if not 0.0 < self.noise_scale < float("inf"):
             raise UserError(f"noise_scale is {self.noise_scale}; it must be positive and finite")
-
-
-class Temperature(nn.Module):
-    """alpha, kept as its logarithm; 1 at first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_value = nn.Parameter(torch.zeros(()))
-
-    def forward(self) -> Tensor:
-        """Alpha."""
-        return self.log_value.exp()
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ class DSRL(SummedLosses):
 
     def make_networks(self) -> dict[str, nn.Module]:
         """The noise actor, its critic in the critic's shape, and the temperature."""
-        like, size = self.critic.online, self._size(self.policy)
+        like, size = self.critic.online, self.policy.executed_size
         return {
             ACTOR: TanhGaussian(self.policy.feature_dim, size, self.config.hidden_dims),
             NOISE_CRITIC: CriticEnsemble(
@@ -117,24 +106,16 @@ class DSRL(SummedLosses):
 
     def losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """See the module."""
-        policy, alpha = self.policy, self.own[TEMPERATURE]()
+        policy = self.policy
         context = policy.encode(batch.observation)
         features = policy.features(context)
         critic = self.critic_losses(batch, draws, None)
         distill = self._distillation(context, features, draws["distill"])
         z, log_p = self.choose(features, draws["actor"])
         q = self._noise_critic(features, policy.real_actions(z), frozen=True).mean(dim=0)
-        entropy = -log_p.mean()
-        actor = (alpha.detach() * log_p - q).mean()
-        temperature = alpha * (entropy.detach() - self._target_entropy)
-        loss = critic.loss + distill + actor + temperature
-        terms = {
-            "noise_critic_loss": distill.detach(),
-            "actor_loss": actor.detach(),
-            "actor_q": q.detach().mean(),
-            "entropy": entropy.detach(),
-            "temperature": alpha.detach(),
-        }
+        target = entropy_target(self.config.target_entropy, policy.executed_size)
+        actor, terms = entropy_terms(self.own[TEMPERATURE](), log_p, q, target)
+        loss, terms["noise_critic_loss"] = critic.loss + distill + actor, distill.detach()
         bc = self.behaviour_cloning(batch, draws, context)
         if bc is not None:
             loss, terms["bc_loss"] = loss + bc, bc.detach()
@@ -190,12 +171,3 @@ class DSRL(SummedLosses):
     def _noise_critic(self, features: Tensor, noise: Tensor, *, frozen: bool = False) -> Tensor:
         values: Tensor = self.own[NOISE_CRITIC](features, noise, frozen=frozen)
         return values
-
-    @property
-    def _target_entropy(self) -> float:
-        wanted = self.config.target_entropy
-        return -0.5 * self._size(self.policy) if wanted is None else wanted
-
-    @staticmethod
-    def _size(policy: FlowPolicy) -> int:
-        return policy.chunk_shape[0] * int(policy.action_mask.sum())

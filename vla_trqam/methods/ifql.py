@@ -107,7 +107,21 @@ class IFQL(SummedLosses):
         if which == "base":
             return FlowActor(self.policy, "base")
         flow = FieldActor(self.policy, self.cloned_field)
-        return BestOfN(self.policy, flow, self.critic.online, self.config.num_samples)
+        return BestOfN(self.policy, flow, self.judge, self.config.num_samples)
+
+    @property
+    def judge(self) -> CriticEnsemble:
+        """Whose least head says which chunk acts."""
+        return self.critic.online
+
+    @torch.no_grad()
+    def regressed(self, features: Tensor, action: Tensor) -> Tensor:
+        """What V regresses onto at chunks of the data, (B,)."""
+        return self.critic.next_value(features, action)
+
+    def weight(self, batch: TransitionBatch[Any]) -> Tensor:
+        """How much of a chunk V's loss counts, (B,): IFQL counts all."""
+        return torch.ones_like(batch.chunk_return)
 
     def draw(self, batch: TransitionBatch[Any], generator: torch.Generator) -> Draws:
         """The cloning's alone."""
@@ -130,10 +144,10 @@ class IFQL(SummedLosses):
         with torch.no_grad():
             next_features = policy.features(policy.encode(batch.next_observation))
             next_value = value(next_features).squeeze(1)
-            q = self.critic.next_value(features, policy.executed(batch.action, clip=False))
+            q = self.regressed(features, policy.executed(batch.action, clip=False))
         td, logged = self.temporal_difference(batch, features, next_value)
         v = value(features).squeeze(1)
-        weight = torch.where(q >= v.detach(), self.config.kappa, 1.0 - self.config.kappa)
-        loss = (weight * (q - v).square()).mean()
+        side = torch.where(q >= v.detach(), self.config.kappa, 1.0 - self.config.kappa)
+        loss = (self.weight(batch) * side * (q - v).square()).mean()
         terms = {"value_loss": loss.detach(), "value_mean": v.detach().mean()}
         return Losses(td + loss, logged | terms)

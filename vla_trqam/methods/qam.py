@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from vla_trqam.errors import UserError
-from vla_trqam.methods.trqam import TRQAMConfig
+from vla_trqam.methods.trqam_config import TRQAMConfig
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Any
 from vla_trqam.critic import Critic
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig, Offers, OffPolicyMethod, Requirements
+from vla_trqam.methods.best_of_n import BestOfNConfig, BestOfNMethod
+from vla_trqam.methods.cgql import CGQL, CGQLConfig, CGQLLConfig
 from vla_trqam.methods.dsrl import DSRL, DSRLConfig
+from vla_trqam.methods.external_kl import ExternalKL, ExternalKLConfig
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import IFQL, IFQLConfig
 from vla_trqam.methods.qam import QAMConfig
-from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
+from vla_trqam.methods.qam_e import QAME, QAMEConfig
+from vla_trqam.methods.residual import Residual, ResidualConfig
+from vla_trqam.methods.reward_matching import RewardMatching, RewardMatchingConfig
+from vla_trqam.methods.sac_flow import SACFlow, SACFlowConfig
+from vla_trqam.methods.sqam import SQAM, SQAMConfig
+from vla_trqam.methods.trqam import TRQAM
+from vla_trqam.methods.trqam_config import TRQAMConfig
 from vla_trqam.policy import FlowPolicy
 
 if TYPE_CHECKING:
@@ -42,9 +51,18 @@ def _entry(config: type[MethodConfig], method: Any) -> Entry:
 METHODS = {
     "trqam": _entry(TRQAMConfig, TRQAM),
     "qam": _entry(QAMConfig, TRQAM),
+    "qam_e": _entry(QAMEConfig, QAME),
+    "external_kl": _entry(ExternalKLConfig, ExternalKL),
+    "sqam": _entry(SQAMConfig, SQAM),
+    "reward_matching": _entry(RewardMatchingConfig, RewardMatching),
+    "residual": _entry(ResidualConfig, Residual),
     "fql": _entry(FQLConfig, FQL),
     "ifql": _entry(IFQLConfig, IFQL),
     "dsrl": _entry(DSRLConfig, DSRL),
+    "best_of_n": _entry(BestOfNConfig, BestOfNMethod),
+    "cgql": _entry(CGQLConfig, CGQL),
+    "cgql_l": _entry(CGQLLConfig, CGQL),
+    "sac_flow": _entry(SACFlowConfig, SACFlow),
 }
 
 
@@ -68,6 +86,12 @@ def check_served(config: MethodConfig, offers: Offers) -> None:
         raise UserError(
             f"--method.train_base=true: the base of a policy of this recipe is frozen, and "
             f"{name_of(config)} would train it; leave it at false"
+        )
+    if requirements_of(config).own_field and not offers.own_field:
+        raise UserError(
+            f"--method.type={name_of(config)} acts by a velocity network of its own architecture, "
+            "which cannot take over the weights of a pretrained policy of this recipe; it runs on "
+            "policies of states, in finetune_robomimic.py and finetune_ogbench.py"
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ class LossOutput:
     """What one forward pass of the loss found; everything but ``loss`` is detached.
 
     Attributes:
-        loss: TD + adjoint matching (+ flow matching of a training base), a scalar.
+        loss: TD + adjoint matching (+ flow matching of a training base, a method's own terms).
         td_loss, adjoint_loss, bc_loss: its parts.
         kl_per_step: each flow step's share of the path KL, nats per chunk, (K,).
         last_gap: ``v_tuned - v_base`` in the last step, (B, H, A), which no KL of the posterior
@@ -28,6 +28,7 @@ class LossOutput:
         adjoint: for every step the adjoint paired with it, (K, B, H, A).
         terminal_adjoint: ``a_K``, (B, H, A).
         next_action: what is executed of the ODE sample at the next observation, (B, H, real A).
+        more: what the method logs of its own, scalars by name.
     """
 
     loss: Tensor
@@ -42,6 +43,7 @@ class LossOutput:
     adjoint: Tensor
     terminal_adjoint: Tensor
     next_action: Tensor
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def metrics(self, executed: Executed) -> dict[str, float]:
         """The means over the batch; each is explained in ``docs/metrics.md``.
@@ -65,7 +67,7 @@ class LossOutput:
         }
         if self.bc_loss is not None:
             values["bc_loss"] = float(self.bc_loss)
-        return values
+        return values | {name: float(value) for name, value in self.more.items()}
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,23 @@ class CriticLossOutput:
     """What one forward pass of the critic's loss found.
 
     Attributes:
-        loss: the TD loss, a scalar.
+        loss: the TD loss (+ a method's own terms), a scalar.
+        td_loss: the first of these, detached.
         q: online Q values of the batch, (E, B), detached.
         target: TD targets, (B,).
+        more: what the method logs of its own, scalars by name.
     """
 
     loss: Tensor
+    td_loss: Tensor
     q: Tensor
     target: Tensor
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """The means over the batch; each is explained in ``docs/metrics.md``."""
-        return _critic_metrics(self.loss.detach(), self.q, self.target)
+        more = {name: float(value) for name, value in self.more.items()}
+        return _critic_metrics(self.td_loss, self.q, self.target) | more
 
 
 def _critic_metrics(td: Tensor, q: Tensor, target: Tensor) -> dict[str, float]:

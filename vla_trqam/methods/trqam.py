@@ -6,16 +6,13 @@ The update up to the gradient is :class:`~vla_trqam.methods.adjoint_matching.TRQ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.adjoint import AdjointKind
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
@@ -24,16 +21,9 @@ from vla_trqam.methods.adjoint_matching import (
     TRQAMLoss,
     UpdateNoise,
     micro_batches,
-    sampled_fields,
 )
 from vla_trqam.methods.average import WeightAverage
-from vla_trqam.methods.base import (
-    MethodConfig,
-    OffPolicyMethod,
-    Rehearsal,
-    Requirements,
-    Scalars,
-)
+from vla_trqam.methods.base import OffPolicyMethod, Requirements, Scalars
 from vla_trqam.methods.finite import Terms, check_finite, measured
 from vla_trqam.methods.parallel import Ranks, clipped, whole, whole_moments
 from vla_trqam.methods.results import (
@@ -42,16 +32,9 @@ from vla_trqam.methods.results import (
     LossOutput,
     UpdateResult,
 )
+from vla_trqam.methods.trqam_config import FORMER_SCHEME, SchemeName, TRQAMConfig
 from vla_trqam.policy import FlowPolicy
-from vla_trqam.time_grid import (
-    AdjointTime,
-    FinalStep,
-    Posterior,
-    Scheme,
-    ShiftedEuler,
-    TimeGrid,
-)
-from vla_trqam.trust_region import TrustRegion, TrustRegionConfig
+from vla_trqam.trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +44,7 @@ __all__ = [
     "CriticLossOutput",
     "CriticUpdateResult",
     "LossOutput",
+    "SchemeName",
     "TRQAMConfig",
     "TRQAMLoss",
     "UpdateNoise",
@@ -68,135 +52,8 @@ __all__ = [
 ]
 
 
-SchemeName = Literal["posterior", "shifted_euler"]
-FORMER_SCHEME: SchemeName = "shifted_euler"
-"""What there was before there was a choice: of settings and checkpoints that name none."""
-
-CHOICES = {
-    "scheme": SchemeName,
-    "adjoint": AdjointKind,
-    "final_step": FinalStep,
-    "adjoint_time": AdjointTime,
-}
 SCHEME = "scheme"
 """What a trust region's state belongs to."""
-SCHEME_KNOBS = {
-    "posterior": ("last_step_weight",),
-    "shifted_euler": ("time_shift", "final_step", "adjoint_time"),
-}
-
-
-@dataclass(frozen=True)
-class TRQAMConfig(TrustRegionConfig, MethodConfig):
-    """Knobs of TRQAM beside the trust region's.
-
-    Attributes:
-        scheme: the chain that training samples: "posterior", or the authors' "shifted_euler"; why,
-            and how their KLs compare, says docs/method.md.
-        adjoint: "lean", through the base's Jacobians, or "scalar", without them: cheaper, and exact
-            where the base's velocity does not depend on the action.
-        last_step_weight: posterior only: how firmly the loss holds the tuned field to the base's in
-            the last flow step, which has no noise; in units of the step before.
-        time_shift: shifted_euler only: by what part of a step, in (0, 1], its times are shifted.
-        final_step: shifted_euler only: how the last flow step is sampled, by the base and without
-            noise, or like any other.
-        adjoint_time: shifted_euler only: whose time the base's Jacobian at a state is taken at, the
-            next step's or its own.
-        keep_activations: keep those of every flow step until its gradients are taken, or compute
-            them again, a step at a time: the same numbers in 1/K of the memory.
-        actor_lr: Adam's step size for the tuned field (and a training base).
-        critic_lr: Adam's step size for the critic.
-        max_grad_norm: global-norm clip.
-        shared_optimizer: one clip over actor, base and critic together, as the authors' code does;
-            otherwise each has its own, and a diverging loss does not shrink the others' gradients.
-        train_base: the base keeps training on the batch's flow-matching loss and ``v_base`` is its
-            EMA, as in the authors' code; otherwise it is frozen.
-        base_ema_rate: rate of that EMA.
-        average_rate: what acts, is evaluated and saved is the running mean of the tuned weights
-            with this rate an update; 0 for the weights themselves.
-    """
-
-    scheme: SchemeName = "posterior"
-    adjoint: AdjointKind = "lean"
-    last_step_weight: float = 1.0
-    time_shift: float = 1.0
-    final_step: FinalStep = "noiseless_base"
-    adjoint_time: AdjointTime = "next"
-    keep_activations: bool = True
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    max_grad_norm: float = 1.0
-    shared_optimizer: bool = False
-    train_base: bool = False
-    base_ema_rate: float = 0.005
-    average_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("actor_lr", "critic_lr", "max_grad_norm"):
-            if not getattr(self, name) > 0.0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("actor_lr", "critic_lr"):
-            if getattr(self, name) == math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be finite")
-        if not 0.0 <= self.base_ema_rate <= 1.0:
-            raise UserError(f"base_ema_rate is {self.base_ema_rate}; it must be in [0, 1]")
-        if not 0.0 <= self.average_rate < 1.0:
-            raise UserError(f"average_rate is {self.average_rate}; it must be in [0, 1)")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                known = " or ".join(map(repr, get_args(choices)))
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {known}")
-        self._refuse_idle_knobs()
-        self.chain  # noqa: B018 (checks the scheme's own knobs)
-
-    def _refuse_idle_knobs(self) -> None:
-        defaults = {field.name: field.default for field in fields(TRQAMConfig)}
-        for scheme, names in SCHEME_KNOBS.items():
-            changed = [name for name in names if getattr(self, name) != defaults[name]]
-            if changed and self.scheme != scheme:
-                raise UserError(
-                    f"{changed[0]} is {getattr(self, changed[0])!r}, but it belongs to the "
-                    f"{scheme} scheme and scheme is {self.scheme!r}; set scheme to {scheme!r}, or "
-                    "leave it out"
-                )
-
-    @property
-    def chain(self) -> Scheme:
-        """How the memoryless SDE is discretised."""
-        if self.scheme == "posterior":
-            return Posterior(self.last_step_weight)
-        return ShiftedEuler(self.time_shift, self.adjoint_time, self.final_step)
-
-    def check_flow_steps(self, count: int) -> None:
-        """See :meth:`MethodConfig.check_flow_steps`."""
-        try:
-            TimeGrid(count, self.chain).steps  # noqa: B018 (refuses a grid that is too coarse)
-        except UserError:
-            raise UserError(
-                f"is too few for the {self.scheme} scheme, whose last step has no noise: take at "
-                "least 2 by --policy.tuned_flow_steps, or --method.scheme=shifted_euler"
-            ) from None
-
-    @property
-    def trains_the_base(self) -> bool:
-        """See :meth:`MethodConfig.trains_the_base`."""
-        return self.train_base
-
-    @property
-    def keeps_average(self) -> bool:
-        """See :meth:`MethodConfig.keeps_average`."""
-        return self.average_rate > 0.0
-
-    def rehearse(self, policy: FlowPolicy, context: Any, rows: int) -> Rehearsal:
-        """The tuned field along a path of the chain."""
-        values = sampled_fields(policy, context, rows, self).tuned()
-        return Rehearsal(values, 1 if self.keep_activations else policy.num_flow_steps)
-
-    @property
-    def adjoint_scale(self) -> float:
-        """Factor of the terminal adjoint: 1, for TRQAM moves lambda instead."""
-        return 1.0
 
 
 class TRQAM(OffPolicyMethod):
@@ -216,6 +73,8 @@ class TRQAM(OffPolicyMethod):
     """
 
     requirements = Requirements(trains_field=True, next_actions=True, host_acts=True, adjoint=True)
+    loss_class: ClassVar[type[TRQAMLoss]] = TRQAMLoss
+    """What a method of the family exchanges: a step of the loss, networks of its own."""
 
     def __init__(
         self,
@@ -230,10 +89,11 @@ class TRQAM(OffPolicyMethod):
         self.ranks = Ranks(accelerator, shard=shard)
         if config.train_base:
             policy.start_base_training()
-        self.loss = TRQAMLoss(policy, critic, config)
+        self.loss = self.make_loss()
         self._distribute()
         self.trust_region = TrustRegion(config, policy.chunk_shape[0])
         actor = [*policy.trainable_parameters(), *policy.behaviour_parameters()]
+        actor += self.loss.own.parameters()
         critics = list(critic.online.parameters())
         self._clip_groups = [actor + critics] if config.shared_optimizer else [actor, critics]
         self.optimizer = torch.optim.Adam(
@@ -245,6 +105,10 @@ class TRQAM(OffPolicyMethod):
         self.average = WeightAverage(policy.trainable_parameters(), rate) if rate else None
         self._result: UpdateResult | None = None
         self._critic_result: CriticUpdateResult | None = None
+
+    def make_loss(self) -> TRQAMLoss:
+        """The update up to the gradient, of the method's own kind."""
+        return self.loss_class(self.policy, self.critic, self.config)
 
     @property
     def step_factor(self) -> float:
@@ -291,7 +155,7 @@ class TRQAM(OffPolicyMethod):
         self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1
     ) -> None:
         """One update of critic, tuned field, lambda and targets; see :meth:`Method.update`."""
-        noise = UpdateNoise.draw(batch.action, self.policy.num_flow_steps, generator)
+        noise = self.loss.draw(batch.action, self.policy.num_flow_steps, generator)
         self._result = self.update_in_parts(micro_batches(batch, noise, num_parts))
         outputs = self._result.outputs
         self.next_action = torch.cat([output.next_action for output in outputs])
@@ -303,7 +167,7 @@ class TRQAM(OffPolicyMethod):
         next_action: Tensor | None = None,
     ) -> None:
         """Policy and lambda stand still; see :meth:`OffPolicyMethod.update_critic`."""
-        noise = UpdateNoise.draw(batch.action, 0, generator)
+        noise = self.loss.draw(batch.action, 0, generator)
         self._critic_result = self.update_critic_with(batch, noise, next_action)
 
     def metrics(self) -> dict[str, float]:
@@ -321,9 +185,10 @@ class TRQAM(OffPolicyMethod):
         return self._critic_result.metrics()
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Policy and critic, and the policy's average where that acts."""
+        """Policy, critic and the method's own, and the policy's average where that acts."""
         average = {} if self.average is None else {"average": self.average}
-        return {"policy": self.policy, "critic": self.critic, **average}
+        own = dict(self.loss.own.items())
+        return {"policy": self.policy, "critic": self.critic, **own, **average}
 
     def scalars(self) -> Scalars:
         """The trust region's state, and the scheme in whose units it is."""

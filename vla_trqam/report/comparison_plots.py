@@ -1,4 +1,4 @@
-"""Figures of several runs on the same axes: method against method, budget against budget."""
+"""Figures of several runs on the same axes: budget against budget."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,6 @@ from vla_trqam.report.evaluation import wilson_interval
 from vla_trqam.report.figures import (
     BUDGET,
     color_of,
-    draw_series,
     finite_part,
     mark_non_finite,
     new_figure,
@@ -23,43 +22,9 @@ from vla_trqam.report.figures import (
 from vla_trqam.report.metrics import (
     Metrics,
     MetricSeries,
-    join_phases,
     read_metrics,
     summarise_trust_region,
 )
-
-
-def plot_comparison(
-    runs: Mapping[str, Sequence[Path]], path: Path, *, kl_unit: str = "nats"
-) -> Path:
-    """Success, KL, λ and adjoint loss of several methods; thin lines are runs, thick ones medians.
-
-    Args:
-        runs: `metrics.jsonl` of each training seed, by the method's label.
-        path: The PNG.
-        kl_unit: Unit of the KL.
-
-    Raises:
-        UserError: When there is nothing to compare, or a run logged no evaluation or no KL.
-    """
-    loaded = _load(runs)
-    figure, (success, kl, lam, loss) = new_figure("Comparison", rows=2, columns=2)
-    for index, (label, several) in enumerate(loaded.items()):
-        color = color_of(index)
-        rates = [required(each, "success_rate", phases=("eval",))[0] for each in several]
-        _draw_runs(success, rates, color, label)
-        _draw_runs(kl, [required(each, "kl_estimate")[0] for each in several], color, label, True)
-        _draw_runs(lam, [join_phases(each, "lam") for each in several], color, label)
-        losses = [join_phases(each, "adjoint_loss") for each in several]
-        _draw_runs(loss, losses, color, label, True)
-        _draw_budgets(kl, several, color)
-    success.set(ylabel="success rate", ylim=(-0.02, 1.02))
-    for axes, name in ((kl, f"path KL ({kl_unit})"), (lam, "λ"), (loss, "adjoint-matching loss")):
-        axes.set_ylabel(name)
-        use_log_axis(axes)
-    for axes in (success, kl, lam, loss):
-        axes.set_xlabel("updates")
-    return save(figure, path)
 
 
 def plot_budget_sweep(
@@ -75,14 +40,14 @@ def plot_budget_sweep(
     Raises:
         UserError: When there is nothing to compare, or a run logged no evaluation or no KL budget.
     """
-    loaded = _load({str(budget): paths for budget, paths in sorted(runs.items())})
+    loaded = load_runs({str(budget): paths for budget, paths in sorted(runs.items())})
     figure, (trace, success, realised, lam) = new_figure("KL budget", rows=2, columns=2)
     for index, (label, several) in enumerate(loaded.items()):
         color, budget = color_of(index), float(label)
         emas = [required(each, "kl_ema")[0] for each in several]
-        _draw_runs(trace, emas, color, f"budget {label}")
+        draw_runs(trace, emas, color, f"budget {label}")
         trace.axhline(budget, color=color, linestyle="--", linewidth=1)
-        _draw_runs(lam, [required(each, "lam")[0] for each in several], color, f"budget {label}")
+        draw_runs(lam, [required(each, "lam")[0] for each in several], color, f"budget {label}")
         for seed, each in enumerate(several):
             # Side by side on the log axis, or equal rates would hide each other.
             _draw_final_success(success, budget * 1.03**seed, each, color)
@@ -100,14 +65,19 @@ def plot_budget_sweep(
     return save(figure, path)
 
 
-def _load(runs: Mapping[str, Sequence[Path]]) -> dict[str, list[Metrics]]:
+def load_runs(runs: Mapping[str, Sequence[Path]]) -> dict[str, list[Metrics]]:
+    """The metrics of each seed, by label.
+
+    Raises:
+        UserError: a label has no run, or there is none at all.
+    """
     empty = [label for label, paths in runs.items() if not paths]
     if not runs or empty:
         raise UserError(f"nothing to compare: no runs {f'of {empty}' if empty else 'given'}")
     return {label: [read_metrics(path) for path in paths] for label, paths in runs.items()}
 
 
-def _draw_runs(
+def draw_runs(
     axes: Axes, runs: Sequence[MetricSeries], color: str, label: str, smooth: bool = False
 ) -> None:
     """Each run thinly; thickly their median where all were logged at the same updates."""
@@ -131,13 +101,6 @@ def _draw_runs(
 
 def _count(label: str, runs: int) -> str:
     return label if runs == 1 else f"{label} ({runs} seeds)"
-
-
-def _draw_budgets(axes: Axes, runs: Sequence[Metrics], color: str) -> None:
-    for each in runs:
-        budget = join_phases(each, "kl_budget")
-        if len(budget):
-            draw_series(axes, budget, "_budget", color=color, linestyle="--", linewidth=1)
 
 
 def _draw_final_success(axes: Axes, budget: float, metrics: Metrics, color: str) -> None:

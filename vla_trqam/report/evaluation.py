@@ -8,12 +8,11 @@ is one against it; the base as it came is a third policy (:class:`BaseAsItCame`)
 Rates carry Wilson intervals, their difference the square-and-add interval for paired proportions
 (method 10 of Newcombe 1998, "Improved confidence intervals for the difference between binomial
 proportions based on paired data", Statistics in Medicine 17, 2635-2650) and McNemar's exact test.
-Several training seeds are combined with a bootstrap over both training seeds and initial states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +26,14 @@ from vla_trqam.report.intervals import (
     Interval,
     mcnemar_exact_p,
     paired_difference_interval,
-    pigeonhole_interval,
     wilson_interval,
 )
 
 __all__ = [
     "BaseAsItCame",
-    "CombinedEvaluation",
     "Interval",
     "Outcome",
     "PairedEvaluation",
-    "combine_seeds",
     "paired_difference_interval",
     "wilson_interval",
 ]
@@ -266,102 +262,6 @@ class PairedEvaluation:
             return cls(**{name: data[name] for name in RAW_FIELDS}, as_it_came=came)
         except (TypeError, ValueError) as error:
             raise UserError(f"not a paired evaluation: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class CombinedEvaluation:
-    """Several training runs (R of them) evaluated on the same initial states.
-
-    Attributes:
-        base_rates: (R,) success rate of each run's base policy.
-        tuned_rates: (R,) success rate of each run's tuned policy.
-        difference: Tuned minus base success rate, over all runs and initial states.
-        difference_interval: Its bootstrap interval.
-        confidence: Coverage of the interval.
-        replicates: Bootstrap replicates behind it.
-    """
-
-    base_rates: NDArray[np.float64]
-    tuned_rates: NDArray[np.float64]
-    difference: float
-    difference_interval: Interval
-    confidence: float
-    replicates: int
-
-    @property
-    def median_tuned_rate(self) -> float:
-        """Median over the training runs of the tuned success rate."""
-        return float(np.median(self.tuned_rates))
-
-    @property
-    def worst_run(self) -> int:
-        """Index of the training run whose tuned policy gained least on its base."""
-        return int(np.argmin(self.tuned_rates - self.base_rates))
-
-    @property
-    def worst_difference(self) -> float:
-        """The least gain of a training run; negative when a run fell below its base."""
-        return float(np.min(self.tuned_rates - self.base_rates))
-
-    def to_json(self) -> dict[str, Any]:
-        """What `json.dump` takes."""
-        return {
-            "base_rates": self.base_rates.tolist(),
-            "tuned_rates": self.tuned_rates.tolist(),
-            "median_tuned_rate": self.median_tuned_rate,
-            "worst_run": self.worst_run,
-            "worst_difference": self.worst_difference,
-            "difference": self.difference,
-            "difference_interval": _pair(self.difference_interval),
-            "confidence": self.confidence,
-            "bootstrap_replicates": self.replicates,
-        }
-
-
-def combine_seeds(
-    evaluations: Sequence[PairedEvaluation],
-    *,
-    confidence: float = 0.95,
-    replicates: int = 10_000,
-    bootstrap_seed: int = 0,
-) -> CombinedEvaluation:
-    """Combine training runs that were evaluated on the same initial states.
-
-    The interval is a bootstrap over training runs and over initial states (`pigeonhole_interval`):
-    neither the N episodes of a run nor the R runs on a state are independent. Three runs say little
-    about other runs, and the interval shows it; a single run gives no more than its own states.
-
-    Args:
-        evaluations: R paired evaluations; the same seeds in the same order.
-        confidence: Two-sided coverage, between 0 and 1.
-        replicates: Bootstrap replicates.
-        bootstrap_seed: Seed of the resampling, so that the interval can be reproduced.
-
-    Returns:
-        Rates of the runs, and the pooled difference with its interval.
-
-    Raises:
-        UserError: When there is no evaluation, or their initial states differ.
-    """
-    if not evaluations:
-        raise UserError("there is no evaluation to combine; give at least one")
-    for run, evaluation in enumerate(evaluations):
-        if not np.array_equal(evaluation.seeds, evaluations[0].seeds):
-            raise UserError(
-                f"evaluation {run} was made on other initial states than evaluation 0: only"
-                " evaluations on the same seeds, in the same order, can be combined"
-            )
-    gains = np.stack([e.tuned_success.astype(float) - e.base_success for e in evaluations])
-    return CombinedEvaluation(
-        base_rates=np.array([e.base_rate for e in evaluations]),
-        tuned_rates=np.array([e.tuned_rate for e in evaluations]),
-        difference=float(gains.mean()),
-        difference_interval=pigeonhole_interval(
-            gains, confidence=confidence, replicates=replicates, seed=bootstrap_seed
-        ),
-        confidence=confidence,
-        replicates=replicates,
-    )
 
 
 def _as_vector(values: ArrayLike, dtype: type, name: str) -> NDArray[Any]:

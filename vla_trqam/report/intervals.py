@@ -1,14 +1,12 @@
-"""Intervals and a test for success rates: Wilson, Newcombe's paired difference, McNemar, bootstrap.
+"""Intervals and a test for success rates: Wilson, Newcombe's paired difference, McNemar.
 
-Wilson's interval and McNemar's test are scipy's, the other two are in no library that we keep.
+Wilson's interval and McNemar's test are scipy's, Newcombe's is in no library that we keep.
 Counts in, floats out.
 """
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 
@@ -95,38 +93,6 @@ def mcnemar_exact_p(tuned_only: int, base_only: int) -> float:
         raise ValueError(f"{(tuned_only, base_only)} are not counts")
     discordant = tuned_only + base_only
     return float(stats.binomtest(tuned_only, discordant).pvalue) if discordant else 1.0
-
-
-def pigeonhole_interval(
-    values: NDArray[np.float64],
-    *,
-    confidence: float = 0.95,
-    replicates: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Bootstrap interval of the mean of `values` (R, N) whose rows and columns are both samples.
-
-    Percentile interval of the "pigeonhole" bootstrap (Owen 2007, "The pigeonhole bootstrap", Annals
-    of Applied Statistics 1): rows and columns are drawn anew, each with replacement and
-    independently, because entries of one row are alike, and so are entries of one column.
-
-    Args:
-        values: (R, N), for instance gains by training run and initial state.
-        confidence: Two-sided coverage, between 0 and 1.
-        replicates: Bootstrap replicates.
-        seed: Seed of the resampling, so that the interval can be reproduced.
-
-    Returns:
-        The interval of the mean.
-    """
-    rows, columns = values.shape
-    rng = np.random.default_rng(seed)
-    row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=replicates) / rows
-    column_weights = rng.multinomial(columns, np.full(columns, 1 / columns), size=replicates)
-    means = ((row_weights @ values) * column_weights).sum(axis=1) / columns
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(low), float(high))
 
 
 def _corrected_correlation(both: int, tuned_only: int, base_only: int, neither: int) -> float:

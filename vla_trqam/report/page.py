@@ -10,9 +10,9 @@ from typing import Any
 from urllib.parse import quote
 
 from vla_trqam.files import written_whole
-from vla_trqam.report.evaluation import PairedEvaluation, combine_seeds
+from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.flow_steps import FlowSteps
-from vla_trqam.report.formats import jsonable, percent, points, points_interval, table
+from vla_trqam.report.formats import jsonable, percent, table
 from vla_trqam.report.metrics import (
     Metrics,
     TrustRegionSummary,
@@ -96,35 +96,6 @@ def write_report(
     write_json(output_dir / "report.json", raw)
     text = "\n\n".join(section for section in sections if section) + "\n"
     return _write(output_dir / "report.md", text)
-
-
-def comparison_table(methods: Mapping[str, Sequence[PairedEvaluation]]) -> str:
-    """Markdown table of several methods, each with its training seeds.
-
-    Args:
-        methods: Evaluations of the training seeds, all on the same initial states, by method.
-
-    Returns:
-        The table: median and worst seed, and the pooled difference with its bootstrap interval.
-    """
-    rows = []
-    for label, evaluations in methods.items():
-        combined = combine_seeds(evaluations)
-        worst = combined.worst_run
-        rows.append(
-            [
-                label,
-                str(len(evaluations)),
-                percent(float(combined.base_rates.mean())),
-                percent(combined.median_tuned_rate),
-                f"{percent(combined.tuned_rates[worst])} "
-                f"({points(combined.worst_difference)} points)",
-                f"{points(combined.difference)} points",
-                f"{points_interval(combined.difference_interval)} points",
-            ]
-        )
-    header = ["", "seeds", "base", "median", "worst against its base", "mean gain", "95% interval"]
-    return table(header, rows)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Path:

@@ -8,15 +8,16 @@ so a trajectory is cut after every step that starts from a solved state: that ep
 succeeded, and what is left at the trajectory's end was cut by a limit. Step by step, these are
 OGBench's transitions with its rewards less what `success_minus_one` takes off: 1 where the mask is
 0, else 0. For tasks of several parts it is the sparse form of the reward, as in
-:mod:`vla_trqam.envs.ogbench.family`.
+:mod:`vla_trqam.envs.ogbench.family`; `dense` ones are OGBench's own.
+
+Sets of 10 and 100 million steps are folders of files of one size. :func:`read_shards` takes those
+for a :class:`~vla_trqam.data.window.Window`, which has one of them in memory at a time.
 """
 
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -27,32 +28,15 @@ import numpy as np
 
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.base import Sizes
-from vla_trqam.data.sources.robomimic.safety import HARMLESS_IN_ALL, LARGEST_TOTAL_RATIO
+from vla_trqam.data.sources.ogbench_npz import BUTTONS, Rows, Shapes, read_rows, read_shapes
 from vla_trqam.envs.ogbench.family import make_ogbench
 from vla_trqam.envs.seeding import global_seed
 from vla_trqam.errors import UserError
 
 VALIDATION = "-val.npz"
-MADE = "recipes/make_ogbench_data.py"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a file holds, a row a state.
-
-    Attributes:
-        observations: (N, O) float32.
-        actions: (N, A) float32; those of last rows lead nowhere.
-        last: (N,) bool, the row is its trajectory's last.
-        qpos: (N, Q) of the simulator.
-        button_states: (N, B), where the task has buttons.
-    """
-
-    observations: np.ndarray
-    actions: np.ndarray
-    last: np.ndarray
-    qpos: np.ndarray
-    button_states: np.ndarray | None
+MADE, NOT_PLAYED = "recipes/make_ogbench_data.py", ("ant", "humanoid")
+BLOCK = 100_000
+"""States at a time where numbers are widened to be summed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +47,7 @@ class OGBenchData:
         path: the file, or the folder of them.
         files: in order.
         task: the single task that they are relabelled for.
+        dense: rewards are OGBench's own, not those of success.
         observation_dim: O.
         action_dim: A.
         num_trajectories: of all files.
@@ -75,6 +60,7 @@ class OGBenchData:
     path: Path
     files: tuple[Path, ...]
     task: str
+    dense: bool
     observation_dim: int
     action_dim: int
     num_trajectories: int
@@ -101,7 +87,8 @@ class OGBenchData:
     def _cut(self, judge: _Judge) -> Iterator[Episode]:
         for file in self.files:
             rows = read_rows(file)
-            yield from cut_episodes(rows, judge.solved(rows))
+            rewards, solved = judge.relabelled(rows)
+            yield from cut_episodes(rows, solved, rewards if self.dense else None)
             del rows
 
     def notes(self) -> list[str]:
@@ -118,67 +105,176 @@ def dataset_name(task: str) -> str:
     return re.sub(r"-singletask(-task\d)?", "", task)
 
 
-def data_path(path: Path | None, task: str) -> Path:
+def data_path(path: Path | None, task: str, *, sharded: bool = False) -> Path:
     """The path of the settings; without one, the place where OGBench keeps what it downloads.
+
+    Args:
+        path: of the settings.
+        task: the single task.
+        sharded: whether files are to take turns: OGBench's largest set, in a folder, is looked for.
 
     Raises:
         UserError: there is nothing.
     """
+    if path is not None:
+        return path
     name = dataset_name(task)
-    own = Path("~/.ogbench/data").expanduser() / f"{name}.npz"
-    if path is None and not own.exists():
-        raise UserError(
-            f"--dataset.path is not given and {own} is not there: OGBench's own {name}.npz, or "
-            f"what `python {MADE} --dataset={name} --output={name}.npz` makes, would do"
+    folder = Path("~/.ogbench/data").expanduser()
+    own = folder / (name.removesuffix("-v0") + "-100m-v0" if sharded else f"{name}.npz")
+    if not own.exists():
+        made = f"`python {MADE} --dataset={name} --output={name}" + (
+            f" --shards=10 --episodes=1000` would make a smaller one, or --dataset.swap_every=null "
+            f"takes {name}.npz"
+            if sharded
+            else ".npz` makes it"
         )
-    return path or own
+        if name.startswith(NOT_PLAYED):
+            made = "it cannot be made here, as ant and humanoid want an expert policy"
+        raise UserError(
+            f"--dataset.path is not given and {own}, where OGBench's own would lie, is not there: "
+            f"{made}"
+        )
+    return own
 
 
-def read_ogbench(path: Path, task: str) -> OGBenchData:
+def read_ogbench(path: Path, task: str, *, dense: bool = False) -> OGBenchData:
     """Looks through the files at `path`, one after the other, and checks them.
 
     Args:
         path: a file, or a folder of them; those of a folder whose names end in "-val.npz" are for
             validation and left out.
         task: the single task, by its name in OGBench.
+        dense: rewards are to be OGBench's own, not those of success.
 
     Raises:
         UserError: there is no file, or one does not hold what OGBench's data of the task does.
     """
-    files, seen = _files(path), _Seen()
+    return _looked_through(path, _files(path), task, dense)
+
+
+def _looked_through(path: Path, files: tuple[Path, ...], task: str, dense: bool) -> OGBenchData:
+    seen = _Seen()
     with _judge(task) as judge:
         for file in files:
             seen.look(file, judge)
         sizes = judge.observation_dim, judge.action_dim
     counts = seen.trajectories, seen.steps, seen.solved
-    return OGBenchData(path, files, task, *sizes, *counts, *seen.moments())
+    return OGBenchData(path, files, task, dense, *sizes, *counts, *seen.moments())
 
 
-def cut_episodes(rows: Rows, solved: np.ndarray) -> Iterator[Episode]:
-    """Cuts trajectories after every step from a solved state, whose reward is 1.
+@dataclass(frozen=True)
+class OGBenchShards:
+    """Files of one size that are drawn from in turn. Only the first one is looked through before.
+
+    Attributes:
+        path: the folder, or a file alone.
+        files: in order.
+        rows: of a file, states all of them.
+        first: the first file.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    rows: int
+    first: OGBenchData
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return str(self.path)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the largest shard that there could be."""
+        return Sizes(self.first.observation_dim, self.first.action_dim, self.rows)
+
+    @property
+    def num_shards(self) -> int:
+        """Files."""
+        return len(self.files)
+
+    def shard(self, number: int) -> Iterator[Episode]:
+        """The episodes of a file.
+
+        Raises:
+            UserError: it does not hold what OGBench's data of the task does.
+        """
+        one = (self.files[number],)
+        with _judge(self.first.task) as judge:
+            yield from OGBenchData(**vars(self.first) | {"files": one})._cut(judge)
+
+    def notes(self) -> list[str]:
+        """One line: what there is, and what is not known of it yet."""
+        found = self.first.notes()[0].replace("in 1 files", f"in {self.files[0].name}")
+        return [
+            f"{self.num_shards} files of {self.rows} states, one in memory at a time, each looked "
+            f"through when its turn comes; the policy's moments are the first one's: {found}"
+        ]
+
+
+def read_shards(path: Path, task: str, *, dense: bool = False) -> OGBenchShards:
+    """Looks at what all files say of their arrays, and through the first one.
+
+    Args:
+        path: a folder of files, or one alone; see :func:`read_ogbench`.
+        task: the single task.
+        dense: rewards are to be OGBench's own, not those of success.
+
+    Raises:
+        UserError: there is no file, they are not of one size, or the first does not hold what
+            OGBench's data of the task does.
+    """
+    files = _files(path)
+    rows = _rows_of_each(files)
+    return OGBenchShards(path, files, rows, _looked_through(path, files[:1], task, dense))
+
+
+def _rows_of_each(files: Sequence[Path]) -> int:
+    first: Shapes = read_shapes(files[0])
+    for file in files[1:]:
+        shapes = read_shapes(file)
+        for name in sorted(first.sizes.keys() | shapes.sizes.keys()):
+            one, other = first.sizes.get(name, 0), shapes.sizes.get(name, 0)
+            if one != other:
+                raise UserError(
+                    f"{file} has {name} of {other} numbers and {files[0]} of {one}: the files of a "
+                    "folder must be of one task"
+                )
+        if shapes.rows != first.rows:
+            raise UserError(
+                f"{file} has {shapes.rows} states and {files[0]} {first.rows}: files that take "
+                "turns must be of one size, or the steps of the small ones count for more; without "
+                "--dataset.swap_every all of them are read into the replay"
+            )
+    return first.rows
+
+
+def cut_episodes(
+    rows: Rows, solved: np.ndarray, rewards: np.ndarray | None = None
+) -> Iterator[Episode]:
+    """Cuts trajectories after every step from a solved state.
 
     Args:
         rows: of a file.
         solved: (N,) bool, the row's state solves the task.
+        rewards: (N,) of the steps from these states; None for 1 from a solved one and else 0.
     """
     start = 0
-    for row in range(len(rows.last)):
-        if rows.last[row]:
-            if row > start:
-                yield _episode(rows, start, row, success=False)
-            start = row + 1
-        elif solved[row]:
-            yield _episode(rows, start, row + 1, success=True)
-            start = row + 1
+    if rewards is None:
+        rewards = solved.astype(np.float32)
+    for row in np.flatnonzero(rows.last | solved):
+        success = not rows.last[row]
+        end = int(row) + success
+        if end > start:
+            yield _episode(rows, start, end, rewards, success=success)
+        start = int(row) + 1
 
 
-def _episode(rows: Rows, start: int, end: int, *, success: bool) -> Episode:
-    rewards = np.zeros(end - start, np.float32)
-    rewards[-1] = success
+def _episode(rows: Rows, start: int, end: int, rewards: np.ndarray, *, success: bool) -> Episode:
     return Episode(
         observations=rows.observations[start : end + 1].copy(),  # else it would keep the file
         actions=rows.actions[start:end].copy(),
-        rewards=rewards,
+        rewards=rewards[start:end].copy(),
         terminated=success,
         truncated=not success,
         success=success,
@@ -205,7 +301,7 @@ class _Judge:
             ("observations", rows.observations.shape[1], self.observation_dim),
             ("actions", rows.actions.shape[1], self.action_dim),
             ("qpos", rows.qpos.shape[1], self._num_qpos),
-            ("button_states", buttons, self._num_buttons),
+            (BUTTONS, buttons, self._num_buttons),
         ):
             if size != wanted:
                 raise UserError(
@@ -213,14 +309,14 @@ class _Judge:
                     f"wants data of {dataset_name(self._task)}"
                 )
 
-    def solved(self, rows: Rows) -> np.ndarray:
-        """(N,) bool."""
+    def relabelled(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """OGBench's reward of a step from each state, (N,), and whether it is solved, (N,) bool."""
         from ogbench.relabel_utils import relabel_dataset
 
-        dataset = {"qpos": rows.qpos, "button_states": rows.button_states}
+        dataset = {"qpos": rows.qpos, BUTTONS: rows.button_states}
         with global_seed(0):
             relabel_dataset(self._task, self._env, dataset)
-        return np.asarray(dataset["masks"] == 0.0)
+        return np.asarray(dataset["rewards"], np.float32), np.asarray(dataset["masks"] == 0.0)
 
 
 class _Seen:
@@ -236,11 +332,12 @@ class _Seen:
         judge.check(rows, file)
         self.trajectories += int(rows.last.sum())
         self.steps += int((~rows.last).sum())
-        self.solved += int((judge.solved(rows) & ~rows.last).sum())
-        wide = rows.observations.astype(np.float64)
-        self._count += len(wide)
-        self._total = self._total + wide.sum(axis=0)
-        self._squares = self._squares + (wide**2).sum(axis=0)
+        self.solved += int((judge.relabelled(rows)[1] & ~rows.last).sum())
+        for start in range(0, len(rows.last), BLOCK):
+            wide = rows.observations[start : start + BLOCK].astype(np.float64)
+            self._count += len(wide)
+            self._total = self._total + wide.sum(axis=0)
+            self._squares = self._squares + (wide**2).sum(axis=0)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the observations, (O,) float32 each."""
@@ -267,78 +364,3 @@ def _files(path: Path) -> tuple[Path, ...]:
     if not files:
         raise UserError(f"--dataset.path={path} is a folder without an npz of training data")
     return files
-
-
-def read_rows(path: Path) -> Rows:
-    """A file of OGBench's format.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        _check_size(path)
-        with np.load(path, allow_pickle=False) as file:
-            rows = _rows(file, path)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as OGBench's npz: {error}") from None
-    _check(rows, path)
-    return rows
-
-
-def _check_size(path: Path) -> None:
-    """What is unpacked must be in proportion to the file."""
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    stored = path.stat().st_size
-    if unpacked > LARGEST_TOTAL_RATIO * stored + HARMLESS_IN_ALL:
-        raise UserError(f"{path} of {stored} bytes claims to hold {unpacked}: it is refused")
-
-
-def _rows(file: Any, path: Path) -> Rows:
-    missing = [n for n in ("observations", "actions", "terminals", "qpos") if n not in file.files]
-    if missing:
-        more = "; OGBench relabels the data by qpos" if missing == ["qpos"] else ""
-        raise UserError(f"{path} has no array {missing[0]!r}, which OGBench's data has{more}")
-    arrays = {name: file[name] for name in ("observations", "actions", "qpos")}
-    for name, array in arrays.items():
-        if array.ndim != 2 or array.dtype.kind != "f":
-            raise UserError(
-                f"{path} has {name} of {array.dtype} and shape {array.shape}; they must be floats, "
-                "a row a state"
-            )
-    last = file["terminals"]
-    if last.ndim != 1 or not np.isin(last, (0, 1)).all():
-        raise UserError(f"{path} has terminals that are not one 0 or 1 a state")
-    buttons = file["button_states"] if "button_states" in file.files else None
-    return Rows(
-        observations=arrays["observations"].astype(np.float32, copy=False),
-        actions=arrays["actions"].astype(np.float32, copy=False),
-        last=last.astype(bool),
-        qpos=arrays["qpos"],
-        button_states=buttons,
-    )
-
-
-def _check(rows: Rows, path: Path) -> None:
-    count = len(rows.last)
-    if rows.button_states is not None and rows.button_states.ndim != 2:
-        raise UserError(f"{path} has button_states of shape {rows.button_states.shape}, not (N, B)")
-    for name in ("observations", "actions", "qpos", "button_states"):
-        array = getattr(rows, name)
-        if array is None:
-            continue
-        if len(array) != count:
-            raise UserError(f"{path} has {len(array)} rows of {name} and {count} of terminals")
-        if not np.isfinite(array).all():
-            row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
-            raise UserError(f"{path} has a NaN or infinite number in row {row} of {name}")
-    if count == 0 or not rows.last[-1]:
-        raise UserError(f"{path} ends within a trajectory: the last of its terminals must be 1")
-    lengths = np.diff(np.flatnonzero(rows.last), prepend=-1)
-    if lengths.min() < 2:
-        number = int(np.flatnonzero(lengths < 2)[0])
-        raise UserError(f"{path} has no step in trajectory {number}: one state alone")
-    outside = np.abs(rows.actions).max(axis=1) > 1.0
-    if outside.any():
-        row = int(np.flatnonzero(outside)[0])
-        raise UserError(f"{path} has an action outside [-1, 1] in row {row}")

@@ -124,6 +124,14 @@ def _read_generators(folder: Path, generators: Generators) -> None:
     generators.replay.bit_generator.state = _read_json(folder / "replay_rng.json")
 
 
+def adopt_checkpoint(checkpoint: Path, output_dir: Path) -> None:
+    """Copies another run's checkpoint, which becomes this one's last."""
+    (output_dir / CHECKPOINTS).mkdir(exist_ok=True)
+    with written_durably(output_dir / CHECKPOINTS / checkpoint.name) as part:
+        shutil.copytree(checkpoint, part)
+    _point(output_dir / CHECKPOINTS / LAST, checkpoint.name)
+
+
 def forget_checkpoints(output_dir: Path, prefix: str, *, keep: str) -> None:
     """Deletes the checkpoints whose names begin so, but for the one named ``keep``."""
     for path in (output_dir / CHECKPOINTS).glob(f"{prefix}*"):

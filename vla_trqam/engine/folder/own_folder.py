@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
+from vla_trqam.config.settings import RunSettings
 from vla_trqam.engine.folder.checkpoints import (
     all_checkpoints,
     check_whole,
@@ -50,16 +50,8 @@ def check_output_dir(output_dir: Path, *, resume: bool) -> None:
         raise UserError(f"{output_dir} is in use; choose another --output_dir{go_on}")
 
 
-class Settings(Protocol):
-    """The settings that decide about the folder."""
-
-    output_dir: Path | None
-    resume: bool
-    checkpoint: str | None
-
-
 @contextmanager
-def own_folder(config: Settings, team: Team | None = None) -> Iterator[None]:
+def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
     """While open, the folder of the settings is this run's alone; every process of it calls this.
 
     A new run's folder is made. Whatever ends the run by an exception before its first checkpoint:
@@ -93,7 +85,7 @@ class _OwnFolder:
         self._made: list[Path] = []
         self._before: set[Path] | None = None
 
-    def open(self, config: Settings) -> None:
+    def open(self, config: RunSettings) -> None:
         check_output_dir(self._path, resume=True)  # what it holds is looked at under the lock
         self._make()
         self._lock.take()

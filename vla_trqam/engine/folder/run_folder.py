@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from vla_trqam.config.parsing import Resumable, dump_config
+from vla_trqam.config.parsing import dump_config
+from vla_trqam.config.settings import RunSettings
 from vla_trqam.data.replay import Replay
 from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
 from vla_trqam.engine.processes.team import Team
@@ -37,7 +38,8 @@ def open_folder(
     Args:
         output_dir: the run's folder.
         reopen: opens the replay at a path.
-        begin: makes and fills one there, after whatever else a new run needs.
+        begin: makes and fills one there, after whatever else a new run needs; that may be a
+            checkpoint of another run, to go on from.
         team: the processes.
 
     Raises:
@@ -50,6 +52,10 @@ def open_folder(
     if checkpoint is not None:
         return team.together(lambda: _go_on(checkpoint, reopen, path, team))
     replay = team.together(lambda: begin(path))
+    taken = team.together(lambda: last_checkpoint(output_dir))
+    if taken is not None:
+        replay.close()
+        return team.together(lambda: _go_on(taken, reopen, path, team))
     return replay, MetricsLog(output_dir / METRICS_NAME) if team.is_main else None
 
 
@@ -83,7 +89,7 @@ def _go_on(
     return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
 
 
-def save_settings(config: Resumable, output_dir: Path) -> None:
+def save_settings(config: RunSettings, output_dir: Path) -> None:
     """Writes the command and ``config.yaml``, with which the run can be resumed from then on.
 
     The command stays where a run that had no checkpoint yet is resumed, and so begun anew.
@@ -91,7 +97,7 @@ def save_settings(config: Resumable, output_dir: Path) -> None:
     if not config.resume:
         command = shlex.join([*launcher(), *sys.argv])
         (output_dir / COMMAND_NAME).write_text(command + "\n")
-    saved = replace(config, resume=False, checkpoint=None)  # type: ignore[type-var]
+    saved = replace(config, resume=False, checkpoint=None)
     dump_config(saved, output_dir / CONFIG_NAME)
 
 

@@ -7,8 +7,9 @@ state and has reward 1, all before have 0. `success_minus_one` (the settings' `-
 LeRobot's recipes `--dataset.kind`) makes of it -1 until then and 0 on that step. For the mazes and
 `cube-single` these are OGBench's own rewards, to the number; for the tasks of several parts, where
 OGBench's count the parts that are missing (-2...0 for `cube-double`), they are what the papers call
-the sparse form: -1 where OGBench's is not 0. `sparse` leaves 1 and 0. Success that the last step
-allowed leads to does not count, as in OGBench.
+the sparse form: -1 where OGBench's is not 0. `sparse` leaves 1 and 0. A family that is asked for
+`dense` rewards gives OGBench's own instead. Success that the last step allowed leads to does not
+count, as in OGBench.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def task_names() -> list[str]:
     return [f"{domain}-singletask-task{k}-v0" for domain in DOMAINS for k in range(1, 6)]
 
 
-def ogbench_family(task: str | None, *, max_episode_steps: int | None = None) -> EnvFamily:
+def ogbench_family(
+    task: str | None, *, max_episode_steps: int | None = None, dense: bool = False
+) -> EnvFamily:
     """One of OGBench's single tasks.
 
     It is made once to ask for its sizes: half a second for a maze, two for the arm's tasks.
@@ -62,6 +65,7 @@ def ogbench_family(task: str | None, *, max_episode_steps: int | None = None) ->
         task: a name as OGBench has it, like ``cube-double-play-singletask-task2-v0``; without
             ``-taskN`` it is the domain's default one.
         max_episode_steps: control steps after which an episode is truncated; None for OGBench's.
+        dense: rewards are OGBench's own, minus the number of parts that are missing.
 
     Raises:
         UserError: OGBench is not installed or has no such task, or a number below 1.
@@ -86,7 +90,7 @@ def ogbench_family(task: str | None, *, max_episode_steps: int | None = None) ->
     return EnvFamily(
         name="ogbench",
         task=task,
-        make=partial(_make, task, TASK_TEXTS[match[1]], steps),
+        make=partial(_make, task, TASK_TEXTS[match[1]], steps, dense),
         max_episode_steps=steps,
         control_rate=rate,
         task_texts=(TASK_TEXTS[match[1]],),
@@ -109,10 +113,12 @@ def require_ogbench(flag: str) -> None:
 class OGBenchEnv(SeededTaskEnv):
     """A single task of OGBench's."""
 
-    def __init__(self, env: gymnasium.Env[Any, np.ndarray], text: str, steps: int) -> None:
-        """Wrap `env`; `text` is what a policy is told."""
+    def __init__(
+        self, env: gymnasium.Env[Any, np.ndarray], text: str, steps: int, *, dense: bool = False
+    ) -> None:
+        """Wrap `env`; `text` is what a policy is told, `dense` leaves OGBench's own rewards."""
         super().__init__(env, steps)
-        self.task_text = text
+        self.task_text, self._dense = text, dense
 
     def state_of(self, observation: Any) -> np.ndarray:
         """As OGBench's data has it."""
@@ -122,10 +128,15 @@ class OGBenchEnv(SeededTaskEnv):
         """Of the state that the last step started from."""
         return bool(info["success"])
 
+    def reward_of(self, own: float, success: bool) -> float:
+        """Of the state that the last step started from."""
+        return own if self._dense else super().reward_of(own, success)
 
-def _make(task: str, text: str, steps: int, rendering: bool) -> OGBenchEnv:
+
+def _make(task: str, text: str, steps: int, dense: bool, rendering: bool) -> OGBenchEnv:
     size = {"width": FRAME_SIZE, "height": FRAME_SIZE} if rendering else {}
-    return OGBenchEnv(make_ogbench(task, max_episode_steps=steps, **size), text, steps)
+    env = make_ogbench(task, max_episode_steps=steps, **size)
+    return OGBenchEnv(env, text, steps, dense=dense)
 
 
 def make_ogbench(task: str, **settings: Any) -> gymnasium.Env[Any, np.ndarray]:

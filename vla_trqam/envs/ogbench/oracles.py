@@ -2,8 +2,10 @@
 
 As OGBench makes its data: no episode ends at a goal; a goal that is reached or given up makes room
 for the next. "play" follows plans with smooth noise, "noisy" is closed-loop with Gaussian noise and
-random actions. The oracles are in OGBench's package, the scripts that drive them only in its
-repository, so this is their driver. Ant and humanoid want an expert policy, and are not played.
+random actions. In a maze "navigate" walks from goal to goal, "stitch" to one four cells away and
+"path" to any, to stay there; "explore" takes a new direction every ten steps. The oracles are in
+OGBench's package, the scripts that drive them only in its repository, so this is their driver. Ant
+and humanoid want an expert policy, and are not played.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +27,14 @@ from vla_trqam.envs.robomimic.demonstrators.processes import in_processes
 from vla_trqam.envs.seeding import global_seed
 from vla_trqam.errors import UserError
 
-NAME = re.compile(r"(?:(cube|scene|puzzle)(?:-\w+)?-(play|noisy)|(pointmaze)-\w+-(navigate))-v0")
+NAME = re.compile(
+    r"(?:(cube|scene|puzzle)(?:-\w+)?-(play|noisy)|pointmaze-\w+-(navigate|stitch|path|explore))-v0"
+)
 PLAN_NOISE = {"noise": 0.1, "noise_smoothing": 0.5}
 MARKOV_NOISE, MARKOV_SCALES = 0.1, np.array([1.0, 1.0, 1.0, 3.0, 10.0])
 RANDOM_ACTIONS = {"cube": 0.1, "scene": 0.1, "puzzle": 0.2}
-MAZE_NOISE = 0.5
+NEIGHBOURS = ((-1, 0), (0, -1), (1, 0), (0, 1))
+MAZE_NOISE, STITCH_CELLS, EXPLORE_STEPS = 0.5, 4, 10
 STACKED = {"single": (0.0, 0.0), "double": (0.0, 0.25), "triple": (0.05, 0.35)} | {
     "quadruple": (0.1, 0.5)
 }
@@ -96,36 +101,84 @@ class Player(ABC):
 
 
 class PointPlayer(Player):
-    """Walks the shortest path from cell to cell to one free cell after another, with noise."""
+    """Walks in a maze, with noise."""
+
+    def __init__(self, env: gymnasium.Env[Any, np.ndarray], kind: str) -> None:
+        """Play "navigate", "stitch", "path" or "explore" data."""
+        super().__init__(env)
+        inner: Any = env.unwrapped
+        self._inner, self._kind, self._steps = inner, kind, 0
+        self._free = [(int(i), int(j)) for i, j in np.argwhere(inner.maze_map == 0)]
 
     def begin(self, seed: int | None) -> np.ndarray:
         """At a random free cell."""
-        inner: Any = self.env.unwrapped
-        self._inner, free = inner, np.argwhere(inner.maze_map == 0)
-        self._cells = [tuple(map(int, ij)) for ij in free]
-        info = {"init_ij": self._cell(), "goal_ij": self._cell()}
+        start = _one_of(self._free)
+        info = {"init_ij": start, "goal_ij": self._goal_from(start)}
         observation, _ = self.env.reset(seed=seed, options={"task_info": info})
+        self._steps, self.goals = 0, int(self._kind in ("stitch", "path"))
         return np.asarray(observation)
 
     def action(self) -> np.ndarray:
-        """Toward the next cell of the path, at full speed."""
+        """At full speed."""
+        heading = self._explored() if self._kind == "explore" else self._to_the_goal()
+        return np.asarray(heading + np.random.normal(0.0, MAZE_NOISE, heading.shape))
+
+    def saw(self, observation: np.ndarray, info: dict[str, Any]) -> None:
+        """Where many goals are played for, one that is reached makes room for the next."""
+        if info["success"] and self._kind == "navigate":
+            self.goals, self.reached = self.goals + 1, self.reached + 1
+            self._inner.set_goal(goal_ij=self._goal_from(()))
+        elif info["success"]:
+            self.reached = self.goals
+
+    def _explored(self) -> np.ndarray:
+        """The direction of the moment, of length 1."""
+        if self._steps % EXPLORE_STEPS == 0:
+            direction = np.random.normal(size=2)
+            self._direction = direction / (np.linalg.norm(direction) + 1e-6)
+        self._steps += 1
+        return self._direction
+
+    def _to_the_goal(self) -> np.ndarray:
+        """The direction of the next cell of the shortest path, of length 1."""
         inner = self._inner
         here, goal = inner.get_xy(), np.asarray(inner.cur_goal_xy)
         target = goal
         if inner.xy_to_ij(here) != inner.xy_to_ij(goal):
             target, _ = inner.get_oracle_subgoal(here, goal)
-        heading = (target - here) / (np.linalg.norm(target - here) + 1e-6)
-        return np.asarray(heading + np.random.normal(0.0, MAZE_NOISE, heading.shape))
+        return np.asarray((target - here) / (np.linalg.norm(target - here) + 1e-6))
 
-    def saw(self, observation: np.ndarray, info: dict[str, Any]) -> None:
-        """A goal that is reached makes room for the next."""
-        if info["success"]:
-            self.goals, self.reached = self.goals + 1, self.reached + 1
-            inner = self._inner
-            inner.set_goal(goal_xy=inner.add_noise(inner.ij_to_xy(self._cell())))
+    def _goal_from(self, start: tuple[int, ...]) -> tuple[int, ...]:
+        """A cell where ways part, turn or end; of "stitch" data one four cells from the start."""
+        free = set(self._free)
+        if self._kind == "stitch":
+            return _one_of(_cells_away(start, free, STITCH_CELLS) or [start])
+        return _one_of([cell for cell in self._free if not _within_a_hallway(cell, free)])
 
-    def _cell(self) -> tuple[int, ...]:
-        return self._cells[np.random.randint(len(self._cells))]
+
+def _within_a_hallway(cell: tuple[int, ...], free: Container[tuple[int, ...]]) -> bool:
+    i, j = cell
+    down, across = (
+        [(i - 1, j) in free, (i + 1, j) in free],
+        [(i, j - 1) in free, (i, j + 1) in free],
+    )
+    return (all(down) and not any(across)) or (all(across) and not any(down))
+
+
+def _cells_away(
+    start: tuple[int, ...], free: Container[tuple[int, ...]], steps: int
+) -> list[tuple[int, ...]]:
+    """The free cells that are so many steps from the start, by the shortest path."""
+    seen, edge = {start}, [start]
+    for _ in range(steps):
+        around = [(i + di, j + dj) for i, j in edge for di, dj in NEIGHBOURS]
+        edge = [cell for cell in dict.fromkeys(around) if cell in free and cell not in seen]
+        seen.update(edge)
+    return edge
+
+
+def _one_of(cells: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return cells[np.random.randint(len(cells))]
 
 
 class ArmPlayer(Player):
@@ -189,10 +242,10 @@ def make_player(dataset: str) -> Player:
         raise UserError(
             f"--dataset={dataset} cannot be made here; cube-single-play-v0, scene-noisy-v0, "
             "puzzle-3x3-play-v0 and pointmaze-medium-navigate-v0 are the kind that can (ant and "
-            "humanoid want an expert policy)"
+            "humanoid want an expert policy: their data is OGBench's own files)"
         )
     require_ogbench(f"--dataset={dataset}")
-    arm, kind, _, _ = match.groups()
+    arm, kind, walk = match.groups()
     name = "-".join([*dataset.split("-")[:-2], "v0"])
     settings = {"mode": "data_collection"} if arm else {}
     with warnings.catch_warnings():
@@ -210,7 +263,7 @@ def make_player(dataset: str) -> Player:
         except gymnasium.error.Error as error:
             raise UserError(f"--dataset={dataset} is none of OGBench's: {error}") from None
         keep_action_space(env.unwrapped)
-    return ArmPlayer(env, arm, kind) if arm else PointPlayer(env)
+    return ArmPlayer(env, arm, kind) if arm else PointPlayer(env, walk)
 
 
 def play(player: Player, plan: PlayPlan) -> PlayedEpisode:

@@ -135,6 +135,24 @@ def check_scales(named: Mapping[str, LeRobotReader]) -> None:
             )
 
 
+def check_rollouts(reader: LeRobotReader) -> None:
+    """Refuse a reward column on another scale of success than rollouts' 0 and 1 beside it.
+
+    Raises:
+        UserError: naming both, and what would be right.
+    """
+    rewards = _Rewards.of(reader)
+    if rewards is None or rewards.kind != "column":
+        return
+    sparse = SUCCESS_REWARDS["sparse"]
+    if not rewards.fits(_Rewards("column", *sparse, frozenset({sparse}))):
+        raise UserError(
+            f"{reader.where} gives rewards of {rewards} and rollouts have 0 and 1, but a critic "
+            "learns one reward: --dataset.reward=success makes those of the dataset 0 and 1 too, "
+            "of which --dataset.kind=success_minus_one makes -1 and 0"
+        )
+
+
 @dataclass(frozen=True)
 class _Rewards:
     """What the critic learns from a dataset.

@@ -1,0 +1,131 @@
+"""The statistics against naive loops and known values."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from vla_trqam.study.statistics import (
+    compare_pairs,
+    holm,
+    improvements,
+    interquartile_means,
+    mean_interval,
+    performance_profiles,
+    rank_correlation,
+    rate_interval,
+    sign_flip_p,
+    spearman,
+)
+
+RNG = np.random.default_rng(3)
+SCORES = {
+    "a": np.array([[0.9, 0.8], [0.7, 0.9], [0.8, 0.6]]),
+    "b": np.array([[0.5, 0.8], [0.4, 0.7], [0.6, 0.2]]),
+    "c": np.array([[0.1, 0.0], [0.2, 0.1], [0.0, 0.3]]),
+}
+
+
+def test_the_interquartile_mean_is_that_of_the_middle_half_of_all_runs():
+    found = interquartile_means(SCORES, replicates=200)
+    for name, scores in SCORES.items():
+        runs = sorted(scores.ravel())
+        assert found[name].value == pytest.approx(np.mean(runs[1:-1]))  # a quarter of 6 is one
+        assert found[name].value in found[name].interval
+    assert found["c"].interval.high < found["a"].interval.low
+
+
+def test_the_intervals_can_be_repeated_and_leave_numpys_generator_alone():
+    np.random.seed(7)
+    before = np.random.get_state()[1].copy()
+    one, other = (interquartile_means(SCORES, replicates=50) for _ in range(2))
+    assert one == other
+    assert (np.random.get_state()[1] == before).all()
+
+
+def test_the_probability_of_improvement_counts_pairs_of_runs_and_halves_ties():
+    found = improvements(SCORES, "a", replicates=50)
+    assert found.keys() == {"b", "c"}
+    for name in ("b", "c"):
+        wins = [
+            (x > y) + 0.5 * (x == y)
+            for task in range(2)
+            for x, y in itertools.product(SCORES["a"][:, task], SCORES[name][:, task])
+        ]
+        assert found[name].value == pytest.approx(np.mean(wins))
+    assert found["c"].value == 1.0
+
+
+def test_a_profile_is_the_share_of_runs_above_a_success():
+    found = performance_profiles(SCORES, replicates=50)["a"]
+    for threshold, share in zip(found.thresholds, found.share, strict=True):
+        assert share == pytest.approx(np.mean(SCORES["a"] > threshold))
+    assert (found.low <= found.share + 1e-12).all()
+    assert (found.share <= found.high + 1e-12).all()
+
+
+def test_the_sign_flip_test_counts_all_signs():
+    differences = np.array([0.3, 0.1, 0.2, -0.05, 0.4])
+    mean = abs(differences.mean())
+    flipped = [
+        abs(np.mean(differences * signs)) >= mean - 1e-12
+        for signs in itertools.product([1, -1], repeat=5)
+    ]
+    assert sign_flip_p(differences) == pytest.approx(np.mean(flipped))
+    assert sign_flip_p(np.zeros(5)) == 1.0
+    assert sign_flip_p(np.array([0.5])) == 1.0
+
+
+def test_holm_is_the_step_down_of_the_book():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    from statsmodels.stats.multitest import multipletests
+
+    p = RNG.uniform(0, 0.1, 12)
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_equal_methods_are_not_told_apart_and_far_ones_are():
+    base = RNG.uniform(0.3, 0.5, (3, 5))
+    scores = {"good": base + 0.3, "bad": base, "same": base + RNG.normal(0, 0.01, (3, 5))}
+    found = {(pair.one, pair.other): pair for pair in compare_pairs(scores, replicates=200)}
+    assert found["good", "bad"].told_apart
+    assert found["good", "bad"].difference == pytest.approx(0.3)
+    assert found["good", "bad"].p == pytest.approx(2 / 2**15), "all signs were tried"
+    assert not found["bad", "same"].told_apart
+    assert all(pair.corrected_p >= pair.p for pair in found.values())
+
+
+def test_two_seeds_of_one_task_tell_nothing_apart():
+    found = compare_pairs({"a": np.ones((2, 1)), "b": np.zeros((2, 1))}, replicates=50)
+    assert not found[0].told_apart
+    assert found[0].p == pytest.approx(0.5)
+
+
+def test_the_interval_of_a_mean_draws_the_seeds_of_each_task_among_themselves():
+    values = np.array([[0.0, 100.0], [0.0, 100.0]])
+    assert mean_interval(values) == mean_interval(values[::-1])
+    assert mean_interval(values).low == mean_interval(values).high == 50.0
+    wide = mean_interval(np.array([[0.0, 0.0], [1.0, 1.0]]))
+    assert (wide.low, wide.high) == (0.0, 1.0)
+
+
+def test_the_interval_of_a_rate_knows_the_noise_of_episodes_and_of_seeds():
+    same, binomial = rate_interval(np.full(3, 0.5), 20), stats.binom(60, 0.5)
+    assert same.low == pytest.approx(binomial.ppf(0.025) / 60, abs=0.03)
+    assert same.high == pytest.approx(binomial.ppf(0.975) / 60, abs=0.03)
+    far = rate_interval(np.array([0.1, 0.5, 0.9]), 20)
+    assert far.high - far.low > same.high - same.low
+    sure = rate_interval(np.zeros(3), 20)
+    assert (sure.low, sure.high) == (0.0, 0.0)
+
+
+def test_the_rank_correlation_is_spearmans_and_its_interval_holds_it():
+    budget = np.repeat([0.1, 0.5, 1.0, 2.0], 3)
+    effect = budget + RNG.normal(0, 0.3, 12)
+    found = rank_correlation(budget, effect, replicates=300)
+    assert found.value == pytest.approx(stats.spearmanr(budget, effect).statistic)
+    assert found.value in found.interval
+    assert rank_correlation(budget, budget, replicates=50).interval.low == pytest.approx(1.0)
+    assert spearman(budget, np.zeros(12)) == 0.0

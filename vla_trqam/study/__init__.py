@@ -1,0 +1,1 @@
+"""Studies: grids of runs, side by side, and what they say together."""

@@ -1,0 +1,284 @@
+"""A study's steps: the data of each task, a base for each task and seed, and the runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla_trqam.config.state_settings import StateRunConfig
+from vla_trqam.engine.base_record import OUTCOMES, RECORD_NAME
+from vla_trqam.errors import UserError
+from vla_trqam.files import written_whole
+from vla_trqam.jobs.states import PRETRAIN
+from vla_trqam.report.metrics import TRAINING_PHASES
+from vla_trqam.study.settings import StudySettings, StudyTask
+
+PACKAGE = "vla_trqam.recipes"
+RUNS, DATA, COMMANDS = "runs", "data", "commands.json"
+REPORT = "report.json"
+ReadRun = Callable[[str, Sequence[str]], StateRunConfig]
+"""From a recipe's name and the flags of a run to its settings; refuses what cannot work."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: a method with its knobs.
+
+    Attributes:
+        label: names it in tables, and its folders.
+        method: in the registry.
+        knobs: that win over the task's.
+    """
+
+    label: str
+    method: str
+    knobs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of the study.
+
+    Attributes:
+        name: like "lift/trqam_s0".
+        command: that begins it.
+        folder: what it fills, or the file it writes; the folder around it is made.
+        done: is there when it is finished.
+        needs: names of the steps before it.
+        resume: the command that goes on with it; None for one that is just begun again.
+        updates: how many it makes, for the time that is left.
+        phases: in which it makes them.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    folder: Path
+    done: Path
+    needs: tuple[str, ...] = ()
+    resume: tuple[str, ...] | None = None
+    updates: int = 0
+    phases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A run of the grid.
+
+    Attributes:
+        task: name.
+        label: of its variant.
+        seed: training seed.
+        folder: its output_dir.
+        config: its settings.
+        step: that makes it.
+    """
+
+    task: str
+    label: str
+    seed: int
+    folder: Path
+    config: StateRunConfig
+    step: Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is to be done, in order.
+
+    Attributes:
+        steps: all of them; each after those it needs.
+        runs: those of the grid.
+    """
+
+    steps: list[Step]
+    runs: list[StudyRun]
+
+
+def make_plan(settings: StudySettings, variants: Sequence[Variant], read: ReadRun) -> Plan:
+    """The steps of a study; every run's settings are read, so that a wrong one is told first.
+
+    Args:
+        settings: of the study.
+        variants: what is compared.
+        read: see there.
+
+    Raises:
+        UserError: a run could not work.
+    """
+    steps: list[Step] = []
+    runs: list[StudyRun] = []
+    for task in map(settings.task, settings.tasks):
+        if task.data is not None:
+            steps.append(_data_step(settings, task))
+        for seed in settings.seeds:
+            base = _base_step(settings, task, seed, read)
+            made = [_run(settings, task, seed, v, base, read) for v in variants]
+            runs += made
+            steps += [base, *(run.step for run in made)]
+    return Plan(steps, runs)
+
+
+def check_commands(plan: Plan, folder: Path) -> None:
+    """Keeps the commands of all steps; one that was begun with another is not gone on with.
+
+    Raises:
+        UserError: the study in the folder has other settings.
+    """
+    path = folder / COMMANDS
+    before: dict[str, list[str]] = {}
+    if path.is_file():
+        try:
+            before = dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    for step in plan.steps:
+        own, begun = _lasting(step.command), before.get(step.name)
+        if begun is not None and begun != own:
+            changed = sorted(set(own) ^ set(begun))
+            raise UserError(
+                f"{folder} has a study whose {step.name} was begun with other flags "
+                f"({', '.join(changed)}); choose another --output_dir, or remove that folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    every = before | {step.name: _lasting(step.command) for step in plan.steps}
+    with written_whole(path) as part:
+        part.write_text(json.dumps(every, indent=1) + "\n")
+
+
+def _lasting(command: Sequence[str]) -> list[str]:
+    """A command without what may change when it is gone on with: the interpreter, the threads."""
+    return [word for word in command[1:] if not word.startswith("--num_threads=")]
+
+
+def _data_step(settings: StudySettings, task: StudyTask) -> Step:
+    assert task.data is not None
+    path = _data_file(settings, task)
+    flags = [*as_flags(task.data.flags), f"--output={path}"]
+    command = _command(task.data.recipe, flags)
+    return Step(f"{task.name}/data", command, path, path)
+
+
+def _data_file(settings: StudySettings, task: StudyTask) -> Path:
+    assert settings.output_dir is not None
+    assert task.data is not None
+    return settings.output_dir / DATA / task.name / task.data.file
+
+
+def _base_step(settings: StudySettings, task: StudyTask, seed: int, read: ReadRun) -> Step:
+    name = f"{task.name}/base_s{seed}"
+    folder = _folder(settings, name)
+    flags = [*_task_flags(settings, task, seed), "--steps=0", "--online.steps=0"]
+    flags.append(f"--output_dir={folder}")
+    config = read(task.recipe, flags)
+    return Step(
+        name=name,
+        command=_command(task.recipe, flags),
+        folder=folder,
+        done=folder / RECORD_NAME / OUTCOMES,
+        needs=() if task.data is None else (f"{task.name}/data",),
+        resume=_resume(settings, task, folder),
+        updates=config.pretrain.steps,
+        phases=(PRETRAIN,),
+    )
+
+
+def _run(
+    settings: StudySettings,
+    task: StudyTask,
+    seed: int,
+    variant: Variant,
+    base: Step,
+    read: ReadRun,
+) -> StudyRun:
+    name = f"{task.name}/{variant.label}_s{seed}"
+    folder = _folder(settings, name)
+    knobs = {**task.knobs.get(variant.method, {}), **variant.knobs}
+    flags = [
+        *_task_flags(settings, task, seed),
+        f"--base_run={base.folder}",
+        f"--method.type={variant.method}",
+        *as_flags({f"method.{knob}": value for knob, value in knobs.items()}),
+        f"--output_dir={folder}",
+    ]
+    config = read(task.recipe, flags)
+    _check_evaluations(config, name)
+    step = Step(
+        name=name,
+        command=_command(task.recipe, flags),
+        folder=folder,
+        done=folder / REPORT,
+        needs=(base.name,),
+        resume=_resume(settings, task, folder),
+        updates=config.steps + config.online.steps,
+        phases=TRAINING_PHASES,
+    )
+    return StudyRun(task.name, variant.label, seed, folder, config, step)
+
+
+def _check_evaluations(config: StateRunConfig, name: str) -> None:
+    """The end of the offline updates is a point of the learning curve."""
+    every = config.evaluate_every
+    if every == 0 or (config.steps and config.online.steps and config.steps % every):
+        raise UserError(
+            f"{name}: --evaluate_every={every} does not meet the end of its {config.steps} offline "
+            "updates, where the study compares; take a divisor of --steps"
+        )
+
+
+def _task_flags(settings: StudySettings, task: StudyTask, seed: int) -> list[str]:
+    """What all runs of a task and seed share."""
+    flags = {"eval.num_workers": 1, "eval.videos": 0, **task.flags, **settings.flags}
+    if task.data is not None:
+        flags["dataset.path"] = str(_data_file(settings, task))
+    owned = [name for name in flags if name in ("seed", "output_dir") or name.startswith("method")]
+    if owned:
+        raise UserError(
+            f"the flags of the task {task.name} set {owned[0]}, which the study sets by itself; "
+            "a method's knobs stand in the table's knobs"
+        )
+    return [
+        f"--preset={task.preset}",
+        *as_flags(flags),
+        f"--num_threads={settings.num_threads}",
+        f"--seed={seed}",
+    ]
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """``--name=value`` of each, with the value as YAML reads it back."""
+    return [f"--{name}={_text(value)}" for name, value in settings.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and "." not in repr(value):
+        mantissa, _, exponent = repr(value).partition("e")
+        return f"{mantissa}.0e{exponent}" if exponent else repr(value)  # YAML wants the point
+    return json.dumps(value)
+
+
+def _folder(settings: StudySettings, name: str) -> Path:
+    assert settings.output_dir is not None
+    return settings.output_dir / RUNS / name
+
+
+def _command(recipe: str, flags: Sequence[str]) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"{PACKAGE}.{recipe}", *flags)
+
+
+def _resume(settings: StudySettings, task: StudyTask, folder: Path) -> tuple[str, ...]:
+    flags = ["--resume=true", f"--output_dir={folder}", f"--num_threads={settings.num_threads}"]
+    return _command(task.recipe, flags)
+
+
+def by_group(runs: Sequence[StudyRun]) -> Iterator[tuple[str, str, list[StudyRun]]]:
+    """Task, label and runs of its seeds, in the order of the plan."""
+    for task in dict.fromkeys(run.task for run in runs):
+        own = [run for run in runs if run.task == task]
+        for label in dict.fromkeys(run.label for run in own):
+            yield task, label, [run for run in own if run.label == label]

@@ -1,0 +1,58 @@
+"""A study from its settings to its page: the plan, the processes, what is written in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from vla_trqam.engine.launch import usable_cores
+from vla_trqam.study.plan import ReadRun, StudyRun, Variant, check_commands, make_plan
+from vla_trqam.study.progress import StudyProgress
+from vla_trqam.study.results import Result, read_results
+from vla_trqam.study.scheduler import LOGS, Scheduler
+from vla_trqam.study.settings import StudySettings
+
+DONE, FAILED, STOPPED = 0, 1, 130
+
+
+def work[S: StudySettings](
+    settings: S,
+    variants: Sequence[Variant],
+    read: ReadRun,
+    write: Callable[[S, Sequence[StudyRun], Sequence[Result]], str],
+) -> int:
+    """Does what is left of a study, and writes its page; returns the exit status.
+
+    Args:
+        settings: of the study.
+        variants: what is compared.
+        read: a run's settings from its flags.
+        write: the page, from the finished runs.
+
+    Raises:
+        UserError: the settings do not work, or the folder has another study.
+    """
+    folder = settings.output_dir
+    assert folder is not None
+    plan = make_plan(settings, variants, read)
+    check_commands(plan, folder)
+    progress = StudyProgress()
+    scheduler = Scheduler(
+        plan.steps,
+        workers=settings.workers or usable_cores(),
+        logs=folder / LOGS,
+        say=progress.say,
+        show=progress.show,
+    )
+    whole = scheduler.run()
+    progress.close()
+    standing = scheduler.standing
+    if not whole:
+        done, every = len(standing.done), len(standing.steps)
+        print(f"stopped with {done} of {every} steps done; the same command goes on")
+        return STOPPED
+    print(write(settings, plan.runs, read_results(plan.runs)))
+    print(f"page {folder / 'table.md'}")
+    if standing.failed:
+        print(f"{len(standing.failed)} failed; the same command tries again: ", end="")
+        print(", ".join(standing.failed))
+    return FAILED if standing.failed else DONE

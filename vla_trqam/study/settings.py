@@ -1,0 +1,191 @@
+"""The settings of a study: a grid of runs, and what is the same in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vla_trqam.errors import UserError
+from vla_trqam.methods.registry import METHODS
+
+ENTRIES = ("recipe", "preset", "flags", "knobs", "tried", "data")
+OF_DATA = ("recipe", "flags", "file")
+
+
+@dataclass
+class StudySettings:
+    """What every study has.
+
+    Attributes:
+        output_dir: the study's folder; the same command goes on there.
+        tasks: which of the table of tasks.
+        seeds: of the training; each has a base of its own.
+        workers: runs side by side; null for one a core.
+        num_threads: torch's threads in each run.
+        flags: settings of every run, by their names without dashes.
+        table: the tasks by name: of each its recipe, preset and flags, each method's knobs and what
+            was tried to find them, and how its data is made.
+    """
+
+    output_dir: Path | None = None
+    tasks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    workers: int | None = None
+    num_threads: int = 1
+    flags: dict[str, Any] = field(default_factory=dict)
+    table: dict[str, Any] = field(default_factory=dict)
+
+    GRID: ClassVar[tuple[str, ...]] = ("tasks", "seeds")
+    """Names of the settings that span the grid."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise UserError("--output_dir is missing: the folder of the study")
+        for name in self.GRID:
+            values: Sequence[Any] = getattr(self, name)
+            if not values:
+                raise UserError(f"--{name}=[] is empty; a study needs at least one")
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name}=[{', '.join(map(str, values))}] has one twice")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers={self.workers} must be at least 1")
+        if self.num_threads < 1:
+            raise UserError(f"--num_threads={self.num_threads} must be at least 1")
+        for name in self.tasks:
+            if name not in self.table:
+                known = ", ".join(self.table) or "none"
+                raise UserError(f"--tasks: {name} is not in the study's table, which has {known}")
+
+    def task(self, name: str) -> StudyTask:
+        """A task of the table."""
+        return StudyTask.read(name, self.table[name])
+
+
+@dataclass
+class CompareConfig(StudySettings):
+    """Every setting of the comparison; ``--preset`` names a section of compare.yaml.
+
+    Attributes:
+        methods: by their names in the registry.
+    """
+
+    GRID: ClassVar[tuple[str, ...]] = ("methods", "tasks", "seeds")
+
+    methods: tuple[str, ...] = ("trqam",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.methods:
+            check_method(name, "--methods")
+
+
+@dataclass
+class SweepConfig(StudySettings):
+    """Every setting of the sweep; ``--preset`` names a section of sweep_kl.yaml.
+
+    Attributes:
+        method: the one whose knob ``kl_budget`` is swept.
+        budgets: the KL budgets, in the method's unit.
+    """
+
+    GRID: ClassVar[tuple[str, ...]] = ("budgets", "tasks", "seeds")
+
+    method: str = "trqam"
+    budgets: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_method(self.method, "--method")
+        for budget in self.budgets:
+            if not 0.0 < budget < float("inf"):
+                raise UserError(f"--budgets: {budget} must be positive and finite")
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """How a task's data is made.
+
+    Attributes:
+        recipe: the command, without its ``.py``.
+        flags: of it, but for the output.
+        file: the name of what it writes.
+    """
+
+    recipe: str
+    flags: Mapping[str, Any]
+    file: str
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A task as all methods meet it.
+
+    Attributes:
+        name: in the table.
+        recipe: the command that makes its runs, without its ``.py``.
+        preset: of the recipe.
+        flags: the same for all methods.
+        knobs: of the methods, by the method's name; they win over the preset's.
+        tried: what was tried to find a method's knobs, by the method's name.
+        data: how its data is made; None where the flags say where it is.
+    """
+
+    name: str
+    recipe: str
+    preset: str
+    flags: Mapping[str, Any]
+    knobs: Mapping[str, Mapping[str, Any]]
+    tried: Mapping[str, Any]
+    data: StudyData | None
+
+    @classmethod
+    def read(cls, name: str, entry: Any) -> StudyTask:
+        """An entry of the table.
+
+        Raises:
+            UserError: it has a word that means nothing, or lacks one.
+        """
+        where = f"the task {name} of the study's table"
+        values = _mapping(entry, where, ENTRIES)
+        data = values.get("data")
+        if "recipe" not in values:
+            raise UserError(f"{where} has no recipe; give the command that makes its runs")
+        own = {part: values.get(part) or {} for part in ("flags", "knobs", "tried")}
+        for method in {*own["knobs"], *own["tried"]}:
+            check_method(method, where)
+        return cls(
+            name=name,
+            recipe=str(values["recipe"]),
+            preset=str(values.get("preset", "default")),
+            data=None if data is None else _data(data, f"the data of {where}"),
+            **own,
+        )
+
+
+def check_method(name: str, where: str) -> None:
+    """Refuses a method that is not in the registry.
+
+    Raises:
+        UserError: with those that are.
+    """
+    if name not in METHODS:
+        raise UserError(f"{where}: {name} is no method; there are {', '.join(METHODS)}")
+
+
+def _data(entry: Any, where: str) -> StudyData:
+    values = _mapping(entry, where, OF_DATA)
+    missing = [word for word in ("recipe", "file") if word not in values]
+    if missing:
+        raise UserError(f"{where} has no {missing[0]}; it needs a recipe and the file it writes")
+    return StudyData(str(values["recipe"]), values.get("flags") or {}, str(values["file"]))
+
+
+def _mapping(entry: Any, where: str, known: Sequence[str]) -> Mapping[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where} is {entry!r}; it must be a mapping of {', '.join(known)}")
+    strange = [word for word in entry if word not in known]
+    if strange:
+        raise UserError(f"{where} has {strange[0]!r}; what it can have is {', '.join(known)}")
+    return entry
