@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from toy_deaths import dies_at_update
 from toy_files import differences, final_state, metrics_lines
 from toy_settings import TINY
@@ -204,8 +205,12 @@ def test_a_run_is_not_gone_on_with_on_other_data(tiny, maze, tmp_path, monkeypat
     assert "is not the one that the run" in capsys.readouterr().err
 
 
+LIMITS = {"default": 600, "cube_single": 200, "puzzle_3x3": 500, "scene": 500, "paper": 500}
+
+
 def test_every_preset_is_of_a_task_that_there_is():
-    for preset, steps in (("default", 600), ("cube_single", 200), ("paper", 500)):
+    assert list(yaml.safe_load(finetune_ogbench.PRESETS.read_text())) == list(LIMITS)
+    for preset, steps in LIMITS.items():
         config = states.read_config(
             FinetuneOGBenchConfig, finetune_ogbench.PRESETS, [f"--preset={preset}"]
         )

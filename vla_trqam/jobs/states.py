@@ -21,7 +21,7 @@ from vla_trqam.config.parsing import given_flags, settings_of
 from vla_trqam.config.state_settings import StateRunConfig, refuse_idle_flags
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, RewardSpec
-from vla_trqam.data.sources.base import Sizes, Source, fill
+from vla_trqam.data.sources.base import Sizes, Source, create_replay, fill
 from vla_trqam.data.union import UnionSampler
 from vla_trqam.data.window import Shards, Window
 from vla_trqam.engine import finetune as engine
@@ -199,13 +199,7 @@ class StateJob(Job[StateRunConfig]):
             with written_durably(output_dir / BASE_NAME) as part:
                 self.policy.save_pretrained(part)
         save_settings(self.config, output_dir)
-        observation_dim, action_dim = self.task.sizes
-        replay = Replay.create(
-            path,
-            observation_dim=observation_dim,
-            action_dim=action_dim,
-            capacity=max(1, self.task.num_steps + self._more_steps),
-        )
+        replay = self._empty_replay(path)
         for name, source in self.task.parts.items():
             fill(replay, source, name)
         if self.config.base_run is not None:
@@ -215,6 +209,18 @@ class StateJob(Job[StateRunConfig]):
             take_base(self.config.base_run, checkpoint, output_dir)
             print(f"the base, its episodes and its evaluation are those of {self.config.base_run}")
         return replay
+
+    def _empty_replay(self, path: Path) -> Replay:
+        parts = list(self.task.parts.values())
+        if parts:
+            return create_replay(path, parts, more_steps=self._more_steps)
+        observation_dim, action_dim = self.task.sizes  # for rollouts alone
+        return Replay.create(
+            path,
+            observation_dim=observation_dim,
+            action_dim=action_dim,
+            capacity=max(1, self._more_steps),
+        )
 
     def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""

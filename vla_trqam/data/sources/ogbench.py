@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -199,9 +199,7 @@ class OGBenchShards:
         Raises:
             UserError: it does not hold what OGBench's data of the task does.
         """
-        one = (self.files[number],)
-        with _judge(self.first.task) as judge:
-            yield from OGBenchData(**vars(self.first) | {"files": one})._cut(judge)
+        yield from replace(self.first, files=(self.files[number],)).episodes()
 
     def notes(self) -> list[str]:
         """One line: what there is, and what is not known of it yet."""
