@@ -123,6 +123,19 @@ def test_the_penaltys_gradient_reaches_the_tuned_field_alone() -> None:
     assert not same(before, weights(method), "policy.tuned.")
 
 
+def test_a_lambda_of_another_meaning_is_refused() -> None:
+    external, own = family(ExternalKLConfig()), family(TRQAMConfig())
+    assert "lambda" not in own.scalars()
+    for method, state, said in (
+        (external, own.scalars(), "lambda there is TRQAM's own and this run's is the weight"),
+        (own, external.scalars(), "lambda there is the weight of a penalty and this run's is"),
+    ):
+        with pytest.raises(UserError, match=said):
+            method.load_scalars(state)
+    external.load_scalars(external.scalars() | {"lam": 77.0})
+    assert external.trust_region.lam == 77.0
+
+
 # SQAM.
 
 
