@@ -130,26 +130,21 @@ def sharded(place: Place) -> dict[str, Tensor]:
     return run_updates(place, method)
 
 
-def edited(place: Place, *, shard: bool = False) -> dict[str, Tensor]:
+def edited(place: Place) -> dict[str, Tensor]:
     """QAM-E: networks, noise and terms of its own; the ranks' edits come with other weights."""
-    made, alone = method_of(CONFIG), place.team.size == 1
+    made = method_of(CONFIG)
     torch.manual_seed(10 + place.team.rank)
     config = QAMEConfig(edit_hidden_dims=(16,), edit_scale=0.5)
-    method = QAME(made.policy, made.critic, config, place.accelerator, shard=shard and not alone)
+    method = QAME(made.policy, made.critic, config, place.accelerator)
     history = []
     for step in range(3):
         batch = batch_with_short_chunks(step)
         noise = method.loss.draw(batch.action, STEPS, torch.Generator().manual_seed(step))
-        own = rows_of(batch, place.rows), noise.rows(place.rows)
-        history.append(method.update_with(*own).metrics())
-        history.append(method.update_critic_with(*own).metrics())
-    with method.whole_weights():
-        own_networks = {k: v.clone() for k, v in method.loss.own.state_dict().items()}
-    return trained(method, history) | own_networks
-
-
-def edited_in_shards(place: Place) -> dict[str, Tensor]:
-    return edited(place, shard=True)
+        share = rows_of(batch, place.rows), noise.rows(place.rows)
+        history.append(method.update_with(*share).metrics())
+        history.append(method.update_critic_with(*share).metrics())
+    own = {k: v.clone() for k, v in method.loss.own.state_dict().items()}
+    return trained(method, history) | own
 
 
 def started_apart(place: Place) -> dict[str, Tensor]:
@@ -293,7 +288,6 @@ SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {
         accumulated,
         sharded,
         edited,
-        edited_in_shards,
         started_apart,
         with_an_unused_weight,
         spoilt_on_one_rank,

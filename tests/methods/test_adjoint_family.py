@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -403,6 +404,18 @@ def test_an_edits_knobs_are_checked(config: type[Any]) -> None:
 def test_qam_e_has_no_average_that_its_edit_was_not_trained_behind() -> None:
     with pytest.raises(UserError, match=r"average_rate is 0\.1, but QAM-E's edit"):
         QAMEConfig(average_rate=0.1)
+
+
+def test_networks_beside_the_policy_are_not_sharded() -> None:
+    two = SimpleNamespace(
+        num_processes=2,
+        process_index=0,
+        device=torch.device("cpu"),
+        mixed_precision="no",
+        distributed_type=SimpleNamespace(value="MULTI_CPU"),
+    )
+    with pytest.raises(UserError, match="shard: edit and temperature beside the policy cannot be"):
+        QAME(policy_of(), critic_of(), QAMEConfig(), two, shard=True)  # type: ignore[arg-type]
 
 
 def test_residual_rl_asks_neither_the_policys_weights_nor_its_gradient() -> None:

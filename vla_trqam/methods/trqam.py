@@ -134,6 +134,9 @@ class TRQAM(OffPolicyMethod):
             raise UserError("train_base: a base in training cannot be sharded; set one to false")
         if self.config.average_rate:
             raise UserError("average_rate: an average cannot be sharded; set it to 0")
+        if self.loss.own:
+            beside = " and ".join(self.loss.own)
+            raise UserError(f"shard: {beside} beside the policy cannot be sharded; set it to false")
         frozen = {p for p in self.loss.parameters() if not p.requires_grad}
         # The critic's target follows the online network shard by shard.
         frozen.difference_update(self.critic.target.parameters())
