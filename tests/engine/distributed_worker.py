@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 
-from update_problems import BATCH, batch_of, method_of, noise_of
+from update_problems import BATCH, STEPS, batch_of, method_of, noise_of
 
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.engine.folder.state import module_tensors
@@ -36,7 +36,9 @@ from vla_trqam.methods.dsrl import DSRLConfig
 from vla_trqam.methods.fql import FQLConfig
 from vla_trqam.methods.ifql import IFQLConfig
 from vla_trqam.methods.off_policy import OffPolicyConfig, SummedLosses, rows_of
+from vla_trqam.methods.qam_e import QAME, QAMEConfig
 from vla_trqam.methods.registry import make_method
+from vla_trqam.methods.residual import ResidualConfig
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 
 CUT = 7
@@ -126,6 +128,23 @@ def accumulated(place: Place) -> dict[str, Tensor]:
 def sharded(place: Place) -> dict[str, Tensor]:
     method = place.method(shard=True)
     return run_updates(place, method)
+
+
+def edited(place: Place) -> dict[str, Tensor]:
+    """QAM-E: networks, noise and terms of its own; the ranks' edits come with other weights."""
+    made = method_of(CONFIG)
+    torch.manual_seed(10 + place.team.rank)
+    config = QAMEConfig(edit_hidden_dims=(16,), edit_scale=0.5)
+    method = QAME(made.policy, made.critic, config, place.accelerator)
+    history = []
+    for step in range(3):
+        batch = batch_with_short_chunks(step)
+        noise = method.loss.draw(batch.action, STEPS, torch.Generator().manual_seed(step))
+        share = rows_of(batch, place.rows), noise.rows(place.rows)
+        history.append(method.update_with(*share).metrics())
+        history.append(method.update_critic_with(*share).metrics())
+    own = {k: v.clone() for k, v in method.loss.own.state_dict().items()}
+    return trained(method, history) | own
 
 
 def started_apart(place: Place) -> dict[str, Tensor]:
@@ -256,6 +275,7 @@ BESIDE = {
     "fql": FQLConfig(hidden_dims=(16,), train_base=True),
     "ifql": IFQLConfig(train_base=True, max_grad_norm=0.5),
     "dsrl": DSRLConfig(hidden_dims=(16,)),
+    "residual": ResidualConfig(edit_hidden_dims=(16,), train_base=True),
 }
 
 SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {
@@ -267,6 +287,7 @@ SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {
         one_clip_and_a_base_in_training,
         accumulated,
         sharded,
+        edited,
         started_apart,
         with_an_unused_weight,
         spoilt_on_one_rank,

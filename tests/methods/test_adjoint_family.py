@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +122,19 @@ def test_the_penaltys_gradient_reaches_the_tuned_field_alone() -> None:
     method.update_with(batch_of(1), noise_of(1))
     assert same(before, weights(method), "policy.base.")
     assert not same(before, weights(method), "policy.tuned.")
+
+
+def test_a_lambda_of_another_meaning_is_refused() -> None:
+    external, own = family(ExternalKLConfig()), family(TRQAMConfig())
+    assert "lambda" not in own.scalars()
+    for method, state, said in (
+        (external, own.scalars(), "lambda there is TRQAM's own and this run's is the weight"),
+        (own, external.scalars(), "lambda there is the weight of a penalty and this run's is"),
+    ):
+        with pytest.raises(UserError, match=said):
+            method.load_scalars(state)
+    external.load_scalars(external.scalars() | {"lam": 77.0})
+    assert external.trust_region.lam == 77.0
 
 
 # SQAM.
@@ -390,6 +404,18 @@ def test_an_edits_knobs_are_checked(config: type[Any]) -> None:
 def test_qam_e_has_no_average_that_its_edit_was_not_trained_behind() -> None:
     with pytest.raises(UserError, match=r"average_rate is 0\.1, but QAM-E's edit"):
         QAMEConfig(average_rate=0.1)
+
+
+def test_networks_beside_the_policy_are_not_sharded() -> None:
+    two = SimpleNamespace(
+        num_processes=2,
+        process_index=0,
+        device=torch.device("cpu"),
+        mixed_precision="no",
+        distributed_type=SimpleNamespace(value="MULTI_CPU"),
+    )
+    with pytest.raises(UserError, match="shard: edit and temperature beside the policy cannot be"):
+        QAME(policy_of(), critic_of(), QAMEConfig(), two, shard=True)  # type: ignore[arg-type]
 
 
 def test_residual_rl_asks_neither_the_policys_weights_nor_its_gradient() -> None:

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.slow
 FLAGS = {
     "external_kl": ["--method.kl_budget=0.3"],
     "sqam": ["--method.value_penalty=0.1"],
-    "qam_e": ["--method.edit_hidden_dims=[16]"],
 }
 
 
@@ -25,12 +24,17 @@ def logged(folder):
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_run_goes_whole_and_a_killed_one_to_the_same_bits(
-    name, tiny, resume, toy_pool, no_conclusion, tmp_path
-):
+def test_a_run_of_a_flow_of_the_family_goes_whole(name, tiny, no_conclusion, tmp_path):
     flags = [f"--method.type={name}", *FLAGS[name], "--critic.warmup_steps=4"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    assert {"kl_estimate", "adjoint_loss", "td_loss"} <= logged(tmp_path / "run")
+
+
+def test_a_killed_run_of_qam_e_goes_on_to_the_same_bits(
+    tiny, resume, toy_pool, no_conclusion, tmp_path
+):
+    flags = ["--method.type=qam_e", "--method.edit_hidden_dims=[16]", "--critic.warmup_steps=4"]
     assert tiny(tmp_path / "whole", *flags) == 0
-    assert {"kl_estimate", "adjoint_loss", "td_loss"} <= logged(tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         dies_at_update(patch, TRQAM, 5)
         with pytest.raises(Killed):

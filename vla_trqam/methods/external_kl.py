@@ -56,3 +56,4 @@ class ExternalKL(TRQAM):
     """See the module."""
 
     loss_class = ExternalKLLoss
+    lambda_is = "the weight of a penalty"

@@ -52,8 +52,9 @@ __all__ = [
 ]
 
 
-SCHEME = "scheme"
-"""What a trust region's state belongs to."""
+SCHEME, LAMBDA = "scheme", "lambda"
+"""What a trust region's state belongs to: the chain, and what lambda is."""
+INSIDE = "TRQAM's own"
 
 
 class TRQAM(OffPolicyMethod):
@@ -75,6 +76,8 @@ class TRQAM(OffPolicyMethod):
     requirements = Requirements(trains_field=True, next_actions=True, host_acts=True, adjoint=True)
     loss_class: ClassVar[type[TRQAMLoss]] = TRQAMLoss
     """What a method of the family exchanges: a step of the loss, networks of its own."""
+    lambda_is: ClassVar[str] = INSIDE
+    """What lambda is to the loss; a state says it where it is not TRQAM's own."""
 
     def __init__(
         self,
@@ -131,6 +134,9 @@ class TRQAM(OffPolicyMethod):
             raise UserError("train_base: a base in training cannot be sharded; set one to false")
         if self.config.average_rate:
             raise UserError("average_rate: an average cannot be sharded; set it to 0")
+        if self.loss.own:
+            beside = " and ".join(self.loss.own)
+            raise UserError(f"shard: {beside} beside the policy cannot be sharded; set it to false")
         frozen = {p for p in self.loss.parameters() if not p.requires_grad}
         # The critic's target follows the online network shard by shard.
         frozen.difference_update(self.critic.target.parameters())
@@ -193,13 +199,14 @@ class TRQAM(OffPolicyMethod):
     def scalars(self) -> Scalars:
         """The trust region's state, and the scheme in whose units it is."""
         state = self.trust_region.state_dict()
-        return state | super().scalars() | {SCHEME: self.config.scheme}
+        kind: Scalars = {} if self.lambda_is == INSIDE else {LAMBDA: self.lambda_is}
+        return state | super().scalars() | {SCHEME: self.config.scheme} | kind
 
     def load_scalars(self, values: Mapping[str, float | str]) -> None:
         """Restores :meth:`scalars`.
 
         Raises:
-            UserError: they are of another scheme, whose KL is in other units.
+            UserError: they are of another scheme, whose KL is in other units, or of another lambda.
         """
         state = {name: float(values[name]) for name in self.trust_region.state_dict()}
         theirs, own = values.get(SCHEME, FORMER_SCHEME), self.config.scheme
@@ -207,6 +214,12 @@ class TRQAM(OffPolicyMethod):
             raise UserError(
                 f"lambda and its KL are of the {theirs} scheme and this run is of {own}, which has "
                 f"other units: --method.scheme={theirs} goes on with them"
+            )
+        found = values.get(LAMBDA, INSIDE)
+        if found != self.lambda_is:
+            raise UserError(
+                f"lambda there is {found} and this run's is {self.lambda_is}, which has other "
+                "units: take a run of the same method"
             )
         self.trust_region.load_state_dict(state)
         super().load_scalars(values)
