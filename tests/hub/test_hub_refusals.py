@@ -54,7 +54,7 @@ def test_a_fine_grained_token_without_the_permission_is_told_before_anything_is_
     assert not any("preupload" in path for _, path in hub.requests)
 
 
-@pytest.mark.parametrize("method", ["fql", "ifql", "dsrl"])
+@pytest.mark.parametrize("method", ["fql", "ifql", "dsrl", "best_of_n", "cgql", "cgql_l"])
 def test_a_policy_beside_which_other_networks_act_is_refused(
     hub: HubServer, tmp_path: Path, method: str
 ):

@@ -41,8 +41,8 @@ def test_who_names_no_time_asks_about_clean_chunks() -> None:
     ensemble = method.critic.online
     one, half = torch.ones(BATCH), torch.full((BATCH,), 0.5)
     clean = ensemble(features, batch.action)
-    assert torch.equal(ensemble(features, batch.action, tau=one), clean)  # type: ignore[call-arg]
-    assert not torch.allclose(ensemble(features, batch.action, tau=half), clean)  # type: ignore[call-arg]
+    assert torch.equal(ensemble(features, batch.action, tau=one), clean)
+    assert not torch.allclose(ensemble(features, batch.action, tau=half), clean)
     assert torch.equal(method.score(features, batch.action), clean.mean(dim=0))
 
 

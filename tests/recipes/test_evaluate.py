@@ -22,6 +22,8 @@ METHODS = {
     "fql": ["--method.type=fql", "--method.hidden_dims=[16]", "--method.alpha=3"],
     "ifql": ["--method.type=ifql", "--method.num_samples=4", "--method.train_base=true"],
     "dsrl": ["--method.type=dsrl", "--method.hidden_dims=[16]"],
+    "cgql_l": ["--method.type=cgql_l", "--method.inverse_temperature=3"],
+    "sac_flow": ["--method.type=sac_flow", "--method.hidden_dims=[16]", "--method.gate_dim=4"],
 }
 
 

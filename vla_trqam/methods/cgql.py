@@ -259,15 +259,15 @@ class CGQL(SummedLosses):
             x: noisy chunks, (B, H, A).
             tau: their time, above 0.
         """
-        config, real = self.config, self.policy.real_actions(x).detach()
+        config, real = self.config, self.policy.real_actions(x.detach())
         asked = 1.0 if self.noisy is None else tau
         with torch.enable_grad():
-            point = real.requires_grad_(True)
+            point = real.clone().requires_grad_(True)
             q = self.critic.online(features, point, tau=full_tau(asked, real), frozen=True)
             with own_precision(point):
                 (slope,) = torch.autograd.grad(q.mean(dim=0).sum(), point)
         score = (1.0 - tau) * config.inverse_temperature * slope
-        return self.policy.embedded((config.guidance / tau) * (score + real.detach()))
+        return self.policy.embedded((config.guidance / tau) * (score + real))
 
     def _noisy_loss(
         self, batch: TransitionBatch[Any], features: Tensor, draws: Draws, knobs: CGQLLConfig
