@@ -39,11 +39,8 @@ from vla_trqam.methods.ifql import IFQLConfig
 from vla_trqam.methods.off_policy import OffPolicyConfig, SummedLosses, rows_of
 from vla_trqam.methods.qam_e import QAME, QAMEConfig
 from vla_trqam.methods.registry import make_method
-<<<<<<< HEAD
 from vla_trqam.methods.residual import ResidualConfig
-=======
 from vla_trqam.methods.sac_flow import SACFlowConfig
->>>>>>> h15-b
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 
 CUT = 7
@@ -280,12 +277,9 @@ BESIDE = {
     "fql": FQLConfig(hidden_dims=(16,), train_base=True),
     "ifql": IFQLConfig(train_base=True, max_grad_norm=0.5),
     "dsrl": DSRLConfig(hidden_dims=(16,)),
-<<<<<<< HEAD
     "residual": ResidualConfig(edit_hidden_dims=(16,), train_base=True),
-=======
     "cgql_l": CGQLLConfig(train_base=True, noisy_weight=0.1),
     "sac_flow": SACFlowConfig(hidden_dims=(16,), gate_dim=4),
->>>>>>> h15-b
 }
 
 SCENARIOS: dict[str, Callable[[Place], dict[str, Tensor]]] = {
