@@ -93,9 +93,9 @@ def evaluate(config: EvaluateConfig) -> None:
             facts = _facts(match, family) | {"command": command_line()}
             write_json(config.output_dir / EVALUATION_NAME, evaluation.to_json() | facts)
         print("\n".join(["", *success_lines(evaluation, match.names)]))
-        pair = ((match.names.base, match.base), (match.names.tuned, match.tuned))
-        players = [table.player(name, contestant) for name, contestant in pair]
-        film(*players, evaluation, config.videos, config.output_dir / "videos")
+        base = table.player(match.names.base, match.base)
+        tuned = table.player(match.names.tuned, match.tuned)
+        film(base, tuned, evaluation, config.videos, config.output_dir / "videos")
     print(f"written to {config.output_dir}")
 
 
