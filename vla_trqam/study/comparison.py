@@ -118,7 +118,7 @@ class Stage:
 def stages_of(results: Sequence[Result]) -> dict[str, dict[Result, float]]:
     """Success of every run at the moments that all of them have."""
     offline, final = ({r: r.offline for r in results}, {r: r.final for r in results})
-    if offline == final:
+    if not any("online" in result.metrics for result in results):
         return {OFFLINE: final}
     whole = not any(math.isnan(rate) for rate in offline.values())
     return {OFFLINE: offline, ONLINE: final} if whole else {ONLINE: final}
