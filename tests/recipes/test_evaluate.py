@@ -22,6 +22,8 @@ METHODS = {
     "fql": ["--method.type=fql", "--method.hidden_dims=[16]", "--method.alpha=3"],
     "ifql": ["--method.type=ifql", "--method.num_samples=4", "--method.train_base=true"],
     "dsrl": ["--method.type=dsrl", "--method.hidden_dims=[16]"],
+    "qam_e": ["--method.type=qam_e", "--method.edit_hidden_dims=[16]", "--method.edit_scale=0.9"],
+    "residual": ["--method.type=residual", "--method.edit_hidden_dims=[16]"],
 }
 
 
