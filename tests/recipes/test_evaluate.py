@@ -24,6 +24,8 @@ METHODS = {
     "dsrl": ["--method.type=dsrl", "--method.hidden_dims=[16]"],
     "cgql_l": ["--method.type=cgql_l", "--method.inverse_temperature=3"],
     "sac_flow": ["--method.type=sac_flow", "--method.hidden_dims=[16]", "--method.gate_dim=4"],
+    "qam_e": ["--method.type=qam_e", "--method.edit_hidden_dims=[16]", "--method.edit_scale=0.9"],
+    "residual": ["--method.type=residual", "--method.edit_hidden_dims=[16]"],
 }
 
 
