@@ -16,16 +16,18 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from marked import put
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.autograd.graph import Node
 from update_step import Size, make_batch
@@ -40,6 +42,7 @@ from vla_trqam.engine.processes.memory import keep_freed_memory
 from vla_trqam.kernel_choice import chosen_kernels
 from vla_trqam.methods.base import GeneratorNoise, MethodConfig, OffPolicyMethod
 from vla_trqam.methods.registry import METHODS, make_method
+from vla_trqam.methods.reward_matching import NETWORKS, TARGET, RewardMatchingConfig
 from vla_trqam.report.formats import table
 
 COUNTED_STEPS = (4, 10)
@@ -130,7 +133,7 @@ def watched(method: OffPolicyMethod, rows: int) -> Meter:
 
 
 def make(config: MethodConfig, size: Size, num_flow_steps: int) -> OffPolicyMethod:
-    """A method on a random MLP policy of this size."""
+    """A method on a random MLP policy of this size; a reward that is to be given is its critic."""
     torch.manual_seed(0)
     shape = MLPFlowConfig(
         size.observation_dim,
@@ -145,7 +148,14 @@ def make(config: MethodConfig, size: Size, num_flow_steps: int) -> OffPolicyMeth
         size.critic_dims,
         size.ensemble_size,
     )
-    return make_method(MLPFlowPolicy(shape), Critic(ensemble), config)
+    policy, critic = MLPFlowPolicy(shape), Critic(ensemble)
+    if not isinstance(config, RewardMatchingConfig) or config.reward_path is not None:
+        return make_method(policy, critic, config)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / NETWORKS
+        path.parent.mkdir()
+        save_file({TARGET + k: v for k, v in ensemble.state_dict().items()}, path)
+        return make_method(policy, critic, replace(config, reward_path=Path(folder)))
 
 
 def act(method: OffPolicyMethod, observation: Tensor, generator: torch.Generator) -> Tensor:

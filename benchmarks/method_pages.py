@@ -34,12 +34,16 @@ OWNERS: dict[str, type] = {
 
 
 def methods_table(folder: Path) -> str:
-    """A row a method."""
-    header = (
-        *("method", "trains the policy's field", "networks beside policy and critic", "acts by"),
-        *("TD asks for a next action", "the saved policy acts by itself", "adjoint"),
-    )
-    return table(header, [_row(name, folder) for name in METHODS])
+    """A row a method, and what its columns are."""
+    asked = [field.name for field in fields(Requirements)]
+    header = ("method", "networks beside policy and critic", "acts by", *map(_code, asked))
+    docs = attribute_docs(Requirements)
+    legend = "\n".join(f"- {_code(name)}: {_cell(docs[name])}" for name in asked)
+    return f"{table(header, [_row(name, folder) for name in METHODS])}\n\n{legend}"
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
 
 
 def _row(name: str, folder: Path) -> list[str]:
@@ -49,21 +53,14 @@ def _row(name: str, folder: Path) -> list[str]:
     page = f"[{name}]({name}.md)" if (folder / f"{name}.md").is_file() else name
     return [
         page,
-        _yes(asks.trains_field),
         ", ".join(own) or "none",
         _first_sentence(method.actor()),
-        _yes(asks.next_actions),
-        _yes(asks.host_acts),
-        _yes(asks.adjoint),
+        *("yes" if getattr(asks, field.name) else "no" for field in fields(Requirements)),
     ]
 
 
 def _first_sentence(actor: Any) -> str:
     return inspect.getdoc(type(actor)).split("\n\n")[0].replace("\n", " ").replace("``", "`")  # type: ignore[union-attr]
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def knobs_table(config: type) -> str:
