@@ -11,6 +11,7 @@ critic (few members, a part of the demonstrations, a noisy gradient), and the me
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def _growth(run: ClaimRun) -> float:
 def groups_of(runs: Sequence[ClaimRun]) -> list[Group]:
     """Runs by task, critic and method."""
     parts = grouped(runs, lambda run: (task_of(run), imperfection(run), method_label(run)))
-    return [Group(*key, runs=members) for key, members in sorted(parts.items())]
+    ordered = sorted(parts.items())
+    return [Group(task, critic, method, own) for (task, critic, method), own in ordered]
 
 
 def verdict(groups: Sequence[Group]) -> str:
@@ -168,7 +170,7 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
             places = [critics.index(g.critic) + 0.12 * index for g in members]
             for place, group in zip(places, members, strict=True):
                 axes.plot([place] * len(group.gains), group.gains, "o", ms=3, color=CYCLE[index])
-            means = [np.mean(g.gains) if g.gains else np.nan for g in members]
+            means = [float(np.mean(g.gains)) if g.gains else math.nan for g in members]
             axes.plot(places, means, "_", ms=12, color=CYCLE[index], label=label)
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(critics)), critics, rotation=20, fontsize="small")

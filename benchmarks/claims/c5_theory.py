@@ -105,8 +105,9 @@ def on_two_modes(name: str, steps: int) -> Found:
     grid, theory = TimeGrid(steps, SCHEMES[name]), Tilt.of(TWO_MODES, bump(X), LAM)
     found = journey(TWO_MODES, optimum(TWO_MODES, bump_slope, LAM, grid), grid)
     kls = (found.counted_kl, found.path_kl, found.terminal_kl)
-    shares = [kl / theory.kl for kl in kls]
-    return Found("two modes", name, steps, *shares, distance=found.distance(theory.density))
+    counted, sampled, terminal = (kl / theory.kl for kl in kls)
+    distance = found.distance(theory.density)
+    return Found("two modes", name, steps, counted, sampled, terminal, distance)
 
 
 def all_found(steps: Sequence[int]) -> list[Found]:

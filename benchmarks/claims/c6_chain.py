@@ -31,6 +31,7 @@ from marked import put
 from update_step import Chain, Size, default_preset, make_update
 
 from vla_trqam.adjoint import AdjointKind
+from vla_trqam.methods.trqam_config import SchemeName
 from vla_trqam.report.figures import new_figure, save, use_log_axis
 from vla_trqam.report.formats import table
 from vla_trqam.time_grid import TimeGrid
@@ -41,7 +42,7 @@ STEPS = (3, 4, 6, 10)
 DRAWN_STEPS = (*range(2, 21), 30, 50)
 ADJOINTS: tuple[AdjointKind, ...] = ("lean", "scalar")
 KINDS = [(name, adjoint) for name in SCHEMES for adjoint in ADJOINTS]
-NAMES = {"shifted Euler": "shifted_euler", "posterior": "posterior"}
+NAMES: dict[str, SchemeName] = {"shifted Euler": "shifted_euler", "posterior": "posterior"}
 
 
 def quadratic_optimum(

@@ -22,7 +22,7 @@ Numbers = NDArray[np.float64]
 Function = Callable[[Numbers], Numbers]
 
 LIMIT, NODES = 8.0, 1201
-X: Numbers = np.linspace(-LIMIT, LIMIT, NODES)
+X: Numbers = np.linspace(-LIMIT, LIMIT, NODES, dtype=np.float64)
 WIDTH = float(X[1] - X[0])
 _POINTS, _WEIGHTS = hermegauss(32)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
