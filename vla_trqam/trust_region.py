@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.time_grid import TimeGrid
+
+
+DualSteps = Literal["additive", "relative"]
 
 
 def path_kl_per_step(control_gap: Tensor, grid: TimeGrid) -> Tensor:
@@ -53,6 +57,9 @@ class TrustRegionConfig:
         lam_min: the lower bound of lambda.
         lam_max: the upper bound of lambda.
         dual_step_size: ``eta_lambda``; 0 freezes lambda at ``lam_init``.
+        dual_steps: "additive", the authors' ``lam + eta (D_bar - eps_KL)``, whose steps are a large
+            part of a small lambda, so that KL and lambda swing at wide budgets; or "relative",
+            ``lam exp(eta (D_bar / eps_KL - 1))``, ours, as quick at every budget.
         kl_ema_rate: ``rho`` of ``D_bar <- (1 - rho) D_bar + rho D_hat``, started at 0.
         kl_clip: the estimate is clipped at ``kl_clip * kl_budget`` before the EMA; None leaves it.
     """
@@ -63,6 +70,7 @@ class TrustRegionConfig:
     lam_min: float = 0.03
     lam_max: float = 300.0
     dual_step_size: float = 0.03
+    dual_steps: DualSteps = "additive"
     kl_ema_rate: float = 0.1
     kl_clip: float | None = 2.0
 
@@ -79,6 +87,9 @@ class TrustRegionConfig:
             )
         if not self.dual_step_size >= 0.0:
             raise UserError(f"dual_step_size is {self.dual_step_size}; it must not be negative")
+        if self.dual_steps not in get_args(DualSteps):
+            known = " or ".join(map(repr, get_args(DualSteps)))
+            raise UserError(f"dual_steps is {self.dual_steps!r}; it must be {known}")
         if not 0.0 < self.kl_ema_rate <= 1.0:
             raise UserError(f"kl_ema_rate is {self.kl_ema_rate}; it must be in (0, 1]")
         if self.kl_clip is not None and not self.kl_clip > 1.0:
@@ -93,7 +104,10 @@ class TrustRegionConfig:
 
 
 class TrustRegion:
-    """Lambda by dual descent: ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``."""
+    """Lambda by dual descent: ``lam <- clip(lam + eta (D_bar - eps_KL), lam_min, lam_max)``.
+
+    The relative steps are the same descent on ``log lam``, in units of the budget.
+    """
 
     def __init__(self, config: TrustRegionConfig, chunk_length: int) -> None:
         self.config = config
@@ -120,8 +134,14 @@ class TrustRegion:
         limit = float("inf") if config.kl_clip is None else config.kl_clip * config.kl_budget
         clipped = min(kl_estimate, limit)
         self.kl_ema += config.kl_ema_rate * (clipped - self.kl_ema)
-        lam = self.lam + config.dual_step_size * (self.kl_ema - config.kl_budget)
-        self.lam = min(max(lam, config.lam_min), config.lam_max)
+        self.lam = min(max(self._moved(), config.lam_min), config.lam_max)
+
+    def _moved(self) -> float:
+        config, step = self.config, self.config.dual_step_size
+        if config.dual_steps == "relative":
+            most = math.log(config.lam_max / self.lam)  # of an unclipped KL exp may have no number
+            return self.lam * math.exp(min(step * (self.kl_ema / config.kl_budget - 1.0), most))
+        return self.lam + step * (self.kl_ema - config.kl_budget)
 
     def state_dict(self) -> dict[str, float]:
         """Everything that moves; Python floats, so that JSON keeps every bit."""

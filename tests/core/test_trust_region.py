@@ -36,6 +36,36 @@ def test_one_step_is_the_formula() -> None:
     assert region.lam == pytest.approx(2.0 + 0.2 * (ema - 0.5) + 0.2 * (ema_2 - 0.5))
 
 
+def test_a_relative_step_is_the_formula() -> None:
+    region = region_of(
+        kl_budget=0.5, lam_init=2.0, dual_step_size=0.2, kl_ema_rate=0.25, dual_steps="relative"
+    )
+    region.update(0.8)
+    assert region.lam == pytest.approx(2.0 * math.exp(0.2 * (0.25 * 0.8 / 0.5 - 1.0)))
+
+
+def test_a_relative_step_of_a_huge_kl_ends_at_the_bound() -> None:
+    assert region_after(1e9, kl_clip=None, dual_steps="relative").lam == pytest.approx(300.0)
+
+
+@pytest.mark.parametrize("budget", [0.1, 1.0, 4.0])
+def test_relative_steps_settle_at_any_budget_where_additive_ones_swing(budget: float) -> None:
+    """A policy whose KL follows 1 / lambda^2 slowly, as TRQAM's does at its optimum."""
+
+    def spread(dual_steps: str) -> float:
+        region = region_of(kl_budget=budget, lam_init=3.0, dual_steps=dual_steps, lam_min=1e-3)
+        kl, seen = 0.0, []
+        for _ in range(20_000):
+            kl += 0.01 * (0.06 / region.lam**2 - kl)
+            region.update(kl)
+            seen.append(region.kl_ema / budget)
+        return max(seen[10_000:]) - min(seen[10_000:])
+
+    assert spread("relative") < 1e-3
+    if budget == 4.0:
+        assert spread("additive") > 0.5
+
+
 def test_too_much_kl_raises_lambda_and_too_little_lowers_it() -> None:
     region = region_of(kl_budget=1.0, kl_ema_rate=1.0)
     region.update(1.5)
@@ -115,6 +145,7 @@ BAD_KNOBS: list[dict[str, Any]] = [
     {"lam_min": 0.0},
     {"lam_init": math.nan},
     {"dual_step_size": -0.01},
+    {"dual_steps": "log"},
     {"dual_step_size": math.nan},
     {"kl_ema_rate": 0.0},
     {"kl_ema_rate": 1.1},

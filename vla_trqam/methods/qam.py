@@ -47,7 +47,9 @@ class QAMConfig(TRQAMConfig):
         return self.inverse_temperature
 
 
-DUAL_OFF: dict[str, float | None] = {"lam_init": 1.0, "dual_step_size": 0.0, "kl_clip": None}
+DUAL_OFF: dict[str, float | str | None] = {
+    **{"lam_init": 1.0, "dual_step_size": 0.0, "dual_steps": "additive", "kl_clip": None},
+}
 """What switches TRQAM's dual off."""
 
 
