@@ -11,7 +11,6 @@ from torch import Tensor
 from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.time_grid import TimeGrid
 
-
 DualSteps = Literal["additive", "relative"]
 
 
