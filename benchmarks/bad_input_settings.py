@@ -98,7 +98,11 @@ ROBOMIMIC_FLAGS: tuple[Flags, ...] = (
     (("--critic.target_rate=0",), "a target that never moves", ("--critic.target_rate=0",)),
     (("--critic.pessimism=.inf",), "infinite pessimism", ("--critic.pessimism=inf",)),
     (("--critic.ensemble_size=0",), "no critic", ("--critic.ensemble_size=0", "at least 1")),
-    (("--steps=0",), "nothing to train", ("--steps", "--online.steps", "both 0")),
+    (
+        ("--steps=0", "--base_run=some/run"),
+        "nothing to train",
+        ("--steps", "--online.steps", "both 0"),
+    ),
     (("--online.fraction=1.5",), "a share above 1", ("--online.fraction=1.5",)),
     (("--policy.chunk_length=11",), "a chunk longer than an episode", ("10", "11")),
     (("--eval.first_seed=499999",), "initial states of training", ("--eval.first_seed=499999",)),

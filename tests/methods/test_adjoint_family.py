@@ -395,8 +395,8 @@ def test_the_temperature_falls_while_the_edits_entropy_is_above_its_target() -> 
 
 @pytest.mark.parametrize("config", [QAMEConfig, ResidualConfig])
 def test_an_edits_knobs_are_checked(config: type[Any]) -> None:
-    with pytest.raises(UserError, match=r"edit_scale is 0\.0; it must be positive and finite"):
-        config(edit_scale=0.0)
+    with pytest.raises(UserError, match=r"edit_scale is -0\.1; it must be finite and not negative"):
+        config(edit_scale=-0.1)
     with pytest.raises(UserError, match=r"edit_hidden_dims is \[0\]; its widths"):
         config(edit_hidden_dims=(0,))
 
@@ -443,3 +443,11 @@ def test_trqam_and_qam_have_nothing_of_their_own(config: TRQAMConfig) -> None:
     assert type(method) is TRQAM
     assert method.modules().keys() == {"policy", "critic"}
     assert method.loss.draw(batch_of().action, STEPS, generator()).more == {}
+
+
+def test_an_edit_of_no_width_is_refused_behind_a_frozen_flow_and_is_qam_behind_a_tuned_one() -> (
+    None
+):
+    with pytest.raises(UserError, match=r"edit_scale is 0\.0, which leaves the base alone"):
+        ResidualConfig(edit_scale=0.0)
+    assert QAMEConfig(edit_scale=0.0).edit_scale == 0.0

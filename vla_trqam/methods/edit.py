@@ -44,10 +44,10 @@ def check_edit(knobs: EditKnobs) -> None:
     """Refuses an edit's knobs that mean nothing.
 
     Raises:
-        UserError: the scale is not positive and finite, or a width is not positive.
+        UserError: the scale is negative or not finite, or a width is not positive.
     """
-    if not 0.0 < knobs.edit_scale < float("inf"):
-        raise UserError(f"edit_scale is {knobs.edit_scale}; it must be positive and finite")
+    if not 0.0 <= knobs.edit_scale < float("inf"):
+        raise UserError(f"edit_scale is {knobs.edit_scale}; it must be finite and not negative")
     if min(knobs.edit_hidden_dims, default=1) < 1:
         raise UserError(
             f"edit_hidden_dims is {list(knobs.edit_hidden_dims)}; its widths must be at least 1"

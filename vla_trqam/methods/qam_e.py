@@ -30,7 +30,8 @@ class QAMEConfig(QAMConfig):
     """Knobs of QAM-E: those of QAM, and the edit's.
 
     Attributes:
-        edit_scale: half the width of the box that an edit is chosen from, in the flow's units.
+        edit_scale: half the width of the box that an edit is chosen from, in the flow's units; with
+            0 this is QAM.
         target_entropy: of the edit in units of the box (-1, 1); null for minus half its numbers.
         edit_hidden_dims: widths of the edit network's hidden layers.
     """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_trqam.data.transitions import TransitionBatch
+from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, FlowActor, Requirements, Which
 from vla_trqam.methods.edit import Edit, EditActor, check_edit, edit_networks
 from vla_trqam.methods.off_policy import (
@@ -49,6 +50,8 @@ class ResidualConfig(OffPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_edit(self)
+        if self.edit_scale == 0.0:
+            raise UserError("edit_scale is 0.0, which leaves the base alone; it must be positive")
 
 
 class Residual(SummedLosses):
