@@ -30,9 +30,13 @@ class FlippedCritic(Critic):
     """Points downhill: what a wrong sign of the adjoint would do."""
 
     def action_gradient(
-        self, features: Tensor, action: Tensor, executed: Executed = in_box
+        self,
+        features: Tensor,
+        action: Tensor,
+        executed: Executed = in_box,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        gradient, value = super().action_gradient(features, action, executed)
+        gradient, value = super().action_gradient(features, action, executed, noise)
         return -gradient, value
 
 

@@ -110,7 +110,8 @@ class TRQAMLoss(nn.Module):
         super().__init__()
         self.policy, self.critic, self.config = policy, critic, config
         self.grid = TimeGrid(policy.num_flow_steps, config.chain)
-        if critic.gradient_noise > 0.0 and not self.grid.steps[-1].sampled_with_base:
+        last = self.grid.steps[-1]  # refuses a grid that is too coarse
+        if critic.gradient_noise > 0.0 and not last.sampled_with_base:
             raise UserError(
                 f"critic.gradient_noise is {critic.gradient_noise}, but it takes the noise of the "
                 "chain's last step, which final_step='sde' uses: take 'noiseless_base'"
