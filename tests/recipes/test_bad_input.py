@@ -158,7 +158,7 @@ SETTINGS = [
     (["--batch_size=0"], ["--batch_size=0", "at least 1"]),
     (["--discount=1"], ["--discount=1"]),
     (["--online.fraction=1.5"], ["--online.fraction=1.5"]),
-    (["--steps=0", "--online.steps=0"], ["--steps", "--online.steps"]),
+    (["--steps=0", "--online.steps=0", "--base_run=some/run"], ["--steps", "--online.steps"]),
     (["--eval.first_seed=499999"], ["--eval.first_seed=499999"]),
     (["--eval.num_workers=0"], ["--eval.num_workers=0"]),
     (["--eval.videos=-1"], ["--eval.videos=-1"]),
