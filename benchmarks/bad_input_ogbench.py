@@ -37,6 +37,7 @@ def _saved(path: Path, change: Change | None = None) -> None:
     arrays = rows_of_states()
     if change is not None:
         change(arrays)
+    # A file of objects is one of the rows: it is written to be refused.
     np.savez(path, allow_pickle=True, **arrays)
 
 

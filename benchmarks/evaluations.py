@@ -30,7 +30,7 @@ from marked import put
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.autograd.graph import Node
-from update_step import Size, make_batch
+from update_step import Size, make_batch, preset_size
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes.finetune_robomimic import PRESETS
 
@@ -261,17 +261,7 @@ class Timed:
 def timed(name: str) -> Timed:
     """A method as the default preset of Robomimic has it."""
     config = parse_config(FinetuneRobomimicConfig, PRESETS, [f"--{TYPE}={name}"])
-    size = Size(
-        name,
-        19,
-        7,
-        config.policy.chunk_length,
-        config.batch_size,
-        config.policy.hidden_dims,
-        config.critic.hidden_dims,
-        config.critic.ensemble_size,
-        False,
-    )
+    size = preset_size(name, config)
     steps = config.policy.tuned_flow_steps or config.policy.num_flow_steps
     method, batch = make(config.method, size, steps), make_batch(size)
     generator = torch.Generator().manual_seed(0)

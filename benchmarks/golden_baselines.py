@@ -18,10 +18,10 @@ from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import td_target
 from vla_trqam.methods.cgql import CGQL, CGQLConfig, CGQLLConfig
 from vla_trqam.methods.dsrl import ACTOR, DSRL, NOISE_CRITIC, DSRLConfig
-from vla_trqam.methods.entropy import TEMPERATURE
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import IFQL, VALUE, IFQLConfig
-from vla_trqam.methods.off_policy import Draws, OffPolicyConfig, SummedLosses
+from vla_trqam.methods.parts.entropy import TEMPERATURE
+from vla_trqam.methods.parts.off_policy import Draws, OffPolicyConfig, SummedLosses
 
 Outputs = dict[str, Tensor | float]
 

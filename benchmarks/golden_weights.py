@@ -9,7 +9,7 @@ from golden_file import GoldenFile
 from torch import Tensor, nn
 
 from vla_trqam.critic import CriticEnsemble, EnsembleLayerNorm
-from vla_trqam.methods.entropy import Temperature
+from vla_trqam.methods.parts.entropy import Temperature
 from vla_trqam.networks import MLP, TanhGaussian
 
 Networks = Mapping[str, nn.Module]

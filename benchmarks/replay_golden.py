@@ -32,8 +32,8 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.kernel_choice import DEFAULT_KERNELS, Kernels, chosen_kernels
-from vla_trqam.methods.edit import EDIT
-from vla_trqam.methods.entropy import TEMPERATURE, entropy_target
+from vla_trqam.methods.parts.edit import EDIT
+from vla_trqam.methods.parts.entropy import TEMPERATURE, entropy_target
 from vla_trqam.methods.qam import qam_config
 from vla_trqam.methods.qam_e import DRAWS, QAME, QAMEConfig
 from vla_trqam.methods.registry import make_method

@@ -77,13 +77,10 @@ class Size:
 AUTHORS = Size("(a) authors' size", 19, 7, 5, 256, (512,) * 4, (512,) * 4, 10, True)
 
 
-def default_preset() -> tuple[Size, Chain]:
-    """The default run's size on Lift, and its chain."""
-    config = parse_config(FinetuneRobomimicConfig, PRESETS, [])
-    knobs = config.method
-    assert isinstance(knobs, TRQAMConfig)
-    size = Size(
-        "(b) default preset",
+def preset_size(label: str, config: FinetuneRobomimicConfig) -> Size:
+    """The size of a run on Lift with these settings."""
+    return Size(
+        label,
         19,
         7,
         config.policy.chunk_length,
@@ -91,10 +88,18 @@ def default_preset() -> tuple[Size, Chain]:
         config.policy.hidden_dims,
         config.critic.hidden_dims,
         config.critic.ensemble_size,
-        knobs.train_base,
+        config.method.trains_the_base,
     )
+
+
+def default_preset() -> tuple[Size, Chain]:
+    """The default run's size on Lift, and its chain."""
+    config = parse_config(FinetuneRobomimicConfig, PRESETS, [])
+    knobs = config.method
+    assert isinstance(knobs, TRQAMConfig)
     steps = config.policy.tuned_flow_steps or config.policy.num_flow_steps
-    return size, Chain(knobs.scheme, steps, knobs.adjoint)
+    chain = Chain(knobs.scheme, steps, knobs.adjoint)
+    return preset_size("(b) default preset", config), chain
 
 
 def products(size: Size, chain: Chain) -> Counter[Product]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.methods import adjoint_matching
+from vla_trqam.methods.parts import adjoint_matching
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, TRQAMLoss, UpdateNoise
 from vla_trqam.time_grid import TimeGrid
 

@@ -10,7 +10,6 @@ critic (few members, a part of the demonstrations, a noisy gradient), and the me
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from pathlib import Path
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
-from claim_runs import ClaimRun, grouped, mean_and_spread, read_claim_runs
-from marked import put
+from claim_page import write_claim
+from claim_runs import ClaimRun, grouped, mean_and_spread
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.figures import CYCLE, new_figure, save
@@ -180,25 +179,15 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
     return save(figure, path)
 
 
+def tell(groups: Sequence[Group]) -> str:
+    """Verdict and table."""
+    return f"{verdict(groups)}\n\n{table(HEADER, [group.row() for group in groups])}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
-    parser.add_argument("--output", type=Path, help="PNG to draw")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
-    given = parser.parse_args(arguments)
-    try:
-        groups = groups_of(read_claim_runs(given.runs))
-        text = f"{verdict(groups)}\n\n{table(HEADER, [group.row() for group in groups])}"
-        if given.page is not None:
-            put(given.page, "c1", text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    if given.output is not None:
-        print(f"\nwrote {draw(given.output, groups)}")
-    return 0
+    about = (__doc__ or "").split("\n")[0]
+    return write_claim("c1", about, arguments, groups_of, tell, draw)
 
 
 if __name__ == "__main__":

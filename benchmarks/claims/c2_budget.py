@@ -12,7 +12,6 @@ dual's to keep.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from typing import Self
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
-from claim_runs import ClaimRun, grouped, mean_and_spread, read_claim_runs
-from marked import put
+from claim_page import write_claim
+from claim_runs import ClaimRun, grouped, mean_and_spread
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.figures import BUDGET, TUNED, new_figure, save, use_log_axis
@@ -163,25 +162,20 @@ def draw(path: Path, kept: Sequence[Kept]) -> Path:
     return save(figure, path)
 
 
+def kept_of(runs: Sequence[ClaimRun]) -> list[Kept]:
+    """What each run kept of its budget."""
+    return [Kept.of(run) for run in runs]
+
+
+def tell(kept: Sequence[Kept]) -> str:
+    """Verdict and table."""
+    return f"{verdict(kept)}\n\n{table(HEADER, rows_of(kept))}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no run of the two methods."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
-    parser.add_argument("--output", type=Path, help="PNG to draw")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
-    given = parser.parse_args(arguments)
-    try:
-        kept = [Kept.of(run) for run in read_claim_runs(given.runs)]
-        text = f"{verdict(kept)}\n\n{table(HEADER, rows_of(kept))}"
-        if given.page is not None:
-            put(given.page, "c2", text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    if given.output is not None:
-        print(f"\nwrote {draw(given.output, kept)}")
-    return 0
+    about = (__doc__ or "").split("\n")[0]
+    return write_claim("c2", about, arguments, kept_of, tell, draw)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.engine.folder.state import load_module_tensors, module_tensors
 from vla_trqam.errors import UserError
-from vla_trqam.methods.average import WeightAverage
+from vla_trqam.methods.parts.average import WeightAverage
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 
 BATCH, HORIZON, ACTIONS, OBSERVATION = 8, 2, 3, 4

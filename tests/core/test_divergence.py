@@ -13,9 +13,9 @@ from update_problems import batch_of, method_of, noise_of
 
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import DivergenceError
-from vla_trqam.methods import adjoint_matching
-from vla_trqam.methods.finite import check_finite, measured
-from vla_trqam.methods.parallel import Ranks
+from vla_trqam.methods.parts import adjoint_matching
+from vla_trqam.methods.parts.finite import check_finite, measured
+from vla_trqam.methods.parts.parallel import Ranks
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 
 BASE_IN_TRAINING = TRQAMConfig(train_base=True, base_ema_rate=0.3)

@@ -31,12 +31,12 @@ from vla_trqam.engine.processes.team import (
     make_accelerator,
 )
 from vla_trqam.errors import DivergenceError, UserError
-from vla_trqam.methods.adjoint_matching import micro_batches
 from vla_trqam.methods.cgql import CGQLLConfig
 from vla_trqam.methods.dsrl import DSRLConfig
 from vla_trqam.methods.fql import FQLConfig
 from vla_trqam.methods.ifql import IFQLConfig
-from vla_trqam.methods.off_policy import OffPolicyConfig, SummedLosses, rows_of
+from vla_trqam.methods.parts.adjoint_matching import micro_batches
+from vla_trqam.methods.parts.off_policy import OffPolicyConfig, SummedLosses, rows_of
 from vla_trqam.methods.qam_e import QAME, QAMEConfig
 from vla_trqam.methods.registry import make_method
 from vla_trqam.methods.residual import ResidualConfig

@@ -24,8 +24,8 @@ from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.errors import UserError
-from vla_trqam.methods.adjoint_matching import micro_batches
-from vla_trqam.methods.parallel import Ranks, whole
+from vla_trqam.methods.parts.adjoint_matching import micro_batches
+from vla_trqam.methods.parts.parallel import Ranks, whole
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 from vla_trqam.policy import PathFields
 

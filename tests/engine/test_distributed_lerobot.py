@@ -25,7 +25,7 @@ from vla_trqam.engine.folder.state import (
     optimizer_tensors,
 )
 from vla_trqam.engine.processes.team import Team
-from vla_trqam.methods.off_policy import rows_of
+from vla_trqam.methods.parts.off_policy import rows_of
 from vla_trqam.methods.trqam import TRQAM, LossOutput, TRQAMConfig, UpdateNoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")

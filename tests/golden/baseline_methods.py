@@ -28,11 +28,11 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.methods.cgql import CGQLConfig, CGQLLConfig
 from vla_trqam.methods.dsrl import ACTOR, DSRLConfig
 from vla_trqam.methods.dsrl import NOISE_CRITIC as OUR_NOISE_CRITIC
-from vla_trqam.methods.entropy import TEMPERATURE as OUR_TEMPERATURE
 from vla_trqam.methods.fql import FQL, FQLConfig
 from vla_trqam.methods.ifql import VALUE as OUR_VALUE
 from vla_trqam.methods.ifql import IFQLConfig
-from vla_trqam.methods.off_policy import SummedLosses
+from vla_trqam.methods.parts.entropy import TEMPERATURE as OUR_TEMPERATURE
+from vla_trqam.methods.parts.off_policy import SummedLosses
 from vla_trqam.methods.registry import make_method
 
 

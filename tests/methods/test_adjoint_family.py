@@ -29,9 +29,9 @@ from vla_trqam.errors import UserError
 from vla_trqam.kernel_choice import chosen_kernels
 from vla_trqam.losses import adjoint_matching_loss
 from vla_trqam.methods.base import GeneratorNoise
-from vla_trqam.methods.edit import EDIT, Edit
 from vla_trqam.methods.external_kl import ExternalKLConfig, ExternalKLLoss
-from vla_trqam.methods.off_policy import OffPolicyConfig
+from vla_trqam.methods.parts.edit import EDIT, Edit
+from vla_trqam.methods.parts.off_policy import OffPolicyConfig
 from vla_trqam.methods.qam import QAMConfig
 from vla_trqam.methods.qam_e import QAME, QAMEConfig
 from vla_trqam.methods.registry import make_method

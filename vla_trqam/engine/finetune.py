@@ -32,7 +32,7 @@ from vla_trqam.engine.processes.team import Team
 from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.methods.base import OffPolicyMethod
-from vla_trqam.methods.parallel import check_accelerator
+from vla_trqam.methods.parts.parallel import check_accelerator
 from vla_trqam.report.metrics import MetricsLog
 from vla_trqam.report.public_copy import without_paths
 from vla_trqam.report.tracker import check_tracker, tracker

@@ -15,10 +15,10 @@ from vla_trqam.critic import ema_update
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
-from vla_trqam.methods.adjoint_matching import UpdateNoise
 from vla_trqam.methods.base import Method, Requirements, Scalars
-from vla_trqam.methods.finite import check_finite, measured
-from vla_trqam.methods.parallel import Ranks
+from vla_trqam.methods.parts.adjoint_matching import UpdateNoise
+from vla_trqam.methods.parts.finite import check_finite, measured
+from vla_trqam.methods.parts.parallel import Ranks
 from vla_trqam.policy import FlowPolicy
 
 

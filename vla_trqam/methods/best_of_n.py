@@ -24,7 +24,7 @@ from vla_trqam.critic import CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.ifql import IFQL, IFQLConfig
-from vla_trqam.methods.off_policy import td_weight
+from vla_trqam.methods.parts.off_policy import td_weight
 
 
 @dataclass(frozen=True)

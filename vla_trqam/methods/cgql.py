@@ -31,7 +31,7 @@ from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_target
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
-from vla_trqam.methods.off_policy import (
+from vla_trqam.methods.parts.off_policy import (
     Draws,
     Losses,
     OffPolicyConfig,

@@ -21,8 +21,14 @@ from vla_trqam.critic import CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
-from vla_trqam.methods.entropy import TEMPERATURE, Temperature, entropy_target, entropy_terms
-from vla_trqam.methods.off_policy import Draws, Losses, OffPolicyConfig, SummedLosses, draw_cloning
+from vla_trqam.methods.parts.entropy import TEMPERATURE, Temperature, entropy_target, entropy_terms
+from vla_trqam.methods.parts.off_policy import (
+    Draws,
+    Losses,
+    OffPolicyConfig,
+    SummedLosses,
+    draw_cloning,
+)
 from vla_trqam.networks import TanhGaussian
 from vla_trqam.policy import Context
 from vla_trqam.sde import sample_ode

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vla_trqam.losses import adjoint_matching_loss
-from vla_trqam.methods.adjoint_matching import TRQAMLoss
+from vla_trqam.methods.parts.adjoint_matching import TRQAMLoss
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.methods.trqam_config import TRQAMConfig
 from vla_trqam.trust_region import kl_penalty

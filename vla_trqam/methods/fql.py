@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
-from vla_trqam.methods.off_policy import Draws, Losses, OffPolicyConfig, SummedLosses, draw_cloning
+from vla_trqam.methods.parts.off_policy import (
+    Draws,
+    Losses,
+    OffPolicyConfig,
+    SummedLosses,
+    draw_cloning,
+)
 from vla_trqam.networks import MLP
 from vla_trqam.policy import Context, FlowPolicy
 from vla_trqam.sde import sample_ode

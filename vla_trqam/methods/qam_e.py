@@ -1,8 +1,8 @@
 r"""QAM-E: QAM with an entropy-tuned edit behind its flow (github ColinQiyangLi/qam).
 
-The flow is trained as QAM trains it; beside it an edit (:mod:`vla_trqam.methods.edit`) is trained
-at the tuned flow's own chunks, from fresh noise and without gradient to the flow. What acts, in the
-TD target too, is the flow and a sampled edit.
+The flow is trained as QAM trains it; beside it an edit (:mod:`vla_trqam.methods.parts.edit`) is
+trained at the tuned flow's own chunks, from fresh noise and without gradient to the flow. What
+acts, in the TD target too, is the flow and a sampled edit.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vla_trqam.errors import UserError
-from vla_trqam.methods.adjoint_matching import TRQAMLoss, UpdateNoise
 from vla_trqam.methods.base import Actor, Requirements, Which
-from vla_trqam.methods.edit import Edit, EditActor, check_edit, edit_networks
-from vla_trqam.methods.off_policy import Draws, Losses
+from vla_trqam.methods.parts.adjoint_matching import TRQAMLoss, UpdateNoise
+from vla_trqam.methods.parts.edit import Edit, EditActor, check_edit, edit_networks
+from vla_trqam.methods.parts.off_policy import Draws, Losses
 from vla_trqam.methods.qam import QAMConfig
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.policy import Context

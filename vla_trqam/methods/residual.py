@@ -1,9 +1,9 @@
 r"""Residual RL: an edit behind the frozen flow, at chunk level and with entropy terms.
 
 ``L = L_Q + mean (alpha log p(e) - mean_j Q_j(s, a)) + alpha (entropy - target)`` with
-``a = clip(a_base + scale e)``, ``e ~ pi_e(. | s, a_base)`` (:mod:`vla_trqam.methods.edit`): FEdit
-of github ColinQiyangLi/qam, after EXPO. The policy is a black box: neither its weights nor its
-gradients are asked for. What acts, in the TD target too, is the base's flow and a sampled edit.
+``a = clip(a_base + scale e)``, ``e ~ pi_e(. | s, a_base)`` (:mod:`vla_trqam.methods.parts.edit`):
+FEdit of github ColinQiyangLi/qam, after EXPO. The policy is a black box: neither its weights nor
+its gradients are asked for. What acts, in the TD target too, is the base's flow and a sampled edit.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, FlowActor, Requirements, Which
-from vla_trqam.methods.edit import Edit, EditActor, check_edit, edit_networks
-from vla_trqam.methods.off_policy import (
+from vla_trqam.methods.parts.edit import Edit, EditActor, check_edit, edit_networks
+from vla_trqam.methods.parts.off_policy import (
     Draws,
     FieldActor,
     Losses,

@@ -24,9 +24,9 @@ from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.data.foreign import check_header
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
-from vla_trqam.methods.adjoint_matching import TRQAMLoss
 from vla_trqam.methods.base import Requirements
-from vla_trqam.methods.results import CriticLossOutput
+from vla_trqam.methods.parts.adjoint_matching import TRQAMLoss
+from vla_trqam.methods.parts.results import CriticLossOutput
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.methods.trqam_config import TRQAMConfig
 from vla_trqam.policy import Context, FlowPolicy

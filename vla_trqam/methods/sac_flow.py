@@ -32,7 +32,13 @@ from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
 from vla_trqam.methods.dsrl import Temperature
-from vla_trqam.methods.off_policy import Draws, Losses, OffPolicyConfig, SummedLosses, draw_cloning
+from vla_trqam.methods.parts.off_policy import (
+    Draws,
+    Losses,
+    OffPolicyConfig,
+    SummedLosses,
+    draw_cloning,
+)
 from vla_trqam.networks import MLP
 from vla_trqam.policy import Context, FlowPolicy
 from vla_trqam.precision import own_precision

@@ -15,10 +15,10 @@ from torch import Tensor
 from vla_trqam.adjoint import AdjointKind
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
-from vla_trqam.methods.adjoint_matching import TRQAMLoss
-from vla_trqam.methods.off_policy import td_weight
+from vla_trqam.methods.parts.adjoint_matching import TRQAMLoss
+from vla_trqam.methods.parts.off_policy import td_weight
+from vla_trqam.methods.parts.results import CriticLossOutput
 from vla_trqam.methods.qam import QAMConfig
-from vla_trqam.methods.results import CriticLossOutput
 from vla_trqam.methods.trqam import TRQAM
 from vla_trqam.policy import Context
 

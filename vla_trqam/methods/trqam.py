@@ -1,6 +1,6 @@
 """TRQAM: Trust Region Q-Adjoint Matching (Algorithm 2).
 
-The update up to the gradient is :class:`~vla_trqam.methods.adjoint_matching.TRQAMLoss`;
+The update up to the gradient is :class:`~vla_trqam.methods.parts.adjoint_matching.TRQAMLoss`;
 :class:`TRQAM` takes the step, measures the KL and moves lambda.
 """
 
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
-from vla_trqam.methods.adjoint_matching import (
+from vla_trqam.methods.base import OffPolicyMethod, Requirements, Scalars
+from vla_trqam.methods.parts.adjoint_matching import (
     Part,
     TRQAMLoss,
     UpdateNoise,
     micro_batches,
 )
-from vla_trqam.methods.average import WeightAverage
-from vla_trqam.methods.base import OffPolicyMethod, Requirements, Scalars
-from vla_trqam.methods.finite import Terms, check_finite, measured
-from vla_trqam.methods.parallel import Ranks, clipped, whole, whole_moments
-from vla_trqam.methods.results import (
+from vla_trqam.methods.parts.average import WeightAverage
+from vla_trqam.methods.parts.finite import Terms, check_finite, measured
+from vla_trqam.methods.parts.parallel import Ranks, clipped, whole, whole_moments
+from vla_trqam.methods.parts.results import (
     CriticLossOutput,
     CriticUpdateResult,
     LossOutput,

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from vla_trqam.adjoint import AdjointKind
 from vla_trqam.errors import UserError
-from vla_trqam.methods.adjoint_matching import sampled_fields
 from vla_trqam.methods.base import MethodConfig, Rehearsal
+from vla_trqam.methods.parts.adjoint_matching import sampled_fields
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.time_grid import (
     AdjointTime,

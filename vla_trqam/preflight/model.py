@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
-from vla_trqam.methods.adjoint_matching import sampled_fields
+from vla_trqam.methods.parts.adjoint_matching import sampled_fields
 from vla_trqam.methods.trqam_config import TRQAMConfig
 from vla_trqam.preflight.report import Finding
 from vla_trqam.sde import sample_ode

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Method
-from vla_trqam.methods.parallel import shard_like
+from vla_trqam.methods.parts.parallel import shard_like
 
 
 def module_tensors(method: Method, *, own: bool = False) -> dict[str, Tensor]:

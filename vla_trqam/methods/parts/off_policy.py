@@ -21,8 +21,8 @@ from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target, td_loss, td_target
 from vla_trqam.methods.base import MethodConfig, Noise, OffPolicyMethod
-from vla_trqam.methods.finite import Terms, check_finite, measured
-from vla_trqam.methods.parallel import Ranks, clipped
+from vla_trqam.methods.parts.finite import Terms, check_finite, measured
+from vla_trqam.methods.parts.parallel import Ranks, clipped
 from vla_trqam.policy import Context, FlowPolicy
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid

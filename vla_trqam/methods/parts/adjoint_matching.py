@@ -24,8 +24,8 @@ from vla_trqam.losses import (
     td_loss,
     td_target,
 )
-from vla_trqam.methods.off_policy import Draws, Losses, rows_of, slices, td_weight
-from vla_trqam.methods.results import CriticLossOutput, LossOutput
+from vla_trqam.methods.parts.off_policy import Draws, Losses, rows_of, slices, td_weight
+from vla_trqam.methods.parts.results import CriticLossOutput, LossOutput
 from vla_trqam.policy import Context, FlowPolicy, PathFields
 from vla_trqam.sde import sample_ode, sample_path_and_next_action
 from vla_trqam.time_grid import Scheme, TimeGrid

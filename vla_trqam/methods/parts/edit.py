@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vla_trqam.critic import CriticEnsemble
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, Noise
-from vla_trqam.methods.entropy import TEMPERATURE, Temperature, entropy_target, entropy_terms
-from vla_trqam.methods.off_policy import Losses
+from vla_trqam.methods.parts.entropy import TEMPERATURE, Temperature, entropy_target, entropy_terms
+from vla_trqam.methods.parts.off_policy import Losses
 from vla_trqam.networks import TanhGaussian
 from vla_trqam.policy import Context, FlowPolicy
 

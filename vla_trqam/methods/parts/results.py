@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vla_trqam.critic import Executed
-from vla_trqam.methods.parallel import Ranks
+from vla_trqam.methods.parts.parallel import Ranks
 from vla_trqam.sde import Trajectory
 
 

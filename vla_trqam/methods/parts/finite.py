@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vla_trqam.errors import DivergenceError
-from vla_trqam.methods.parallel import Ranks
+from vla_trqam.methods.parts.parallel import Ranks
 
 Terms = tuple[Sequence[Tensor], Sequence[float]]
 """Scalars and their weights in a sum."""
