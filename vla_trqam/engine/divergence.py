@@ -35,8 +35,13 @@ def not_finite(method: Method) -> str | None:
 
 def _first(tensors: dict[str, Tensor], called: str) -> str | None:
     real = {name: value for name, value in tensors.items() if value.is_floating_point()}
-    finite = [torch.isfinite(value).all().to("cpu", non_blocking=True) for value in real.values()]
-    return next((called.format(n) for n, good in zip(real, finite, strict=True) if not good), None)
+    finite = dict.fromkeys(real, True)
+    # Adam counts its steps on the host. One transfer a device, which waits for what it brings.
+    for device in {value.device for value in real.values()}:
+        there = [name for name, value in real.items() if value.device == device]
+        flags = torch.stack([torch.isfinite(real[name]).all() for name in there])
+        finite |= zip(there, flags.tolist(), strict=True)
+    return next((called.format(name) for name, good in finite.items() if not good), None)
 
 
 def smaller_factor(factor: float, error: DivergenceError) -> float:

@@ -25,7 +25,8 @@ def measured(ranks: Ranks, sums: Mapping[str, Terms]) -> dict[str, float]:
         sums: by what they are called in a sentence.
     """
     scalars = [scalar.detach() for terms, _ in sums.values() for scalar in terms]
-    values = iter(torch.stack(scalars).tolist())
+    # The norm of no gradient at all is made on the host.
+    values = iter(torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist())
     own = [sum(w * next(values) for w in weights) for _, weights in sums.values()]
     return dict(zip(sums, ranks.mean(own), strict=True))
 
