@@ -1,6 +1,8 @@
 """README and docs name no flag that is gone; recorded results keep the commands of their time."""
 
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,16 @@ def flags_in(text: str) -> set[str]:
     return set(FLAG.findall(text))
 
 
-@pytest.fixture
-def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
+@pytest.fixture(scope="module")
+def known() -> set[str]:
     """What the recipes' help lists, and what the other scripts declare."""
+    with redirect_stdout(StringIO()) as told:
+        ask_for_help()
+    declared = re.findall(r'"--(\w+)"', "".join(path.read_text("utf-8") for path in SCRIPTS))
+    return flags_in(told.getvalue()) | set(declared) | OTHERS | {"help"}
+
+
+def ask_for_help() -> None:
     presets = Path(finetune_robomimic.__file__)
     for config, name in (
         (FinetuneRobomimicConfig, "finetune_robomimic.yaml"),
@@ -50,8 +59,6 @@ def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
     for study, name in ((CompareConfig, "compare.yaml"), (SweepConfig, "sweep_kl.yaml")):
         with pytest.raises(SystemExit):
             parse_config(study, presets.with_name(name), ["--help"], preset="smoke")
-    declared = re.findall(r'"--(\w+)"', "".join(path.read_text("utf-8") for path in SCRIPTS))
-    return flags_in(capsys.readouterr().out) | set(declared) | OTHERS | {"help"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
