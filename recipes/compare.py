@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from vla_trqam.recipes.study_runs import exit_status, read_run
 
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.study.comparison import write_comparison
-from vla_trqam.study.plan import Variant
-from vla_trqam.study.run import work
+from vla_trqam.study.run import STOPPED, work
 from vla_trqam.study.settings import CompareConfig
+from vla_trqam.study.trials import made_trials
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 
@@ -31,9 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(config: CompareConfig) -> int:
-    """The whole study."""
-    variants = [Variant(name, name, {}) for name in config.methods]
-    return work(config, variants, read_run, write_comparison)
+    """The whole study: the trials that find the knobs, then the runs that are compared."""
+    trials = made_trials(config, read_run)
+    if trials is None:
+        return STOPPED
+    return work(
+        config,
+        lambda task: trials.variants_in(task, config.methods),
+        read_run,
+        partial(write_comparison, trials=trials),
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def sweep(config: SweepConfig) -> int:
     """The whole study."""
-    return work(config, variants_of(config), read_run, write_sweep)
+    return work(config, lambda _: variants_of(config), read_run, write_sweep)
 
 
 def variants_of(config: SweepConfig) -> list[Variant]:

@@ -34,7 +34,7 @@ def config(folder, **changes):
 
 
 def plan_of(settings):
-    return make_plan(settings, [Variant(name, name, {}) for name in settings.methods], read_run)
+    return make_plan(settings, lambda _: [Variant(n, n, {}) for n in settings.methods], read_run)
 
 
 def flags_of(step):
@@ -154,7 +154,7 @@ def test_every_run_of_a_presets_comparison_has_settings_that_work(preset, tmp_pa
 def test_every_run_of_a_presets_sweep_has_the_budget_of_its_name(preset, tmp_path):
     flags = [f"--preset={preset}", f"--output_dir={tmp_path}"]
     settings = parse_config(SweepConfig, sweep_kl.PRESETS, flags)
-    plan = make_plan(settings, sweep_kl.variants_of(settings), read_run)
+    plan = make_plan(settings, lambda _: sweep_kl.variants_of(settings), read_run)
     assert {run.config.method.kl_budget for run in plan.runs} == set(settings.budgets)
     assert all(f"kl{run.config.method.kl_budget:g}" == run.label for run in plan.runs)
 

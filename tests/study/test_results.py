@@ -16,9 +16,13 @@ from vla_trqam.study.comparison import write_comparison
 from vla_trqam.study.results import read_result, read_results
 from vla_trqam.study.settings import CompareConfig, SweepConfig
 from vla_trqam.study.sweep import write_sweep
+from vla_trqam.study.trials import Trial, Trials
 
 STEPS, ONLINE = 10, 5
-TABLE = {"lift": {"recipe": "finetune_robomimic", "tried": {"trqam": "kl_budget 0.2, 0.5"}}}
+TABLE = {"lift": {"recipe": "finetune_robomimic"}}
+TRIALS = Trials(
+    {("lift", "trqam"): [Trial({"kl_budget": 0.2}, 0.75), Trial({"kl_budget": 0.5}, None)]}
+)
 
 
 def finished(folder, label, seed, *, final, method=None, budget=None, kl=None, lam_min=None):
@@ -102,7 +106,7 @@ def compared(tmp_path):
 @pytest.mark.slow
 def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared, tmp_path):
     settings, runs = compared
-    page = write_comparison(settings, runs, read_results(runs))
+    page = write_comparison(settings, runs, read_results(runs), TRIALS)
     assert (
         "| lift | trqam | 2 | 20.0% ± 0.0 | 60.0% ± 0.0 | 90.0% ± 14.1 | +70.0 | 80 | 100 |"
     ) in page
@@ -112,7 +116,7 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
     assert "| trqam | 90.0% (80.0% to 100.0%) |  |" in page
     assert "| fql | 45.0% (40.0% to 50.0%) | 100.0% (100.0% to 100.0%) |" in page
     assert "| trqam - fql | +45.0 | +40.0 to +50.0 | 0.5 | 0.5 | no |" in page
-    assert "| lift | trqam | defaults | kl_budget 0.2, 0.5 |" in page
+    assert "| lift | trqam | defaults | kl_budget 0.2: 75.0%; kl_budget 0.5: failed |" in page
     assert "| lift | fql | alpha 3.0 | this value alone |" in page
     assert (tmp_path / "table.md").read_text() == page
     for name in ("curves_lift.png", "after_offline.png", "after_online.png"):
@@ -136,12 +140,12 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
 def test_a_method_without_one_of_its_runs_is_told_and_not_aggregated(compared):
     settings, runs = compared
     runs[3].step.done.unlink()
-    page = write_comparison(settings, runs, read_results(runs))
+    page = write_comparison(settings, runs, read_results(runs), TRIALS)
     assert "**Missing, and left out of what is below:** lift/fql_s1." in page
     assert "There is one method: nothing to tell apart." in page
     assert "| lift | fql | 1 | 20.0% | 60.0% | 40.0% |" in page
     with pytest.raises(UserError, match="there is nothing to compare"):
-        write_comparison(settings, runs, [])
+        write_comparison(settings, runs, [], TRIALS)
 
 
 @pytest.mark.slow

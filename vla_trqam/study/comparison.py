@@ -15,7 +15,7 @@ from vla_trqam.report.provenance import command_line, git_commit, machine, packa
 from vla_trqam.study.pictures import plot_aggregate, plot_curves
 from vla_trqam.study.plan import StudyRun
 from vla_trqam.study.results import Result
-from vla_trqam.study.settings import StudySettings
+from vla_trqam.study.settings import CompareConfig
 from vla_trqam.study.statistics import (
     compare_pairs,
     improvements,
@@ -33,6 +33,7 @@ from vla_trqam.study.tables import (
     success_table,
     write_csv,
 )
+from vla_trqam.study.trials import Trials
 
 PICTURES = "pictures"
 OFFLINE, ONLINE = "after offline", "after online"
@@ -48,11 +49,13 @@ NOTES = (
     "Interquartile mean, probability of improvement (ties count half) and performance profiles "
     "are rliable's, with a bootstrap over the seeds of each task. Pairs: sign-flip test of the "
     "mean difference over tasks and seeds, corrected by Holm over all pairs.",
+    "Tried: each method's trials with their success, made before on other seeds; the best is what "
+    "is compared.",
 )
 
 
 def write_comparison(
-    settings: StudySettings, runs: Sequence[StudyRun], results: Sequence[Result]
+    settings: CompareConfig, runs: Sequence[StudyRun], results: Sequence[Result], trials: Trials
 ) -> str:
     """Writes everything into the study's folder; returns the page.
 
@@ -82,7 +85,7 @@ def write_comparison(
         "\n".join(f"- {note}" for note in NOTES),
         "## Settings",
         flags_table(tasks, settings.flags),
-        knobs_table(tasks, results, configs),
+        knobs_table(tasks, results, configs, trials),
         "## Pictures",
         *(f"![{caption}]({PICTURES}/{path.name})" for path, caption in figures.items()),
         how_it_was_made(),
@@ -125,7 +128,7 @@ def stages_of(results: Sequence[Result]) -> dict[str, dict[Result, float]]:
 
 
 def _aggregate(
-    name: str, settings: StudySettings, results: Sequence[Result], pictures: Path
+    name: str, settings: CompareConfig, results: Sequence[Result], pictures: Path
 ) -> Stage:
     """Nothing of a method without one of its runs: the rest is compared on other tasks."""
     scores = complete_scores(results, settings.seeds, stages_of(results)[name])

@@ -39,6 +39,10 @@ class Variant:
     knobs: Mapping[str, Any]
 
 
+VariantsIn = Callable[[StudyTask], Sequence[Variant]]
+"""What is compared in a task."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A command of the study.
@@ -98,12 +102,12 @@ class Plan:
     runs: list[StudyRun]
 
 
-def make_plan(settings: StudySettings, variants: Sequence[Variant], read: ReadRun) -> Plan:
+def make_plan(settings: StudySettings, variants_in: VariantsIn, read: ReadRun) -> Plan:
     """The steps of a study; every run's settings are read, so that a wrong one is told first.
 
     Args:
         settings: of the study.
-        variants: what is compared.
+        variants_in: what is compared in a task.
         read: see there.
 
     Raises:
@@ -116,7 +120,7 @@ def make_plan(settings: StudySettings, variants: Sequence[Variant], read: ReadRu
             steps.append(_data_step(settings, task))
         for seed in settings.seeds:
             base = _base_step(settings, task, seed, read)
-            made = [_run(settings, task, seed, v, base, read) for v in variants]
+            made = [_run(settings, task, seed, v, base, read) for v in variants_in(task)]
             runs += made
             steps += [base, *(run.step for run in made)]
     return Plan(steps, runs)

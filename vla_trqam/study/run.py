@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vla_trqam.engine.launch import usable_cores
-from vla_trqam.study.plan import ReadRun, StudyRun, Variant, check_commands, make_plan
+from vla_trqam.study.plan import (
+    Plan,
+    ReadRun,
+    StudyRun,
+    VariantsIn,
+    check_commands,
+    make_plan,
+)
 from vla_trqam.study.progress import StudyProgress
 from vla_trqam.study.results import Result, read_results
 from vla_trqam.study.scheduler import LOGS, Scheduler
@@ -16,7 +23,7 @@ DONE, FAILED, STOPPED = 0, 1, 130
 
 def work[S: StudySettings](
     settings: S,
-    variants: Sequence[Variant],
+    variants_in: VariantsIn,
     read: ReadRun,
     write: Callable[[S, Sequence[StudyRun], Sequence[Result]], str],
 ) -> int:
@@ -24,16 +31,33 @@ def work[S: StudySettings](
 
     Args:
         settings: of the study.
-        variants: what is compared.
+        variants_in: what is compared in a task.
         read: a run's settings from its flags.
         write: the page, from the finished runs.
 
     Raises:
         UserError: the settings do not work, or the folder has another study.
     """
+    assert settings.output_dir is not None
+    plan = make_plan(settings, variants_in, read)
+    failed = carried_out(settings, plan)
+    if failed is None:
+        return STOPPED
+    print(write(settings, plan.runs, read_results(plan.runs)))
+    print(f"page {settings.output_dir / 'table.md'}")
+    if failed:
+        print(f"{len(failed)} failed; the same command tries again: {', '.join(failed)}")
+    return FAILED if failed else DONE
+
+
+def carried_out(settings: StudySettings, plan: Plan) -> list[str] | None:
+    """Does what is left of a plan; names the steps that failed, or None where it was stopped.
+
+    Raises:
+        UserError: the folder has another study.
+    """
     folder = settings.output_dir
     assert folder is not None
-    plan = make_plan(settings, variants, read)
     check_commands(plan, folder)
     progress = StudyProgress()
     scheduler = Scheduler(
@@ -46,13 +70,8 @@ def work[S: StudySettings](
     whole = scheduler.run()
     progress.close()
     standing = scheduler.standing
-    if not whole:
-        done, every = len(standing.done), len(standing.steps)
-        print(f"stopped with {done} of {every} steps done; the same command goes on")
-        return STOPPED
-    print(write(settings, plan.runs, read_results(plan.runs)))
-    print(f"page {folder / 'table.md'}")
-    if standing.failed:
-        print(f"{len(standing.failed)} failed; the same command tries again: ", end="")
-        print(", ".join(standing.failed))
-    return FAILED if standing.failed else DONE
+    if whole:
+        return list(standing.failed)
+    done, every = len(standing.done), len(standing.steps)
+    print(f"stopped with {done} of {every} steps done; the same command goes on")
+    return None

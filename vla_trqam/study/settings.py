@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from vla_trqam.errors import UserError
 from vla_trqam.methods.registry import METHODS
 
-ENTRIES = ("recipe", "preset", "flags", "knobs", "tried", "data")
+ENTRIES = ("recipe", "preset", "flags", "knobs", "trials", "data")
 OF_DATA = ("recipe", "flags", "file")
 
 
@@ -26,7 +26,7 @@ class StudySettings:
         num_threads: torch's threads in each run.
         flags: settings of every run, by their names without dashes.
         table: the tasks by name: of each its recipe, preset and flags, each method's knobs and what
-            was tried to find them, and how its data is made.
+            is tried to find them, and how its data is made.
     """
 
     output_dir: Path | None = None
@@ -69,16 +69,29 @@ class CompareConfig(StudySettings):
 
     Attributes:
         methods: by their names in the registry.
+        trial_seeds: of the trials, by which each method's knobs are found in the tasks whose table
+            has trials; none of the comparison's own.
+        trial_flags: settings of the trials' runs; they win over the others.
     """
 
-    GRID: ClassVar[tuple[str, ...]] = ("methods", "tasks", "seeds")
+    GRID: ClassVar[tuple[str, ...]] = ("methods", "tasks", "seeds", "trial_seeds")
 
     methods: tuple[str, ...] = ("trqam",)
+    trial_seeds: tuple[int, ...] = (100,)
+    trial_flags: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.methods:
             check_method(name, "--methods")
+        for seed in self.trial_seeds:
+            if seed in self.seeds:
+                raise UserError(
+                    f"--trial_seeds has {seed}, which --seeds has too: knobs are found on seeds "
+                    "that are not compared"
+                )
+        for task in map(self.task, self.tasks):
+            _check_equal_trials(task, self.methods)
 
 
 @dataclass
@@ -128,7 +141,7 @@ class StudyTask:
         preset: of the recipe.
         flags: the same for all methods.
         knobs: of the methods, by the method's name; they win over the preset's.
-        tried: what was tried to find a method's knobs, by the method's name.
+        trials: knobs that are tried before, the best of which a method takes, by its name.
         data: how its data is made; None where the flags say where it is.
     """
 
@@ -137,7 +150,7 @@ class StudyTask:
     preset: str
     flags: Mapping[str, Any]
     knobs: Mapping[str, Mapping[str, Any]]
-    tried: Mapping[str, Any]
+    trials: Mapping[str, Sequence[Mapping[str, Any]]]
     data: StudyData | None
 
     @classmethod
@@ -152,15 +165,39 @@ class StudyTask:
         data = values.get("data")
         if "recipe" not in values:
             raise UserError(f"{where} has no recipe; give the command that makes its runs")
-        own = {part: values.get(part) or {} for part in ("flags", "knobs", "tried")}
-        for method in {*own["knobs"], *own["tried"]}:
+        own = {part: values.get(part) or {} for part in ("flags", "knobs", "trials")}
+        for method in {*own["knobs"], *own["trials"]}:
             check_method(method, where)
+        for method, trials in own["trials"].items():
+            _check_trials(trials, f"the trials of {method} in {where}")
         return cls(
             name=name,
             recipe=str(values["recipe"]),
             preset=str(values.get("preset", "default")),
             data=None if data is None else _data(data, f"the data of {where}"),
             **own,
+        )
+
+
+def _check_trials(trials: Any, where: str) -> None:
+    good = isinstance(trials, Sequence) and all(isinstance(t, Mapping) and t for t in trials)
+    if not good or len(trials) < 2:
+        raise UserError(
+            f"{where} are {trials!r}; they must be a list of two or more mappings of knobs, like "
+            "[{alpha: 100}, {alpha: 300}]"
+        )
+    if any(trial in trials[:number] for number, trial in enumerate(trials)):
+        raise UserError(f"{where} have one twice")
+
+
+def _check_equal_trials(task: StudyTask, methods: Sequence[str]) -> None:
+    """None of the methods is tuned more than another."""
+    counts = {name: len(task.trials.get(name, ())) for name in methods}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(
+            f"the task {task.name} has unequal trials ({listed}); give every method as many, or "
+            "none to any"
         )
 
 

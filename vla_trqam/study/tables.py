@@ -15,6 +15,7 @@ from vla_trqam.report.formats import percent, points, points_interval, table
 from vla_trqam.study.results import Result
 from vla_trqam.study.settings import StudyTask
 from vla_trqam.study.statistics import Estimate, Pair, Scores
+from vla_trqam.study.trials import Trials
 
 
 def success_table(results: Sequence[Result]) -> str:
@@ -103,7 +104,10 @@ def complete_scores(
 
 
 def knobs_table(
-    tasks: Sequence[StudyTask], results: Sequence[Result], configs: Mapping[tuple[str, str], Any]
+    tasks: Sequence[StudyTask],
+    results: Sequence[Result],
+    configs: Mapping[tuple[str, str], Any],
+    trials: Trials,
 ) -> str:
     """Each method's knobs in each task that are not its defaults, and what was tried for them."""
     rows = []
@@ -117,8 +121,7 @@ def knobs_table(
                 if getattr(method, name) != getattr(default, name)
             }
             shown = ", ".join(f"{name} {value}" for name, value in changed.items()) or "defaults"
-            tried = task.tried.get(label)
-            rows.append([task.name, label, shown, "this value alone" if not tried else str(tried)])
+            rows.append([task.name, label, shown, trials.text(task.name, label)])
     return table(["task", "method", "knobs", "tried"], rows)
 
 

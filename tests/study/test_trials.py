@@ -1,0 +1,136 @@
+"""The trials that find each method's knobs: as many for each, on other seeds, the best is taken."""
+
+from types import SimpleNamespace
+
+import pytest
+from vla_trqam.recipes import compare
+from vla_trqam.recipes.study_runs import read_run
+
+from vla_trqam.config.parsing import parse_config
+from vla_trqam.errors import UserError
+from vla_trqam.study import trials as study
+from vla_trqam.study.settings import CompareConfig
+from vla_trqam.study.trials import made_trials
+
+FLAGS = {"steps": 100, "online.steps": 50, "evaluate_every": 50}
+TRIED = {
+    "trqam": [{"kl_budget": 0.1}, {"kl_budget": 1.0}],
+    "qam": [{"inverse_temperature": 1.0}, {"inverse_temperature": 10.0}],
+}
+
+
+def config(folder, trials=TRIED, **changes):
+    lift = {"recipe": "finetune_robomimic", "flags": FLAGS, "trials": trials}
+    plain = {"recipe": "finetune_robomimic", "flags": FLAGS}
+    settings = {"methods": ("trqam", "qam"), "tasks": ("lift", "plain"), "seeds": (0, 1)}
+    settings["table"] = {"lift": lift, "plain": plain}
+    return CompareConfig(output_dir=folder, **settings | changes)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Makes trials whose runs end with these rates, by label and seed; a run without one failed."""
+
+    def make(settings, rates):
+        plans = []
+        monkeypatch.setattr(study, "carried_out", lambda _, plan: plans.append(plan) or [])
+        found = [
+            SimpleNamespace(task="lift", label=label, seed=seed, final=rate)
+            for (label, seed), rate in rates.items()
+        ]
+        monkeypatch.setattr(study, "read_results", lambda runs: found)
+        trials = made_trials(settings, read_run)
+        return trials, plans
+
+    return make
+
+
+def rates(**by_label):
+    return {(label, 100): rate for label, rate in by_label.items()}
+
+
+def test_a_method_is_compared_with_its_best_trials_knobs(tmp_path, tried):
+    settings = config(tmp_path)
+    ends = rates(trqam_trial0=0.5, trqam_trial1=0.75, qam_trial0=0.875, qam_trial1=0.25)
+    trials, _ = tried(settings, ends)
+    variants = {
+        v.label: v.knobs for v in trials.variants_in(settings.task("lift"), ("trqam", "qam"))
+    }
+    assert variants == {"trqam": {"kl_budget": 1.0}, "qam": {"inverse_temperature": 1.0}}
+    assert (
+        trials.text("lift", "qam")
+        == "inverse_temperature 1.0: 87.5%; inverse_temperature 10.0: 25.0%"
+    )
+    others = trials.variants_in(settings.task("plain"), ("trqam", "qam"))
+    assert [v.knobs for v in others] == [{}, {}]
+    assert trials.text("plain", "qam") == "this value alone"
+
+
+def test_trials_are_runs_like_the_others_on_seeds_and_states_of_their_own(tmp_path, tried):
+    settings = config(tmp_path, trial_flags={"eval.first_seed": 20_000})
+    _, (plan,) = tried(settings, {})
+    assert [run.step.name for run in plan.runs] == [
+        *("lift/trqam_trial0_s100", "lift/trqam_trial1_s100"),
+        *("lift/qam_trial0_s100", "lift/qam_trial1_s100"),
+    ]
+    assert {run.config.seed for run in plan.runs} == {100}
+    assert {run.config.eval.first_seed for run in plan.runs} == {20_000}
+    assert {run.step.needs for run in plan.runs} == {("lift/base_s100",)}
+    assert [run.config.method.kl_budget for run in plan.runs[:2]] == [0.1, 1.0]
+
+
+def test_of_equal_trials_the_first_is_taken_and_a_failed_one_never(tmp_path, tried):
+    settings = config(tmp_path)
+    trials, _ = tried(settings, rates(trqam_trial0=0.5, trqam_trial1=0.5, qam_trial1=0.0))
+    assert trials.chosen("lift", "trqam") == {"kl_budget": 0.1}
+    assert trials.chosen("lift", "qam") == {"inverse_temperature": 10.0}
+    assert trials.text("lift", "qam").startswith("inverse_temperature 1.0: failed; ")
+    nothing, _ = tried(settings, {})
+    assert nothing.chosen("lift", "qam") == {}
+
+
+def test_a_trial_lacks_no_seed_where_several_are_asked_for(tmp_path, tried):
+    settings = config(tmp_path, trial_seeds=(100, 101))
+    ends = {("trqam_trial0", 100): 0.9, ("trqam_trial1", 100): 0.2, ("trqam_trial1", 101): 0.4}
+    trials, _ = tried(settings, ends)
+    (first, second) = trials.found["lift", "trqam"]
+    assert first.rate is None
+    assert second.rate == pytest.approx(0.3)
+
+
+def test_a_study_without_trials_makes_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "carried_out", lambda *_: pytest.fail("a run was made"))
+    trials = made_trials(config(tmp_path, tasks=("plain",)), read_run)
+    assert trials is not None
+    assert trials.found == {}
+
+
+def test_stopped_trials_stop_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "carried_out", lambda *_: None)
+    assert made_trials(config(tmp_path), read_run) is None
+
+
+@pytest.mark.slow
+def test_every_trial_of_the_claim_has_settings_that_work(tmp_path, tried):
+    flags = ["--preset=claims_c4", f"--output_dir={tmp_path}"]
+    settings = parse_config(CompareConfig, compare.PRESETS, flags)
+    _, (plan,) = tried(settings, {})
+    assert len(plan.runs) == 3 * len(settings.methods) * len(settings.tasks)
+    assert {run.config.steps for run in plan.runs} == {settings.trial_flags["steps"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trials": {"trqam": TRIED["trqam"]}}, r"unequal trials \(trqam 2, qam 0\)"),
+        ({"trials": {"trqam": [{"kl_budget": 1.0}]}}, "two or more mappings of knobs"),
+        ({"trials": {"trqam": [1.0, 2.0]}}, "two or more mappings of knobs"),
+        ({"trials": {"trqam": [{"kl_budget": 1.0}] * 2}}, "have one twice"),
+        ({"trials": {"magic": []}}, "magic is no method"),
+        ({"trial_seeds": (1, 100)}, "--trial_seeds has 1, which --seeds has too"),
+        ({"trial_seeds": ()}, r"--trial_seeds=\[\] is empty"),
+    ],
+)
+def test_unequal_or_strange_trials_are_refused(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        config(tmp_path, **changes)

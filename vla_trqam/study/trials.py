@@ -1,0 +1,103 @@
+"""How each method's knobs are found: as many trials for every method, on seeds of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from vla_trqam.report.formats import percent
+from vla_trqam.study.plan import ReadRun, Variant, make_plan
+from vla_trqam.study.results import read_results
+from vla_trqam.study.run import carried_out
+from vla_trqam.study.settings import CompareConfig, StudyTask
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Knobs that were tried.
+
+    Attributes:
+        knobs: by name.
+        rate: mean success at the end, over the trials' seeds; None where a run failed.
+    """
+
+    knobs: Mapping[str, Any]
+    rate: float | None
+
+    def text(self) -> str:
+        """For a table."""
+        knobs = ", ".join(f"{name} {value}" for name, value in self.knobs.items())
+        return f"{knobs}: {'failed' if self.rate is None else percent(self.rate)}"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What was tried, by task and method.
+
+    Attributes:
+        found: in the table's order.
+    """
+
+    found: Mapping[tuple[str, str], Sequence[Trial]]
+
+    def chosen(self, task: str, method: str) -> Mapping[str, Any]:
+        """The knobs of the best trial, of equal ones the first; none where nothing went well."""
+        good = [t for t in self.found.get((task, method), ()) if t.rate is not None]
+        best = max(good, key=lambda trial: trial.rate or 0.0, default=None)
+        return {} if best is None else best.knobs
+
+    def text(self, task: str, method: str) -> str:
+        """For a table."""
+        tried = self.found.get((task, method), ())
+        return "; ".join(trial.text() for trial in tried) or "this value alone"
+
+    def variants_in(self, task: StudyTask, methods: Sequence[str]) -> list[Variant]:
+        """Each method as it is compared."""
+        return [Variant(name, name, self.chosen(task.name, name)) for name in methods]
+
+
+def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
+    """Makes the trials that the tasks' table asks for; None where it was stopped before the end.
+
+    Raises:
+        UserError: see :func:`make_plan` and :func:`carried_out`.
+    """
+    tasks = tuple(name for name in settings.tasks if settings.task(name).trials)
+    if not tasks:
+        return Trials({})
+    own = replace(
+        settings,
+        tasks=tasks,
+        # Not those that are compared, which would be refused twice.
+        seeds=settings.trial_seeds,
+        trial_seeds=settings.seeds,
+        flags={**settings.flags, **settings.trial_flags},
+    )
+    plan = make_plan(own, lambda task: _variants(task, settings.methods), read)
+    if carried_out(own, plan) is None:
+        return None
+    rates: dict[tuple[str, str], list[float]] = {}
+    for result in read_results(plan.runs):
+        rates.setdefault((result.task, result.label), []).append(result.final)
+
+    def trial(task: StudyTask, variant: Variant) -> Trial:
+        own_rates = rates.get((task.name, variant.label), [])
+        whole = len(own_rates) == len(settings.trial_seeds)
+        return Trial(variant.knobs, float(np.mean(own_rates)) if whole else None)
+
+    found: dict[tuple[str, str], list[Trial]] = {}
+    for task in map(settings.task, tasks):
+        for variant in _variants(task, settings.methods):
+            found.setdefault((task.name, variant.method), []).append(trial(task, variant))
+    return Trials(found)
+
+
+def _variants(task: StudyTask, methods: Sequence[str]) -> list[Variant]:
+    return [
+        Variant(f"{method}_trial{number}", method, knobs)
+        for method in methods
+        for number, knobs in enumerate(task.trials.get(method, ()))
+    ]
