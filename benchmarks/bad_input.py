@@ -28,10 +28,11 @@ from bad_input_ogbench import ROWS as OGBENCH_ROWS
 from bad_input_place import DATASET, POLICY, Originals, Place, Row, run_main
 from bad_input_policy import ROWS as POLICY_ROWS
 from bad_input_settings import ROWS as SETTINGS_ROWS
+from bad_input_study import ROWS as STUDY_ROWS
 
 ROWS = (
     *(*SETTINGS_ROWS, *HDF5_ROWS, *DATASET_ROWS, *POLICY_ROWS, *FOLDER_ROWS, *HUB_ROWS),
-    *OGBENCH_ROWS,
+    *(*OGBENCH_ROWS, *STUDY_ROWS),
 )
 REPOSITORY = Path(__file__).resolve().parents[1]
 ERROR = "error: "

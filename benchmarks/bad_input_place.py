@@ -24,6 +24,7 @@ from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.envs.robomimic.env_meta import env_meta_for
 
 RecipeName = Literal[
+    "compare",
     "finetune_robomimic",
     "finetune_ogbench",
     "finetune_pi0",
@@ -31,6 +32,7 @@ RecipeName = Literal[
     "make_ogbench_data",
     "make_robomimic_data",
     "make_tiny_vla",
+    "sweep_kl",
 ]
 PACKED = Path(vla_trqam.data.__file__).with_name("lift_pi0")
 POLICY, DATASET = PACKED / "policy", PACKED / "dataset"
