@@ -147,5 +147,7 @@ class TrustRegion:
         return {"lam": self.lam, "kl_ema": self.kl_ema}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores :meth:`state_dict`."""
-        self.lam, self.kl_ema = float(state["lam"]), float(state["kl_ema"])
+        """Restores :meth:`state_dict`; a lambda that no dual moves is the settings', not a state."""
+        self.kl_ema = float(state["kl_ema"])
+        if self.config.dual_step_size > 0.0:
+            self.lam = float(state["lam"])

@@ -137,6 +137,13 @@ def test_a_lambda_of_another_meaning_is_refused() -> None:
     assert external.trust_region.lam == 77.0
 
 
+def test_a_lambda_that_no_dual_moves_stays_the_settings_own() -> None:
+    """A QAM that goes on with TRQAM's critic is QAM."""
+    qam, earlier = family(QAMConfig()), family(TRQAMConfig())
+    qam.load_scalars(earlier.scalars() | {"lam": 0.2, "kl_ema": 0.7})
+    assert (qam.trust_region.lam, qam.trust_region.kl_ema) == (1.0, 0.7)
+
+
 # SQAM.
 
 
