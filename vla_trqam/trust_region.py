@@ -147,7 +147,7 @@ class TrustRegion:
         return {"lam": self.lam, "kl_ema": self.kl_ema}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores :meth:`state_dict`; a lambda that no dual moves is the settings', not a state."""
+        """Restores :meth:`state_dict`; a lambda that no dual moves is a setting, not a state."""
         self.kl_ema = float(state["kl_ema"])
         if self.config.dual_step_size > 0.0:
             self.lam = float(state["lam"])
