@@ -139,15 +139,6 @@ def c2() -> Iterator[Run]:
                 yield run_of("lift", f"{method}_{target:g}", seed, (*OFFLINE, *flags))
 
 
-def c3() -> Iterator[Run]:
-    """The response to the budget; `recipes/sweep_kl.py` makes such runs and their statistics."""
-    for seed in SEEDS:
-        for task in TASKS:
-            for budget in (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
-                flags = (*OFFLINE, f"--method.kl_budget={budget:g}")
-                yield run_of(task, f"budget{budget:g}", seed, flags)
-
-
 def c6() -> Iterator[Run]:
     """The chain: scheme, number of steps and adjoint on three tasks.
 
@@ -172,7 +163,8 @@ def c6() -> Iterator[Run]:
                         yield run_of(task, f"{scheme}{steps}_{adjoint}", seed, flags)
 
 
-STUDIES: Mapping[str, Callable[[], Iterator[Run]]] = {"c1": c1, "c2": c2, "c3": c3, "c6": c6}
+STUDIES: Mapping[str, Callable[[], Iterator[Run]]] = {"c1": c1, "c2": c2, "c6": c6}
+"""C3 and C4 are `recipes/sweep_kl.py`'s and `recipes/compare.py`'s."""
 
 
 def command(run: Run, folder: Path) -> str:
