@@ -18,9 +18,10 @@ from vla_trqam.recipes.study_runs import exit_status, read_run
 
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.study.comparison import write_comparison
+from vla_trqam.study.plan import make_plan
 from vla_trqam.study.run import STOPPED, work
 from vla_trqam.study.settings import CompareConfig
-from vla_trqam.study.trials import made_trials
+from vla_trqam.study.trials import Trials, made_trials
 
 PRESETS = Path(__file__).with_suffix(".yaml")
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(config: CompareConfig) -> int:
     """The whole study: the trials that find the knobs, then the runs that are compared."""
+    # Before hours of trials: what is compared could work with the table's own knobs.
+    make_plan(config, lambda task: Trials({}).variants_in(task, config.methods), read_run)
     trials = made_trials(config, read_run)
     if trials is None:
         return STOPPED

@@ -1,4 +1,4 @@
-"""What only a GPU shows: the same numbers as on the CPU, bfloat16, memory, and NCCL."""
+"""What only a GPU shows: the same numbers as on the CPU, bfloat16, memory, a start by torchrun."""
 
 import subprocess
 import sys
@@ -197,8 +197,8 @@ def test_activations_computed_again_take_less_memory() -> None:
     assert peak(keep=False) < 0.6 * peak(keep=True)
 
 
-def test_one_rank_of_nccl_ends_in_the_weights_of_a_plain_run(tmp_path: Path) -> None:
-    """The recipe as `torchrun` starts it: what is told, gathered and saved goes through NCCL."""
+def test_one_process_of_torchrun_ends_in_the_weights_of_a_plain_run(tmp_path: Path) -> None:
+    """The process group of NCCL is made; one process has nothing to exchange by it."""
     write_toy_policy(tmp_path / "policy")
     write_toy_dataset(tmp_path / "dataset", tmp_path / "scratch")
     run = [

@@ -118,6 +118,7 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
     assert "| trqam - fql | +45.0 | +40.0 to +50.0 | 0.5 | 0.5 | no |" in page
     assert "| lift | trqam | defaults | kl_budget 0.2: 75.0%; kl_budget 0.5: failed |" in page
     assert "| lift | fql | alpha 3.0 | this value alone |" in page
+    assert "Trials: seeds 100; settings beside: no others." in page
     assert (tmp_path / "table.md").read_text() == page
     for name in ("curves_lift.png", "after_offline.png", "after_online.png"):
         assert f"(pictures/{name})" in page

@@ -105,6 +105,13 @@ def test_a_study_without_trials_makes_none(tmp_path, monkeypatch):
     assert trials.found == {}
 
 
+def test_a_comparison_that_cannot_work_is_refused_before_its_trials(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "carried_out", lambda *_: pytest.fail("a trial was made"))
+    settings = config(tmp_path, flags={"evaluate_every": 33}, trial_flags={"evaluate_every": 50})
+    with pytest.raises(UserError, match="evaluate_every=33 does not meet the end"):
+        compare.compare(settings)
+
+
 def test_stopped_trials_stop_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "carried_out", lambda *_: None)
     assert made_trials(config(tmp_path), read_run) is None

@@ -86,6 +86,7 @@ def write_comparison(
         "## Settings",
         flags_table(tasks, settings.flags),
         knobs_table(tasks, results, configs, trials),
+        _how_they_were_tried(settings, trials),
         "## Pictures",
         *(f"![{caption}]({PICTURES}/{path.name})" for path, caption in figures.items()),
         how_it_was_made(),
@@ -97,6 +98,13 @@ def write_comparison(
     summary = {stage.name: stage.summary for stage in stages}
     write_json(folder / "summary.json", {**summary, "runs": [r.row() for r in results]})
     return text
+
+
+def _how_they_were_tried(settings: CompareConfig, trials: Trials) -> str:
+    if not trials.found:
+        return ""
+    flags = ", ".join(f"{k} {v}" for k, v in settings.trial_flags.items()) or "no others"
+    return f"Trials: seeds {', '.join(map(str, settings.trial_seeds))}; settings beside: {flags}."
 
 
 @dataclass(frozen=True)
