@@ -146,6 +146,27 @@ class LeRobotFlowPolicy(FlowPolicy):
         return self.family.chunk_shape(self.host.config)
 
     @property
+    def executed_length(self) -> int:
+        """``n_action_steps`` of the host's config."""
+        count: int = self.host.config.n_action_steps
+        return count
+
+    def take_executed_length(self, count: int) -> None:
+        """In the host's config: it executes as many, here and where it is loaded again.
+
+        Raises:
+            UserError: chunks have not so many actions.
+        """
+        length = self.chunk_shape[0]
+        if not 1 <= count <= length:
+            raise UserError(
+                f"n_action_steps is {count}; the policy's chunks have {length} actions, of which "
+                f"1 to {length} can be executed"
+            )
+        self.host.config.n_action_steps = count
+        self.host.reset()  # its queue of actions has that length
+
+    @property
     def num_flow_steps(self) -> int:
         """K, from the host's config."""
         return self.family.num_flow_steps(self.host.config)
@@ -250,8 +271,8 @@ class LeRobotFlowPolicy(FlowPolicy):
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def to_robot(self, action: Tensor) -> Tensor:
-        """The flow's chunks (B, H, A), as the postprocessor puts them: (B, H, a)."""
-        real = self.real_actions(action)
+        """What is executed of chunks (B, H, A), as the postprocessor puts it: (B, n, a)."""
+        real = self.executed(action, clip=False)
         return real if self.processors is None else self.processors.to_robot(real)
 
     def from_robot(self, action: Tensor) -> Tensor:

@@ -71,6 +71,15 @@ class MLPFlowPolicy(FlowPolicy):
         return self.config.chunk_length, self.config.action_dim
 
     @property
+    def executed_length(self) -> int:
+        """n, by the config; H where it names none."""
+        return self.config.n_action_steps or self.config.chunk_length
+
+    def take_executed_length(self, count: int) -> None:
+        """In the config, which is saved."""
+        self.config = replace(self.config, n_action_steps=count)
+
+    @property
     def num_flow_steps(self) -> int:
         """K."""
         return self.config.num_flow_steps

@@ -6,6 +6,7 @@ projections of the prefix) is computed once a path and field.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,10 +36,15 @@ class LeRobotPathFields(PathFields):
         # With a graph: some families' projections of the prefix are trained.
         with torch.enable_grad():
             self._tuned_shared = family.share(self._host, condition, 1)
-        with torch.no_grad():
-            self._next_shared = family.share(self._host, next_context.condition, 1)
-            with self._base_host() as base_host:
-                self._base_shared = family.share(base_host, condition, 1)
+        with torch.no_grad(), self._base_host() as base_host:
+            self._base_shared = family.share(base_host, condition, 1)
+        self._next_condition = next_context.condition
+
+    @cached_property
+    @torch.no_grad()
+    def _next_shared(self) -> Any:
+        """Made when a next action is sampled: where it is not, the context may have no prefix."""
+        return self._family.share(self._host, self._next_condition, 1)
 
     def _tuned_value(self, x: Tensor, tau: float) -> Tensor:
         return self._at(self._host, x, tau, self._tuned_shared)

@@ -22,6 +22,7 @@ class MLPFlowConfig:
         hidden_dims: widths of the hidden layers.
         layer_norm: normalise after every activation.
         num_flow_steps: K, the Euler steps of the policy's own sampler.
+        n_action_steps: n, the actions of a chunk that are executed; None for all.
     """
 
     observation_dim: int
@@ -30,6 +31,7 @@ class MLPFlowConfig:
     hidden_dims: tuple[int, ...] = (256, 256, 256)
     layer_norm: bool = False
     num_flow_steps: int = 10
+    n_action_steps: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {"observation_dim": self.observation_dim, "action_dim": self.action_dim}
@@ -37,6 +39,11 @@ class MLPFlowConfig:
         for name, size in (*sizes.items(), *(("hidden_dims", w) for w in self.hidden_dims)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise UserError(f"{name} has {size!r}; it must be a whole number of at least 1")
+        if self.n_action_steps not in (None, *range(1, self.chunk_length + 1)):
+            raise UserError(
+                f"n_action_steps has {self.n_action_steps!r}; of chunks of {self.chunk_length} "
+                f"actions 1 to {self.chunk_length} can be executed"
+            )
 
 
 class VelocityMLP(MLP):
@@ -82,10 +89,13 @@ class MLPPathFields(PathFields):
         )
 
     def evaluate(
-        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, next_x: Tensor | None, tau: float, adjoint_tau: float | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :meth:`PathFields.evaluate`."""
-        return self._shared.evaluate(x, next_x, tau, adjoint_tau)
+        # The products have a block for the next action, asked for or not.
+        asked = x if next_x is None else next_x
+        tuned, base, following = self._shared.evaluate(x, asked, tau, adjoint_tau)
+        return tuned, base, None if next_x is None else following
 
     def tuned(self) -> Tensor:
         """See :meth:`PathFields.tuned`."""

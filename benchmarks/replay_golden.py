@@ -252,6 +252,7 @@ def compare_update(
 def _outputs(method: TRQAM, result: UpdateResult) -> dict[str, Tensor | float]:
     out = result.output
     assert out.bc_loss is not None
+    assert out.next_action is not None
     steps, batch = out.adjoint.shape[:2]
     times = torch.tensor([method.loss.grid.tau(i) for i in range(steps)])
     size = out.terminal_adjoint.abs()

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 from step_meter import Parts
 from torch import Tensor, nn
-from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.methods.parts import adjoint_matching
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, TRQAMLoss, UpdateNoise
+from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
 
 PARTS = (
@@ -41,12 +43,20 @@ class Update:
         batch: of the update.
         config: of the method.
         num_flow_steps: K, whatever the policy's own number is.
+        one_prefix: as with ``critic.draw_next=false``: the next actions are given, and new ones are
+            drawn at the batch's own observations, whose prefix is there.
     """
 
     def __init__(
-        self, policy: LeRobotFlowPolicy, batch: Any, config: TRQAMConfig, num_flow_steps: int
+        self,
+        policy: LeRobotFlowPolicy,
+        batch: Any,
+        config: TRQAMConfig,
+        num_flow_steps: int,
+        *,
+        one_prefix: bool = False,
     ) -> None:
-        self._policy, self._batch = policy, batch
+        self._policy, self._batch, self._one_prefix = policy, batch, one_prefix
         length, _ = policy.chunk_shape
         chunk = length * int(policy.action_mask.sum())
         device = batch.action.device
@@ -61,14 +71,36 @@ class Update:
 
     def __call__(self) -> None:
         """Noise and update."""
-        steps, action = self._loss.grid.num_flow_steps, self._batch.action
+        if not self._one_prefix:
+            self._update(self._batch)
+            return
+        policy, given = self._policy, self._batch
+        seen = policy.packed(given.observation)
+        features = seen[PACKED + "features"]
+        self._update(
+            replace(
+                given,
+                observation=seen,
+                next_observation={PACKED + "features": features},
+                next_action=policy.executed(given.action),
+            )
+        )
+        self._draw(policy.encode(seen), given.action)
+
+    def _update(self, batch: Any) -> None:
+        steps, action = self._loss.grid.num_flow_steps, batch.action
         if self._method is not None:
             self._method.update_with(
-                self._batch, UpdateNoise.draw(action, steps, self._generator.manual_seed(0))
+                batch, UpdateNoise.draw(action, steps, self._generator.manual_seed(0))
             )
             return
         noise = UpdateNoise(action, action, action.expand(steps, *action.shape), action, action)
-        self._loss(self._batch, noise, 1.0).loss.backward()
+        self._loss(batch, noise, 1.0).loss.backward()
+
+    @torch.no_grad()
+    def _draw(self, context: Any, like: Tensor) -> None:
+        field = self._policy.velocity
+        sample_ode(lambda x, tau: field(x, tau, context), torch.zeros_like(like), self._loss.grid)
 
     @contextmanager
     def metered(self, parts: Parts) -> Iterator[None]:

@@ -47,6 +47,7 @@ SIDES = {
     "cloning": "cloning step",
 }
 GIB = 2**30
+OPTIONS = ("compare", "cached_prefix", "one_prefix", "updates", "warm_up")
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Result:
         setup: what was measured.
         chain: of the TRQAM update, and how it was computed.
         cached_prefix: whether TRQAM got encoded observations instead of images and text.
+        one_prefix: whether its next actions were drawn before (``critic.draw_next=false``).
         versions: of what computed.
         parameters: of the whole model, and of the adapters.
         model_bytes: of parameters and buffers.
@@ -71,6 +73,7 @@ class Result:
     setup: dict[str, Any]
     chain: dict[str, Any]
     cached_prefix: bool
+    one_prefix: bool
     versions: dict[str, str]
     parameters: dict[str, int]
     model_bytes: int
@@ -88,6 +91,7 @@ def measure(
     *,
     compare: bool,
     cached_prefix: bool,
+    one_prefix: bool,
     updates: int,
     warm_up: int,
 ) -> Result:
@@ -95,7 +99,7 @@ def measure(
     TimeGrid(setup.num_flow_steps, config.chain).steps  # noqa: B018 (refuses what cannot be)
     policy = make_policy(setup)
     device = torch.device(setup.device)
-    result = _describe(policy, setup, config, cached_prefix)
+    result = _describe(policy, setup, config, cached_prefix, one_prefix)
     observations = [make_observation(policy, setup, seed) for seed in (0, 1)]
     length, _ = policy.chunk_shape
     action = torch.rand(setup.batch_size, length, setup.action_dim, device=device) * 2 - 1
@@ -109,7 +113,10 @@ def measure(
     if compare:
         authors = TRQAMConfig(scheme=AUTHORS_SCHEME, keep_activations=config.keep_activations)
         chains["authors"] = (authors, AUTHORS_STEPS)
-    made = {side: Update(policy, batch, *chain) for side, chain in chains.items()}
+    made = {
+        side: Update(policy, batch, *chain, one_prefix=one_prefix and side == "trqam")
+        for side, chain in chains.items()
+    }
     for side, update in made.items():
         _once(result, side, update, device)
         result.evaluations[side] = update.evaluations()
@@ -160,7 +167,11 @@ def _time(
 
 
 def _describe(
-    policy: LeRobotFlowPolicy, setup: Setup, config: TRQAMConfig, cached_prefix: bool
+    policy: LeRobotFlowPolicy,
+    setup: Setup,
+    config: TRQAMConfig,
+    cached_prefix: bool,
+    one_prefix: bool,
 ) -> Result:
     parameters = list(policy.parameters())
     everything = {t.untyped_storage()._cdata: t for t in (*parameters, *policy.buffers())}
@@ -173,6 +184,7 @@ def _describe(
         asdict(setup),
         {name: getattr(config, name) for name in ("scheme", "adjoint", "keep_activations")},
         cached_prefix,
+        one_prefix,
         versions,
         {
             "model": sum(p.numel() for p in parameters),
@@ -215,7 +227,7 @@ def _heading(result: Result) -> str:
         setup["dtype"],
         *result.versions.values(),
     ]
-    words += ["cached prefix"] * result.cached_prefix
+    words += ["cached prefix"] * result.cached_prefix + ["one prefix"] * result.one_prefix
     words += ["activations computed again"] * (not chain["keep_activations"])
     return ", ".join(words)
 
@@ -267,6 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--lora_rank", type=int, default=16)
     parser.add_argument("--cached_prefix", action="store_true", help="for TRQAM; cloning has none")
+    parser.add_argument(
+        "--one_prefix", action="store_true", help="TRQAM as with --critic.draw_next=false"
+    )
     parser.add_argument("--updates", type=int, default=10, help="measured, in turns")
     parser.add_argument("--warm_up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -275,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     output, threads = given.pop("output"), given.pop("threads")
     knobs = {name: given.pop(name) for name in ("scheme", "adjoint", "keep_activations")}
     knobs["keep_activations"] = knobs["keep_activations"] == "true"
-    options = {name: given.pop(name) for name in ("compare", "cached_prefix", "updates", "warm_up")}
+    options = {name: given.pop(name) for name in OPTIONS}
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the recipes do
     try:

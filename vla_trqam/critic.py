@@ -128,7 +128,7 @@ def _plain_values(inputs: Tensor, layers: Sequence[Pair], norms: Sequence[Pair])
 
 
 class Executed(Protocol):
-    """What is executed of a policy's chunks, (B, H, A) -> (B, H, real A)."""
+    """What is executed of a policy's chunks, (B, H, A) -> (B, n, a)."""
 
     def __call__(self, action: Tensor, *, clip: bool = True) -> Tensor:
         """Clipped to the limits, or not."""

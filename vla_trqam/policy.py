@@ -57,20 +57,20 @@ class PathFields:
         self._base: list[Tensor] = []
 
     def evaluate(
-        self, x: Tensor, next_x: Tensor, tau: float, adjoint_tau: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, next_x: Tensor | None, tau: float, adjoint_tau: float | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One step's evaluations, without gradient.
 
         Args:
             x: the path's state, (B, H, A).
-            next_x: the state of the next action's ODE, (B, H, A).
+            next_x: the state of the next action's ODE, (B, H, A); None where none is sampled.
             tau: the time of both.
             adjoint_tau: the time at which :meth:`base_pullback` is asked for at ``x``; None if it
                 is not.
 
         Returns:
             ``v_theta(x, tau)``, ``v_base(x, tau)``, and ``v_theta(next_x, tau)`` of the next
-            observation.
+            observation, where it is asked for.
         """
         # A copy: the sampler writes the next state into the same storage, and a graph may need
         # this one.
@@ -81,7 +81,7 @@ class PathFields:
             state, tau, adjoint_tau, self._base_value, keep=self._keep_activations
         )
         with torch.no_grad():
-            following = self._next_value(next_x, tau)
+            following = None if next_x is None else self._next_value(next_x, tau)
         self._points.append(point)
         self._tuned.append(tuned)
         self._base.append(point.value)
@@ -202,27 +202,44 @@ class FlowPolicy(nn.Module, ABC):
         return not bool(self.action_mask.all())
 
     @property
+    def executed_length(self) -> int:
+        """Actions of a chunk that the robot executes before it asks again: n <= H."""
+        return self.chunk_shape[0]
+
+    def take_executed_length(self, count: int) -> None:
+        """From now on so many actions of a chunk are executed, and the policy is saved so.
+
+        Raises:
+            UserError: it cannot, or chunks have not so many.
+        """
+        raise UserError(
+            f"a {type(self).__name__} executes its own {self.executed_length} actions of a chunk, "
+            f"not {count}"
+        )
+
+    @property
     def executed_size(self) -> int:
-        """Numbers in what the robot executes of a chunk, H a."""
-        return self.chunk_shape[0] * int(self.action_mask.sum())
+        """Numbers in what the robot executes of a chunk, n a."""
+        return self.executed_length * int(self.action_mask.sum())
 
     def real_actions(self, x: Tensor) -> Tensor:
-        """The dimensions that exist on the robot: (..., A) -> (..., a); what it executes."""
+        """The dimensions that exist on the robot, of all actions: (..., H, A) -> (..., H, a)."""
         return x[..., self.action_mask.to(x.device)] if self._has_padding else x
 
     def embedded(self, action: Tensor, around: Tensor | None = None) -> Tensor:
-        """Numbers of the real dimensions (..., a) among all of the flow's: (..., A).
+        """What is executed (..., n, a) among all of the flow's numbers: (..., H, A).
 
         Args:
-            action: of the real dimensions.
-            around: what padded ones are, (..., A); None for zero.
+            action: the first n actions in the real dimensions.
+            around: what all others are, (..., H, A); None for zero.
         """
-        if not self._has_padding:
+        horizon, width = self.chunk_shape
+        count = action.shape[-2]
+        if not self._has_padding and count == horizon:
             return action
-        mask = self.action_mask.to(action.device)
-        whole = action.new_zeros((*action.shape[:-1], len(mask))) if around is None else around
-        whole = whole.clone()
-        whole[..., mask] = action
+        shape = (*action.shape[:-2], horizon, width)
+        whole = action.new_zeros(shape) if around is None else around.clone()
+        whole[..., :count, self.action_mask.to(action.device)] = action
         return whole
 
     @property
@@ -231,24 +248,24 @@ class FlowPolicy(nn.Module, ABC):
         return _unit_limits()
 
     def to_robot(self, action: Tensor) -> Tensor:
-        """The flow's chunks (B, H, A) as the robot takes them, in its units: (B, H, a)."""
-        return self.real_actions(action)
+        """What the robot takes of the flow's chunks (B, H, A), in its units: (B, n, a)."""
+        return self.executed(action, clip=False)
 
     def from_robot(self, action: Tensor) -> Tensor:
-        """Executed chunks in the robot's units (B, H, a), in the flow's space: (B, H, A)."""
+        """Chunks in the robot's units (B, H, a), in the flow's space: (B, H, A)."""
         return action
 
     def executed(self, action: Tensor, *, clip: bool = True) -> Tensor:
-        """What the robot gets of a chunk: (B, H, A) -> (B, H, a), differentiable.
+        """What the robot gets of a chunk: (..., H, A) -> (..., n, a), differentiable.
 
-        The flow, its SDE, its adjoint and its KL live in all A dimensions, for padded ones feed
-        back into real ones; the critic and its targets see this.
+        The flow, its SDE, its adjoint and its KL live in all H actions and A dimensions, for those
+        that are not executed feed back into those that are; the critic and its targets see this.
 
         Args:
-            action: chunks of the flow.
+            action: chunks of the flow, or noise of one.
             clip: keep to :attr:`action_limits`; beyond them the gradient is zero.
         """
-        real = self.real_actions(action)
+        real = self.real_actions(action[..., : self.executed_length, :])
         return self.within_limits(real) if clip else real
 
     def within_limits(self, real: Tensor) -> Tensor:

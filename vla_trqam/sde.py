@@ -80,23 +80,23 @@ def sample_path_and_next_action(
     fields: PathFields,
     x_0: Tensor,
     noise: Tensor,
-    next_x_0: Tensor,
+    next_x_0: Tensor | None,
     grid: TimeGrid,
     *,
     jacobians: bool = True,
-) -> tuple[Trajectory, Tensor]:
+) -> tuple[Trajectory, Tensor | None]:
     """:func:`sample_memoryless_sde` and, on the same grid, :func:`sample_ode` of the next action.
 
     Args:
         fields: makes and keeps the evaluations.
         x_0: start of the path, (B, H, A).
         noise: its increments, (K, B, H, A).
-        next_x_0: start of the next action's ODE, (B, H, A).
+        next_x_0: start of the next action's ODE, (B, H, A); None where none is wanted.
         grid: the chain's steps.
         jacobians: whether the adjoint will ask the fields for vector-Jacobian products.
 
     Returns:
-        The path, and the next action (B, H, A); neither carries a gradient.
+        The path, and the next action (B, H, A) where it is wanted; neither carries a gradient.
     """
     assert noise.shape == (grid.num_flow_steps, *x_0.shape), (noise.shape, x_0.shape)
     x, next_x = _path_from(x_0, grid), next_x_0
@@ -107,7 +107,9 @@ def sample_path_and_next_action(
             _step_with_base(x, i, base, grid)
         else:
             _sde_step(x, i, tuned, noise[i], step)
-        next_x = torch.add(next_x, following, alpha=grid.step_size)
+        if next_x is not None:
+            assert following is not None
+            next_x = torch.add(next_x, following, alpha=grid.step_size)
     return Trajectory(x, grid), next_x
 
 

@@ -51,7 +51,8 @@ class TrustRegionConfig:
     Attributes:
         kl_budget: ``eps_KL``; nats per chunk, or per action when ``kl_per_action``, of the chain:
             with another scheme or number of flow steps they are other nats (docs/method.md).
-        kl_per_action: divide the path KL by the chunk length H, as the authors' code does.
+        kl_per_action: divide the path KL by n, the actions executed of the chunk, as the authors'
+            code, which executes all, does.
         lam_init: lambda before the first update.
         lam_min: the lower bound of lambda.
         lam_max: the upper bound of lambda.
@@ -97,9 +98,9 @@ class TrustRegionConfig:
                 "no clip: an estimate clipped at the budget can never raise lambda"
             )
 
-    def kl_divisor(self, chunk_length: int) -> int:
+    def kl_divisor(self, executed_length: int) -> int:
         """What a path KL in nats per chunk is divided by to be in the budget's unit."""
-        return chunk_length if self.kl_per_action else 1
+        return executed_length if self.kl_per_action else 1
 
 
 class TrustRegion:
@@ -108,11 +109,11 @@ class TrustRegion:
     The relative steps are the same descent on ``log lam``, in units of the budget.
     """
 
-    def __init__(self, config: TrustRegionConfig, chunk_length: int) -> None:
+    def __init__(self, config: TrustRegionConfig, executed_length: int) -> None:
         self.config = config
         self.lam = config.lam_init
         self.kl_ema = 0.0
-        self._divisor = config.kl_divisor(chunk_length)
+        self._divisor = config.kl_divisor(executed_length)
 
     def in_budget_units(self, kl: float) -> float:
         """A path KL (nats per chunk) in the budget's unit."""

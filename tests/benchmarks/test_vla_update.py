@@ -210,3 +210,16 @@ def test_sizes_and_kinds_are_told_apart() -> None:
     assert (full.kind, full.image_size) == ("pi0", 224)
     with pytest.raises(UserError, match="at least 1"):
         Setup("pi0", "full", "meta", "bfloat16", 1, 1, 2, 0)
+
+
+@pytest.mark.slow
+def test_with_next_actions_drawn_before_there_is_one_prefix_an_update(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run(tmp_path, "--one_prefix")
+    assert found["evaluations"] == tiny["evaluations"]
+    assert found["part_work"]["prefix"] == tiny["part_work"]["prefix"] / 2
+    saved = tiny["work"]["trqam"] - found["work"]["trqam"]
+    assert saved == pytest.approx(found["part_work"]["prefix"], rel=1e-3)
+    cached = run(tmp_path, "--one_prefix", "--cached_prefix")
+    assert cached["part_work"].get("prefix", 0.0) == 0.0

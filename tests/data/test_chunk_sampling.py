@@ -27,9 +27,11 @@ def sampler_of(buffer: Replay, short_chunks: str = "drop", **changes: Any) -> Ch
     return buffer.sampler(**arguments)
 
 
-def naive_chunks(episodes: list[Episode], chunk_length: int, short_chunks: str) -> list[dict]:
+def naive_chunks(
+    episodes: list[Episode], chunk_length: int, short_chunks: str, flow_length: int | None = None
+) -> list[dict]:
     """Every admissible chunk, the slow and obvious way."""
-    chunks = []
+    chunks, size = [], flow_length or chunk_length
     for episode in episodes:
         length = len(episode.actions)
         for start in range(length):
@@ -37,7 +39,7 @@ def naive_chunks(episodes: list[Episode], chunk_length: int, short_chunks: str) 
             if n < chunk_length and not (short_chunks == "pad" and episode.terminated):
                 continue
             at_end = start + n == length
-            actions = [episode.actions[start + min(i, n - 1)] for i in range(chunk_length)]
+            actions = [episode.actions[min(start + i, length - 1)] for i in range(size)]
             total = 0.0
             for i in range(n):
                 total += GAMMA**i * (episode.rewards[start + i] - 1)
@@ -50,19 +52,23 @@ def naive_chunks(episodes: list[Episode], chunk_length: int, short_chunks: str) 
                     "discount": GAMMA**n,
                     "terminated": at_end and episode.terminated,
                     "truncated": at_end and not episode.terminated,
-                    "valid": np.array([i < n for i in range(chunk_length)]),
+                    "valid": np.array([start + i < length for i in range(size)]),
                 }
             )
     return chunks
 
 
 @pytest.mark.parametrize("short_chunks", ["drop", "pad"])
-@pytest.mark.parametrize("chunk_length", [1, 3, 5])
+@pytest.mark.parametrize(("chunk_length", "flow_length"), [(1, None), (3, None), (5, 5), (2, 6)])
 def test_every_chunk_equals_the_naive_reading_of_the_episodes(
-    buffer: Replay, episodes: list[Episode], short_chunks: str, chunk_length: int
+    buffer: Replay,
+    episodes: list[Episode],
+    short_chunks: str,
+    chunk_length: int,
+    flow_length: int | None,
 ) -> None:
-    expected = naive_chunks(episodes, chunk_length, short_chunks)
-    sampler = sampler_of(buffer, short_chunks, chunk_length=chunk_length)
+    expected = naive_chunks(episodes, chunk_length, short_chunks, flow_length)
+    sampler = sampler_of(buffer, short_chunks, chunk_length=chunk_length, flow_length=flow_length)
     assert sampler.num_starts == len(expected)
     batch = sampler.gather(np.arange(len(expected)))
     assert batch.columns == {}
@@ -237,7 +243,7 @@ def test_mixture_refuses_bad_fraction_and_differing_chunks(buffer: Replay) -> No
     sampler = sampler_of(buffer)
     with pytest.raises(UserError, match=r"fraction is 1\.5"):
         MixedSampler(sampler, sampler, online_fraction=1.5)
-    with pytest.raises(UserError, match="5 steps and the online ones 3"):
+    with pytest.raises(UserError, match="5 steps of 5 actions and the online ones 3 of 3"):
         MixedSampler(sampler, sampler_of(buffer, chunk_length=3), online_fraction=0.5)
 
 

@@ -8,11 +8,11 @@ import torch
 from packed_policy import HORIZON, PackedPolicy, frame_episode, frame_replay
 
 from vla_trqam.critic import Critic, CriticEnsemble
-from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.feature_cache import FRAME, FeatureCache, NumberedFeatures
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.engine.cached import Cached, CriticOnly, TrainedWeights
 from vla_trqam.engine.folder.state import load_module_tensors, module_tensors
-from vla_trqam.engine.next_actions import FRAME, NextActions, NumberedFeatures
+from vla_trqam.engine.next_actions import NextActions
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig
 from vla_trqam.sde import sample_ode
@@ -45,7 +45,13 @@ def make_learner(policy, replay, cache, critic_updates=3, **settings):
     critic = Critic(CriticEnsemble(4, HORIZON * 2, (8,), 2))
     return Cached(
         TRQAM(policy, critic, TRQAMConfig()),
-        NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS),
+        NextActions(
+            policy,
+            FlowActor(policy),
+            replay,
+            NumberedFeatures(cache, replay),
+            chunks_per_frame=SLOTS,
+        ),
         sampler(replay, cache),
         critic_updates=critic_updates,
         batch_size=CRITIC_BATCH,
@@ -55,7 +61,13 @@ def make_learner(policy, replay, cache, critic_updates=3, **settings):
 
 def test_every_frame_gets_chunks_of_the_policy_from_standard_noise(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(
+        policy,
+        FlowActor(policy),
+        replay,
+        NumberedFeatures(cache, replay),
+        chunks_per_frame=SLOTS,
+    )
     count = replay.num_frames
     assert actions.fill(torch.Generator().manual_seed(5), batch_size=count) == count
     generator = torch.Generator().manual_seed(5)
@@ -70,7 +82,13 @@ def test_every_frame_gets_chunks_of_the_policy_from_standard_noise(setting):
 
 def test_frames_that_have_chunks_keep_them_and_new_ones_get_theirs(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(
+        policy,
+        FlowActor(policy),
+        replay,
+        NumberedFeatures(cache, replay),
+        chunks_per_frame=SLOTS,
+    )
     generator = torch.Generator().manual_seed(0)
     actions.fill(generator)
     before, old = actions.chunks.clone(), replay.num_frames
@@ -84,7 +102,13 @@ def test_frames_that_have_chunks_keep_them_and_new_ones_get_theirs(setting):
 
 def test_a_target_takes_one_of_the_frames_chunks_and_newer_ones_replace_them(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(
+        policy,
+        FlowActor(policy),
+        replay,
+        NumberedFeatures(cache, replay),
+        chunks_per_frame=SLOTS,
+    )
     generator = torch.Generator().manual_seed(0)
     actions.fill(generator)
     frames = torch.tensor([3] * 200)
@@ -177,7 +201,13 @@ def test_a_checkpoint_holds_what_is_trained_and_restores_it(setting):
 
 def test_a_checkpoint_has_no_room_for_frames_yet_to_come(setting):
     policy, replay, cache = setting
-    actions = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
+    actions = NextActions(
+        policy,
+        FlowActor(policy),
+        replay,
+        NumberedFeatures(cache, replay),
+        chunks_per_frame=SLOTS,
+    )
     actions.fill(torch.Generator().manual_seed(0))
     saved = actions.state_dict()["chunks"]
     assert len(saved) == replay.num_frames < len(actions.chunks)

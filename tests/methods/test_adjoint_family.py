@@ -212,8 +212,9 @@ def test_the_value_penalty_and_its_gradient_are_those_of_a_loop_and_of_differenc
                     total += float(policy_q[e, b] - data_q[e, b])
             return total / (3 * BATCH)
 
-        found = method.loss.critic_loss(batch, noise_of(), action)
-        without = plain.loss.critic_loss(batch, noise_of(), action)
+        given = replace(batch, next_action=action)
+        found = method.loss.critic_loss(given, noise_of())
+        without = plain.loss.critic_loss(given, noise_of())
         assert float(found.more["value_penalty"]) == pytest.approx(penalty(), rel=1e-9)
         assert float((found.loss - without.loss).detach()) == pytest.approx(
             weight * penalty(), rel=1e-6

@@ -1,5 +1,6 @@
 """What every method of the registry keeps to, whatever it is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,15 +182,18 @@ def test_a_policy_that_the_method_does_not_train_stays_as_it_came(name: str) -> 
 def test_an_executed_chunk_that_is_asked_for_again_is_what_the_target_was_made_of(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the next action of an update handed in, the critic's own update is the same."""
-    method, alone = method_of(name), method_of(name)
+    """With the next action of an update handed in, the update and the critic's own are the same."""
+    method, alone, again = method_of(name), method_of(name), method_of(name)
     method.update(batch_of(0), torch.Generator().manual_seed(0))
     if not METHODS[name].requirements.next_actions:
         assert method.next_action is None
         return
     assert method.next_action is not None
     assert method.next_action.abs().max() <= 1.0
-    alone.update_critic(batch_of(0), torch.Generator().manual_seed(99), method.next_action)
+    given = replace(batch_of(0), next_action=method.next_action)
+    again.update(given, torch.Generator().manual_seed(0))
+    assert changed(again, state_of(method)) == []
+    alone.update_critic(given, torch.Generator().manual_seed(99))
     assert alone.critic_metrics()["target_mean"] == pytest.approx(
         method.metrics()["target_mean"], abs=1e-6
     )

@@ -29,12 +29,13 @@ from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.preflight.checks import RewardSummary, Share, preflight, preflight_machine
 from vla_trqam.preflight.data import FAR_OUT, _misfits
+from vla_trqam.preflight.prefixes import PrefixCost, PrefixPlan
 from vla_trqam.preflight.report import Finding, PreflightReport
 
 NAMES = {
     *("dimensions", "cameras", "statistics", "reward", "chunks", "time direction", "base"),
 }
-MACHINE = {"outliers", "parameters", "observation", "gradient", "memory", "disk"}
+MACHINE = {"outliers", "parameters", "observation", "prefixes", "gradient", "memory", "disk"}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def look(
     sampler = replay.sampler(
         chunk_length=chunk_length, discount=0.99, short_chunks="pad", reward=reward
     )
-    return preflight(policy, replay, sampler, **({"execution_horizon": EXECUTED} | changes))
+    return preflight(policy, replay, sampler, **changes)
 
 
 def look_before(policy: Any, replay: Replay, **changes: Any) -> PreflightReport:
@@ -61,6 +62,7 @@ def look_before(policy: Any, replay: Replay, **changes: Any) -> PreflightReport:
     run = replay.path / "run" / "not" / "yet"
     settings = {"share": Share(4), "output_dir": run, "num_checkpoints": 2}
     settings["method"] = TRQAMConfig()
+    settings["prefixes"] = lambda: PrefixPlan(True, PrefixCost(2**20, 2**10, 0.5), 100)
     plan = plan_of(replay, run / "replay")
     return preflight_machine(policy, {"dataset": reader_of(replay)}, plan, **(settings | changes))
 
@@ -268,7 +270,6 @@ def test_a_reward_that_tells_nothing_is_refused(
     ("data", "settings", "found"),
     [
         ({"every": 3}, {}, "frames lie 3 steps apart, 4 actions are executed"),
-        ({"every": 1}, {"chunk_length": 2}, "chunks of 2 steps are drawn, 4 are executed"),
         (
             {"steps": 3, "success": (False, False)},
             {"reward": RewardSpec("column")},
@@ -285,15 +286,13 @@ def test_chunks_that_do_not_fit_are_refused(
 
 
 @pytest.mark.slow
-def test_the_horizon_is_that_of_the_policys_config(policy: Any, tmp_path: Path) -> None:
-    replay = make_replay(tmp_path / "replay", every=1)
-    failure = only_failure(look(policy, replay, execution_horizon=2, chunk_length=2))
-    assert "lerobot-eval would run another policy" in failure.found
-    assert failure.remedy == "--policy.n_action_steps=2"
-    failure = only_failure(look(policy, replay, chunk_length=2))
-    assert failure.remedy == "--policy.n_action_steps=2"
-    failure = only_failure(look(policy, replay, execution_horizon=9, chunk_length=4))
-    assert "9 actions are executed of chunks of 4" in failure.found
+def test_a_part_of_a_chunk_may_be_executed(policy: Any, tmp_path: Path) -> None:
+    policy.take_executed_length(2)
+    replay = make_replay(tmp_path / "replay", every=2)
+    report = look(policy, replay, chunk_length=2)
+    assert not report.failures
+    (found,) = (finding.found for finding in report.findings if finding.name == "chunks")
+    assert found.startswith("2 of 4 actions are executed; frames every 2 steps")
 
 
 # Fields.

@@ -156,7 +156,7 @@ def test_an_average_is_counted_where_it_acts_and_in_checkpoints(
     assert "average" in memory.check_memory(with_it, 10**12, memory.Share(1), "cpu").found
     assert "average" not in memory.check_memory(without, 10**12, memory.Share(1), "cpu").found
     one, two = (
-        disk.measure_disk(policy, plan, None, needs, num_checkpoints=1)
+        disk.measure_disk(policy, plan, None, needs, frame_bytes=1, num_checkpoints=1)
         for needs in (without, with_it)
     )
     assert two.checkpoints - one.checkpoints == trained
@@ -197,7 +197,13 @@ def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_pa
 
     def needed(count: int, processes: int = 1, plan: disk.ReplayPlan = plan) -> disk.Disk:
         return disk.measure_disk(
-            policy, plan, None, needs, num_checkpoints=count, processes=processes
+            policy,
+            plan,
+            None,
+            needs,
+            frame_bytes=dry.prefix,
+            num_checkpoints=count,
+            processes=processes,
         )
 
     trained = sum(p.numel() for p in policy.trainable_parameters()) * 4
@@ -212,6 +218,9 @@ def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_pa
     assert needed(0, 3).replay == 3 * needed(0).replay
     frame = 32 * 32 * 3 + dry.prefix
     assert needed(0).replay == plan.frames * frame + plan.steps * 4 * (STATE + ACTION + 1)
+    # Frames that stay in their dataset take the room of what is kept of them alone.
+    lent = needed(0, plan=replace(plan, lent=plan.frames - 1))
+    assert needed(0).replay - lent.replay == (plan.frames - 1) * 32 * 32 * 3
     # A run that is gone on with has written a part of it.
     there = replace(plan, path=replay.path)
     assert 0 < there.there < 10**6

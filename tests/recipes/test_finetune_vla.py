@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from toy_files import metrics_lines
 from toy_images import (
+    CHUNK,
+    MAX_STEPS,
     SIZE,
     ImageToyPool,
     image_family,
@@ -21,7 +23,7 @@ from toy_images import (
     write_toy_policy,
     write_toy_smolvla,
 )
-from toy_task import Killed
+from toy_task import ACTION_DIM, Killed
 from vla_runs import (
     PI0,
     SMOLVLA,
@@ -326,7 +328,7 @@ def test_a_datasets_camera_can_have_another_name(files, tmp_path):
         ("--rename_map={front: top}", "--rename_map names front; the cameras of the dataset"),
         ("--env.cameras=[wrist]", "--env.cameras=[agentview] would be"),
         ("--env.image_size=64", "the simulator's of 64 x 64 x 3 (--env.image_size=64)"),
-        ("--policy.n_action_steps=1", "Right would be: --policy.n_action_steps="),
+        ("--policy.n_action_steps=1", "frames lie 2 steps apart, 1 actions are executed"),
     ],
 )
 def test_cameras_and_horizons_that_do_not_fit_are_refused(refused, files, flag, sentence):
@@ -338,17 +340,24 @@ def test_evaluations_alone_may_show_images_of_another_size(files, tmp_path):
     assert main(*files.flags(), *offline, f"--output_dir={tmp_path / 'run'}") == 0
 
 
-def test_a_policy_can_be_made_to_execute_whole_chunks(files, tmp_path, refused):
+def test_the_first_actions_of_a_chunk_are_executed_valued_and_saved(files, tmp_path):
+    """Of chunks of four, two: what is drawn, rolled out, kept and saved has two."""
     shutil.copytree(files.policy, tmp_path / "policy")
     path = tmp_path / "policy/config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"n_action_steps": 1}))
+    path.write_text(json.dumps(config | {"chunk_size": 2 * CHUNK, "n_action_steps": CHUNK}))
     flags = [*files.flags(), f"--policy.path={tmp_path / 'policy'}"]
-    whole_chunks = f"--policy.n_action_steps={config['chunk_size']}"
-    assert whole_chunks in refused(*flags)
-    assert main(*flags, whole_chunks, f"--output_dir={tmp_path / 'run'}") == 0
-    saved = tmp_path / "run/checkpoints/last/pretrained_model/config.json"
-    assert json.loads(saved.read_text())["n_action_steps"] == config["chunk_size"]
+    assert main(*flags, f"--output_dir={tmp_path / 'run'}") == 0
+    last = tmp_path / "run/checkpoints/last"
+    saved = json.loads((last / "pretrained_model/config.json").read_text())
+    assert (saved["chunk_size"], saved["n_action_steps"]) == (2 * CHUNK, CHUNK)
+    networks = load_file(last / "algorithm/networks.safetensors")
+    assert networks["next_actions.chunks"].shape[2:] == (CHUNK, ACTION_DIM)
+    replay = Replay.open(tmp_path / "run/replay")
+    firsts = replay.episodes().first_observation
+    rows = replay.frame_index.rows_of_frames()
+    since = rows - firsts[np.searchsorted(firsts, rows, side="right") - 1]
+    assert set(since) == {0, 2, 4, 6, MAX_STEPS}  # the last where the limit cut
 
 
 def test_the_simulators_state_and_action_are_the_datasets(refused, files, monkeypatch):

@@ -194,7 +194,9 @@ def write_toy_smolvla(folder: Path) -> Path:
     return write_checkpoint(config, unit_stats(features), folder)
 
 
-def write_toy_dataset(root: Path, scratch: Path, cameras: Sequence[str] = (CAMERA,)) -> Path:
+def write_toy_dataset(
+    root: Path, scratch: Path, cameras: Sequence[str] = (CAMERA,), *, use_videos: bool = False
+) -> Path:
     """Demonstrations, of which some succeed, as a LeRobotDataset with pictures."""
     replay = Replay.create(
         scratch,
@@ -205,7 +207,7 @@ def write_toy_dataset(root: Path, scratch: Path, cameras: Sequence[str] = (CAMER
     )
     for seed in range(NUM_DEMOS):
         replay.add(_demo(seed, cameras), source="demonstrations")
-    write_lerobot_dataset(replay, root, repo_id="local/toy", fps=20)
+    write_lerobot_dataset(replay, root, repo_id="local/toy", fps=20, use_videos=use_videos)
     replay.close()
     return root
 

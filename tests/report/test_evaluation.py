@@ -21,6 +21,7 @@ from vla_trqam.report.evaluation import (
 )
 from vla_trqam.report.flow_steps import FlowSteps
 from vla_trqam.report.intervals import mcnemar_exact_p
+from vla_trqam.report.success import success_lines, success_table
 
 
 def make_evaluation(both: int, tuned_only: int, base_only: int, neither: int) -> PairedEvaluation:
@@ -314,3 +315,37 @@ def test_runs_on_other_initial_states_are_not_combined():
         combine_seeds([run, other])
     with pytest.raises(UserError, match="no evaluation"):
         combine_seeds([])
+
+
+def test_a_suites_success_is_told_by_task() -> None:
+    tasks = ("open", "close", "open", "close", "open")
+    evaluation = PairedEvaluation(
+        seeds=np.arange(5),
+        base_success=[True, False, False, False, True],
+        tuned_success=[True, True, True, False, False],
+        base_steps=np.full(5, 9),
+        tuned_steps=np.full(5, 9),
+        tasks=tasks,
+    )
+    found = evaluation.by_task()
+    assert list(found) == ["close", "open"]
+    assert found["close"].seeds.tolist() == [1, 3]
+    assert (found["open"].base_rate, found["open"].tuned_rate) == (2 / 3, 2 / 3)
+    assert found["open"].gained.tolist() == [2]
+    assert found["open"].lost.tolist() == [4]
+    again = PairedEvaluation.from_json(json.loads(json.dumps(evaluation.to_json())))
+    assert again.tasks == tasks
+    assert "| close | 0.0% | 50.0% | +50.0 points |" in success_table(evaluation)
+    assert any(line.endswith("of 2: close") for line in success_lines(evaluation))
+
+
+def test_one_task_is_not_told_twice() -> None:
+    evaluation = dataclasses.replace(make_evaluation(1, 1, 1, 1), tasks=("lift",) * 4)
+    assert evaluation.by_task() == {}
+    assert "tasks" not in evaluation.to_json()
+    assert success_table(evaluation) == success_table(make_evaluation(1, 1, 1, 1))
+
+
+def test_tasks_are_as_many_as_initial_states() -> None:
+    with pytest.raises(ValueError, match="3 tasks of 4 initial states"):
+        dataclasses.replace(make_evaluation(1, 1, 1, 1), tasks=("lift",) * 3)

@@ -162,6 +162,26 @@ def test_the_episode_figure_counts_the_outcomes(run_figures):
     assert [bar.get_width() for bar in strip.patches] == [8, 8, 2, 2]
 
 
+def test_a_suite_has_a_row_for_every_task(tmp_path, drawn):
+    evaluation = PairedEvaluation(
+        np.arange(6),
+        [True, False, False, False, True, False],
+        [True, True, True, False, True, True],
+        np.full(6, 5),
+        np.full(6, 5),
+        tasks=("open", "close", "open", "close", "open", "close"),
+    )
+    plots.plot_by_task(evaluation, tmp_path / "tasks.png")
+    (axes,) = drawn["tasks.png"].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["close (3)", "open (3)"]
+    points = sorted(
+        (round(float(y)), round(float(x), 3))
+        for bars in axes.containers
+        for x, y in zip(*bars.lines[0].get_data(), strict=True)
+    )
+    assert points == [(0, 0.0), (0, 0.667), (1, 0.667), (1, 1.0)]
+
+
 def test_a_loss_that_is_not_finite_is_marked_at_its_step(tmp_path, drawn):
     path = write_run(tmp_path / "m.jsonl", broken_step=400)
     plots.plot_adjoint(read_metrics(path), tmp_path / "adjoint.png")

@@ -44,7 +44,9 @@ class PolicyConfig:
 
     Attributes:
         path: folder of a pretrained policy, whose shape it keeps; skips the pretraining.
-        chunk_length: H, all of which is executed before the policy is asked again.
+        chunk_length: H.
+        n_action_steps: n, the actions of a chunk that are executed before the next is asked for;
+            null for all.
         hidden_dims: widths of the hidden layers.
         layer_norm: normalise after every activation.
         num_flow_steps: K, the steps from noise to action of the pretrained policy.
@@ -54,6 +56,7 @@ class PolicyConfig:
 
     path: Path | None = None
     chunk_length: int = 5
+    n_action_steps: int | None = None
     hidden_dims: tuple[int, ...] = (256, 256, 256)
     layer_norm: bool = False
     num_flow_steps: int = 10
@@ -121,6 +124,7 @@ class StateRunConfig(RunSettings):
     def _at_least_one(self) -> dict[str, int | None]:
         return {
             "policy.chunk_length": self.policy.chunk_length,
+            "policy.n_action_steps": self.policy.n_action_steps,
             "policy.hidden_dims": min(self.policy.hidden_dims, default=0),
             "policy.num_flow_steps": self.policy.num_flow_steps,
             "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
@@ -133,10 +137,16 @@ class StateRunConfig(RunSettings):
 
     def _check_choices(self) -> None:
         self._check_data()
-        if self.eval.max_episode_steps < self.policy.chunk_length:
+        executed = self.policy.n_action_steps or self.policy.chunk_length
+        if executed > self.policy.chunk_length:
+            raise UserError(
+                f"--policy.n_action_steps={executed} is more than the {self.policy.chunk_length} "
+                "actions of --policy.chunk_length"
+            )
+        if self.eval.max_episode_steps < executed:
             raise UserError(
                 f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
-                f"its first chunk of {self.policy.chunk_length} steps"
+                f"its first chunk of {executed} steps"
             )
         tuned = self.policy.tuned_flow_steps
         if tuned is not None:
@@ -180,7 +190,7 @@ def refuse_idle_flags(config: StateRunConfig, flags: set[str]) -> None:
     """
     if config.policy.path is None:
         return
-    used = {"--policy.path", "--policy.tuned_flow_steps"}
+    used = {"--policy.path", "--policy.tuned_flow_steps", "--policy.n_action_steps"}
     idle = sorted(f for f in flags - used if f.startswith(("--policy.", "--pretrain")))
     if idle:
         raise UserError(

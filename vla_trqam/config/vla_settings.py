@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from vla_trqam.config.settings import CriticConfig, RunSettings
+from vla_trqam.data.feature_cache import PrefixCache
 from vla_trqam.data.sampling import RewardKind, ShortChunks
 from vla_trqam.data.sources.lerobot.labels import RewardSource
 from vla_trqam.data.sources.lerobot.rows import TaskChanges
@@ -79,6 +81,18 @@ class VLADatasetConfig(OneDatasetConfig):
 
 
 @dataclass
+class ReplayConfig:
+    """What is kept of the datasets.
+
+    Attributes:
+        frames: "copy" decodes every frame once and keeps it raw beside the replay; "dataset" reads
+            it from the dataset's videos whenever it is drawn, which takes no room.
+    """
+
+    frames: Literal["copy", "dataset"] = "copy"
+
+
+@dataclass
 class VLAPolicyConfig:
     """The pretrained policy, and where the tuned one goes.
 
@@ -88,8 +102,8 @@ class VLAPolicyConfig:
         device: where it runs; null takes the launcher's.
         adapter: of a checkpoint that is an adapter: "merge" makes it the new base, "continue" goes
             on against its own base.
-        n_action_steps: actions that are executed of a chunk; null takes the policy's own. Training
-            wants whole chunks.
+        n_action_steps: n, the actions of a chunk that are executed, which the critic values; null
+            takes the policy's own.
         tuned_flow_steps: K that training and the tuned policy take; null for the policy's own.
             Few steps want ``method.scheme: posterior``.
         tokenizer: local folder of the tokenizer that its preprocessor takes; null for the one that
@@ -144,6 +158,9 @@ class VLACriticConfig(CriticConfig):
         next_actions: chunks of the policy kept at every frame for the TD targets.
         redraws: frames whose oldest next action is drawn anew after each update of the policy,
             beside those of its batch.
+        draw_next: each update of the policy draws the next actions of its batch, which takes the
+            next frames' prefixes too; false takes those kept, and draws new ones at the batch's own
+            frames; null does so where no prefixes are kept.
     """
 
     path: str | None = None
@@ -152,6 +169,7 @@ class VLACriticConfig(CriticConfig):
     batch_size: int = 256
     next_actions: int = 8
     redraws: int = 0
+    draw_next: bool | None = None
 
 
 @dataclass
@@ -164,6 +182,11 @@ class FinetuneVLAConfig(RunSettings):
         rename_map: from the dataset's cameras to those that the policy looks through, like
             ``{observation.images.front: observation.images.top}``.
         policy: the policy.
+        replay: what is kept of the datasets.
+        prefix_cache: keys and values of each frame's vision-language prefix: kept on the "disk", or
+            "none" but the critic's features of it, kilobytes, and computed in each update of the
+            policy for its batch; "auto" keeps them where the budget has room for all.
+        prefix_cache_gib: that budget, of all processes; null for half of what is free.
         peft: what is trained of it.
         online: updates with rollouts between them; none without ``env``.
         env: the simulator.
@@ -181,6 +204,9 @@ class FinetuneVLAConfig(RunSettings):
     dataset: VLADatasetConfig = field(default_factory=VLADatasetConfig)
     rename_map: dict[str, str] = field(default_factory=dict)
     policy: VLAPolicyConfig = field(default_factory=VLAPolicyConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    prefix_cache: PrefixCache = "auto"
+    prefix_cache_gib: float | None = None
     peft: PeftConfig = field(default_factory=PeftConfig)
     critic: VLACriticConfig = field(default_factory=VLACriticConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -230,10 +256,23 @@ class FinetuneVLAConfig(RunSettings):
                 f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
             )
         self._check_datasets()
+        self._check_prefix_cache()
         tuned = self.policy.tuned_flow_steps
         if tuned is not None:
             check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)
         super()._check_choices()
+
+    def _check_prefix_cache(self) -> None:
+        budget = self.prefix_cache_gib
+        if budget is None:
+            return
+        if not 0.0 < budget < math.inf:
+            raise UserError(f"--prefix_cache_gib={budget:g} must be positive and finite")
+        if self.prefix_cache == "none":
+            raise UserError(
+                f"--prefix_cache_gib={budget:g} is a budget of what --prefix_cache=none does not "
+                "keep: leave one of both out"
+            )
 
     def _check_datasets(self) -> None:
         if (self.policy.path is None) != (self.dataset.repo_id is None):

@@ -1,9 +1,10 @@
-"""Features of each frame, computed once: a frozen model never sees a frame twice."""
+"""What a frozen model makes of each frame: computed once and kept, or whenever it is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +17,15 @@ from vla_trqam.data.replay_files import ArraySpec, Column
 from vla_trqam.data.sampling import Observer
 from vla_trqam.errors import UserError
 
+FRAME = "frame"
+"""The number of the frame, (B,) int64, beside what is seen or made of it."""
+
+PrefixCache = Literal["auto", "disk", "none"]
+"""Whether the large part of a frame's features is kept; see the settings."""
+
 FeatureFunction = Callable[[FrameObservation], Mapping[str, Tensor]]
-"""B observations in LeRobot's raw format, float32 images -> named features, (B, ...) each."""
+"""B observations in LeRobot's raw format, float32 images, and their ``FRAME`` -> named features,
+(B, ...) each."""
 
 _STORED_AS: dict[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
@@ -118,7 +126,7 @@ class FeatureCache(Observer[FrameObservation]):
         self._columns = {} if self._header is None else self._mapped(self._header)
 
     def _compute_batch(self, first: int, rows: np.ndarray) -> None:
-        features = self._compute(self._replay.observation_at(rows))
+        features = self._compute(_numbered(self._replay, rows))
         described = {name: _described(name, value, len(rows)) for name, value in features.items()}
         if self._header is None:
             self._start(CacheHeader(self._fingerprint, 0, described))
@@ -151,6 +159,47 @@ class FeatureCache(Observer[FrameObservation]):
             name: ((self._replay.frame_capacity, *shape), _STORED_AS[_TORCH_DTYPES[dtype]])
             for name, (dtype, shape) in header.features.items()
         }
+
+
+class NumberedFeatures(Observer[FrameObservation]):
+    """Cached features of a replay's frames, and the frames' numbers."""
+
+    def __init__(
+        self, cache: FeatureCache, replay: Replay, names: Collection[str] | None = None
+    ) -> None:
+        """Of all features, or of those with these names."""
+        self._cache, self._replay, self._names = cache, replay, names
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) bool: whether a frame was taken."""
+        return self._cache.known(rows)
+
+    def at(self, rows: np.ndarray) -> FrameObservation:
+        """The features of the frames at these rows, and their numbers."""
+        frames = self._replay.frame_index.frames(rows)
+        return self._cache.at(rows, self._names) | {FRAME: torch.from_numpy(frames)}
+
+
+class ComputedFeatures(Observer[FrameObservation]):
+    """Features of a replay's frames, computed as they are asked for, and the frames' numbers."""
+
+    def __init__(self, replay: Replay, compute: FeatureFunction) -> None:
+        """See `FeatureFunction`."""
+        self._replay, self._compute = replay, compute
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) bool: whether a frame was taken."""
+        return self._replay.frame_index.known(rows)
+
+    def at(self, rows: np.ndarray) -> FrameObservation:
+        """The features of the frames at these rows, and their numbers."""
+        seen = _numbered(self._replay, rows)
+        return {**self._compute(seen), FRAME: seen[FRAME]}
+
+
+def _numbered(replay: Replay, rows: np.ndarray) -> FrameObservation:
+    frames = replay.frame_index.frames(rows)
+    return replay.observation_at(rows) | {FRAME: torch.from_numpy(frames)}
 
 
 def _described(name: str, value: Tensor, num_rows: int) -> tuple[str, tuple[int, ...]]:

@@ -7,7 +7,8 @@ Added to the folder of `vla_trqam.data.replay`, whose header alone decides what 
     episode_tasks.npy        int64, one number an episode: the position of its task's text
     row_tasks.npy            int64, likewise of each row of observations.npy, where the task may
                              change within an episode
-    images.<camera>.npy      uint8 (height, width, channels), one row a frame, each frame once
+    images.<camera>.npy      uint8 (height, width, channels), one row a frame, each frame once; the
+                             first `lent_frames` rows are empty, those frames lie elsewhere
     cache.json               the cached features: fingerprint, how many frames have them, shapes
     cache.<name>.npy         one feature, one row a frame; int16 bits where it is bfloat16
 """
@@ -42,6 +43,7 @@ class FrameHeader:
         step_capacity: largest number of steps, as in the replay's header.
         tasks: the texts; an episode holds the position of its own.
         tasks_of_rows: whether each row holds one too.
+        lent_frames: the first so many frames are not here but where they came from.
     """
 
     cameras: dict[str, ImageShape]
@@ -49,6 +51,7 @@ class FrameHeader:
     step_capacity: int
     tasks: tuple[str, ...] = ()
     tasks_of_rows: bool = False
+    lent_frames: int = 0
 
     def write(self, folder: Path) -> None:
         """Replace the file in one step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -44,6 +44,21 @@ def image_key(camera: str) -> str:
     return camera if camera.startswith("observation.") else IMAGE_PREFIX + camera
 
 
+class FrameLender(Protocol):
+    """Where the first frames of a replay lie that has no copy of them."""
+
+    @property
+    def num_frames(self) -> int:
+        """How many: they have the numbers from 0 on."""
+
+    def pictures(self, camera: str, frames: np.ndarray) -> np.ndarray:
+        """The frames with these numbers, (F,) -> (F, H, W, C) uint8.
+
+        Raises:
+            UserError: one cannot be read.
+        """
+
+
 class Frames:
     """The part of a replay's folder that `frames.json` describes.
 
@@ -55,11 +70,17 @@ class Frames:
         """Map the arrays of the folder."""
         self._folder = folder
         self.header = header
+        self.lender: FrameLender | None = None
         self._columns = {n: Column(folder, n, spec) for n, spec in header.arrays().items()}
 
     @staticmethod
     def described(
-        cameras: Mapping[str, ImageShape], frames: int, steps: int, *, tasks_of_rows: bool
+        cameras: Mapping[str, ImageShape],
+        frames: int,
+        steps: int,
+        *,
+        tasks_of_rows: bool,
+        lent_frames: int = 0,
     ) -> FrameHeader:
         """The header of frames that are yet to be made.
 
@@ -73,7 +94,9 @@ class Frames:
         for name in cameras:
             if "/" in name:
                 raise UserError(f"The camera name {name!r} holds a '/', which files cannot bear.")
-        return FrameHeader(dict(cameras), frames, steps, tasks_of_rows=tasks_of_rows)
+        return FrameHeader(
+            dict(cameras), frames, steps, tasks_of_rows=tasks_of_rows, lent_frames=lent_frames
+        )
 
     @staticmethod
     def allocate(folder: Path, header: FrameHeader) -> None:
@@ -110,6 +133,27 @@ class Frames:
             known = ", ".join(self.header.cameras) or "none"
             raise UserError(f"The replay {self._folder} has no camera {camera!r}; it has {known}.")
         return self._columns[image_array(camera)].rows[:num_frames]
+
+    def pictures(self, camera: str, frames: np.ndarray, num_frames: int) -> np.ndarray:
+        """Some of a camera's frames, wherever they lie: (F,) -> (F, H, W, C) uint8.
+
+        Raises:
+            UserError: there is no such camera, or a frame that lies elsewhere cannot be had.
+        """
+        own, lent = self.images(camera, num_frames), frames < self.header.lent_frames
+        if not lent.any():
+            return own.take(frames, axis=0)
+        if self.lender is None:
+            raise UserError(
+                f"The first {self.header.lent_frames} frames of the replay {self._folder} lie in "
+                "the datasets that it was filled from (--replay.frames=dataset), not in itself."
+            )
+        if lent.all():
+            return self.lender.pictures(camera, frames)
+        found = np.empty((len(frames), *own.shape[1:]), np.uint8)
+        found[lent] = self.lender.pictures(camera, frames[lent])
+        found[~lent] = own.take(frames[~lent], axis=0)
+        return found
 
     def tasks_of_episodes(self, episodes: slice | np.ndarray) -> list[str]:
         """One text for each of these episodes, its first."""
@@ -159,7 +203,11 @@ class Frames:
             raise UserError(f"{where} has no frame at its first step.")
         if not isinstance(episode.task, str):
             self._check_tasks(where, episode.task, rows)
-        self._check_images(where, episode.images, int(observed.sum()))
+        end = num_frames + int(observed.sum())
+        if num_frames < self.header.lent_frames:
+            check_lent(where, episode.images, end, self.header.lent_frames)
+        else:
+            self._check_images(where, episode.images, int(observed.sum()))
         if num_frames + observed.sum() > self.header.frame_capacity:
             raise UserError(
                 f"The replay {self._folder} is full: it holds {num_frames} of "
@@ -217,6 +265,19 @@ class FrameObserver(Observer[FrameObservation]):
     def at(self, rows: np.ndarray) -> FrameObservation:
         """The observations at these rows."""
         return self._replay.observation_at(rows, image_dtype=self._image_dtype)
+
+
+def check_lent(where: str, images: Mapping[str, np.ndarray], end: int, lent: int) -> None:
+    """Whether an episode whose frames lie elsewhere brings none, and lies among these.
+
+    Raises:
+        UserError: it does not; the message begins with `where`.
+    """
+    if images or end > lent:
+        raise UserError(
+            f"{where} has frames up to number {end} and pictures of {len(images)} cameras; the "
+            f"first {lent} frames of its replay lie in the datasets that it is filled from."
+        )
 
 
 def check_cameras(

@@ -12,6 +12,7 @@ from vla_trqam.data.frame_files import FRAMES_NAME, FrameIndex, ImageShape
 from vla_trqam.data.frames import (
     STATE_KEY,
     TASK_KEY,
+    FrameLender,
     FrameObservation,
     Frames,
     ImageDtype,
@@ -115,12 +116,34 @@ class RecordedEpisodes:
         return self._seen.index(self._num_rows)
 
     def images(self, camera: str) -> np.ndarray:
-        """Read-only map (num_frames, H, W, C) uint8.
+        """Read-only map (num_frames, H, W, C) uint8 of what is here, see `borrow`.
 
         Raises:
             UserError: there is no such camera.
         """
         return self._seen.images(camera, self.num_frames)
+
+    def pictures(self, camera: str, frames: np.ndarray) -> np.ndarray:
+        """Some of a camera's frames, wherever they lie: (F,) -> (F, H, W, C) uint8.
+
+        Raises:
+            UserError: there is no such camera, or one cannot be read.
+        """
+        return self._seen.pictures(camera, frames, self.num_frames)
+
+    def borrow(self, lender: FrameLender) -> None:
+        """From now on the frames that lie elsewhere are had from there.
+
+        Raises:
+            UserError: it has not as many as the replay has no copy of.
+        """
+        lent = self._seen.header.lent_frames
+        if lender.num_frames != lent:
+            raise UserError(
+                f"{lent} frames of the replay {self.path} lie in the datasets that it was filled "
+                f"from, and those given have {lender.num_frames}: are they the same?"
+            )
+        self._seen.lender = lender
 
     def task_of_episodes(self) -> list[str]:
         """One text an episode, its first."""
@@ -153,7 +176,7 @@ class RecordedEpisodes:
         state = self.observations.take(rows, axis=0)
         observation: FrameObservation = {STATE_KEY: torch.from_numpy(state)}
         for camera in self.cameras:
-            image = torch.from_numpy(self.images(camera).take(frames, axis=0)).permute(0, 3, 1, 2)
+            image = torch.from_numpy(self.pictures(camera, frames)).permute(0, 3, 1, 2)
             if image_dtype == "float32":
                 image = image.float() / 255
             observation[image_key(camera)] = image.contiguous()

@@ -73,6 +73,7 @@ class Replay(RecordedEpisodes):
         frame_capacity: int | None = None,
         tasks_of_rows: bool = False,
         columns: Mapping[str, ColumnSpec] | None = None,
+        lent_frames: int = 0,
     ) -> Replay:
         """Make an empty replay in the folder `path`, which must not hold one yet.
 
@@ -86,6 +87,7 @@ class Replay(RecordedEpisodes):
             frame_capacity: largest number of frames; twice the steps if None, which always fits.
             tasks_of_rows: room for tasks that change within an episode.
             columns: further ones: name -> dtype and shape of one step's entry.
+            lent_frames: of the first so many frames no copy is made; see `borrow`.
 
         Raises:
             UserError: a size is not positive, a name cannot be a file's, or the folder already
@@ -102,7 +104,9 @@ class Replay(RecordedEpisodes):
         frames = (
             None
             if cameras is None
-            else Frames.described(cameras, room, capacity, tasks_of_rows=tasks_of_rows)
+            else Frames.described(
+                cameras, room, capacity, tasks_of_rows=tasks_of_rows, lent_frames=lent_frames
+            )
         )
         if (folder / HEADER_NAME).exists():
             raise UserError(f"{folder} already holds a replay: open it or name another folder.")
@@ -240,27 +244,32 @@ class Replay(RecordedEpisodes):
         discount: float,
         short_chunks: ShortChunks,
         reward: RewardSpec,
+        flow_length: int | None = None,
         sources: Collection[str] | None = None,
         image_dtype: ImageDtype = "float32",
         observer: Observer[Any] | None = None,
+        next_observer: Observer[Any] | None = None,
     ) -> ChunkSampler[Any]:
-        """A sampler of chunks of H = `chunk_length` steps.
+        """A sampler of chunks of n = `chunk_length` steps.
 
         Its observations are the states, or images, state and task in LeRobot's format where the
         replay has frames: a chunk then begins only where one was taken, and ends where one was
         unless it terminates.
 
         Args:
-            chunk_length: H.
+            chunk_length: n, the steps of a chunk that are executed before the next is asked for.
             discount: γ per step, in (0, 1].
             short_chunks: "drop" keeps to chunks wholly inside their episode; one may end exactly at
                 the episode's end. "pad" adds chunks cut short by *termination*: their tail repeats
                 the last action and is not `valid`, and as the chunk terminates the tail cannot
-                matter. Chunks cut short by *truncation* are always dropped: s_{t+H} does not exist.
+                matter. Chunks cut short by *truncation* are always dropped: s_{t+n} does not exist.
             reward: what to make of the stored reward.
+            flow_length: H >= n, the actions that a batch holds of a chunk: what was done in the
+                n steps and after them, the context of a flow over H actions. None for n.
             sources: draw only from episodes of these sources; None draws from all.
             image_dtype: see `observation_at`.
             observer: what the batch's observations are instead, such as a `FeatureCache`.
+            next_observer: what its next observations are; None for the same.
 
         Raises:
             UserError: an argument is outside its range, or the stored reward does not fit `reward`.
@@ -272,6 +281,8 @@ class Replay(RecordedEpisodes):
             self,
             observer,
             chunk_length=chunk_length,
+            flow_length=flow_length,
+            next_observer=next_observer,
             discount=discount,
             short_chunks=short_chunks,
             reward=reward,

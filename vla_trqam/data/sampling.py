@@ -102,6 +102,7 @@ _START = np.dtype(
         ("observation_row", np.int64),
         ("chunk_return", np.float32),
         ("num_steps", np.int32),  # n: the episode's end may cut the chunk short
+        ("num_actions", np.int32),  # those of the flow's chunk that the episode has
         ("terminated", np.bool_),
         ("truncated", np.bool_),
     ],
@@ -152,25 +153,33 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         discount: float,
         short_chunks: ShortChunks,
         reward: RewardSpec,
+        flow_length: int | None = None,
+        next_observer: Observer[Observation] | None = None,
         sources: Collection[str] | None = None,
     ) -> None:
         """Use `Replay.sampler`, which documents the arguments."""
         if chunk_length < 1:
             raise UserError(f"The chunk length is {chunk_length}; it must be at least 1.")
+        if flow_length is not None and flow_length < chunk_length:
+            raise UserError(
+                f"The flow's chunks have {flow_length} actions, fewer than the {chunk_length} that "
+                "are executed."
+            )
         if not 0 < discount <= 1:
             raise UserError(f"The discount is {discount}; it must lie in (0, 1].")
         if short_chunks not in ("drop", "pad"):
             raise UserError(f"short_chunks is '{short_chunks}'; it must be 'drop' or 'pad'.")
         self.buffer = buffer
-        self.observer = observer
+        self.observer, self.next_observer = observer, next_observer or observer
         self.chunk_length = chunk_length
+        self.flow_length = flow_length or chunk_length
         self.discount = discount
         self.short_chunks = short_chunks
         self.reward = reward
         self.sources = None if sources is None else frozenset(sources)
-        # Looked up by n = 0..H: γ^n, which entries are real, and where the entries' actions lie,
-        # counted from the chunk's start: the tail repeats the last one.
-        n, offset = np.arange(chunk_length + 1), np.arange(chunk_length)
+        # Looked up by how many steps were taken: γ^n, which entries are real, and where the
+        # entries' actions lie, counted from the chunk's start: the tail repeats the last one.
+        n, offset = np.arange(self.flow_length + 1), np.arange(self.flow_length)
         self._discount_of = (discount**n).astype(np.float32)
         self._valid_of = offset < n[:, None]
         self._offset_of = np.minimum(offset, np.maximum(n[:, None] - 1, 0))
@@ -208,18 +217,18 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         """The chunks with these numbers, (B,), each in [0, num_starts)."""
         # take() is about twice as fast here as indexing with an array.
         starts = self._starts.take(index)
-        num_steps = starts["num_steps"]
+        num_steps, num_actions = starts["num_steps"], starts["num_actions"]
         observation_row = starts["observation_row"]
-        step = starts["step"][:, None] + self._offset_of.take(num_steps, axis=0)
+        step = starts["step"][:, None] + self._offset_of.take(num_actions, axis=0)
         return TransitionBatch(
             observation=self.observer.at(observation_row),
             action=torch.from_numpy(self.buffer.actions.take(step, axis=0)),
             chunk_return=_tensor(starts["chunk_return"]),
-            next_observation=self.observer.at(observation_row + num_steps),
+            next_observation=self.next_observer.at(observation_row + num_steps),
             discount=torch.from_numpy(self._discount_of.take(num_steps)),
             terminated=_tensor(starts["terminated"]),
             truncated=_tensor(starts["truncated"]),
-            valid=torch.from_numpy(self._valid_of.take(num_steps, axis=0)),
+            valid=torch.from_numpy(self._valid_of.take(num_actions, axis=0)),
             columns={
                 name: torch.from_numpy(self.buffer.column(name).take(step, axis=0))
                 for name in self.buffer.columns
@@ -257,7 +266,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         episodes = self.buffer.episodes(which)
         length = episodes.num_steps
         whole = np.maximum(length - self.chunk_length + 1, 0)
-        # A chunk cut short by truncation has no s_{t+H}; one cut short by success needs none.
+        # A chunk cut short by truncation has no s_{t+n}; one cut short by success needs none.
         count = (
             np.where(episodes.terminated, length, whole) if self.short_chunks == "pad" else whole
         )
@@ -271,6 +280,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         starts["step"] = episodes.first_step[row] + offset
         starts["observation_row"] = episodes.first_observation[row] + offset
         starts["num_steps"] = np.minimum(remaining, self.chunk_length)
+        starts["num_actions"] = np.minimum(remaining, self.flow_length)
         source = episodes.source[row] if self.reward.of_sources else None
         starts["chunk_return"] = self._chunk_returns(starts, source)
         # Success on the last step that was allowed is a success.
@@ -287,7 +297,8 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
     def _chunk_returns(self, starts: np.ndarray, source: np.ndarray | None) -> np.ndarray:
         """(N,) float32, summed in float64."""
         num_steps = starts["num_steps"]
-        rewards = self.buffer.rewards[starts["step"][:, None] + self._offset_of[num_steps]]
+        offset = self._offset_of[num_steps, : self.chunk_length]
+        rewards = self.buffer.rewards[starts["step"][:, None] + offset]
         returns = chunk_return(
             torch.from_numpy(self.reward.apply(rewards, source).astype(np.float64)),
             self.discount,
@@ -306,7 +317,7 @@ class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
         *,
         online_fraction: float | None,
     ) -> None:
-        """Mix two samplers of the same chunk length.
+        """Mix two samplers of the same chunks.
 
         Args:
             offline: sampler of the demonstrations and other data collected before.
@@ -320,10 +331,11 @@ class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
         """
         if online_fraction is not None and not 0 <= online_fraction <= 1:
             raise UserError(f"The online fraction is {online_fraction}; it must lie in [0, 1].")
-        if offline.chunk_length != online.chunk_length:
+        lengths = [(part.chunk_length, part.flow_length) for part in (offline, online)]
+        if lengths[0] != lengths[1]:
             raise UserError(
-                f"The offline chunks have {offline.chunk_length} steps and the online ones "
-                f"{online.chunk_length}; they must agree."
+                f"The offline chunks have {lengths[0][0]} steps of {lengths[0][1]} actions and the "
+                f"online ones {lengths[1][0]} of {lengths[1][1]}; they must agree."
             )
         self.offline = offline
         self.online = online

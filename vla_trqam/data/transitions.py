@@ -19,7 +19,7 @@ Observation = TypeVar("Observation", bound=Tensor | dict[str, Field], default=Te
 
 @dataclass(frozen=True)
 class TransitionBatch(Generic[Observation]):
-    """A batch of chunks (s_t, a_t..a_{t+n-1}, R, s_{t+n}), of which n <= H steps were really taken.
+    """A batch of chunks (s_t, a_t..a_{t+n-1}, R, s_{t+n}), whose n <= H steps were really taken.
 
     The TD target of a chunk is `chunk_return + discount * Q(next_observation, ·) * ~terminated`.
     `terminated` and `truncated` are never both true for a row.
@@ -27,16 +27,19 @@ class TransitionBatch(Generic[Observation]):
     Attributes:
         observation: s_t in the environment's units (the policy normalises): (B, O), or a dictionary
             of (B, ...) tensors and lists of B texts, as LeRobot's collated items.
-        action: executed actions, (B, H, A), in the policy's normalised space. Where `valid` is
-            False the row repeats the last action of the episode.
+        action: executed actions, (B, H, A), in the policy's normalised space: those of the n steps,
+            and what was done after them. Where `valid` is False the row repeats the last action of
+            the episode.
         chunk_return: sum over i < n of γ^i r_{t+i}, (B,).
         next_observation: s_{t+n}, like `observation`. Where `terminated`, it may be any state.
         discount: γ^n, (B,).
         terminated: (B,) bool, the task ended at s_{t+n}: nothing to bootstrap from.
         truncated: (B,) bool, the episode was cut at s_{t+n}: bootstrap as if it had gone on.
-        valid: (B, H) bool, False for the tail of a chunk that the episode's end cut short.
+        valid: (B, H) bool, False for the tail of a chunk that comes after the episode's end.
         columns: further columns of the replay, such as interventions: name -> (B, H, ...). Like
             `action`, the tail repeats the episode's last.
+        next_action: what the policy would execute at s_{t+n} in its normalised space, (B, n, a),
+            where that was drawn before; None where an update draws it.
     """
 
     observation: Observation
@@ -48,6 +51,7 @@ class TransitionBatch(Generic[Observation]):
     truncated: Tensor
     valid: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
+    next_action: Tensor | None = None
 
     def __len__(self) -> int:
         return self.action.shape[0]
@@ -87,8 +91,12 @@ class TransitionBatch(Generic[Observation]):
 _FIELD_NAMES = tuple(item.name for item in fields(TransitionBatch))
 
 
-def _mapped(value: Tensor | Mapping[str, Field], function: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(
+    value: Tensor | Mapping[str, Field] | None, function: Callable[[Tensor], Tensor]
+) -> Any:
     """`function` of the tensor, or of every tensor in the dictionary; texts stay as they are."""
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return function(value)
     return {
@@ -96,8 +104,14 @@ def _mapped(value: Tensor | Mapping[str, Field], function: Callable[[Tensor], Te
     }
 
 
-def _joined(first: Field | Mapping[str, Field], second: Field | Mapping[str, Field]) -> Any:
+def _joined(
+    first: Field | Mapping[str, Field] | None, second: Field | Mapping[str, Field] | None
+) -> Any:
     """Rows of both: tensors, lists of texts, or dictionaries of those with the same keys."""
+    if first is None or second is None:
+        if first is not second:
+            raise ValueError("next actions of one of two batches do not join")
+        return None
     if isinstance(first, Tensor):
         return torch.cat((first, cast(Tensor, second)))
     if isinstance(first, list):

@@ -19,8 +19,10 @@ class UnionSampler(ChunkSampler):
         """Join samplers of the same chunks, discount and reward."""
         first = parts[0]
         self._parts = tuple(parts)
-        self.buffer, self.observer = first.buffer, first.observer
-        self.chunk_length, self.discount = first.chunk_length, first.discount
+        self.buffer = first.buffer
+        self.observer, self.next_observer = first.observer, first.next_observer
+        self.chunk_length, self.flow_length = first.chunk_length, first.flow_length
+        self.discount = first.discount
         self.short_chunks, self.reward, self.sources = first.short_chunks, first.reward, None
 
     @property

@@ -83,13 +83,20 @@ class Window(RecordedEpisodes):
         self.revision += 1
 
     def sampler(
-        self, *, chunk_length: int, discount: float, short_chunks: ShortChunks, reward: RewardSpec
+        self,
+        *,
+        chunk_length: int,
+        discount: float,
+        short_chunks: ShortChunks,
+        reward: RewardSpec,
+        flow_length: int | None = None,
     ) -> ChunkSampler:
         """A sampler of chunks of what is shown; arguments as those of `Replay.sampler`."""
         return ChunkSampler(
             self,
             VectorObserver(self),
             chunk_length=chunk_length,
+            flow_length=flow_length,
             discount=discount,
             short_chunks=short_chunks,
             reward=reward,

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_trqam.data.feature_cache import FRAME
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
 from vla_trqam.data.transitions import TransitionBatch
-from vla_trqam.engine.next_actions import FRAME, NextActions
+from vla_trqam.engine.next_actions import NextActions
 from vla_trqam.methods.base import Actor, OffPolicyMethod, Scalars, Which
 from vla_trqam.policy import FlowPolicy
 
@@ -60,14 +61,9 @@ class Around(OffPolicyMethod):
         """The method's."""
         self.method.update(batch, generator, num_parts=num_parts)
 
-    def update_critic(
-        self,
-        batch: TransitionBatch[Any],
-        generator: torch.Generator,
-        next_action: Tensor | None = None,
-    ) -> None:
+    def update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """The method's."""
-        self.method.update_critic(batch, generator, next_action)
+        self.method.update_critic(batch, generator)
 
     def metrics(self) -> dict[str, float]:
         """The method's."""
@@ -132,6 +128,9 @@ class Cached(Around):
         critic_updates: of the critic alone, after each update of the policy.
         batch_size: of the critic's batches.
         redraws: frames whose oldest next action is drawn anew after each update of the policy.
+        draws_next: the policy's update draws its batch's next actions; otherwise it takes those
+            kept, which needs no prefix of the next frames, and new ones are drawn at the batch's
+            own frames, whose prefixes are there.
         num_micro_batches: the policy's update takes its batch in so many parts, in less memory.
     """
 
@@ -144,13 +143,14 @@ class Cached(Around):
         critic_updates: int,
         batch_size: int,
         redraws: int = 0,
+        draws_next: bool = True,
         num_micro_batches: int = 1,
     ) -> None:
         super().__init__(method)
         assert (next_actions is not None) == method.requirements.next_actions
         self.next_actions, self.sampler = next_actions, sampler
         self.critic_updates, self.batch_size = critic_updates, batch_size
-        self.redraws = redraws
+        self.redraws, self.draws_next = redraws, draws_next
         self.num_micro_batches = num_micro_batches
         # They are of the frames of the process's own replay.
         self.own_modules = frozenset({"next_actions"} if next_actions is not None else ())
@@ -162,39 +162,42 @@ class Cached(Around):
         """One update of the method, then the critic's."""
         if self.next_actions is not None:
             self.next_actions.fill(generator)
+        batch = batch if self.draws_next else self._with_next_actions(batch, generator)
         self.method.update(batch, generator, num_parts=self.num_micro_batches)
-        frames = batch.next_observation[FRAME]
-        self._keep_next_actions(frames, generator)
+        self._keep_next_actions(batch, generator)
         for _ in range(self.critic_updates):
-            drawn = self.sampler.sample(self.batch_size, generator).to(frames.device)
+            drawn = self.sampler.sample(self.batch_size, generator).to(batch.action.device)
             own = replace(drawn, action=self.policy.from_robot(drawn.action))
             self._update_critic(own, generator)
 
-    def _keep_next_actions(self, frames: Tensor, generator: torch.Generator) -> None:
+    def _keep_next_actions(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         if self.next_actions is None:
             return
-        if self.method.next_action is not None:
+        if self.draws_next and self.method.next_action is not None:
+            frames = batch.next_observation[FRAME]
             self.next_actions.put(frames, self.method.next_action, generator)
         self.next_actions.policy_moved()
+        if not self.draws_next:
+            self.next_actions.draw_at(batch.observation, generator)
         if self.redraws:
             self.next_actions.redraw(self.redraws, generator)
 
-    def update_critic(
-        self,
-        batch: TransitionBatch[Any],
-        generator: torch.Generator,
-        next_action: Tensor | None = None,
-    ) -> None:
+    def update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """One update of the critic, at next actions that were drawn before."""
         if self.next_actions is not None:
             self.next_actions.fill(generator)
         self._update_critic(batch, generator)
 
     def _update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
-        chunks = None
-        if self.next_actions is not None:
-            chunks = self.next_actions.pick(batch.next_observation[FRAME], generator)
-        self.method.update_critic(batch, generator, chunks)
+        self.method.update_critic(self._with_next_actions(batch, generator), generator)
+
+    def _with_next_actions(
+        self, batch: TransitionBatch[Any], generator: torch.Generator
+    ) -> TransitionBatch[Any]:
+        if self.next_actions is None:
+            return batch
+        chunks = self.next_actions.pick(batch.next_observation[FRAME], generator)
+        return replace(batch, next_action=chunks)
 
     def metrics(self) -> dict[str, float]:
         """The method's, and how old the next actions are."""

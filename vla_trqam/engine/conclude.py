@@ -58,6 +58,7 @@ def paired_evaluation(
         base_steps=np.array([e.num_steps for e in base]),
         tuned_steps=np.array([e.num_steps for e in tuned]),
         as_it_came=came,
+        tasks=tuple(e.task for e in base),
     )
 
 

@@ -151,7 +151,7 @@ def _set_up(job: Job[Any], stack: ExitStack) -> tuple[Run, list[Phase], ChunkSam
     if metrics is not None:
         _open_log(config, metrics, stack)
     store = job.take(replay)
-    everything = job.draw()
+    everything = job.draw(for_critic=True)
     job.check(everything)
     phases = phases_of(job)
     pool = team.together(lambda: _start_simulators(job))
@@ -189,7 +189,7 @@ def _start_simulators(job: Job[Any]) -> RolloutPool | None:
         return None
     return RolloutPool(
         family,
-        chunk_length=job.policy.chunk_shape[0],
+        chunk_length=job.policy.executed_length,
         num_workers=knobs.num_workers or usable_cores(),
         chunk_deadline=knobs.chunk_deadline,
     )

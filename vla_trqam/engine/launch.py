@@ -139,7 +139,7 @@ def make_critic(knobs: CriticConfig, policy: FlowPolicy, seed: int) -> Critic:
     torch.manual_seed(seed)
     ensemble = CriticEnsemble(
         policy.feature_dim,
-        policy.chunk_shape[0] * int(policy.action_mask.sum()),
+        policy.executed_size,
         knobs.hidden_dims,
         knobs.ensemble_size,
         layer_norm=knobs.layer_norm,

@@ -14,35 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.feature_cache import FRAME
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import Observer
+from vla_trqam.data.transitions import Field
 from vla_trqam.errors import UserError
-from vla_trqam.methods.base import Actor, GeneratorNoise
+from vla_trqam.methods.base import Actor, GeneratorNoise, Noise
 from vla_trqam.policy import FlowPolicy
 
-FRAME = "frame"
-"""The number of the frame in an observation of :class:`NumberedFeatures`."""
 CHUNKS, DRAWN, UPDATES = "chunks", "drawn", "updates"
-
-
-class NumberedFeatures(Observer[FrameObservation]):
-    """Cached features of a replay's frames, and the frames' numbers (B,)."""
-
-    def __init__(
-        self, cache: FeatureCache, replay: Replay, names: tuple[str, ...] | None = None
-    ) -> None:
-        self._cache, self._replay, self._names = cache, replay, names
-
-    def known(self, rows: np.ndarray) -> np.ndarray:
-        """(N,) bool: whether a frame was taken."""
-        return self._cache.known(rows)
-
-    def at(self, rows: np.ndarray) -> FrameObservation:
-        """The features of the frames at these rows, and their numbers."""
-        frames = self._replay.frame_index.frames(rows)
-        return self._cache.at(rows, self._names) | {FRAME: torch.from_numpy(frames)}
+FIRST_CHUNKS = "first_chunks"
+"""The M chunks (B, M, n, a) that are drawn where no prefix is kept, as a frame's is computed."""
 
 
 class NextActions(nn.Module):
@@ -52,8 +35,10 @@ class NextActions(nn.Module):
         policy: which sees the frames.
         actor: whose chunks.
         replay: whose frames.
-        cache: of their features.
+        prefixes: what the policy encodes of them.
         chunks_per_frame: M, kept at every frame; a target takes a random one.
+        first: of frames that have no chunks yet, those that were drawn when they were first seen
+            (:data:`FIRST_CHUNKS`); None draws them when they are wanted.
     """
 
     def __init__(
@@ -61,9 +46,10 @@ class NextActions(nn.Module):
         policy: FlowPolicy,
         actor: Actor,
         replay: Replay,
-        cache: FeatureCache,
+        prefixes: Observer[FrameObservation],
         *,
         chunks_per_frame: int,
+        first: Observer[FrameObservation] | None = None,
     ) -> None:
         super().__init__()
         if chunks_per_frame < 1:
@@ -71,10 +57,10 @@ class NextActions(nn.Module):
         self._policy = (policy,)  # in a tuple: its weights are not this module's
         self._actor = actor
         self._replay = replay
-        self._observer = NumberedFeatures(cache, replay)
-        horizon, real = policy.chunk_shape[0], int(policy.action_mask.sum())
+        self._prefixes, self._first = prefixes, first
+        length, real = policy.executed_length, int(policy.action_mask.sum())
         device = next(policy.trainable_parameters()).device
-        shape = (replay.frame_capacity, chunks_per_frame, horizon, real)
+        shape = (replay.frame_capacity, chunks_per_frame, length, real)
         self.num_known = 0
         self.chunks: Tensor
         self.register_buffer(CHUNKS, torch.zeros(shape, device=device))
@@ -91,18 +77,17 @@ class NextActions(nn.Module):
         first = self.num_known
         for start in range(first, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            drawn = self._draw(part, generator, self.chunks.shape[1])
-            self.chunks[start : start + len(part)] = drawn
+            self.chunks[start : start + len(part)] = self._first_chunks(part, generator)
             self.drawn[start : start + len(part)] = self.updates
         self.num_known = max(first, len(rows))
         return self.num_known - first
 
     def pick(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """One chunk of each of these frames (B,), chosen at random: (B, H, a)."""
+        """One chunk of each of these frames (B,), chosen at random: (B, n, a)."""
         return self.chunks[frames, self._slots(frames, generator)]
 
     def put(self, frames: Tensor, chunks: Tensor, generator: torch.Generator) -> None:
-        """Newer chunks (B, H, a) take the place of random older ones at these frames (B,)."""
+        """Newer chunks (B, n, a) take the place of random older ones at these frames (B,)."""
         slots = self._slots(frames, generator)
         self.chunks[frames, slots] = chunks
         self.drawn[frames, slots] = self.updates
@@ -114,6 +99,27 @@ class NextActions(nn.Module):
         rows = self._replay.frame_index.rows_of_frames()[frames.cpu().numpy()]
         self.chunks[frames, slots[frames]] = self._draw(rows, generator, 1)[:, 0]
         self.drawn[frames, slots[frames]] = self.updates
+
+    def draw_at(self, seen: Mapping[str, Field], generator: torch.Generator) -> None:
+        """Newer chunks at the frames of a batch, whose prefixes are at hand."""
+        frames = seen[FRAME]
+        assert isinstance(frames, Tensor)
+        noise = GeneratorNoise(generator, len(frames), self.chunks.device)
+        self.put(frames, self.drawn_of(seen, noise, 1)[:, 0], generator)
+
+    @torch.no_grad()
+    def drawn_of(self, seen: Mapping[str, Field], noise: Noise, count: int) -> Tensor:
+        """So many chunks at each of these frames, (N, count, n, a).
+
+        Args:
+            seen: what the policy encodes of the frames.
+            noise: of N chunks at a time.
+            count: of chunks.
+        """
+        (policy,) = self._policy
+        context = policy.encode(seen)
+        drawn = [policy.executed(self._actor.chunk(context, noise)) for _ in range(count)]
+        return torch.stack(drawn, dim=1)
 
     def policy_moved(self) -> None:
         """The policy took a step: everything drawn before is one update older."""
@@ -165,12 +171,19 @@ class NextActions(nn.Module):
             self.chunks.shape[1], frames.shape, generator=generator, device=generator.device
         )
 
+    def _first_chunks(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        if self._first is None:
+            return self._draw(rows, generator, self.chunks.shape[1])
+        kept = self._first.at(rows)[FIRST_CHUNKS]
+        assert isinstance(kept, Tensor)
+        return kept.to(self.chunks.device)
+
     def _draw(self, rows: np.ndarray, generator: torch.Generator, count: int) -> Tensor:
-        """So many chunks at every row: (N, count, H, a)."""
-        (policy,) = self._policy
+        """So many chunks at every row: (N, count, n, a)."""
         device = self.chunks.device
-        observed = self._observer.at(rows)
-        context = policy.encode({k: v.to(device) for k, v in observed.items()})  # type: ignore[union-attr]
-        noise = GeneratorNoise(generator, len(rows), device)
-        drawn = [policy.executed(self._actor.chunk(context, noise)) for _ in range(count)]
-        return torch.stack(drawn, dim=1)
+        seen = {k: _moved(v, device) for k, v in self._prefixes.at(rows).items()}
+        return self.drawn_of(seen, GeneratorNoise(generator, len(rows), device), count)
+
+
+def _moved(entry: Field, device: torch.device) -> Field:
+    return entry.to(device) if isinstance(entry, Tensor) else entry

@@ -24,7 +24,7 @@ def phases_of(job: Job[Any]) -> list[Phase]:
         UserError: one has nothing to draw.
     """
     phases = _turning_data(job, _wanted(job))
-    length = job.policy.chunk_shape[0]
+    length = job.policy.executed_length
     for phase in phases:
         if phase.sampler.num_starts == 0:
             raise UserError(

@@ -22,6 +22,7 @@ import numpy as np
 
 from vla_trqam.data.frames import IMAGE_PREFIX, STATE_KEY
 from vla_trqam.envs.base import EnvFamily, SeededTaskEnv
+from vla_trqam.envs.sight import SIGHTS, Sight, SightByType
 from vla_trqam.errors import UserError, one_line
 
 INSTALL = {
@@ -32,9 +33,6 @@ INSTALL = {
 """By this project's own extras; LIBERO's robosuite is not Robomimic's."""
 TASK_TEXTS = {"pusht": "Push the T-shaped block onto the T-shaped target."}
 """Of environments that have none, as LeRobot's datasets of them say it."""
-BLIND = {"pusht": "environment_state_agent_pos"}
-"""The `obs_type` of environments that can be told not to render, and by the same attribute to."""
-SEEING = "pixels_agent_pos"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,10 @@ class LeRobotTaskEnv(SeededTaskEnv):
         self._envs, self._texts = _environments(choice)
         super().__init__(self._envs[0], max_episode_steps)
         self._seen = _Seen(_config(choice))
-        self._type, self._blind = choice.env_type, BLIND.get(choice.env_type)
+        self._type = choice.env_type
+        close = SIGHTS.get(choice.env_type)
+        self._sights = [None if close is None else close(env.unwrapped) for env in self._envs]
+        self._sight: Sight | None = None
         self.task_text = self._texts[0]
         self._observation: Any = None
 
@@ -133,7 +134,7 @@ class LeRobotTaskEnv(SeededTaskEnv):
         assert seed is not None, "an episode is a function of its seed"
         number = seed % len(self._envs)
         self.env, self.task_text = self._envs[number], self._texts[number]
-        self._take_obs_type(self._blind)
+        self._sight = self._sights[number]
         try:
             return super().reset(seed=seed, options=options)
         except ImportError as error:  # of a simulator that is built now
@@ -150,21 +151,13 @@ class LeRobotTaskEnv(SeededTaskEnv):
 
     def look(self) -> dict[str, np.ndarray]:
         """Rendered now, where the environment can be asked; else of its last step."""
-        if self._blind is None:
-            return self._seen.parts(self._observation)[1]
-        self._take_obs_type(SEEING)
-        observation = self.env.unwrapped.get_obs()  # type: ignore[attr-defined]
-        self._take_obs_type(self._blind)
+        observation = self._observation if self._sight is None else self._sight.open()
         return self._seen.parts(observation)[1]
 
     def close(self) -> None:
         """Close them all."""
         for env in self._envs:
             env.close()
-
-    def _take_obs_type(self, obs_type: str | None) -> None:
-        if obs_type is not None:
-            self.env.unwrapped.obs_type = obs_type  # type: ignore[attr-defined]
 
 
 class _Seen:
@@ -184,7 +177,7 @@ class _Seen:
         if not isinstance(observation, dict):
             raise UserError(
                 f"--env.type={self._name} gives no state and pictures by name; its option "
-                f"obs_type may: --env.options='{{obs_type: {SEEING}}}'"
+                f"obs_type may: --env.options='{{obs_type: {SightByType.SEEING}}}'"
             )
         blind = {name: part for name, part in observation.items() if name != "pixels"}
         found = self._processed(blind).get(STATE_KEY)

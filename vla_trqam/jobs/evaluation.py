@@ -205,7 +205,7 @@ class _Table:
     def player(self, name: str, contestant: Contestant) -> Player:
         """A contestant at its place, with the noise of a run's evaluation."""
         policy = contestant.policy
-        length = policy.chunk_shape[0]
+        length = policy.executed_length
         if length not in self._pools:
             pool = RolloutPool(
                 self._family,

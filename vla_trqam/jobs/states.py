@@ -256,7 +256,8 @@ class StateJob(Job[StateRunConfig]):
     def _chunks(self) -> dict[str, Any]:
         """What every sampler is asked for."""
         return {
-            "chunk_length": self.policy.chunk_shape[0],
+            "chunk_length": self.policy.executed_length,
+            "flow_length": self.policy.chunk_shape[0],
             "discount": self.config.discount,
             "short_chunks": self.config.dataset.short_chunks,
             "reward": self.reward,
@@ -344,6 +345,8 @@ def _make_policy(config: StateRunConfig, task: StateTask) -> MLPFlowPolicy:
                 f"the policy in {given} has observations and actions of sizes "
                 f"{shapes}, the data in {task.data.asked} of {task.sizes}"
             )
+        if config.policy.n_action_steps is not None:
+            policy.take_executed_length(config.policy.n_action_steps)
         return policy
     mean, std = task.moments()
     shape = MLPFlowConfig(
@@ -353,6 +356,7 @@ def _make_policy(config: StateRunConfig, task: StateTask) -> MLPFlowPolicy:
         hidden_dims=config.policy.hidden_dims,
         layer_norm=config.policy.layer_norm,
         num_flow_steps=config.policy.num_flow_steps,
+        n_action_steps=config.policy.n_action_steps,
     )
     return MLPFlowPolicy(
         shape,

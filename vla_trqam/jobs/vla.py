@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,46 @@ from accelerate import Accelerator
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 from vla_trqam.config.parsing import given_flags
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
-from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.feature_cache import (
+    FRAME,
+    ComputedFeatures,
+    FeatureCache,
+    NumberedFeatures,
+)
+from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
-from vla_trqam.data.sampling import ChunkSampler
+from vla_trqam.data.sampling import ChunkSampler, Observer
 from vla_trqam.data.sources.base import create_replay
+from vla_trqam.data.sources.lerobot.lending import LentPictures
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets
 from vla_trqam.engine import finetune as engine
+from vla_trqam.engine.acting import KeyedNoise
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.run_folder import save_settings
 from vla_trqam.engine.job import Job
-from vla_trqam.engine.launch import exit_status, make_critic, own_device
-from vla_trqam.engine.next_actions import NextActions, NumberedFeatures
+from vla_trqam.engine.launch import exit_status, make_critic, own_device, usable_cores
+from vla_trqam.engine.next_actions import FIRST_CHUNKS, NextActions
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.jobs.vla_inputs import checked_inputs, give_base, push, reward_of
-from vla_trqam.jobs.vla_preflight import all_rewards, check_data, check_machine, room_for_rollouts
+from vla_trqam.jobs.vla_preflight import (
+    all_rewards,
+    check_data,
+    check_machine,
+    planned_prefixes,
+    room_for_rollouts,
+)
 from vla_trqam.methods.base import OffPolicyMethod
 from vla_trqam.methods.registry import make_method, name_of
+from vla_trqam.preflight.prefixes import FEATURES_ONLY
 
 CRITIC_FEATURES = (PACKED + "features",)
+FIRST_CHUNK_NOISE = 4
+"""Begins the keys of the noise of frames' first chunks."""
 
 
 def main(recipe: Path, packed: Path | None, arguments: Sequence[str] | None = None) -> int:
@@ -104,9 +121,12 @@ class VLAJob(Job[FinetuneVLAConfig]):
         family: EnvFamily | None,
         accelerator: Accelerator,
         team: Team,
+        *,
+        keeps_prefixes: bool,
     ) -> None:
         """Use `opened`."""
         super().__init__(config, policy, team)
+        self._keeps_prefixes = keeps_prefixes
         self._datasets, self._family, self._accelerator = datasets, family, accelerator
         self.data_sources = tuple(datasets.named)
         self._method = cache(self._make_method)
@@ -130,8 +150,10 @@ class VLAJob(Job[FinetuneVLAConfig]):
         datasets, policy = team.together(
             lambda: checked_inputs(config, packed, device, team, family)
         )
-        team.together(lambda: check_machine(config, datasets, policy, team))
-        return cls(config, policy, datasets, family, accelerator, team)
+        plan = planned_prefixes(config, datasets, policy, team, CRITIC_FEATURES)
+        team.together(lambda: check_machine(config, datasets, policy, team, plan))
+        keeps = team.gather(plan().kept)[0]  # what is free may differ from process to process
+        return cls(config, policy, datasets, family, accelerator, team, keeps_prefixes=keeps)
 
     @property
     def device(self) -> torch.device:
@@ -151,38 +173,52 @@ class VLAJob(Job[FinetuneVLAConfig]):
         if main:
             save_settings(self.config, path.parent)
         more_steps, more_frames = self._more_room
-        sources = list(self._datasets.named.values())
-        replay = create_replay(path, sources, more_steps=more_steps, more_frames=more_frames)
-        self._datasets.fill(replay, say=print if main else lambda _: None)
+        lender = self._lender
+        replay = create_replay(
+            path,
+            list(self._datasets.named.values()),
+            more_steps=more_steps,
+            more_frames=more_frames,
+            lent_frames=0 if lender is None else lender.num_frames,
+        )
+        if lender is not None:
+            replay.borrow(lender)
+        say = print if main else lambda _: None
+        self._datasets.fill(replay, say=say, copies=lender is None)
         return replay
 
     def reopen(self, path: Path) -> Replay:
         """The replay of a run that is gone on with, which may have got more rollouts to come."""
         more_steps, more_frames = self._more_room
         replay = Replay.open(path)
+        if self._lender is not None:
+            replay.borrow(self._lender)
         replay.grow(self._datasets.num_rows + more_steps, self._datasets.num_frames + more_frames)
         return replay
 
     def take(self, replay: Replay) -> EpisodeStore:
         """The replay, and the cache of its frames' features, which is yet to be filled."""
-        fingerprint = prefix_fingerprint(self.policy)
+        fingerprint, kept = prefix_fingerprint(self.policy), self._packed
+        if not self._keeps_prefixes:
+            fingerprint, kept = fingerprint + FEATURES_ONLY, self._without_prefix
         self._replay = replay
-        self._features = FeatureCache(replay, self._packed, fingerprint=fingerprint)
+        self._features = FeatureCache(replay, kept, fingerprint=fingerprint)
         return EpisodeStore(replay, self._features)
 
     def draw(
         self, sources: Sequence[str] | None = None, *, for_critic: bool = False
     ) -> ChunkSampler[Any]:
-        """A sampler of cached features; the critic alone needs its own only."""
+        """A sampler of prefixes; the critic alone needs its own features only."""
+        critic = self._cached(*CRITIC_FEATURES)
         return self._replay.sampler(
-            chunk_length=self.policy.chunk_shape[0],
+            chunk_length=self.policy.executed_length,
+            flow_length=self.policy.chunk_shape[0],
             discount=self.config.discount,
             short_chunks=self.config.dataset.short_chunks,
             reward=reward_of(self.config),
             sources=sources,
-            observer=NumberedFeatures(
-                self._features, self._replay, CRITIC_FEATURES if for_critic else None
-            ),
+            observer=critic if for_critic else self._prefixes,
+            next_observer=None if self._draws_next and not for_critic else critic,
         )
 
     def check(self, everything: ChunkSampler[Any]) -> None:
@@ -210,15 +246,52 @@ class VLAJob(Job[FinetuneVLAConfig]):
         if self.config.policy.push_to_hub:
             push(self.config)
 
+    @cached_property
+    def _lender(self) -> LentPictures | None:
+        """Of the datasets' frames, where no copy is made."""
+        if self.config.replay.frames == "copy":
+            return None
+        return LentPictures(list(self._datasets.named.values()), threads=usable_cores())
+
     @property
     def _more_room(self) -> tuple[int, int]:
         """Steps and frames of the rollouts to come."""
-        return room_for_rollouts(self.config, self.policy.chunk_shape[0])
+        return room_for_rollouts(self.config, self.policy.executed_length)
 
-    def _packed(self, seen: Any) -> dict[str, torch.Tensor]:
+    def _cached(self, *names: str) -> Observer[FrameObservation]:
+        return NumberedFeatures(self._features, self._replay, names or None)
+
+    @property
+    def _prefixes(self) -> Observer[FrameObservation]:
+        """What the policy encodes of the frames, from the disk or made as it is asked for."""
+        if self._keeps_prefixes:
+            return self._cached()
+        return ComputedFeatures(self._replay, self._packed)
+
+    @property
+    def _draws_next(self) -> bool:
+        """Whether the policy's update draws the next actions, where the method wants any."""
+        wanted = self.config.critic.draw_next
+        return self._keeps_prefixes if wanted is None else wanted
+
+    def _packed(self, seen: FrameObservation) -> dict[str, torch.Tensor]:
         device = self.device
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in seen.items()}
+        moved.pop(FRAME)
         return self.policy.packed(moved)
+
+    def _without_prefix(self, seen: FrameObservation) -> dict[str, torch.Tensor]:
+        """What is kept where prefixes are not: features, and the frames' first next actions."""
+        packed, method = self._packed(seen), self.method()
+        kept = {name: packed[name] for name in CRITIC_FEATURES}
+        if method.next_actions is not None:
+            frames = seen[FRAME]
+            assert isinstance(frames, torch.Tensor)
+            keys = [(self.config.seed, FIRST_CHUNK_NOISE, frame) for frame in frames.tolist()]
+            noise = KeyedNoise(keys, self.device)
+            count = self.config.critic.next_actions
+            kept[FIRST_CHUNKS] = method.next_actions.drawn_of(packed, noise, count)
+        return kept
 
     def _make_method(self) -> Cached:
         knobs = self.config.critic
@@ -231,6 +304,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
             critic_updates=knobs.updates_per_step if method.requirements.learns_critic else 0,
             batch_size=self.team.batch_share(knobs.batch_size),
             redraws=knobs.redraws,
+            draws_next=self._draws_next,
             num_micro_batches=self.config.micro_batches,
         )
         self._give_critic(cached)
@@ -241,8 +315,9 @@ class VLAJob(Job[FinetuneVLAConfig]):
             self.policy,
             method.actor(),
             self._replay,
-            self._features,
+            self._prefixes,
             chunks_per_frame=self.config.critic.next_actions,
+            first=None if self._keeps_prefixes else self._cached(FIRST_CHUNKS),
         )
 
     def _give_critic(self, method: Cached) -> None:

@@ -77,6 +77,9 @@ def checked_inputs(
         _check_simulator(config, reader, policy, family)
     _check_base(config, policy)
     datasets.check_cameras()
+    if config.replay.frames == "dataset":
+        for each in datasets.named.values():
+            each.check_lends()
     if team.is_main and not config.resume:
         assert config.output_dir is not None
         write_pins(config.output_dir, sources_of(config, packed, datasets))
@@ -301,14 +304,7 @@ def _load_policy(
         say=say,
     )
     if knobs.n_action_steps is not None:
-        length = policy.chunk_shape[0]
-        if knobs.n_action_steps > length:
-            raise UserError(
-                f"--policy.n_action_steps={knobs.n_action_steps} is more than the {length} actions "
-                "of the policy's chunks"
-            )
-        policy.host.config.n_action_steps = knobs.n_action_steps
-        policy.host.reset()  # its queue of actions has that length
+        policy.take_executed_length(knobs.n_action_steps)
     if knobs.tuned_flow_steps is not None:
         policy.take_flow_steps(knobs.tuned_flow_steps)
     assert policy.processors is not None, "load_policy brings processors"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
@@ -14,6 +16,7 @@ from vla_trqam.engine.folder.checkpoints import all_checkpoints
 from vla_trqam.engine.folder.run_folder import replay_path
 from vla_trqam.engine.launch import make_critic
 from vla_trqam.engine.processes.team import Team
+from vla_trqam.methods.registry import requirements_of
 from vla_trqam.preflight.checks import (
     PreflightReport,
     ReplayPlan,
@@ -22,10 +25,16 @@ from vla_trqam.preflight.checks import (
     preflight,
     preflight_machine,
 )
+from vla_trqam.preflight.disk import NUMBER
+from vla_trqam.preflight.prefixes import PrefixPlan, measure_prefix, plan_prefixes
 
 
 def check_machine(
-    config: FinetuneVLAConfig, datasets: LeRobotDatasets, policy: LeRobotFlowPolicy, team: Team
+    config: FinetuneVLAConfig,
+    datasets: LeRobotDatasets,
+    policy: LeRobotFlowPolicy,
+    team: Team,
+    prefixes: Callable[[], PrefixPlan],
 ) -> None:
     """Prints what was found before anything is decoded or written.
 
@@ -34,15 +43,16 @@ def check_machine(
     """
     output_dir = config.output_dir
     assert output_dir is not None
-    more_steps, more_frames = room_for_rollouts(config, policy.chunk_shape[0])
+    more_steps, _ = room_for_rollouts(config, policy.executed_length)
     plan = ReplayPlan(
         path=replay_path(output_dir, team),
         steps=datasets.num_rows + more_steps,
-        frames=datasets.num_frames + more_frames,
+        frames=num_frames(config, datasets, policy),
         state_dim=datasets.first.state_dim,
         action_dim=datasets.first.action_dim,
         cameras=datasets.first.cameras,
         next_actions=config.critic.next_actions,
+        lent=datasets.num_frames if config.replay.frames == "dataset" else 0,
     )
     whole = -(-(config.steps + config.online.steps) // config.save_freq) + 1
     report = preflight_machine(
@@ -54,8 +64,44 @@ def check_machine(
         share=Share(team.batch_share(config.batch_size), config.micro_batches, team.size),
         output_dir=output_dir,
         num_checkpoints=max(1, whole - len(all_checkpoints(output_dir))),
+        prefixes=prefixes,
+        draws_next=config.critic.draw_next,
     )
     _tell(report, team)
+
+
+def planned_prefixes(
+    config: FinetuneVLAConfig,
+    datasets: LeRobotDatasets,
+    policy: LeRobotFlowPolicy,
+    team: Team,
+    critic_features: tuple[str, ...],
+) -> Callable[[], PrefixPlan]:
+    """Where the run's prefixes come from, found when it is first asked; all processes must call."""
+    assert config.output_dir is not None
+    every = sum(team.gather(num_frames(config, datasets, policy)))
+    batch_size, replay = config.batch_size, replay_path(config.output_dir, team)
+    wanted, budget = config.prefix_cache, config.prefix_cache_gib
+    needs = requirements_of(config.method).next_actions
+    chunks = config.critic.next_actions * policy.executed_size * NUMBER if needs else 0
+
+    @cache
+    def plan() -> PrefixPlan:
+        seen = datasets.first.first_observation()
+        cost = measure_prefix(policy, seen, critic_features, chunks)
+        return plan_prefixes(
+            wanted, budget, cost, frames=every, batch_size=batch_size, replay=replay
+        )
+
+    return plan
+
+
+def num_frames(
+    config: FinetuneVLAConfig, datasets: LeRobotDatasets, policy: LeRobotFlowPolicy
+) -> int:
+    """Of this process's replay when it is full."""
+    _, more = room_for_rollouts(config, policy.executed_length)
+    return datasets.num_frames + more
 
 
 def check_data(
@@ -75,7 +121,6 @@ def check_data(
         policy,
         replay,
         everything,
-        execution_horizon=policy.host.config.n_action_steps,
         sources=source_names(1 + len(config.dataset.more)),
         rewards=rewards,
         resumed=config.resume or config.policy.adapter == "continue",
@@ -97,9 +142,9 @@ def _tell(report: PreflightReport, team: Team) -> None:
     report.raise_on_failure()
 
 
-def room_for_rollouts(config: FinetuneVLAConfig, chunk_length: int) -> tuple[int, int]:
+def room_for_rollouts(config: FinetuneVLAConfig, executed_length: int) -> tuple[int, int]:
     """Steps and frames that all rollouts of the training take at most."""
     episodes, limit = config.num_training_episodes, config.eval.max_episode_steps
     # A frame for every decision, and one where the limit cuts.
-    decisions = -(-limit // chunk_length) + 1
+    decisions = -(-limit // executed_length) + 1
     return episodes * limit, episodes * decisions

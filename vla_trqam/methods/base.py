@@ -245,21 +245,15 @@ class OffPolicyMethod(Method):
 
     critic: Critic
     next_action: Tensor | None = None
-    """What would be executed at the last update's next observations, (B, H, a); None if unknown."""
+    """What would be executed at the last update's next observations, (B, n, a); None if unknown."""
 
     @abstractmethod
-    def update_critic(
-        self,
-        batch: TransitionBatch[Any],
-        generator: torch.Generator,
-        next_action: Tensor | None = None,
-    ) -> None:
+    def update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """One update of the critic alone; how the policy acts stays as it is.
 
         Args:
             batch: of chunks; this process's.
             generator: of the noise.
-            next_action: as executed at the next observations, (B, H, a), where it has been drawn.
 
         Raises:
             DivergenceError: on every process, before anything has moved.
@@ -270,7 +264,7 @@ class OffPolicyMethod(Method):
         """The last :meth:`update_critic`'s logged quantities."""
 
     def score(self, features: Tensor, action: Tensor) -> Tensor:
-        """The value of executed chunks: features (B, F), action (B, H, a) -> (B,)."""
+        """The value of executed chunks: features (B, F), action (B, n, a) -> (B,)."""
         with torch.no_grad():
             return self.critic.online(features, action).mean(dim=0)
 

@@ -61,4 +61,4 @@ class BestOfNMethod(IFQL):
 
     def weight(self, batch: TransitionBatch[Any]) -> Tensor:
         """That of the TD loss, (B,)."""
-        return td_weight(batch)
+        return td_weight(batch, self.policy.executed_length)

@@ -140,7 +140,7 @@ def with_time(critic: Critic, policy: FlowPolicy) -> Critic:
     like = critic.online
     ensemble = NoisyCriticEnsemble(
         policy.feature_dim,
-        policy.chunk_shape[0] * int(policy.action_mask.sum()),
+        policy.executed_size,
         like.hidden_dims,
         like.ensemble_size,
         layer_norm=like.layer_norm,
@@ -214,19 +214,18 @@ class CGQL(SummedLosses):
 
     def losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The critic's, and a training base's."""
-        found = self.critic_losses(batch, draws, None)
+        found = self.critic_losses(batch, draws)
         bc = self.behaviour_cloning(batch, draws, self.policy.encode(batch.observation))
         if bc is None:
             return found
         logged = {**found.logged, "bc_loss": bc.detach()}
         return Losses(found.loss + bc, logged, found.next_action)
 
-    def critic_losses(
-        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
-    ) -> Losses:
+    def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The TD loss, and that at noisy chunks."""
         policy = self.policy
         context = policy.encode(batch.next_observation)
+        next_action = batch.next_action
         if next_action is None:
             next_action = policy.executed(self.guided(context, draws["next"]))
         value = self.critic.next_value(policy.features(context), next_action)
@@ -252,14 +251,14 @@ class CGQL(SummedLosses):
         return x
 
     def push(self, features: Tensor, x: Tensor, tau: float) -> Tensor:
-        """What the guidance adds to the velocity; padded dimensions follow the base alone.
+        """What the guidance adds to the velocity; what is not executed follows the base alone.
 
         Args:
             features: (B, F).
             x: noisy chunks, (B, H, A).
             tau: their time, above 0.
         """
-        config, real = self.config, self.policy.real_actions(x.detach())
+        config, real = self.config, self.policy.executed(x.detach(), clip=False)
         asked = 1.0 if self.noisy is None else tau
         with torch.enable_grad():
             point = real.clone().requires_grad_(True)
@@ -275,13 +274,13 @@ class CGQL(SummedLosses):
         policy, tau = self.policy, draws["noisy_tau"]
         x, _ = flow_matching_target(batch.action, draws["noisy_x_0"], tau)
         with torch.no_grad():
-            known = self.critic.target(features, policy.real_actions(batch.action))
-        q = self.critic.online(features, policy.real_actions(x), tau=tau)
+            known = self.critic.target(features, policy.executed(batch.action, clip=False))
+        q = self.critic.online(features, policy.executed(x, clip=False), tau=tau)
         if knobs.noisy_loss == "mse":
             error = (q - known).square()
         else:
             error = linex(q, known, knobs.inverse_temperature, knobs.linex_clip)
-        return (error * td_weight(batch)).mean()
+        return (error * td_weight(batch, policy.executed_length)).mean()
 
 
 def linex(q: Tensor, known: Tensor, inverse_temperature: float, clip: float) -> Tensor:

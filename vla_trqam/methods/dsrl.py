@@ -115,10 +115,10 @@ class DSRL(SummedLosses):
         policy = self.policy
         context = policy.encode(batch.observation)
         features = policy.features(context)
-        critic = self.critic_losses(batch, draws, None)
+        critic = self.critic_losses(batch, draws)
         distill = self._distillation(context, features, draws["distill"])
         z, log_p = self.choose(features, draws["actor"])
-        q = self._noise_critic(features, policy.real_actions(z), frozen=True).mean(dim=0)
+        q = self._noise_critic(features, policy.executed(z, clip=False), frozen=True).mean(dim=0)
         target = entropy_target(self.config.target_entropy, policy.executed_size)
         actor, terms = entropy_terms(self.own[TEMPERATURE](), log_p, q, target)
         loss, terms["noise_critic_loss"] = critic.loss + distill + actor, distill.detach()
@@ -127,13 +127,12 @@ class DSRL(SummedLosses):
             loss, terms["bc_loss"] = loss + bc, bc.detach()
         return Losses(loss, {**critic.logged, **terms}, critic.next_action)
 
-    def critic_losses(
-        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
-    ) -> Losses:
+    def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The TD loss."""
         policy = self.policy
         context = policy.encode(batch.next_observation)
         next_features = policy.features(context)
+        next_action = batch.next_action
         if next_action is None:
             with torch.no_grad():
                 z, _ = self.choose(next_features, draws["next"])
@@ -151,9 +150,9 @@ class DSRL(SummedLosses):
             drawn: standard normal, (B, H, A).
 
         Returns:
-            The flow's noise, (B, H, A), in which padded dimensions keep what was drawn, and (B,).
+            The flow's noise, (B, H, A), as drawn where it is not executed, and (B,).
         """
-        real = self.policy.real_actions(drawn)
+        real = self.policy.executed(drawn, clip=False)
         z, log_p = self.own[ACTOR](features.to(torch.float32), real.flatten(1))
         chosen = self.config.noise_scale * z.view_as(real)
         return self.policy.embedded(chosen, drawn), log_p
@@ -171,7 +170,7 @@ class DSRL(SummedLosses):
     def _distillation(self, context: Context, features: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():
             known = self.critic.online(features, self.policy.executed(self.flow(context, noise)))
-        found = self._noise_critic(features, self.policy.real_actions(noise))
+        found = self._noise_critic(features, self.policy.executed(noise, clip=False))
         return (found - known).square().mean()
 
     def _noise_critic(self, features: Tensor, noise: Tensor, *, frozen: bool = False) -> Tensor:

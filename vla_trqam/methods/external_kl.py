@@ -47,7 +47,7 @@ class ExternalKLLoss(TRQAMLoss):
 
     def matching(self, control_gap: Tensor, adjoint: Tensor, lam: float) -> Tensor:
         """QAM's at beta = 1, and lambda times the path KL."""
-        divisor = self.config.kl_divisor(self.policy.chunk_shape[0])
+        divisor = self.config.kl_divisor(self.policy.executed_length)
         penalty = lam * kl_penalty(control_gap, self.grid) / divisor
         return adjoint_matching_loss(control_gap, adjoint, self.grid, 1.0) + penalty
 

@@ -66,12 +66,12 @@ class OneStep(nn.Module):
 
     def __init__(self, policy: FlowPolicy, config: FQLConfig) -> None:
         super().__init__()
-        size = policy.chunk_shape[0] * int(policy.action_mask.sum())
+        size = policy.executed_size
         width = policy.feature_dim + size
         self.network = MLP(width, size, config.hidden_dims, layer_norm=config.layer_norm)
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Features (B, F), noise (B, H, a) -> actions before they are clipped, (B, H, a)."""
+        """Features (B, F), noise (B, n, a) -> actions before they are clipped, (B, n, a)."""
         inputs = torch.cat([features, noise.flatten(1)], dim=1)
         return self.network(inputs.to(torch.float32)).view_as(noise)
 
@@ -90,8 +90,8 @@ class OneStepActor:
 
     @torch.no_grad()
     def chunk(self, context: Context, noise: Noise) -> Tensor:
-        """See :meth:`Actor.chunk`; padded dimensions are zero."""
-        z = self.policy.real_actions(noise.normal(self.policy.chunk_shape))
+        """See :meth:`Actor.chunk`; what is not executed is zero."""
+        z = self.policy.executed(noise.normal(self.policy.chunk_shape), clip=False)
         action = self.network(self.policy.features(context), z)
         return self.policy.embedded(self.policy.within_limits(action))
 
@@ -134,10 +134,12 @@ class FQL(SummedLosses):
         context = policy.encode(batch.observation)
         next_context = policy.encode(batch.next_observation)
         features = policy.features(context)
-        next_action = self._next_action(next_context, draws)
+        next_action = batch.next_action
+        if next_action is None:
+            next_action = self._next_action(next_context, draws)
         td, logged = self._td(batch, features, next_context, next_action)
         distilled = self._flow_action(context, draws["distill"])
-        action = self.one_step(features, policy.real_actions(draws["distill"]))
+        action = self.one_step(features, policy.executed(draws["distill"], clip=False))
         distill = (action - distilled).square().mean()
         q = self.critic.online(features, policy.within_limits(action), frozen=True)
         value = q.mean()
@@ -149,11 +151,10 @@ class FQL(SummedLosses):
             loss, terms["bc_loss"] = loss + bc, bc.detach()
         return Losses(loss, logged | terms, next_action)
 
-    def critic_losses(
-        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
-    ) -> Losses:
+    def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The TD loss."""
         context = self.policy.encode(batch.next_observation)
+        next_action = batch.next_action
         if next_action is None:
             next_action = self._next_action(context, draws)
         features = self.policy.features(self.policy.encode(batch.observation))
@@ -172,7 +173,7 @@ class FQL(SummedLosses):
 
     @torch.no_grad()
     def _next_action(self, context: Context, draws: Draws) -> Tensor:
-        noise = self.policy.real_actions(draws["next"])
+        noise = self.policy.executed(draws["next"], clip=False)
         return self.policy.within_limits(self.one_step(self.policy.features(context), noise))
 
     @torch.no_grad()

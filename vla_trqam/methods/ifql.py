@@ -129,15 +129,13 @@ class IFQL(SummedLosses):
 
     def losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """See the module."""
-        found = self.critic_losses(batch, draws, None)
+        found = self.critic_losses(batch, draws)
         bc = self.behaviour_cloning(batch, draws, self.policy.encode(batch.observation))
         if bc is None:
             return found
         return Losses(found.loss + bc, {**found.logged, "bc_loss": bc.detach()})
 
-    def critic_losses(
-        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
-    ) -> Losses:
+    def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The critic's and the value's: all that IFQL learns while its base is frozen."""
         policy, value = self.policy, self.own[VALUE]
         features = policy.features(policy.encode(batch.observation))

@@ -89,7 +89,7 @@ class Residual(SummedLosses):
         """See the module."""
         context = self.policy.encode(batch.observation)
         features = self.policy.features(context)
-        critic = self.critic_losses(batch, draws, None)
+        critic = self.critic_losses(batch, draws)
         chunk = self._flow(context, draws["flow"])
         edit = self.edit.terms(self.critic.online, features, chunk, draws["edit"])
         loss, logged = critic.loss + edit.loss, {**critic.logged, **edit.logged}
@@ -98,13 +98,12 @@ class Residual(SummedLosses):
             loss, logged["bc_loss"] = loss + bc, bc.detach()
         return Losses(loss, logged, critic.next_action)
 
-    def critic_losses(
-        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
-    ) -> Losses:
+    def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The TD loss."""
         policy = self.policy
         context = policy.encode(batch.next_observation)
         next_features = policy.features(context)
+        next_action = batch.next_action
         if next_action is None:
             with torch.no_grad():
                 chunk = self._flow(context, draws["next"])

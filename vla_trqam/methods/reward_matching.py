@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Reward = Callable[[Tensor, Tensor], Tensor]
-"""``r(features, executed)``: (B, F), (B, H, a) -> (B,), differentiable in the second."""
+"""``r(features, executed)``: (B, F), (B, n, a) -> (B,), differentiable in the second."""
 NETWORKS, TARGET = "algorithm/networks.safetensors", "critic.target."
 """Of a checkpoint's folder, and what its critic's target is called there."""
 OF_A_CRITIC = ("td_loss", "q_mean", "q_std", "target_mean", "critic_grad_norm")
@@ -87,7 +87,7 @@ class CriticReward(nn.Module):
         return int(self.ensemble.layers[0].weight.shape[1])
 
     def forward(self, features: Tensor, executed: Tensor) -> Tensor:
-        """(B, F), (B, H, a) -> (B,)."""
+        """(B, F), (B, n, a) -> (B,)."""
         values: Tensor = self.ensemble(features, executed)
         return values.mean(dim=0)
 
@@ -151,6 +151,8 @@ def _number(key: str) -> int:
 class RewardLoss(TRQAMLoss):
     """TRQAM's, with the reward's slope in place of the critic's, and no TD."""
 
+    wants_next = False
+
     def __init__(
         self, policy: FlowPolicy, critic: Critic, config: RewardMatchingConfig, reward: Reward
     ) -> None:
@@ -158,7 +160,11 @@ class RewardLoss(TRQAMLoss):
         self.reward = reward
 
     def critic_terms(
-        self, batch: TransitionBatch, features: Tensor, next_context: Context, next_action: Tensor
+        self,
+        batch: TransitionBatch,
+        features: Tensor,
+        next_context: Context,
+        next_action: Tensor | None,
     ) -> CriticLossOutput:
         """Nothing is learnt of the replay's rewards."""
         nothing = features.new_zeros((1, len(features)))
@@ -222,19 +228,7 @@ class RewardMatching(TRQAM):
         """With the reward."""
         return RewardLoss(self.policy, self.critic, self.config, self._reward)
 
-    def update(
-        self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1
-    ) -> None:
-        """One update of the tuned field and lambda; see :meth:`Method.update`."""
-        super().update(batch, generator, num_parts=num_parts)
-        self.next_action = None
-
-    def update_critic(
-        self,
-        batch: TransitionBatch[Any],
-        generator: torch.Generator,
-        next_action: Tensor | None = None,
-    ) -> None:
+    def update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """There is none to update.
 
         Raises:
@@ -256,7 +250,7 @@ class RewardMatching(TRQAM):
         return kept | ({"reward": self._reward} if isinstance(self._reward, nn.Module) else {})
 
     def score(self, features: Tensor, action: Tensor) -> Tensor:
-        """The reward of executed chunks: features (B, F), action (B, H, a) -> (B,)."""
+        """The reward of executed chunks: features (B, F), action (B, n, a) -> (B,)."""
         with torch.no_grad():
             return self._reward(features, action)
 

@@ -40,7 +40,7 @@ from vla_trqam.methods.parts.off_policy import (
     draw_cloning,
 )
 from vla_trqam.networks import MLP
-from vla_trqam.policy import Context, FlowPolicy
+from vla_trqam.policy import Context
 from vla_trqam.precision import own_precision
 from vla_trqam.time_grid import full_tau
 
@@ -131,7 +131,7 @@ class GatedField(nn.Module):
         nn.init.constant_(self.gate_out.bias, GATE_AT_FIRST)
 
     def velocity(self, x: Tensor, tau: Tensor, features: Tensor) -> Tensor:
-        """``v(x, tau; s)``: x (B, H, a), tau (B,), features (B, F) -> (B, H, a)."""
+        """``v(x, tau; s)``: x (B, n, a), tau (B,), features (B, F) -> (B, H, a)."""
         flat = x.flatten(1)
         inputs = torch.cat([features, flat, tau.unsqueeze(1)], dim=1)
         inputs = inputs.to(self.gate_in.weight.dtype)
@@ -182,7 +182,7 @@ class PathActor:
 
     @torch.no_grad()
     def chunk(self, context: Context, noise: Noise) -> Tensor:
-        """See :meth:`Actor.chunk`; padded dimensions are zero."""
+        """See :meth:`Actor.chunk`; what is not executed is zero."""
         method = self.method
         count = 1 + method.config.num_steps
         drawn = [noise.normal(method.policy.chunk_shape) for _ in range(count)]
@@ -207,7 +207,7 @@ class SACFlow(SummedLosses):
         """The velocity network and the temperature."""
         temperature = Temperature()
         nn.init.constant_(temperature.log_value, math.log(self.config.initial_temperature))
-        field = GatedField(self.policy.feature_dim, self._size(self.policy), self.config)
+        field = GatedField(self.policy.feature_dim, self.policy.executed_size, self.config)
         return {FIELD: field, TEMPERATURE: temperature}
 
     def values(self) -> tuple[str, ...]:
@@ -236,14 +236,15 @@ class SACFlow(SummedLosses):
         """See the module."""
         policy, config, alpha = self.policy, self.config, self.own[TEMPERATURE]()
         features = policy.features(policy.encode(batch.observation))
-        critic = self.critic_losses(batch, draws, None)
+        critic = self.critic_losses(batch, draws)
         action, log_p = self.path(features, draws["actor"], config.step_noise)
         q = self.critic.online(features, action, frozen=True).mean(dim=0)
-        distance = (action - policy.real_actions(batch.action)).square()
-        distance = (distance * batch.valid.unsqueeze(-1)).mean()
+        distance = (action - policy.executed(batch.action, clip=False)).square()
+        valid = batch.valid[:, : policy.executed_length]
+        distance = (distance * valid.unsqueeze(-1)).mean()
         actor = (alpha.detach() * log_p - q).mean() + config.bc_weight * distance
         entropy = -log_p.detach().mean()
-        wanted = config.target_entropy * self._size(policy)
+        wanted = config.target_entropy * policy.executed_size
         cloning = self._flow_matching(batch, features, draws)
         loss = critic.loss + actor + config.cloning_weight * cloning + alpha * (entropy - wanted)
         terms = {
@@ -256,9 +257,7 @@ class SACFlow(SummedLosses):
         }
         return Losses(loss, {**critic.logged, **terms})
 
-    def critic_losses(
-        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
-    ) -> Losses:
+    def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The TD loss."""
         policy = self.policy
         with torch.no_grad():
@@ -269,8 +268,8 @@ class SACFlow(SummedLosses):
         return Losses(*self.temporal_difference(batch, features, value))
 
     def path(self, features: Tensor, noise: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """Executed chunks (B, H, a) and ``log pi`` (B,), from noise (B, 1 + K, H, A)."""
-        drawn = self.policy.real_actions(noise)
+        """Executed chunks (B, n, a) and ``log pi`` (B,), from noise (B, 1 + K, H, A)."""
+        drawn = self.policy.executed(noise, clip=False)
         velocity = self.field.velocity
         action, log_p = noisy_path(lambda x, tau: velocity(x, tau, features), drawn, sigma)
         if self.config.relative_entropy:
@@ -278,13 +277,11 @@ class SACFlow(SummedLosses):
         return action, log_p
 
     def _flow_matching(self, batch: TransitionBatch[Any], features: Tensor, draws: Draws) -> Tensor:
-        real, tau = self.policy.real_actions(batch.action), draws["bc_tau"]
+        policy, tau = self.policy, draws["bc_tau"]
+        real = policy.executed(batch.action, clip=False)
         if self.config.clone_through_tanh:
             real = real.clamp(-CLONED_LIMIT, CLONED_LIMIT).atanh()
-        x_tau, velocity = flow_matching_target(real, self.policy.real_actions(draws["bc_x_0"]), tau)
+        x_0 = policy.executed(draws["bc_x_0"], clip=False)
+        x_tau, velocity = flow_matching_target(real, x_0, tau)
         predicted = self.field.velocity(x_tau, tau, features)
-        return flow_matching_loss(predicted, velocity, batch.valid)
-
-    @staticmethod
-    def _size(policy: FlowPolicy) -> int:
-        return policy.chunk_shape[0] * int(policy.action_mask.sum())
+        return flow_matching_loss(predicted, velocity, batch.valid[:, : policy.executed_length])

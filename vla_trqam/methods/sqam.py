@@ -68,17 +68,22 @@ class SQAMLoss(TRQAMLoss):
     config: SQAMConfig
 
     def critic_terms(
-        self, batch: TransitionBatch, features: Tensor, next_context: Context, next_action: Tensor
+        self,
+        batch: TransitionBatch,
+        features: Tensor,
+        next_context: Context,
+        next_action: Tensor | None,
     ) -> CriticLossOutput:
         """TD, and the penalty over chunks that count and after which something comes."""
         found = super().critic_terms(batch, features, next_context, next_action)
         if self.config.value_penalty == 0.0:
             return found
+        assert next_action is not None
         policy, critic = self.policy, self.critic.online
         penalty = value_penalty(
             critic(policy.features(next_context), next_action),
             critic(features, policy.executed(batch.action, clip=False)),
-            td_weight(batch) * ~batch.terminated,
+            td_weight(batch, policy.executed_length) * ~batch.terminated,
         )
         loss = found.loss + self.config.value_penalty * penalty
         return replace(found, loss=loss, more={"value_penalty": penalty.detach()})

@@ -25,6 +25,7 @@ from vla_trqam.methods.parts.adjoint_matching import (
 )
 from vla_trqam.methods.parts.average import WeightAverage
 from vla_trqam.methods.parts.finite import Terms, check_finite, measured
+from vla_trqam.methods.parts.off_policy import joined
 from vla_trqam.methods.parts.parallel import Ranks, clipped, whole, whole_moments
 from vla_trqam.methods.parts.results import (
     CriticLossOutput,
@@ -94,7 +95,7 @@ class TRQAM(OffPolicyMethod):
             policy.start_base_training()
         self.loss = self.make_loss()
         self._distribute()
-        self.trust_region = TrustRegion(config, policy.chunk_shape[0])
+        self.trust_region = TrustRegion(config, policy.executed_length)
         actor = [*policy.trainable_parameters(), *policy.behaviour_parameters()]
         actor += self.loss.own.parameters()
         critics = list(critic.online.parameters())
@@ -163,18 +164,12 @@ class TRQAM(OffPolicyMethod):
         """One update of critic, tuned field, lambda and targets; see :meth:`Method.update`."""
         noise = self.loss.draw(batch.action, self.policy.num_flow_steps, generator)
         self._result = self.update_in_parts(micro_batches(batch, noise, num_parts))
-        outputs = self._result.outputs
-        self.next_action = torch.cat([output.next_action for output in outputs])
+        self.next_action = joined([output.next_action for output in self._result.outputs])
 
-    def update_critic(
-        self,
-        batch: TransitionBatch[Any],
-        generator: torch.Generator,
-        next_action: Tensor | None = None,
-    ) -> None:
+    def update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """Policy and lambda stand still; see :meth:`OffPolicyMethod.update_critic`."""
         noise = self.loss.draw(batch.action, 0, generator)
-        self._critic_result = self.update_critic_with(batch, noise, next_action)
+        self._critic_result = self.update_critic_with(batch, noise)
 
     def metrics(self) -> dict[str, float]:
         """The update's own and the trust region's."""
@@ -229,15 +224,12 @@ class TRQAM(OffPolicyMethod):
         """Nats of the chain, per action or per chunk."""
         return "nats per action" if self.config.kl_per_action else "nats per chunk"
 
-    def update_critic_with(
-        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
-    ) -> CriticUpdateResult:
+    def update_critic_with(self, batch: TransitionBatch, noise: UpdateNoise) -> CriticUpdateResult:
         """:meth:`update_critic` with given noise.
 
         Args:
             batch: of chunks; this rank's.
             noise: of the update.
-            next_action: see :meth:`TRQAMLoss.critic_loss`.
 
         Raises:
             DivergenceError: on every rank, before anything has moved.
@@ -245,7 +237,7 @@ class TRQAM(OffPolicyMethod):
         (share,) = self.ranks.shares([len(batch)])
         self.optimizer.zero_grad(set_to_none=True)
         with self.ranks.autocast():
-            output = self.loss.critic_loss(batch, noise, next_action)
+            output = self.loss.critic_loss(batch, noise)
         self.ranks.reduce_after(self.loss, last=True)
         _weighed(output.loss, share).backward()
         parameters = list(self.critic.online.parameters())

@@ -24,6 +24,7 @@ from vla_trqam.preflight.data import RewardSummary
 from vla_trqam.preflight.disk import ReplayPlan
 from vla_trqam.preflight.memory import Share
 from vla_trqam.preflight.outliers import check_outliers
+from vla_trqam.preflight.prefixes import PrefixPlan
 from vla_trqam.preflight.report import Finding, PreflightReport
 
 if TYPE_CHECKING:
@@ -51,15 +52,29 @@ def preflight_machine(
     share: Share,
     output_dir: Path,
     num_checkpoints: int,
+    prefixes: Callable[[], PrefixPlan],
+    draws_next: bool | None = None,
 ) -> PreflightReport:
     """Looks at policy, tables and machine before anything is decoded; changes nothing.
 
     The readers go by their datasets' names in the replay, and checkpoints are those still to come.
+    ``prefixes`` is asked once the policy was seen to take an observation.
 
     Returns:
         All findings; print `lines()` and call `raise_on_failure()`.
     """
-    machine = _Machine(policy, readers, plan, critic, method, share, output_dir, num_checkpoints)
+    machine = _Machine(
+        policy,
+        readers,
+        plan,
+        critic,
+        method,
+        share,
+        output_dir,
+        num_checkpoints,
+        prefixes,
+        draws_next,
+    )
     takes = ("observation",)
     return _run(
         [
@@ -69,6 +84,7 @@ def preflight_machine(
             ),
             _Check("parameters", lambda: memory.check_parameters(policy)),
             _Check("observation", machine.check_observation),
+            _Check("prefixes", lambda: prefixes().finding(), takes),
             _Check("gradient", machine.check_gradient, takes),
             _Check("memory", machine.check_memory, takes),
             _Check("disk", machine.check_disk, takes),
@@ -81,7 +97,6 @@ def preflight(
     replay: Replay,
     sampler: ChunkSampler[Any],
     *,
-    execution_horizon: int,
     sources: Sequence[str] | None = None,
     rewards: RewardSummary | None = None,
     resumed: bool = False,
@@ -92,7 +107,6 @@ def preflight(
         policy: on its device.
         replay: the data to begin with.
         sampler: of the chunks to train on, with their reward.
-        execution_horizon: actions executed of each chunk.
         sources: of the replay that were given to the run. Its own rollouts may leave what the
             policy's statistics know, data in other units may not. None judges all.
         rewards: of all processes' replays; None for those of this one.
@@ -115,7 +129,7 @@ def preflight(
             _Check(
                 "reward", lambda: data.check_reward(rewards or RewardSummary.of(replay, sampler))
             ),
-            _Check("chunks", lambda: data.check_chunks(policy, replay, sampler, execution_horizon)),
+            _Check("chunks", lambda: data.check_chunks(policy, replay, sampler)),
             _Check("time direction", lambda: model.check_time_direction(policy, replay), seen),
             _Check("base", lambda: model.check_base(policy, replay, resumed=resumed), seen),
         ]
@@ -173,6 +187,8 @@ class _Machine:
     share: Share
     output_dir: Path
     num_checkpoints: int
+    prefixes: Callable[[], PrefixPlan]
+    draws_next: bool | None
 
     @property
     def seen(self) -> FrameObservation:
@@ -185,8 +201,15 @@ class _Machine:
     @cached_property
     def memory(self) -> memory.Memory:
         chunks = self.plan.next_action_bytes(self.policy)
-        averages = self.method.keeps_average
-        return memory.measure_memory(self.policy, self.critic, self.dry, chunks, averages=averages)
+        both = self.prefixes().kept if self.draws_next is None else self.draws_next
+        return memory.measure_memory(
+            self.policy,
+            self.critic,
+            self.dry,
+            chunks,
+            averages=self.method.keeps_average,
+            contexts=memory.CONTEXTS if both else 1,
+        )
 
     def check_observation(self) -> Finding:
         tasks = sorted({text for reader in self.readers.values() for text in reader.tasks})
@@ -206,6 +229,7 @@ class _Machine:
             self.plan,
             self.critic,
             self.memory,
+            frame_bytes=self.prefixes().frame_bytes,
             num_checkpoints=self.num_checkpoints,
             processes=self.share.processes,
         )

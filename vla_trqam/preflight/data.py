@@ -229,56 +229,28 @@ def check_chunks(
     policy: LeRobotFlowPolicy,
     replay: Replay,
     sampler: ChunkSampler[Any],
-    execution_horizon: int,
 ) -> Finding:
-    """Chunks are as long as what is executed, and frames lie where they begin and end."""
-    problems = list(_horizon_problems(policy, sampler, execution_horizon))
+    """Chunks can be drawn: frames lie where they begin and end."""
+    executed = policy.executed_length
     spacing, starts = _frame_spacing(replay), sampler.num_starts
-    if spacing and execution_horizon % spacing:
-        problems.append(
-            (
-                f"frames lie {spacing} steps apart, {execution_horizon} actions are executed",
-                f"an execution horizon that is a multiple of {spacing}, or frames every "
-                f"{execution_horizon} steps",
-            )
+    if spacing and executed % spacing:
+        return Finding.failure(
+            "chunks",
+            f"frames lie {spacing} steps apart, {executed} actions are executed",
+            f"--policy.n_action_steps a multiple of {spacing}, or frames every {executed} steps",
         )
-    elif not starts:
-        problems.append(
-            (
-                f"no chunk of {sampler.chunk_length} steps can be drawn from "
-                f"{replay.num_episodes} episodes",
-                "longer episodes or a shorter execution horizon",
-            )
+    if not starts:
+        return Finding.failure(
+            "chunks",
+            f"no chunk of {executed} steps can be drawn from {replay.num_episodes} episodes",
+            "longer episodes or a smaller --policy.n_action_steps",
         )
-    if problems:
-        found, remedies = zip(*problems, strict=True)
-        return Finding.failure("chunks", "; ".join(found), "; ".join(remedies))
     frames = f"frames every {spacing} steps" if spacing else "one frame an episode"
     return Finding(
         "chunks",
-        f"{execution_horizon} of {policy.chunk_shape[0]} actions are executed; {frames}; "
+        f"{executed} of {policy.chunk_shape[0]} actions are executed; {frames}; "
         f"{starts} chunks to draw",
     )
-
-
-def _horizon_problems(
-    policy: LeRobotFlowPolicy, sampler: ChunkSampler[Any], executed: int
-) -> Iterator[tuple[str, str]]:
-    """What is wrong, and what would be right."""
-    length, config = policy.chunk_shape[0], policy.host.config
-    if not 1 <= executed <= length:
-        yield f"{executed} actions are executed of chunks of {length}", f"1 to {length}"
-    if config.n_action_steps != executed:
-        yield (
-            f"n_action_steps is {config.n_action_steps} in the policy's config, {executed} actions "
-            "are executed in training: lerobot-eval would run another policy",
-            f"--policy.n_action_steps={executed}",
-        )
-    if sampler.chunk_length != executed:
-        yield (
-            f"chunks of {sampler.chunk_length} steps are drawn, {executed} are executed",
-            f"--policy.n_action_steps={sampler.chunk_length}",
-        )
 
 
 def _frame_spacing(replay: Replay) -> int:

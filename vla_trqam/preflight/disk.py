@@ -33,6 +33,7 @@ class ReplayPlan:
         action_dim: A.
         cameras: name -> (height, width, channels), uint8.
         next_actions: M, chunks of the policy kept at every frame.
+        lent: of the frames, those whose pictures stay in their dataset.
     """
 
     path: Path
@@ -42,19 +43,19 @@ class ReplayPlan:
     action_dim: int
     cameras: Mapping[str, ImageShape]
     next_actions: int
+    lent: int = 0
 
     def next_action_bytes(self, policy: LeRobotFlowPolicy) -> int:
-        """``frames x M x H x a`` numbers: in memory, and in every checkpoint."""
-        chunk = policy.chunk_shape[0] * int(policy.action_mask.sum())
-        return self.frames * self.next_actions * chunk * NUMBER
+        """``frames x M x n x a`` numbers: in memory, and in every checkpoint."""
+        return self.frames * self.next_actions * policy.executed_size * NUMBER
 
-    def bytes_with(self, prefix: int) -> int:
-        """On the disk, where the features of a frame take so many bytes."""
+    def bytes_with(self, kept: int) -> int:
+        """On the disk, where what is kept of a frame beside its pictures takes so many bytes."""
         pictures = sum(
             height * width * channels for height, width, channels in self.cameras.values()
         )
         row = NUMBER * (self.state_dim + self.action_dim + 1)
-        return self.frames * (pictures + prefix) + self.steps * row
+        return (self.frames - self.lent) * pictures + self.frames * kept + self.steps * row
 
     @property
     def there(self) -> int:
@@ -83,6 +84,7 @@ def measure_disk(
     critic: nn.Module | None,
     memory: Memory,
     *,
+    frame_bytes: int,
     num_checkpoints: int,
     processes: int = 1,
 ) -> Disk:
@@ -98,13 +100,13 @@ def measure_disk(
     moving = trained + memory.average + critics + memory.optimizer
     one = saved + moving + processes * memory.next_actions
     base = whole if policy.lacks_base else 0
-    room = max(0, plan.bytes_with(memory.prefix) - plan.there)
+    room = max(0, plan.bytes_with(frame_bytes) - plan.there)
     return Disk(num_checkpoints * one + whole + base, processes * room)
 
 
 def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:
     """Free space where checkpoints and replay go."""
-    output, kept = _existing(output_dir), _existing(replay)
+    output, kept = existing(output_dir), existing(replay)
     shared = output.stat().st_dev == kept.stat().st_dev
     needs = {output: disk.checkpoints + (disk.replay if shared else 0)}
     needs |= {} if shared else {kept: disk.replay}
@@ -124,7 +126,7 @@ def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:
     return Finding("disk", found)
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """The folder, or the first one above it that exists."""
     folder = folder.resolve()
     return next(path for path in (folder, *folder.parents) if path.exists())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ADAM_STATES = 2
 CONTEXTS = 2
-"""Prefixes held in one update: of s_t and of s_{t+n}."""
+"""Prefixes held in one update: of s_t and of s_{t+n}, where its action is drawn there."""
 TEMPORARIES = 2
 """What a pass frees on its way is not counted: on a small pi0 the peak was 0.9 to 1.8 times the
 estimate."""
@@ -87,6 +87,7 @@ class Memory:
         prefix: one encoded observation.
         next_actions: the chunks kept at every frame that the replay has room for.
         average: the running mean of what is trained of the policy; 0 without one.
+        contexts: prefixes held of each row.
     """
 
     weights: int
@@ -96,6 +97,7 @@ class Memory:
     prefix: int
     next_actions: int = 0
     average: int = 0
+    contexts: int = CONTEXTS
 
     @property
     def fixed(self) -> int:
@@ -106,7 +108,7 @@ class Memory:
     @property
     def prefixes(self) -> int:
         """What each row of a batch brings along."""
-        return CONTEXTS * self.prefix
+        return self.contexts * self.prefix
 
     def of(self, share: Share) -> int:
         """What an update adds to the weights, in one process."""
@@ -193,6 +195,7 @@ def measure_memory(
     next_actions: int = 0,
     *,
     averages: bool = False,
+    contexts: int = CONTEXTS,
 ) -> Memory:
     """By part; the critic's activations and what a pass frees on its way are not counted."""
     trained = [policy, *([] if critic is None else [critic])]
@@ -205,6 +208,7 @@ def measure_memory(
         prefix=dry.prefix,
         next_actions=next_actions,
         average=tensor_bytes(policy.trainable_parameters()) if averages else 0,
+        contexts=contexts,
     )
 
 

@@ -50,14 +50,14 @@ def check_critic(
 
     Args:
         policy: what the critic's features come from.
-        score: the critic's value of features (B, F) and executed chunks (B, H, a): (B,).
+        score: the critic's value of features (B, F) and executed chunks (B, n, a): (B,).
         sampler: of the chunks; its discount and reward make the returns.
         num_chunks: at most so many of them.
         seed: of their choice.
     """
     chosen = np.random.default_rng(seed).permutation(sampler.num_starts)[:num_chunks]
     batch = sampler.gather(chosen)
-    whole = batch.valid[:, -1]
+    whole = batch.valid[:, policy.executed_length - 1]
     batch = batch.to(next(policy.trainable_parameters()).device)
     features = policy.features(policy.encode(batch.observation))
     actions = policy.executed(policy.from_robot(batch.action), clip=False)

@@ -41,22 +41,32 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What counts of an episode."""
+    """What counts of an episode.
+
+    Attributes:
+        seed: of its initial state, and of its task in a suite.
+        success: whether the task was solved.
+        num_steps: control steps until it ended.
+        task: what the policy was told first; empty where that was not kept.
+    """
 
     seed: int
     success: bool
     num_steps: int
+    task: str = ""
 
     @classmethod
     def of(cls, episode: Episode) -> Outcome:
         """Of a whole rollout."""
         assert episode.seed is not None, "only what a simulator played can be repeated"
-        return cls(int(episode.seed), bool(episode.success), episode.num_steps)
+        task = episode.task if isinstance(episode.task, str) else episode.task[0]
+        return cls(int(episode.seed), bool(episode.success), episode.num_steps, task)
 
 
 RAW_FIELDS = ("seeds", "base_success", "tuned_success", "base_steps", "tuned_steps")
 AS_IT_CAME = "base_as_it_came"
 """Its entry in ``evaluation.json``."""
+TASKS = "tasks"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +121,7 @@ class PairedEvaluation:
         base_steps: (N,) int64, control steps until the episode ended.
         tuned_steps: (N,) int64.
         as_it_came: the base with its own number of flow steps, where the other two take another.
+        tasks: (N,) texts, the task of each initial state; () where they are not known.
     """
 
     seeds: NDArray[np.int64]
@@ -119,6 +130,7 @@ class PairedEvaluation:
     base_steps: NDArray[np.int64]
     tuned_steps: NDArray[np.int64]
     as_it_came: BaseAsItCame | None = None
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in RAW_FIELDS:
@@ -129,6 +141,8 @@ class PairedEvaluation:
             raise ValueError(f"a paired evaluation needs as many of each, at least one: {sizes}")
         if len(np.unique(self.seeds)) != len(self):
             raise ValueError("an initial state (seed) occurs twice: it would be counted twice")
+        if len(self.tasks) not in (0, len(self)):
+            raise ValueError(f"there are {len(self.tasks)} tasks of {len(self)} initial states")
         extra = self.as_it_came
         if extra is not None and not len(extra.success) == len(extra.steps) == len(self):
             sizes = f"success {len(extra.success)}, steps {len(extra.steps)}"
@@ -172,6 +186,18 @@ class PairedEvaluation:
         """Seeds that neither policy solves."""
         return self.seeds[~self.base_success & ~self.tuned_success]
 
+    def by_task(self) -> dict[str, PairedEvaluation]:
+        """Of each task's initial states alone, in the tasks' order; {} where there are not two."""
+        several = sorted(set(self.tasks))
+        if len(several) < 2:
+            return {}
+        tasks = np.array(self.tasks)
+        return {task: self._among(tasks == task) for task in several}
+
+    def _among(self, chosen: NDArray[np.bool_]) -> PairedEvaluation:
+        """The tuned flow steps' base and the tuned policy on some of the initial states."""
+        return PairedEvaluation(*(getattr(self, name)[chosen] for name in RAW_FIELDS))
+
     def by_steps_alone(self) -> PairedEvaluation | None:
         """The base as it came, and as "tuned" the base with the tuned number of flow steps."""
         return self._after_as_it_came(self.base_success, self.base_steps)
@@ -213,6 +239,8 @@ class PairedEvaluation:
     def to_json(self) -> dict[str, Any]:
         """What `json.dump` takes: the raw outcomes, and beside them the statistics for a reader."""
         raw: dict[str, Any] = {name: getattr(self, name).tolist() for name in RAW_FIELDS}
+        if len(set(self.tasks)) > 1:
+            raw[TASKS] = list(self.tasks)
         if self.as_it_came is not None:
             raw[AS_IT_CAME] = self.as_it_came.to_json(self.seeds) | self._differences()
         return raw | {
@@ -253,7 +281,8 @@ class PairedEvaluation:
             raise UserError(f"a paired evaluation lacks {missing}; it has {sorted(data)}")
         try:
             came = None if AS_IT_CAME not in data else BaseAsItCame.from_json(data[AS_IT_CAME])
-            return cls(**{name: data[name] for name in RAW_FIELDS}, as_it_came=came)
+            raw = {name: data[name] for name in RAW_FIELDS}
+            return cls(**raw, as_it_came=came, tasks=tuple(map(str, data.get(TASKS, ()))))
         except (TypeError, ValueError) as error:
             raise UserError(f"not a paired evaluation: {error}") from error
 

@@ -26,6 +26,7 @@ CAPTIONS = {
     "pretraining": "Behaviour-cloning loss of the pretraining",
     "success": "Success rate with 95% intervals",
     "episodes": "Base and tuned policy on each initial state",
+    "success_by_task": "Success in each task with 95% intervals",
     "kl": "KL from the base policy, and its budget",
     "lambda": "Multiplier of the trust region",
     "adjoint": "Norm of the adjoint and adjoint-matching loss",

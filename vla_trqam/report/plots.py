@@ -62,6 +62,8 @@ def plot_run(
         written.append(plot_pretraining(metrics, folder / "pretraining.png"))
     if evaluation is not None:
         written.append(plot_episodes(evaluation, folder / "episodes.png"))
+        if evaluation.by_task():
+            written.append(plot_by_task(evaluation, folder / "success_by_task.png"))
     if _logged(metrics, "success_rate", ("eval",)) or _logged(metrics, "success", ("online",)):
         written.append(plot_success(metrics, folder / "success.png", evaluation=evaluation))
     if _logged(metrics, "kl_estimate"):
@@ -99,6 +101,32 @@ def plot_success(
         axes.errorbar([last_step], [evaluation.tuned_rate], bars, fmt="D", color=TUNED, label=label)
     axes.set(xlabel="updates", ylabel="success rate", ylim=(-0.02, 1.02))
     return save(figure, path)
+
+
+def plot_by_task(evaluation: PairedEvaluation, path: Path) -> Path:
+    """Success of base and tuned policy in each task of a suite, with Wilson's 95% intervals."""
+    tasks = evaluation.by_task()
+    figure, (axes,) = new_figure("Success by task")
+    places = np.arange(len(tasks))
+    for shift, label, color in ((-0.12, "base", BASE), (0.12, "tuned", TUNED)):
+        for place, pair in zip(places, tasks.values(), strict=True):
+            tuned = label == "tuned"
+            rate = pair.tuned_rate if tuned else pair.base_rate
+            limits = pair.tuned_interval() if tuned else pair.base_interval()
+            bars = [[max(rate - limits.low, 0.0)], [max(limits.high - rate, 0.0)]]
+            named = label if place == 0 else None
+            axes.errorbar(
+                [rate], [place + shift], xerr=bars, fmt="o", color=color, capsize=3, label=named
+            )
+    texts = [f"{_short(task)} ({len(pair)})" for task, pair in tasks.items()]
+    axes.set_yticks(places, texts)
+    axes.invert_yaxis()
+    axes.set(xlabel="success rate", xlim=(-0.02, 1.02), ylim=(len(tasks) - 0.5, -0.5))
+    return save(figure, path)
+
+
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def plot_pretraining(metrics: Metrics, path: Path) -> Path:

@@ -94,7 +94,26 @@ def success_table(evaluation: PairedEvaluation) -> str:
         ]
         for label, pair in differences(evaluation)
     ]
-    return table(["", "success", "95% interval", "episodes"], rows)
+    return table(["", "success", "95% interval", "episodes"], rows) + _by_task(evaluation)
+
+
+def _by_task(evaluation: PairedEvaluation) -> str:
+    """A table of each task's rates and their difference; empty where there are not several."""
+    rows = [
+        [
+            task,
+            percent(pair.base_rate),
+            percent(pair.tuned_rate),
+            f"{points(pair.difference)} points",
+            f"{points_interval(pair.difference_interval())} points",
+            f"{len(pair.gained)} gained, {len(pair.lost)} lost of {len(pair)}",
+        ]
+        for task, pair in evaluation.by_task().items()
+    ]
+    if not rows:
+        return ""
+    header = ["task", "base", "tuned", "gain", "95% interval", "episodes"]
+    return "\n\n" + table(header, rows)
 
 
 def success_lines(evaluation: PairedEvaluation, names: Names = OF_A_RUN) -> list[str]:
@@ -110,6 +129,12 @@ def success_lines(evaluation: PairedEvaluation, names: Names = OF_A_RUN) -> list
         lines.append(
             f"{label:<{width}}  {points(pair.difference)} points {interval} on {len(pair)} initial "
             f"states; {len(pair.gained)} gained, {len(pair.lost)} lost"
+        )
+    for task, pair in evaluation.by_task().items():
+        interval = f"(95% interval {points_interval(pair.difference_interval())})"
+        lines.append(
+            f"  {percent(pair.base_rate)} to {percent(pair.tuned_rate)}, "
+            f"{points(pair.difference)} points {interval} of {len(pair)}: {task}"
         )
     return lines
 

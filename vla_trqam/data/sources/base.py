@@ -60,9 +60,22 @@ class Source(Protocol):
 
 
 def create_replay(
-    path: Path, sources: Sequence[Source], *, more_steps: int = 0, more_frames: int = 0
+    path: Path,
+    sources: Sequence[Source],
+    *,
+    more_steps: int = 0,
+    more_frames: int = 0,
+    lent_frames: int = 0,
 ) -> Replay:
-    """An empty replay with room for the sources and what is collected later."""
+    """An empty replay with room for the sources and what is collected later.
+
+    Args:
+        path: its folder.
+        sources: what it will be filled from.
+        more_steps: room for so many besides.
+        more_frames: likewise.
+        lent_frames: see `Replay.create`.
+    """
     first, every = sources[0].sizes, [source.sizes for source in sources]
     return Replay.create(
         path,
@@ -73,6 +86,7 @@ def create_replay(
         frame_capacity=sum(sizes.num_frames for sizes in every) + more_frames,
         tasks_of_rows=any(sizes.tasks_of_rows for sizes in every),
         columns=first.columns,
+        lent_frames=lent_frames,
     )
 
 

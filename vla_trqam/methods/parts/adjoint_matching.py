@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,8 @@ class TRQAMLoss(nn.Module):
 
     config: Any
     """The knobs, of the method's own kind: :class:`Knobs` and what it adds."""
+    wants_next: ClassVar[bool] = True
+    """Whether its critic's target is made of an action at the next observation."""
 
     def make_networks(self) -> dict[str, nn.Module]:
         """Networks beside policy and critic, by the name that they are saved under.
@@ -152,11 +154,13 @@ class TRQAMLoss(nn.Module):
             fields,
             noise.sde_x_0,
             noise.sde_steps,
-            noise.next_action,
+            noise.next_action if self.wants_next and batch.next_action is None else None,
             grid,
             jacobians=self.config.adjoint == "lean",
         )
-        next_action = self.next_action(next_context, next_chunk, noise)
+        next_action = batch.next_action
+        if next_chunk is not None:
+            next_action = self.next_action(next_context, next_chunk, noise)
 
         critic = self.critic_terms(batch, features, next_context, next_action)
 
@@ -188,7 +192,7 @@ class TRQAMLoss(nn.Module):
         )
 
     def next_action(self, next_context: Context, chunk: Tensor, noise: UpdateNoise) -> Tensor:
-        """What is executed at the next observations, of the flow's chunk there: (B, H, real A)."""
+        """What is executed at the next observations, of the flow's chunk there: (B, n, a)."""
         return self.policy.executed(chunk)
 
     def terminal_adjoint(
@@ -217,19 +221,11 @@ class TRQAMLoss(nn.Module):
         """The method's own terms of the loss; None where it has none."""
         return None
 
-    def critic_loss(
-        self, batch: TransitionBatch, noise: UpdateNoise, next_action: Tensor | None = None
-    ) -> CriticLossOutput:
-        """The TD part alone, with the next action as in :meth:`forward`.
-
-        Args:
-            batch: of chunks.
-            noise: of the update.
-            next_action: as executed, (B, H, a), where it has been drawn before.
-        """
+    def critic_loss(self, batch: TransitionBatch, noise: UpdateNoise) -> CriticLossOutput:
+        """The TD part alone, with the next action as in :meth:`forward`."""
         policy = self.policy
         context = policy.encode(batch.observation)
-        next_context = policy.encode(batch.next_observation)
+        next_context, next_action = policy.encode(batch.next_observation), batch.next_action
         if next_action is None:
             with torch.no_grad():
                 x_1 = sample_ode(
@@ -241,15 +237,20 @@ class TRQAMLoss(nn.Module):
         return self.critic_terms(batch, policy.features(context), next_context, next_action)
 
     def critic_terms(
-        self, batch: TransitionBatch, features: Tensor, next_context: Context, next_action: Tensor
+        self,
+        batch: TransitionBatch,
+        features: Tensor,
+        next_context: Context,
+        next_action: Tensor | None,
     ) -> CriticLossOutput:
         """The TD loss at the action that is executed at the next observation."""
         policy = self.policy
+        assert next_action is not None
         next_value = self.critic.next_value(policy.features(next_context), next_action)
         target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
         # What was executed is within the limits.
         q = self.critic.online(features, policy.executed(batch.action, clip=False))
-        td = td_loss(q, target, td_weight(batch))
+        td = td_loss(q, target, td_weight(batch, policy.executed_length))
         return CriticLossOutput(td, td.detach(), q.detach(), target)
 
     def _behaviour_cloning(

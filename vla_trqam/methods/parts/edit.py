@@ -84,11 +84,11 @@ class Edit:
             noise: standard normal, (B, H, A).
 
         Returns:
-            What is executed, (B, H, a), and ``log p(e)`` in the box (-1, 1), (B,).
+            What is executed, (B, n, a), and ``log p(e)`` in the box (-1, 1), (B,).
         """
         flow = self.policy.executed(chunk).detach()
         inputs = torch.cat([features.to(torch.float32), flow.flatten(1)], dim=1)
-        drawn = self.policy.real_actions(noise).flatten(1)
+        drawn = self.policy.executed(noise, clip=False).flatten(1)
         edit, log_p = self.networks[EDIT](inputs, drawn)
         edited = flow + self.knobs.edit_scale * edit.view_as(flow)
         return self.policy.within_limits(edited), log_p
@@ -118,7 +118,7 @@ class EditActor:
 
     @torch.no_grad()
     def chunk(self, context: Context, noise: Noise) -> Tensor:
-        """See :meth:`Actor.chunk`; padded dimensions are the flow's."""
+        """See :meth:`Actor.chunk`; what is not executed is the flow's."""
         policy = self.edit.policy
         chunk = self.flow.chunk(context, noise)
         drawn = noise.normal(policy.chunk_shape)

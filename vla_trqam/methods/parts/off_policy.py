@@ -165,9 +165,7 @@ class SummedLosses(OffPolicyMethod):
         """The update up to the gradient."""
 
     @abstractmethod
-    def critic_losses(
-        self, batch: TransitionBatch[Any], draws: Draws, next_action: Tensor | None
-    ) -> Losses:
+    def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """What of it trains the critic (and what it needs) alone."""
 
     @property
@@ -198,21 +196,14 @@ class SummedLosses(OffPolicyMethod):
             for rows in slices(len(batch), num_parts)
         ]
         self._found = self._step(parts, lambda part: self.losses(*part), moves_base=True)
-        chunks = [output.next_action for output in self._found.outputs]
-        known = [chunk for chunk in chunks if chunk is not None]
-        self.next_action = torch.cat(known) if len(known) == len(chunks) else None
+        self.next_action = joined([output.next_action for output in self._found.outputs])
 
-    def update_critic(
-        self,
-        batch: TransitionBatch[Any],
-        generator: torch.Generator,
-        next_action: Tensor | None = None,
-    ) -> None:
+    def update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """See :meth:`OffPolicyMethod.update_critic`."""
         draws = self.draw(batch, generator)
         self._critic_found = self._step(
             [(batch, draws)],
-            lambda part: self.critic_losses(*part, next_action),
+            lambda part: self.critic_losses(*part),
             moves_base=False,
         )
 
@@ -281,7 +272,7 @@ class SummedLosses(OffPolicyMethod):
         target = td_target(batch.chunk_return, batch.discount, batch.terminated, next_value)
         # What was executed is within the limits.
         q = self.critic.online(features, self.policy.executed(batch.action, clip=False))
-        loss = td_loss(q, target, td_weight(batch))
+        loss = td_loss(q, target, td_weight(batch, self.policy.executed_length))
         return loss, critic_terms(loss.detach(), q.detach(), target)
 
     @property
@@ -328,9 +319,9 @@ def draw_cloning(action: Tensor, generator: torch.Generator) -> dict[str, Tensor
     return {"bc_x_0": x_0, "bc_tau": tau}
 
 
-def td_weight(batch: TransitionBatch[Any]) -> Tensor:
-    """1 for whole chunks, and for chunks that a termination cut: what comes after cannot matter."""
-    return (batch.valid[:, -1] | batch.terminated).to(batch.chunk_return.dtype)
+def td_weight(batch: TransitionBatch[Any], executed: int) -> Tensor:
+    """1 where all n = ``executed`` actions were taken, or a termination left none to take: (B,)."""
+    return (batch.valid[:, executed - 1] | batch.terminated).to(batch.chunk_return.dtype)
 
 
 def critic_terms(td: Tensor, q: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -341,6 +332,12 @@ def critic_terms(td: Tensor, q: Tensor, target: Tensor) -> dict[str, Tensor]:
         "q_std": q.std(dim=0, correction=0).mean(),
         "target_mean": target.mean(),
     }
+
+
+def joined(chunks: Sequence[Tensor | None]) -> Tensor | None:
+    """Those of all micro-batches in order; None where they are not known."""
+    known = [chunk for chunk in chunks if chunk is not None]
+    return torch.cat(known) if len(known) == len(chunks) else None
 
 
 def slices(rows: int, count: int) -> list[slice]:
@@ -364,4 +361,4 @@ def rows_of(batch: TransitionBatch[Any], rows: slice) -> TransitionBatch[Any]:
 def _rows(value: Any, rows: slice) -> Any:
     if isinstance(value, dict):
         return {key: _rows(entry, rows) for key, entry in value.items()}
-    return value[rows]
+    return None if value is None else value[rows]

@@ -27,7 +27,7 @@ class LossOutput:
         trajectory: the chain's path.
         adjoint: for every step the adjoint paired with it, (K, B, H, A).
         terminal_adjoint: ``a_K``, (B, H, A).
-        next_action: what is executed of the ODE sample at the next observation, (B, H, real A).
+        next_action: what is executed at the next observation, (B, n, a); None if not wanted.
         more: what the method logs of its own, scalars by name.
     """
 
@@ -42,7 +42,7 @@ class LossOutput:
     trajectory: Trajectory
     adjoint: Tensor
     terminal_adjoint: Tensor
-    next_action: Tensor
+    next_action: Tensor | None
     more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def metrics(self, executed: Executed) -> dict[str, float]:

@@ -70,10 +70,10 @@ class LeRobotDatasets:
         for reader in self.named.values():
             reader.check_cameras()
 
-    def fill(self, replay: Replay, say: Callable[[str], None]) -> None:
-        """Put every episode of each into the replay, under its name."""
+    def fill(self, replay: Replay, say: Callable[[str], None], *, copies: bool = True) -> None:
+        """Put every episode of each into the replay, under its name, with its frames or without."""
         for name, reader in self.named.items():
-            fill(replay, reader, name, say)
+            fill(replay, reader if copies else reader.without_pictures(), name, say)
 
 
 def check_agree(named: Mapping[str, LeRobotReader]) -> None:

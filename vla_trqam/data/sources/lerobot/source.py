@@ -126,6 +126,7 @@ class LeRobotReader:
         wanted = self._wanted()
         self._rows, self._strangers = read_rows(folder, table, positions, wanted)
         self.plan = self._plan([name for name in LABELS if name in wanted.scalars])
+        self._shows = True
         for rows in self._rows:
             self._check_outcome(rows)
 
@@ -206,6 +207,39 @@ class LeRobotReader:
         reader = copy.copy(self)
         reader.columns = {name: spec for name, spec in self.columns.items() if name in columns}
         return reader
+
+    def without_pictures(self) -> Self:
+        """The same dataset, whose episodes say where frames were taken and have none."""
+        reader = copy.copy(self)
+        reader._shows = False
+        return reader
+
+    def frames_of(self, number: int) -> np.ndarray:
+        """(F,) rows of an episode that have a frame in the replay, increasing."""
+        rows = self._rows[number]
+        return np.flatnonzero(_observed(rows, self._outcome(rows)))
+
+    def pictures(self, camera: str, number: int, taken: np.ndarray) -> np.ndarray:
+        """Some frames of an episode: its rows (F,), increasing -> (F, H, W, C) uint8.
+
+        Raises:
+            UserError: one cannot be decoded.
+        """
+        shape, tolerance = self.cameras[camera], self.config.tolerance_s
+        return self._pictures.decode(camera, shape, self._rows[number], taken, tolerance)
+
+    def check_lends(self) -> None:
+        """Refuse a dataset whose frames cannot be read one by one.
+
+        Raises:
+            UserError: its pictures lie in tables, of which whole blocks are read for one.
+        """
+        for camera in self.cameras:
+            if self._pictures.feature(camera).dtype == "image":
+                raise UserError(
+                    f"{self.where} keeps the pictures of {camera} in its tables, of which a whole "
+                    "block is read for one: --replay.frames=dataset wants videos, copy takes both"
+                )
 
     def part(self, number: int, count: int) -> Self:
         """The same dataset, of whose episodes only every ``count``-th from ``number`` on is read.
@@ -295,8 +329,8 @@ class LeRobotReader:
         return Episode(
             observations=rows.columns[STATE_KEY].astype(np.float32)[seen],
             images={
-                name: self._pictures.decode(name, shape, rows, taken, self.config.tolerance_s)
-                for name, shape in self.cameras.items()
+                name: self.pictures(name, number, taken)
+                for name in (self.cameras if self._shows else ())
             },
             observed=observed,
             actions=rows.columns["action"].astype(np.float32)[:num_steps],

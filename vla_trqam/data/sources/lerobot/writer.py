@@ -138,7 +138,10 @@ def _frames(replay: Replay, episode: int) -> Iterator[dict[str, Any]]:
                 "task": tasks[t],
             }
             | {name: np.array([bool(flag)]) for name, flag in flags.items()}
-            | {image_key(name): np.array(replay.images(name)[frames[t]]) for name in replay.cameras}
+            | {
+                image_key(name): replay.pictures(name, frames[t : t + 1])[0]
+                for name in replay.cameras
+            }
             | {name: _entry(replay.column(name)[taken], is_final) for name in replay.columns}
         )
 

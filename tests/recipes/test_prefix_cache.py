@@ -1,0 +1,198 @@
+"""Runs that keep no prefixes, and runs that keep no frames: the same runs in less room."""
+
+import json
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from toy_deaths import dies_at_call, dies_at_update, signalled_at_update
+from toy_files import differences
+from toy_images import SIZE, images_state, write_toy_dataset
+from vla_runs import (
+    Files,
+    Whole,
+    files,
+    forgetful_pool,
+    killed,
+    main,
+    no_conclusion,
+    resume,
+    tiny,
+    whole_run,
+    without_conclusion,
+    without_simulator,
+)
+from vla_trqam.adapters.families.base import FlowFamily
+from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
+
+from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.frame_files import CacheHeader, FrameHeader
+from vla_trqam.data.replay import Replay
+from vla_trqam.data.sources.lerobot.source import LeRobotReader
+from vla_trqam.engine.cached import Cached, CriticOnly
+from vla_trqam.errors import UserError
+
+__all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "without_simulator"]  # fixtures
+pytestmark = pytest.mark.slow
+
+NONE, LENT = "--prefix_cache=none", "--replay.frames=dataset"
+OFFLINE = ("--env.type=null", "--online.steps=0", "--base_episodes=0")
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def uncached(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return whole_run(tmp_path_factory.mktemp("uncached") / "run", [*files.flags(), NONE])
+
+
+def test_only_what_the_critic_needs_is_kept(uncached: Whole) -> None:
+    header = CacheHeader.read(uncached.folder / "replay")
+    assert header is not None
+    assert sorted(header.features) == ["first_chunks", "prefix.features"]
+    assert header.num_frames == Replay.open(uncached.folder / "replay").num_frames
+    assert json.loads((uncached.folder / "evaluation.json").read_text())
+
+
+def passes(
+    monkeypatch: pytest.MonkeyPatch, family: type[FlowFamily], learner: type
+) -> list[list[int]]:
+    """Rows of every pass of the prefix, by the learner's updates; the first list is before any."""
+    found: list[list[int]] = [[]]
+    encode, update = family.encode, learner.update
+
+    def counted(self: Any, host: Any, observation: Any, layer: int) -> Any:
+        found[-1].append(len(observation["observation.state"]))
+        return encode(self, host, observation, layer)
+
+    def noted(self: Any, *arguments: Any, **named: Any) -> None:
+        update(self, *arguments, **named)
+        found.append([])
+
+    monkeypatch.setattr(family, "encode", counted)
+    monkeypatch.setattr(learner, "update", noted)
+    return found
+
+
+def test_an_update_passes_its_batch_through_the_prefix_once(tiny, uncached, monkeypatch, tmp_path):
+    """The next frames and those of the critic's own batches not at all."""
+    found = passes(monkeypatch, type(uncached.policy.family), Cached)
+    flags = ("--steps=4", "--critic.warmup_steps=2", f"--batch_size={BATCH}")
+    assert tiny(tmp_path / "run", NONE, *OFFLINE, *flags) == 0
+    # After the frames' own pass and the preflight, the batch of each update before it is made.
+    assert [part for part in found[1:4]] == [[BATCH]] * 3
+    assert found[0][-1] == BATCH
+
+
+def test_kept_or_computed_a_frames_prefix_is_the_same(uncached: Whole, files: Files) -> None:
+    policy = uncached.policy
+    assert isinstance(policy, LeRobotFlowPolicy)
+    replay = Replay.open(uncached.folder / "replay")
+    rows = replay.frame_index.rows_of_frames()[:5]
+    kept = np.load(uncached.folder / "replay/cache.prefix.features.npy", mmap_mode="r")[:5]
+    computed = policy.packed(replay.observation_at(rows))["prefix.features"].numpy()
+    np.testing.assert_allclose(computed, kept, rtol=1e-5, atol=1e-6)
+
+
+KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "in the pass over all frames": lambda p: dies_at_call(p, FeatureCache, "_compute_batch", 0),
+    "between an episode and its features": lambda p: dies_at_call(p, FeatureCache, "update", 4),
+    "in a critic update": lambda p: dies_at_update(p, CriticOnly, 3),
+    "in an online update": lambda p: dies_at_update(p, Cached, 7),
+}
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_killed_run_without_prefixes_goes_on_to_the_same_bits(
+    when, tiny, no_conclusion, uncached, tmp_path
+):
+    with killed(KILLS[when]):
+        tiny(tmp_path / "run", NONE)
+    assert resume(tmp_path / "run") == 0
+    assert differences(images_state(tmp_path / "run"), without_conclusion(uncached.state)) == []
+
+
+def test_a_budget_decides_and_a_run_goes_on_as_it_began(tiny, no_conclusion, tmp_path, capfd):
+    enough = "--prefix_cache_gib=0.001"
+    with pytest.MonkeyPatch.context() as patch:
+        signalled_at_update(patch, Cached, 1, signal.SIGINT)
+        assert tiny(tmp_path / "small", "--prefix_cache_gib=0.00018") == 130
+        assert "computed in each update of the policy" in capfd.readouterr().out
+    assert tiny(tmp_path / "large", enough, *OFFLINE) == 0
+    assert "kept on the disk" in capfd.readouterr().out
+    assert resume(tmp_path / "small") == 0
+    found = [CacheHeader.read(tmp_path / name / "replay") for name in ("small", "large")]
+    assert [header is not None and len(header.features) > 2 for header in found] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--prefix_cache_gib=0.000001"], "has no room for the prefixes of one batch, 4 of"),
+        (["--prefix_cache=disk", "--prefix_cache_gib=0.0001"], "--prefix_cache=disk keeps"),
+        ([NONE, "--prefix_cache_gib=1"], "leave one of both out"),
+        (["--prefix_cache_gib=0"], "must be positive"),
+        ([LENT], "keeps the pictures of agentview in its tables"),
+    ],
+)
+def test_what_has_no_room_or_cannot_be_read_is_said_before_anything_is_decoded(
+    flags, sentence, tiny, tmp_path, capfd, monkeypatch
+):
+    def never(*_: Any) -> None:
+        raise AssertionError("an episode was decoded")
+
+    monkeypatch.setattr(LeRobotReader, "episode", never)
+    assert tiny(tmp_path / "run", f"--batch_size={BATCH}", *flags) == 2
+    assert sentence in capfd.readouterr().err
+    assert not (tmp_path / "run/replay").exists()
+
+
+# Frames that stay in the dataset.
+
+
+@pytest.fixture(scope="module")
+def filmed(files: Files, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of the run on the same episodes as videos."""
+    folder = tmp_path_factory.mktemp("filmed")
+    write_toy_dataset(folder / "dataset", folder / "scratch", use_videos=True)
+    return [*files.flags(), f"--dataset.root={folder / 'dataset'}"]
+
+
+def test_a_run_that_keeps_no_frames_is_the_run_that_does(filmed, tmp_path) -> None:
+    copied = whole_run(tmp_path / "copied", filmed, concluded=False)
+    lent = whole_run(tmp_path / "lent", [*filmed, LENT], concluded=False)
+    pictures = copied.state.pop("pictures"), lent.state.pop("pictures")
+    assert differences(lent.state, copied.state) == []
+    header = FrameHeader.read(lent.folder / "replay")
+    frame = SIZE * SIZE * 3
+    (own,) = pictures[1].values()
+    (whole,) = pictures[0].values()
+    assert not any(own[: header.lent_frames * frame])
+    assert own[header.lent_frames * frame :] == whole[header.lent_frames * frame :]
+    assert 0 < header.lent_frames < len(own) // frame
+
+
+def test_a_killed_run_that_keeps_neither_goes_on_to_the_same_bits(filmed, no_conclusion, tmp_path):
+    flags = [*filmed, LENT, NONE]
+    expected = whole_run(tmp_path / "whole", flags, concluded=False)
+    with killed(lambda patch: dies_at_update(patch, Cached, 5)):
+        main(*flags, f"--output_dir={tmp_path / 'run'}")
+    assert resume(tmp_path / "run") == 0
+    assert differences(images_state(tmp_path / "run"), expected.state) == []
+
+
+def test_a_replay_without_its_dataset_shows_no_black_frames(filmed, no_conclusion, tmp_path):
+    assert main(*filmed, LENT, *OFFLINE, f"--output_dir={tmp_path / 'run'}") == 0
+    replay = Replay.open(tmp_path / "run/replay")
+    with pytest.raises(UserError, match=r"frames of the replay .* lie in the datasets"):
+        replay.observation_at(np.array([0]))
+
+
+def test_fresh_next_actions_can_be_had_of_the_batchs_own_frames(tiny, tmp_path):
+    """With prefixes kept: one of them an update, and chunks drawn where the batch begins."""
+    assert tiny(tmp_path / "run", *OFFLINE, "--critic.draw_next=false") == 0
+    networks = load_file(tmp_path / "run/checkpoints/last/algorithm/networks.safetensors")
+    drawn = networks["next_actions.drawn"]
+    assert int(drawn.max()) == int(networks["next_actions.updates"]) > 0
