@@ -89,9 +89,15 @@ class MLPPathFields(PathFields):
         )
 
     def evaluate(
-        self, x: Tensor, next_x: Tensor | None, tau: float, adjoint_tau: float | None
+        self,
+        x: Tensor,
+        next_x: Tensor | None,
+        tau: float,
+        adjoint_tau: float | None,
+        *,
+        trained: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See :meth:`PathFields.evaluate`."""
+        """See :meth:`PathFields.evaluate`; all steps are one node, whose gradient is cheap."""
         # The products have a block for the next action, asked for or not.
         asked = x if next_x is None else next_x
         tuned, base, following = self._shared.evaluate(x, asked, tau, adjoint_tau)

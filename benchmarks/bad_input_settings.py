@@ -162,6 +162,12 @@ PI0_FLAGS: tuple[Flags, ...] = (
     ),
     (("--policy.n_action_steps=99",), "more than a chunk executed", ("99", "8")),
     (("--prefix_cache=some",), "an unknown cache", ("prefix_cache", "some", "auto")),
+    (("--method.loss_steps=0",), "a loss on no step", ("loss_steps", "0", "at least 1")),
+    (
+        ("--method.clone_interventions=1",),
+        "interventions that nothing tells of",
+        ("--method.clone_interventions", "intervention or is_intervention"),
+    ),
     (("--prefix_cache_gib=0",), "a budget of nothing", ("--prefix_cache_gib=0", "positive")),
     (("--prefix_cache_gib=1e-6",), "no room for one batch", ("--prefix_cache_gib", "one batch")),
     (

@@ -89,12 +89,14 @@ class Update:
 
     def _update(self, batch: Any) -> None:
         steps, action = self._loss.grid.num_flow_steps, batch.action
+        count = self._loss.config.loss_steps
+        chosen = None if count is None else tuple(range(count))  # which ones costs the same
         if self._method is not None:
-            self._method.update_with(
-                batch, UpdateNoise.draw(action, steps, self._generator.manual_seed(0))
-            )
+            noise = UpdateNoise.draw(action, steps, self._generator.manual_seed(0))
+            self._method.update_with(batch, replace(noise, loss_steps=chosen))
             return
-        noise = UpdateNoise(action, action, action.expand(steps, *action.shape), action, action)
+        path = action.expand(steps, *action.shape)
+        noise = UpdateNoise(action, action, path, action, action, loss_steps=chosen)
         self._loss(batch, noise, 1.0).loss.backward()
 
     @torch.no_grad()

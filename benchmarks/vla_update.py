@@ -47,6 +47,7 @@ SIDES = {
     "cloning": "cloning step",
 }
 GIB = 2**30
+CHAIN = ("scheme", "adjoint", "loss_steps", "keep_activations")
 OPTIONS = ("compare", "cached_prefix", "one_prefix", "updates", "warm_up")
 
 
@@ -182,7 +183,7 @@ def _describe(
         versions["device"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return Result(
         asdict(setup),
-        {name: getattr(config, name) for name in ("scheme", "adjoint", "keep_activations")},
+        {name: getattr(config, name) for name in CHAIN},
         cached_prefix,
         one_prefix,
         versions,
@@ -227,6 +228,8 @@ def _heading(result: Result) -> str:
         setup["dtype"],
         *result.versions.values(),
     ]
+    if chain["loss_steps"] is not None:
+        words.append(f"loss on {chain['loss_steps']} steps")
     words += ["cached prefix"] * result.cached_prefix + ["one prefix"] * result.one_prefix
     words += ["activations computed again"] * (not chain["keep_activations"])
     return ", ".join(words)
@@ -268,6 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num_flow_steps", type=int, default=10)
     parser.add_argument("--scheme", choices=get_args(SchemeName), default=TRQAMConfig.scheme)
     parser.add_argument("--adjoint", choices=get_args(AdjointKind), default=TRQAMConfig.adjoint)
+    parser.add_argument("--loss_steps", type=int, help="of the K, as --method.loss_steps")
     parser.add_argument(
         "--keep_activations",
         choices=("true", "false"),
@@ -288,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a JSON file for everything that was found")
     given = vars(parser.parse_args(arguments))
     output, threads = given.pop("output"), given.pop("threads")
-    knobs = {name: given.pop(name) for name in ("scheme", "adjoint", "keep_activations")}
+    knobs = {name: given.pop(name) for name in CHAIN}
     knobs["keep_activations"] = knobs["keep_activations"] == "true"
     options = {name: given.pop(name) for name in OPTIONS}
     torch.set_num_threads(threads)

@@ -8,7 +8,11 @@ from vla_trqam.time_grid import TimeGrid, per_step
 
 
 def adjoint_matching_loss(
-    control_gap: Tensor, adjoint: Tensor, grid: TimeGrid, lam: float
+    control_gap: Tensor,
+    adjoint: Tensor,
+    grid: TimeGrid,
+    lam: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     r"""TRQAM's regression of the field onto the adjoint.
 
@@ -27,6 +31,7 @@ def adjoint_matching_loss(
             gradient.
         grid: the chain's steps.
         lam: the trust region's lambda.
+        weights: of every step's term, (K,); None for 1.
 
     Returns:
         The loss, a scalar.
@@ -39,7 +44,9 @@ def adjoint_matching_loss(
     sigma = (scales / lam).sqrt()
     target = (0.5 * sigma.square() * noisy) * adjoint.detach()
     residual = (control_gap + target) * (2.0 / sigma * factors)
-    return residual.square().sum() / residual.shape[1]
+    if weights is None:
+        return residual.square().sum() / residual.shape[1]
+    return (residual.square().flatten(1).sum(1) * weights).sum() / residual.shape[1]
 
 
 def flow_matching_target(action: Tensor, x_0: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

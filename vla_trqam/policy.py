@@ -57,7 +57,13 @@ class PathFields:
         self._base: list[Tensor] = []
 
     def evaluate(
-        self, x: Tensor, next_x: Tensor | None, tau: float, adjoint_tau: float | None
+        self,
+        x: Tensor,
+        next_x: Tensor | None,
+        tau: float,
+        adjoint_tau: float | None,
+        *,
+        trained: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One step's evaluations, without gradient.
 
@@ -67,6 +73,7 @@ class PathFields:
             tau: the time of both.
             adjoint_tau: the time at which :meth:`base_pullback` is asked for at ``x``; None if it
                 is not.
+            trained: whether the tuned value will have a gradient.
 
         Returns:
             ``v_theta(x, tau)``, ``v_base(x, tau)``, and ``v_theta(next_x, tau)`` of the next
@@ -75,8 +82,8 @@ class PathFields:
         # A copy: the sampler writes the next state into the same storage, and a graph may need
         # this one.
         state = x.clone()
-        with torch.enable_grad():
-            tuned = self._trained_value(state, tau)
+        with torch.set_grad_enabled(trained):
+            tuned = self._trained_value(state, tau) if trained else self._tuned_value(state, tau)
         point = JacobianPoint.at(
             state, tau, adjoint_tau, self._base_value, keep=self._keep_activations
         )

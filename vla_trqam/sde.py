@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,7 @@ def sample_path_and_next_action(
     grid: TimeGrid,
     *,
     jacobians: bool = True,
+    trained: Collection[int] | None = None,
 ) -> tuple[Trajectory, Tensor | None]:
     """:func:`sample_memoryless_sde` and, on the same grid, :func:`sample_ode` of the next action.
 
@@ -94,6 +95,7 @@ def sample_path_and_next_action(
         next_x_0: start of the next action's ODE, (B, H, A); None where none is wanted.
         grid: the chain's steps.
         jacobians: whether the adjoint will ask the fields for vector-Jacobian products.
+        trained: steps whose tuned values will have a gradient; None for all.
 
     Returns:
         The path, and the next action (B, H, A) where it is wanted; neither carries a gradient.
@@ -102,7 +104,9 @@ def sample_path_and_next_action(
     x, next_x = _path_from(x_0, grid), next_x_0
     for i, step in enumerate(grid.steps):
         adjoint_tau = step.adjoint_tau if jacobians else None
-        tuned, base, following = fields.evaluate(x[i], next_x, step.tau, adjoint_tau)
+        tuned, base, following = fields.evaluate(
+            x[i], next_x, step.tau, adjoint_tau, trained=trained is None or i in trained
+        )
         if step.sampled_with_base:
             _step_with_base(x, i, base, grid)
         else:

@@ -28,9 +28,13 @@ def path_kl_per_step(control_gap: Tensor, grid: TimeGrid) -> Tensor:
     return _kl_terms(control_gap.detach(), grid)
 
 
-def kl_penalty(control_gap: Tensor, grid: TimeGrid) -> Tensor:
-    """:func:`path_kl` as a term of a loss: the gradient flows through ``control_gap``."""
-    return _kl_terms(control_gap, grid).sum()
+def kl_penalty(control_gap: Tensor, grid: TimeGrid, weights: Tensor | None = None) -> Tensor:
+    """:func:`path_kl` as a term of a loss: the gradient flows through ``control_gap``.
+
+    Every step's term may have a weight, (K,).
+    """
+    terms = _kl_terms(control_gap, grid)
+    return terms.sum() if weights is None else (terms * weights).sum()
 
 
 def _kl_terms(control_gap: Tensor, grid: TimeGrid) -> Tensor:

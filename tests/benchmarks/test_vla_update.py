@@ -223,3 +223,15 @@ def test_with_next_actions_drawn_before_there_is_one_prefix_an_update(
     assert saved == pytest.approx(found["part_work"]["prefix"], rel=1e-3)
     cached = run(tmp_path, "--one_prefix", "--cached_prefix")
     assert cached["part_work"].get("prefix", 0.0) == 0.0
+
+
+@pytest.mark.slow
+def test_a_loss_on_some_steps_goes_back_through_these_alone(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run(tmp_path, "--loss_steps=1", "--adjoint=scalar")
+    assert found["evaluations"]["trqam"] == evaluations(3, 3, 3, 1, 0) | {
+        "tuned": 1,
+        "next action": 5,  # and the path's without a gradient
+    }
+    assert found["work"]["trqam"] < tiny["work"]["trqam"]

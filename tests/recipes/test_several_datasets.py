@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from toy_deaths import dies_at_update
-from toy_files import differences
+from toy_files import differences, metrics_lines
 from toy_images import NUM_DEMOS, images_state
 from vla_runs import (
     Files,
@@ -152,3 +152,21 @@ def test_a_second_dataset_of_another_rate_is_refused_before_a_folder_is_made(
     assert "--dataset.more[0] names no repo_id" in capsys.readouterr().err
     assert main(*files.flags(), "--dataset.columns=[speed]") == 2
     assert "has no further column of numbers 'speed'" in capsys.readouterr().err
+
+
+def test_interventions_are_cloned_where_all_datasets_tell_of_them(
+    two: list[str],
+    files: Files,
+    no_conclusion: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--critic.warmup_steps=0", "--base_episodes=0", "--online.steps=0", "--steps=1"]
+    flags += ["--env.type=null", "--method.clone_interventions=0.5", "--batch_size=16"]
+    assert main(*two, *flags, "--log_freq=1", f"--output_dir={tmp_path / 'run'}") == 0
+    (line,) = metrics_lines(tmp_path / "run")
+    assert line["intervention_loss"] > 0
+    capsys.readouterr()
+    assert main(*files.flags(), *flags, f"--output_dir={tmp_path / 'none'}") == 2
+    assert "needs a column that tells which actions a person took" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

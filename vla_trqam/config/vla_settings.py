@@ -192,7 +192,7 @@ class FinetuneVLAConfig(RunSettings):
         env: the simulator.
     """
 
-    OFFERS: ClassVar[Offers] = Offers(training_base=False)
+    OFFERS: ClassVar[Offers] = Offers(training_base=False, interventions=True)
 
     steps: int = 1000
     base_episodes: int = 0

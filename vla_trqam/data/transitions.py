@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar  # of Python 3.13, for the default
 
+INTERVENTION = ("intervention", "is_intervention")
+"""Last parts of the names of columns that tell where a person took over."""
+
 Field = Tensor | list[str]
 """One entry of a dictionary observation: (B, ...), or B texts such as the tasks."""
 
@@ -57,6 +60,15 @@ class TransitionBatch(Generic[Observation]):
         return self.action.shape[0]
 
     @property
+    def intervened(self) -> Tensor | None:
+        """(B, H) bool, the actions that a person took, by any column; None where none tells."""
+        told = [v for name, v in self.columns.items() if tells_interventions(name)]
+        if not told:
+            return None
+        taken = torch.stack([column.reshape(self.valid.shape) != 0 for column in told])
+        return taken.any(dim=0) & self.valid
+
+    @property
     def chunk_length(self) -> int:
         """H, the number of actions in a chunk."""
         return self.action.shape[1]
@@ -86,6 +98,11 @@ class TransitionBatch(Generic[Observation]):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch[Observation]:
         return TransitionBatch(*(_mapped(getattr(self, name), function) for name in _FIELD_NAMES))
+
+
+def tells_interventions(column: str) -> bool:
+    """Whether a column of this name says where a person took over."""
+    return column.rpartition(".")[2] in INTERVENTION
 
 
 _FIELD_NAMES = tuple(item.name for item in fields(TransitionBatch))

@@ -22,6 +22,7 @@ from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind, RewardSpec
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, check_rollouts, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
+from vla_trqam.data.transitions import INTERVENTION, tells_interventions
 from vla_trqam.engine.folder.checkpoints import last_checkpoint
 from vla_trqam.engine.folder.pins import write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, REPLAY_NAME
@@ -62,6 +63,11 @@ def checked_inputs(
     configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
     datasets = LeRobotDatasets.opened(configs).part(team.rank, team.size)
     reader = datasets.first
+    if config.method.reads_interventions and not any(map(tells_interventions, reader.columns)):
+        raise UserError(
+            "--method.clone_interventions needs a column that tells which actions a person took, "
+            f"{' or '.join(INTERVENTION)}, in every dataset; there is none that all have"
+        )
     if config.num_training_episodes and not config.resume:
         check_rollouts(reader)
     policy = _load_policy(config, given, base_revision, device, say, family)

@@ -124,6 +124,11 @@ class MethodConfig:
         return False
 
     @property
+    def reads_interventions(self) -> bool:
+        """Whether a column must tell which of the replay's actions a person took."""
+        return False
+
+    @property
     def keeps_average(self) -> bool:
         """Whether a running mean of the policy's trained weights is kept beside them."""
         return False
@@ -175,10 +180,12 @@ class Offers:
     Attributes:
         training_base: its base can go on training.
         own_field: a small field of a method's own may act in its place.
+        interventions: its data can have columns that tell of interventions.
     """
 
     training_base: bool
     own_field: bool = False
+    interventions: bool = False
 
 
 class Method(ABC):

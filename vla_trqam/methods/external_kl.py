@@ -45,11 +45,13 @@ class ExternalKLLoss(TRQAMLoss):
 
     config: ExternalKLConfig
 
-    def matching(self, control_gap: Tensor, adjoint: Tensor, lam: float) -> Tensor:
+    def matching(
+        self, control_gap: Tensor, adjoint: Tensor, lam: float, weights: Tensor | None
+    ) -> Tensor:
         """QAM's at beta = 1, and lambda times the path KL."""
         divisor = self.config.kl_divisor(self.policy.executed_length)
-        penalty = lam * kl_penalty(control_gap, self.grid) / divisor
-        return adjoint_matching_loss(control_gap, adjoint, self.grid, 1.0) + penalty
+        penalty = lam * kl_penalty(control_gap, self.grid, weights) / divisor
+        return adjoint_matching_loss(control_gap, adjoint, self.grid, 1.0, weights) + penalty
 
 
 class ExternalKL(TRQAM):

@@ -87,6 +87,11 @@ def check_served(config: MethodConfig, offers: Offers) -> None:
             f"--method.train_base=true: the base of a policy of this recipe is frozen, and "
             f"{name_of(config)} would train it; leave it at false"
         )
+    if config.reads_interventions and not offers.interventions:
+        raise UserError(
+            "--method.clone_interventions needs data that tells which actions a person took, as "
+            "LeRobotDatasets may; that of this recipe does not: leave it at 0"
+        )
     if requirements_of(config).own_field and not offers.own_field:
         raise UserError(
             f"--method.type={name_of(config)} acts by a velocity network of its own architecture, "

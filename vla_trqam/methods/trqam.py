@@ -133,6 +133,8 @@ class TRQAM(OffPolicyMethod):
             return
         if self.config.train_base:
             raise UserError("train_base: a base in training cannot be sharded; set one to false")
+        if self.config.loss_steps is not None:
+            raise UserError("loss_steps: ranks that draw other steps cannot shard; set it to null")
         if self.config.average_rate:
             raise UserError("average_rate: an average cannot be sharded; set it to 0")
         if self.loss.own:

@@ -46,6 +46,8 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
             and how their KLs compare, says docs/method.md.
         adjoint: "lean", through the base's Jacobians, or "scalar", without them: cheaper, and exact
             where the base's velocity does not depend on the action.
+        loss_steps: m, the flow steps of the K that the loss takes, drawn anew in each update and
+            weighed K/m: the same gradient on average, through fewer evaluations; null for all.
         last_step_weight: posterior only: how firmly the loss holds the tuned field to the base's in
             the last flow step, which has no noise; in units of the step before.
         time_shift: shifted_euler only: by what part of a step, in (0, 1], its times are shifted.
@@ -63,12 +65,15 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
         train_base: the base keeps training on the batch's flow-matching loss and ``v_base`` is its
             EMA, as in the authors' code; otherwise it is frozen.
         base_ema_rate: rate of that EMA.
+        clone_interventions: weight of a flow-matching loss of the tuned field on the actions that a
+            person took in place of the policy, which columns of the data tell; 0 for none.
         average_rate: what acts, is evaluated and saved is the running mean of the tuned weights
             with this rate an update; 0 for the weights themselves.
     """
 
     scheme: SchemeName = "posterior"
     adjoint: AdjointKind = "lean"
+    loss_steps: int | None = None
     last_step_weight: float = 1.0
     time_shift: float = 1.0
     final_step: FinalStep = "noiseless_base"
@@ -80,10 +85,22 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
     shared_optimizer: bool = False
     train_base: bool = False
     base_ema_rate: float = 0.005
+    clone_interventions: float = 0.0
     average_rate: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_numbers()
+        if self.loss_steps is not None and self.loss_steps < 1:
+            raise UserError(f"loss_steps is {self.loss_steps}; it must be at least 1, or null")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                known = " or ".join(map(repr, get_args(choices)))
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {known}")
+        self._refuse_idle_knobs()
+        self.chain  # noqa: B018 (checks the scheme's own knobs)
+
+    def _check_numbers(self) -> None:
         for name in ("actor_lr", "critic_lr", "max_grad_norm"):
             if not getattr(self, name) > 0.0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
@@ -92,14 +109,13 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite")
         if not 0.0 <= self.base_ema_rate <= 1.0:
             raise UserError(f"base_ema_rate is {self.base_ema_rate}; it must be in [0, 1]")
+        if not 0.0 <= self.clone_interventions < math.inf:
+            raise UserError(
+                f"clone_interventions is {self.clone_interventions}; it must be finite and not "
+                "negative"
+            )
         if not 0.0 <= self.average_rate < 1.0:
             raise UserError(f"average_rate is {self.average_rate}; it must be in [0, 1)")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                known = " or ".join(map(repr, get_args(choices)))
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {known}")
-        self._refuse_idle_knobs()
-        self.chain  # noqa: B018 (checks the scheme's own knobs)
 
     def _refuse_idle_knobs(self) -> None:
         defaults = {field.name: field.default for field in fields(TRQAMConfig)}
@@ -133,6 +149,11 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
     def trains_the_base(self) -> bool:
         """See :meth:`MethodConfig.trains_the_base`."""
         return self.train_base
+
+    @property
+    def reads_interventions(self) -> bool:
+        """See :meth:`MethodConfig.reads_interventions`."""
+        return self.clone_interventions > 0.0
 
     @property
     def keeps_average(self) -> bool:

@@ -52,6 +52,14 @@ class Knobs(Protocol):
         """Of every flow step, until its gradients are taken."""
 
     @property
+    def clone_interventions(self) -> float:
+        """Weight of the tuned field's flow-matching loss where a person acted."""
+
+    @property
+    def loss_steps(self) -> int | None:
+        """How many of the flow steps the loss takes; None for all."""
+
+    @property
     def train_base(self) -> bool:
         """Whether the base keeps training."""
 
@@ -68,6 +76,7 @@ class UpdateNoise:
         bc_x_0: noise of the flow-matching loss, (B, H, A).
         bc_tau: its times, uniform on [0, 1), (B,).
         more: a method's own by name, (B, ...) each.
+        loss_steps: numbers of the flow steps that the loss takes; None for all.
     """
 
     next_action: Tensor
@@ -76,6 +85,7 @@ class UpdateNoise:
     bc_x_0: Tensor
     bc_tau: Tensor
     more: Draws = field(default_factory=dict)
+    loss_steps: tuple[int, ...] | None = None
 
     @classmethod
     def draw(cls, action: Tensor, num_flow_steps: int, generator: torch.Generator) -> UpdateNoise:
@@ -95,6 +105,7 @@ class UpdateNoise:
             self.bc_x_0[rows],
             self.bc_tau[rows],
             {name: value[rows] for name, value in self.more.items()},
+            self.loss_steps,
         )
 
 
@@ -134,7 +145,18 @@ class TRQAMLoss(nn.Module):
     def draw(self, action: Tensor, num_flow_steps: int, generator: torch.Generator) -> UpdateNoise:
         """The noise of an update on chunks (B, H, A); without flow steps, of the critic alone."""
         noise = UpdateNoise.draw(action, num_flow_steps, generator)
-        return replace(noise, more=self.draw_more(action, generator))
+        chosen = self._draw_steps(num_flow_steps, generator)
+        return replace(noise, more=self.draw_more(action, generator), loss_steps=chosen)
+
+    def _draw_steps(
+        self, num_flow_steps: int, generator: torch.Generator
+    ) -> tuple[int, ...] | None:
+        """The m flow steps that the loss takes, any m as likely; None where it takes all."""
+        count = self.config.loss_steps
+        if count is None or count >= num_flow_steps:
+            return None
+        order = torch.randperm(num_flow_steps, generator=generator, device=generator.device)
+        return tuple(sorted(order[:count].tolist()))
 
     def draw_more(self, action: Tensor, generator: torch.Generator) -> Draws:
         """The method's own random numbers."""
@@ -157,6 +179,7 @@ class TRQAMLoss(nn.Module):
             noise.next_action if self.wants_next and batch.next_action is None else None,
             grid,
             jacobians=self.config.adjoint == "lean",
+            trained=noise.loss_steps,
         )
         next_action = batch.next_action
         if next_chunk is not None:
@@ -169,10 +192,14 @@ class TRQAMLoss(nn.Module):
         adjoint = self._adjoint(terminal_adjoint, fields)
 
         control_gap = fields.tuned() - fields.base()
-        am = self.matching(control_gap, adjoint, lam)
+        weights = self._weights(noise.loss_steps, control_gap)
+        am = self.matching(control_gap, adjoint, lam, weights)
         loss = critic.loss + am
         bc = self._behaviour_cloning(batch, noise, context) if self.config.train_base else None
         loss = loss if bc is None else loss + bc
+        cloned = self._cloned_interventions(batch, noise, context)
+        loss = loss if cloned is None else loss + self.config.clone_interventions * cloned
+        told = {} if cloned is None else {"intervention_loss": cloned.detach()}
         more = self.more_terms(noise, context, features)
         loss = loss if more is None else loss + more.loss
         return LossOutput(
@@ -188,7 +215,7 @@ class TRQAMLoss(nn.Module):
             adjoint=adjoint,
             terminal_adjoint=terminal_adjoint,
             next_action=next_action,
-            more={**critic.more, **ends, **({} if more is None else more.logged)},
+            more={**critic.more, **ends, **told, **({} if more is None else more.logged)},
         )
 
     def next_action(self, next_context: Context, chunk: Tensor, noise: UpdateNoise) -> Tensor:
@@ -213,9 +240,26 @@ class TRQAMLoss(nn.Module):
             return scalar_adjoint(terminal_adjoint, self.grid)
         return lean_adjoint(terminal_adjoint, fields.base_pullback, self.grid)
 
-    def matching(self, control_gap: Tensor, adjoint: Tensor, lam: float) -> Tensor:
-        """The regression of the fields' difference onto the adjoint, (K, B, H, A) both."""
-        return adjoint_matching_loss(control_gap, adjoint, self.grid, lam)
+    def matching(
+        self, control_gap: Tensor, adjoint: Tensor, lam: float, weights: Tensor | None
+    ) -> Tensor:
+        """The regression of the fields' difference onto the adjoint, (K, B, H, A) both.
+
+        Args:
+            control_gap: the difference along the path.
+            adjoint: paired with each step.
+            lam: lambda.
+            weights: of the steps, (K,); None for 1.
+        """
+        return adjoint_matching_loss(control_gap, adjoint, self.grid, lam, weights)
+
+    def _weights(self, chosen: tuple[int, ...] | None, like: Tensor) -> Tensor | None:
+        """K / m for the m steps that the loss takes, and 0 for the others; None where all are."""
+        if chosen is None:
+            return None
+        weights = like.new_zeros(self.grid.num_flow_steps)
+        weights[list(chosen)] = self.grid.num_flow_steps / len(chosen)
+        return weights
 
     def more_terms(self, noise: UpdateNoise, context: Context, features: Tensor) -> Losses | None:
         """The method's own terms of the loss; None where it has none."""
@@ -252,6 +296,21 @@ class TRQAMLoss(nn.Module):
         q = self.critic.online(features, policy.executed(batch.action, clip=False))
         td = td_loss(q, target, td_weight(batch, policy.executed_length))
         return CriticLossOutput(td, td.detach(), q.detach(), target)
+
+    def _cloned_interventions(
+        self, batch: TransitionBatch, noise: UpdateNoise, context: Context
+    ) -> Tensor | None:
+        """The tuned field's flow-matching loss where a person acted; None where that is not asked.
+
+        A mean over all actions of the batch, of which the others weigh nothing.
+        """
+        if not self.config.clone_interventions:
+            return None
+        policy, taken = self.policy, batch.intervened
+        assert taken is not None, "no column tells of interventions"
+        x_tau, target = flow_matching_target(batch.action, noise.bc_x_0, noise.bc_tau)
+        velocity = policy.velocity(x_tau, noise.bc_tau, context).to(x_tau.dtype)
+        return flow_matching_loss(policy.real_actions(velocity), policy.real_actions(target), taken)
 
     def _behaviour_cloning(
         self, batch: TransitionBatch, noise: UpdateNoise, context: Context

@@ -8,10 +8,9 @@ from vla_trqam.data.frames import STATE_KEY
 from vla_trqam.data.replay_files import ColumnSpec
 from vla_trqam.data.sources.lerobot.labels import LABELS
 from vla_trqam.data.sources.lerobot.safety import LARGEST_VECTOR, Feature
+from vla_trqam.data.transitions import tells_interventions
 from vla_trqam.errors import UserError
 
-INTERVENTION = ("intervention", "is_intervention")
-"""Last parts of the names that tell where a person took over."""
 _OWN = {
     *(STATE_KEY, "action", *LABELS),
     *("timestamp", "frame_index", "episode_index", "index", "task_index"),
@@ -36,7 +35,7 @@ def further_columns(
     """
     there = {name: spec for name, spec in _specs(features).items() if spec is not None}
     if wanted is None:
-        return {n: spec for n, spec in there.items() if n.rpartition(".")[2] in INTERVENTION}
+        return {n: spec for n, spec in there.items() if tells_interventions(n)}
     for name in wanted:
         if name not in there:
             known = ", ".join(there) or "none"
