@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,7 @@ def test_batch_moves_and_concatenates_field_by_field() -> None:
         terminated=torch.tensor([True, False, False]),
         truncated=torch.tensor([False, True, False]),
         valid=torch.ones(3, 2, dtype=torch.bool),
+        next_action=torch.randn(3, 1, 1),
     )
     assert len(batch) == 3
     assert batch.chunk_length == 2
@@ -41,10 +44,20 @@ def test_batch_moves_and_concatenates_field_by_field() -> None:
     both = TransitionBatch.concatenate(batch, batch)
     assert len(both) == 6
     assert both.columns == {}
-    for name, tensor in list(vars(both).items())[:-1]:
+    for name, tensor in vars(both).items():
+        if name == "columns":
+            continue
         first = getattr(batch, name)
         assert torch.equal(tensor[:3], first), name
         assert torch.equal(tensor[3:], first), name
+
+
+def test_next_actions_are_of_all_rows_or_of_none() -> None:
+    batch = image_batch()
+    assert batch.to("meta").next_action is None
+    assert TransitionBatch.concatenate(batch, batch).next_action is None
+    with pytest.raises(ValueError, match="next actions of one of two batches"):
+        TransitionBatch.concatenate(batch, replace(batch, next_action=torch.zeros(2, 1, 1)))
 
 
 def image_batch(**changes: object) -> TransitionBatch:
