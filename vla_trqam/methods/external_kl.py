@@ -46,7 +46,7 @@ class ExternalKLLoss(TRQAMLoss):
     config: ExternalKLConfig
 
     def matching(
-        self, control_gap: Tensor, adjoint: Tensor, lam: float, weights: Tensor | None
+        self, control_gap: Tensor, adjoint: Tensor, lam: float, weights: Tensor | None = None
     ) -> Tensor:
         """QAM's at beta = 1, and lambda times the path KL."""
         divisor = self.config.kl_divisor(self.policy.executed_length)

@@ -241,7 +241,7 @@ class TRQAMLoss(nn.Module):
         return lean_adjoint(terminal_adjoint, fields.base_pullback, self.grid)
 
     def matching(
-        self, control_gap: Tensor, adjoint: Tensor, lam: float, weights: Tensor | None
+        self, control_gap: Tensor, adjoint: Tensor, lam: float, weights: Tensor | None = None
     ) -> Tensor:
         """The regression of the fields' difference onto the adjoint, (K, B, H, A) both.
 
