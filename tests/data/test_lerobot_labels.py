@@ -7,6 +7,8 @@ import pytest
 from vla_trqam.data.sources.lerobot.labels import Outcome, plan_labels, read_success_labels
 from vla_trqam.errors import UserError
 
+from .lerobot_files import LENGTH, Written, open_dataset
+
 FALSE, TRUE = False, True
 
 
@@ -128,3 +130,44 @@ def test_label_file_must_be_a_list_of_booleans(tmp_path: Path) -> None:
         read_success_labels(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_success_labels(tmp_path / "absent.json")
+
+
+# Rewards from another column.
+
+
+def graded(folder: Path) -> Path:
+    """A reward model's column beside a reward that is 1 at the end of every episode."""
+    rows = 4 * LENGTH
+    end = [float(row % LENGTH == LENGTH - 1) for row in range(rows)]
+    extra = {
+        "next.reward": ("float32", end),
+        "model.progress": ("float32", [r / 10 for r in range(rows)]),
+    }
+    return Written(extra=extra).write(folder)
+
+
+def test_rewards_can_be_another_columns(tmp_path: Path) -> None:
+    reader = open_dataset(graded(tmp_path / "d"), reward=None, reward_column="model.progress")
+    rewards = np.concatenate([episode.rewards for episode in reader.episodes()])
+    np.testing.assert_allclose(rewards, np.arange(len(rewards)) / 10, rtol=1e-6)
+    assert "reward: the column model.progress" in reader.notes()
+    plain = open_dataset(graded(tmp_path / "e"), reward=None)
+    assert set(np.concatenate([e.rewards for e in plain.episodes()])) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"reward_column": "speed"}, "no column of one number 'speed' for --dataset.reward_column"),
+        ({"reward_column": "action"}, "no column of one number 'action'"),
+        (
+            {"reward_column": "model.progress", "reward": "success"},
+            "both say where rewards come from",
+        ),
+    ],
+)
+def test_a_reward_column_that_cannot_be_is_refused(
+    tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        open_dataset(graded(tmp_path / "d"), **{"reward": None, **settings})

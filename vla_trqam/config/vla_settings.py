@@ -28,6 +28,8 @@ class OneDatasetConfig:
         revision: branch, tag or commit on the Hub; null for the newest v3 tag.
         episodes: numbers of those to read; null for all.
         reward: where rewards come from; null takes what there is.
+        reward_column: the column that rewards are read from, such as a reward model's; null for
+            ``next.reward``.
         success_labels: a JSON list, one label for each episode of the dataset.
         instruction: a column of texts that holds the policy's instruction; null for the tasks.
         task_changes: where the task changes within an episode: "refuse", tell the policy the
@@ -41,6 +43,7 @@ class OneDatasetConfig:
     revision: str | None = None
     episodes: tuple[int, ...] | None = None
     reward: RewardSource | None = None
+    reward_column: str | None = None
     success_labels: Path | None = None
     instruction: str | None = None
     task_changes: TaskChanges = "refuse"

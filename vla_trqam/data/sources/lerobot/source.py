@@ -47,6 +47,9 @@ from vla_trqam.data.sources.lerobot.safety import DatasetFolder, read_info, vect
 from vla_trqam.data.sources.lerobot.tables import Tasks, read_tasks
 from vla_trqam.errors import UserError
 
+NUMBERS = ("float", "int", "uint", "bool")
+"""Kinds of columns that hold numbers."""
+
 
 @dataclass(frozen=True)
 class LeRobotConfig:
@@ -60,6 +63,7 @@ class LeRobotConfig:
         cameras: to read, without `observation.images.`; None reads all.
         looked_through: a policy's cameras, as renamed; the dataset's others are left unopened.
         reward: where rewards come from; None takes what there is, see `plan_labels`.
+        reward_column: the column that rewards are read from; None for `next.reward`.
         kind: what the critic will make of the rewards, see `RewardSpec`; None does not ask.
         success_labels: a JSON list, one label for each episode of the dataset.
         instruction: column with the policy's instruction; None takes the tasks.
@@ -77,6 +81,7 @@ class LeRobotConfig:
     cameras: tuple[str, ...] | None = None
     looked_through: tuple[str, ...] | None = None
     reward: RewardSource | None = None
+    reward_column: str | None = None
     kind: RewardKind | None = None
     success_labels: Path | None = None
     instruction: str | None = None
@@ -125,7 +130,12 @@ class LeRobotReader:
         place.fetch(sorted({table.data_file(position) for position in positions}))
         wanted = self._wanted()
         self._rows, self._strangers = read_rows(folder, table, positions, wanted)
-        self.plan = self._plan([name for name in LABELS if name in wanted.scalars])
+        labels = {name for name in LABELS if name in wanted.scalars}
+        if config.reward_column is not None:
+            labels.add(REWARD)
+            for rows in self._rows:
+                rows.columns[REWARD] = rows.columns[config.reward_column]
+        self.plan = self._plan(labels)
         self._shows = True
         for rows in self._rows:
             self._check_outcome(rows)
@@ -287,6 +297,8 @@ class LeRobotReader:
         steps = sum(outcome.num_steps for outcome in outcomes)
         kept = f"{len(outcomes)} episodes, {successes} successful, {steps} steps"
         notes = [f"{kept}; {self.where[0].lower()}{self.where[1:]}", *self.plan.notes()]
+        if self.config.reward_column is not None:
+            notes[1] = f"reward: the column {self.config.reward_column}"
         if self.config.instruction is not None:
             notes.append(f"instruction: the column {self.config.instruction}")
         if self.config.task_changes == "first":
@@ -378,13 +390,32 @@ class LeRobotReader:
         return RowsWanted(
             vectors={STATE_KEY: self.state_dim, "action": self.action_dim}
             | {name: shape[0] for name, (_, shape) in self.columns.items() if shape},
-            scalars=[name for name in LABELS if name in features]
+            scalars=[name for name in self._labels() if name in features]
             + [name for name, (_, shape) in self.columns.items() if not shape],
             told=self._told(),
             changes=config.task_changes,
             fps=self.fps,
             tolerance=config.tolerance_s,
         )
+
+    def _labels(self) -> list[str]:
+        """Columns that tell of rewards and ends, where they are there."""
+        name, features = self.config.reward_column, self._info.features
+        if name is None:
+            return list(LABELS)
+        if self.config.reward not in (None, "column"):
+            raise UserError(
+                f"--dataset.reward_column={name} and --dataset.reward={self.config.reward} both "
+                "say where rewards come from: leave one out"
+            )
+        numbers = [n for n, f in features.items() if f.dtype.rstrip("0123456789") in NUMBERS]
+        single = [n for n in numbers if features[n].shape in ((), (1,))]
+        if name not in single:
+            raise UserError(
+                f"{self.where} has no column of one number {name!r} for --dataset.reward_column; "
+                f"it has {', '.join(sorted(single)) or 'none'}."
+            )
+        return [label for label in LABELS if label != REWARD] + [name]
 
     def _told(self) -> Tasks | str:
         """Where the instruction is: the column that the user named, or the tasks."""
@@ -413,7 +444,7 @@ class LeRobotReader:
         return plan_labels(
             self.where,
             columns,
-            reward=config.reward,
+            reward=config.reward if config.reward_column is None else "column",
             successes=successes,
             reward_values=None if values is None else np.concatenate(values),
         )
