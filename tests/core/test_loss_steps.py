@@ -103,3 +103,25 @@ def test_only_the_chosen_steps_keep_a_graph() -> None:
 def test_no_step_is_refused(count: int) -> None:
     with pytest.raises(UserError, match=f"loss_steps is {count}; it must be at least 1"):
         TRQAMConfig(loss_steps=count)
+
+
+def test_more_steps_than_there_are_is_refused_by_settings_and_method() -> None:
+    config = TRQAMConfig(loss_steps=STEPS + 1)
+    with pytest.raises(UserError, match=f"fewer than the {STEPS + 1} flow steps"):
+        config.check_flow_steps(STEPS)
+    with pytest.raises(UserError, match=f"loss_steps is {STEPS + 1}; the policy has {STEPS}"):
+        trqam_of(config)
+
+
+def test_the_preflight_counts_the_activations_of_the_steps_that_keep_any() -> None:
+    from vla_trqam.preflight.memory import saved_bytes
+
+    policy = trqam_of().policy
+    context = policy.encode(batch_of().observation)
+    kept = []
+    with chosen_kernels("plain"):
+        for steps in (None, 2):
+            with saved_bytes(set()) as saved:
+                TRQAMConfig(loss_steps=steps).rehearse(policy, context, len(context))
+            kept.append(sum(saved.values()))
+    assert kept[1] < 0.8 * kept[0]

@@ -27,7 +27,7 @@ def method_of(config: TRQAMConfig | None = None, *, moved: bool = True) -> TRQAM
     return TRQAM(policy, critic, config or TRQAMConfig())
 
 
-def batch_of(seed: int = 0, **changes: Any) -> TransitionBatch:
+def batch_of(seed: int = 0, *, horizon: int = HORIZON, **changes: Any) -> TransitionBatch:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -35,13 +35,13 @@ def batch_of(seed: int = 0, **changes: Any) -> TransitionBatch:
 
     batch = TransitionBatch(
         observation=normal(BATCH, OBSERVATION),
-        action=normal(BATCH, HORIZON, ACTION).clamp(-1, 1),
+        action=normal(BATCH, horizon, ACTION).clamp(-1, 1),
         chunk_return=normal(BATCH),
         next_observation=normal(BATCH, OBSERVATION),
         discount=torch.full((BATCH,), 0.9),
         terminated=torch.zeros(BATCH, dtype=torch.bool),
         truncated=torch.zeros(BATCH, dtype=torch.bool),
-        valid=torch.ones(BATCH, HORIZON, dtype=torch.bool),
+        valid=torch.ones(BATCH, horizon, dtype=torch.bool),
     )
     return replace(batch, **changes)
 

@@ -40,18 +40,17 @@ def sampler(replay, cache):
     )
 
 
+def next_actions(policy, replay, cache):
+    seen = NumberedFeatures(cache, replay)
+    return NextActions(policy, FlowActor(policy), replay, seen, chunks_per_frame=SLOTS)
+
+
 def make_learner(policy, replay, cache, critic_updates=3, **settings):
     torch.manual_seed(1)
     critic = Critic(CriticEnsemble(4, HORIZON * 2, (8,), 2))
     return Cached(
         TRQAM(policy, critic, TRQAMConfig()),
-        NextActions(
-            policy,
-            FlowActor(policy),
-            replay,
-            NumberedFeatures(cache, replay),
-            chunks_per_frame=SLOTS,
-        ),
+        next_actions(policy, replay, cache),
         sampler(replay, cache),
         critic_updates=critic_updates,
         batch_size=CRITIC_BATCH,
@@ -61,13 +60,7 @@ def make_learner(policy, replay, cache, critic_updates=3, **settings):
 
 def test_every_frame_gets_chunks_of_the_policy_from_standard_noise(setting):
     policy, replay, cache = setting
-    actions = NextActions(
-        policy,
-        FlowActor(policy),
-        replay,
-        NumberedFeatures(cache, replay),
-        chunks_per_frame=SLOTS,
-    )
+    actions = next_actions(policy, replay, cache)
     count = replay.num_frames
     assert actions.fill(torch.Generator().manual_seed(5), batch_size=count) == count
     generator = torch.Generator().manual_seed(5)
@@ -82,13 +75,7 @@ def test_every_frame_gets_chunks_of_the_policy_from_standard_noise(setting):
 
 def test_frames_that_have_chunks_keep_them_and_new_ones_get_theirs(setting):
     policy, replay, cache = setting
-    actions = NextActions(
-        policy,
-        FlowActor(policy),
-        replay,
-        NumberedFeatures(cache, replay),
-        chunks_per_frame=SLOTS,
-    )
+    actions = next_actions(policy, replay, cache)
     generator = torch.Generator().manual_seed(0)
     actions.fill(generator)
     before, old = actions.chunks.clone(), replay.num_frames
@@ -102,13 +89,7 @@ def test_frames_that_have_chunks_keep_them_and_new_ones_get_theirs(setting):
 
 def test_a_target_takes_one_of_the_frames_chunks_and_newer_ones_replace_them(setting):
     policy, replay, cache = setting
-    actions = NextActions(
-        policy,
-        FlowActor(policy),
-        replay,
-        NumberedFeatures(cache, replay),
-        chunks_per_frame=SLOTS,
-    )
+    actions = next_actions(policy, replay, cache)
     generator = torch.Generator().manual_seed(0)
     actions.fill(generator)
     frames = torch.tensor([3] * 200)
@@ -201,13 +182,7 @@ def test_a_checkpoint_holds_what_is_trained_and_restores_it(setting):
 
 def test_a_checkpoint_has_no_room_for_frames_yet_to_come(setting):
     policy, replay, cache = setting
-    actions = NextActions(
-        policy,
-        FlowActor(policy),
-        replay,
-        NumberedFeatures(cache, replay),
-        chunks_per_frame=SLOTS,
-    )
+    actions = next_actions(policy, replay, cache)
     actions.fill(torch.Generator().manual_seed(0))
     saved = actions.state_dict()["chunks"]
     assert len(saved) == replay.num_frames < len(actions.chunks)
@@ -217,7 +192,7 @@ def test_a_checkpoint_has_no_room_for_frames_yet_to_come(setting):
 @pytest.mark.parametrize("strange", [{}, {"chunks": torch.zeros(2, SLOTS + 1, HORIZON, 2)}])
 def test_next_actions_of_another_shape_are_refused(strange, setting):
     policy, *rest = setting
-    actions = NextActions(policy, FlowActor(policy), *rest, chunks_per_frame=SLOTS)
+    actions = next_actions(policy, *rest)
     with pytest.raises(RuntimeError, match="chunks"):
         actions.load_state_dict(strange)
 

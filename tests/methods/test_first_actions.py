@@ -9,6 +9,7 @@ from flow_problems import DOUBLE, FunctionPolicy
 from test_method_contract import METHODS, NAMES, SMALL, a_reward, changed, state_of
 from torch import Tensor
 from update_problems import ACTION, BATCH, OBSERVATION, STEPS
+from update_problems import batch_of as short_batch_of
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.adjoint import lean_adjoint
@@ -41,23 +42,7 @@ def method_of(name: str, executed: int | None = EXECUTED, **knobs: Any) -> OffPo
 
 
 def batch_of(seed: int, **changes: Any) -> TransitionBatch:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    no = torch.zeros(BATCH, dtype=torch.bool)
-    batch = TransitionBatch(
-        observation=normal(BATCH, OBSERVATION),
-        action=normal(BATCH, HORIZON, ACTION).clamp(-1, 1),
-        chunk_return=normal(BATCH),
-        next_observation=normal(BATCH, OBSERVATION),
-        discount=torch.full((BATCH,), 0.9),
-        terminated=no,
-        truncated=no,
-        valid=torch.ones(BATCH, HORIZON, dtype=torch.bool),
-    )
-    return replace(batch, **changes)
+    return short_batch_of(seed, horizon=HORIZON, **changes)
 
 
 def updated(method: OffPolicyMethod, *batches: TransitionBatch) -> OffPolicyMethod:

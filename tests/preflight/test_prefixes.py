@@ -81,3 +81,13 @@ def test_the_finding_tells_bytes_and_time(tmp_path: Path) -> None:
     assert found.startswith("10.2 MiB a frame, 1000.0 GiB of 100,000 frames: computed in each")
     assert "kept are 1000 B a frame for the critic" in found
     assert found.endswith("one pass over all takes about 6.9 h")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "draw_next", "contexts"),
+    [("disk", None, 2), ("none", None, 1), ("disk", False, 1), ("none", True, 2)],
+)
+def test_an_update_holds_the_next_frames_prefixes_where_it_draws_there(
+    tmp_path: Path, wanted: str, draw_next: bool | None, contexts: int
+) -> None:
+    assert planned(tmp_path, wanted, draw_next=draw_next).contexts == contexts

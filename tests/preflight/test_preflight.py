@@ -62,7 +62,7 @@ def look_before(policy: Any, replay: Replay, **changes: Any) -> PreflightReport:
     run = replay.path / "run" / "not" / "yet"
     settings = {"share": Share(4), "output_dir": run, "num_checkpoints": 2}
     settings["method"] = TRQAMConfig()
-    settings["prefixes"] = lambda: PrefixPlan(True, PrefixCost(2**20, 2**10, 0.5), 100)
+    settings["prefixes"] = lambda: PrefixPlan(True, True, PrefixCost(2**20, 2**10, 0.5), 100)
     plan = plan_of(replay, run / "replay")
     return preflight_machine(policy, {"dataset": reader_of(replay)}, plan, **(settings | changes))
 

@@ -82,7 +82,7 @@ def test_an_update_passes_its_batch_through_the_prefix_once(tiny, uncached, monk
     flags = ("--steps=4", "--critic.warmup_steps=2", f"--batch_size={BATCH}")
     assert tiny(tmp_path / "run", NONE, *OFFLINE, *flags) == 0
     # After the frames' own pass and the preflight, the batch of each update before it is made.
-    assert [part for part in found[1:4]] == [[BATCH]] * 3
+    assert found[1:4] == [[BATCH]] * 3
     assert found[0][-1] == BATCH
 
 

@@ -1,6 +1,6 @@
 """LeRobot's environments that render at every step, kept from it where nobody looks.
 
-A frame costs a hundred times a step of the physics. Each of these stops an environment from
+A frame costs far more than a step of the physics. Each of these stops an environment from
 rendering in `reset` and `step`, and renders when it is asked to, with the numbers of its own code.
 """
 

@@ -123,10 +123,11 @@ class VLAJob(Job[FinetuneVLAConfig]):
         team: Team,
         *,
         keeps_prefixes: bool,
+        draws_next: bool,
     ) -> None:
         """Use `opened`."""
         super().__init__(config, policy, team)
-        self._keeps_prefixes = keeps_prefixes
+        self._keeps_prefixes, self._draws_next = keeps_prefixes, draws_next
         self._datasets, self._family, self._accelerator = datasets, family, accelerator
         self.data_sources = tuple(datasets.named)
         self._method = cache(self._make_method)
@@ -152,8 +153,18 @@ class VLAJob(Job[FinetuneVLAConfig]):
         )
         plan = planned_prefixes(config, datasets, policy, team, CRITIC_FEATURES)
         team.together(lambda: check_machine(config, datasets, policy, team, plan))
-        keeps = team.gather(plan().kept)[0]  # what is free may differ from process to process
-        return cls(config, policy, datasets, family, accelerator, team, keeps_prefixes=keeps)
+        # The main process's: what is free may differ from one to the next.
+        kept, draws = team.gather([plan().kept, plan().draws_next])[0]
+        return cls(
+            config,
+            policy,
+            datasets,
+            family,
+            accelerator,
+            team,
+            keeps_prefixes=kept,
+            draws_next=draws,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -267,12 +278,6 @@ class VLAJob(Job[FinetuneVLAConfig]):
         if self._keeps_prefixes:
             return self._cached()
         return ComputedFeatures(self._replay, self._packed)
-
-    @property
-    def _draws_next(self) -> bool:
-        """Whether the policy's update draws the next actions, where the method wants any."""
-        wanted = self.config.critic.draw_next
-        return self._keeps_prefixes if wanted is None else wanted
 
     def _packed(self, seen: FrameObservation) -> dict[str, torch.Tensor]:
         device = self.device

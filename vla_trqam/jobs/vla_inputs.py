@@ -20,6 +20,7 @@ from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
 from vla_trqam.data.frames import IMAGE_PREFIX, image_key
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind, RewardSpec
+from vla_trqam.data.sources.lerobot.lending import check_lends
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, check_rollouts, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.transitions import INTERVENTION, tells_interventions
@@ -85,7 +86,7 @@ def checked_inputs(
     datasets.check_cameras()
     if config.replay.frames == "dataset":
         for each in datasets.named.values():
-            each.check_lends()
+            check_lends(each)
     if team.is_main and not config.resume:
         assert config.output_dir is not None
         write_pins(config.output_dir, sources_of(config, packed, datasets))

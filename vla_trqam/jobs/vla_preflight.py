@@ -65,7 +65,6 @@ def check_machine(
         output_dir=output_dir,
         num_checkpoints=max(1, whole - len(all_checkpoints(output_dir))),
         prefixes=prefixes,
-        draws_next=config.critic.draw_next,
     )
     _tell(report, team)
 
@@ -82,6 +81,7 @@ def planned_prefixes(
     every = sum(team.gather(num_frames(config, datasets, policy)))
     batch_size, replay = config.batch_size, replay_path(config.output_dir, team)
     wanted, budget = config.prefix_cache, config.prefix_cache_gib
+    draw_next = config.critic.draw_next
     needs = requirements_of(config.method).next_actions
     chunks = config.critic.next_actions * policy.executed_size * NUMBER if needs else 0
 
@@ -90,7 +90,13 @@ def planned_prefixes(
         seen = datasets.first.first_observation()
         cost = measure_prefix(policy, seen, critic_features, chunks)
         return plan_prefixes(
-            wanted, budget, cost, frames=every, batch_size=batch_size, replay=replay
+            wanted,
+            budget,
+            cost,
+            frames=every,
+            batch_size=batch_size,
+            replay=replay,
+            draw_next=draw_next,
         )
 
     return plan

@@ -144,6 +144,11 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
                 f"is too few for the {self.scheme} scheme, whose last step has no noise: take at "
                 "least 2 by --policy.tuned_flow_steps, or --method.scheme=shifted_euler"
             ) from None
+        if self.loss_steps is not None and self.loss_steps > count:
+            raise UserError(
+                f"is fewer than the {self.loss_steps} flow steps of --method.loss_steps, which "
+                "takes some of them: give less there, or null for all"
+            )
 
     @property
     def trains_the_base(self) -> bool:

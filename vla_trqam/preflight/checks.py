@@ -53,7 +53,6 @@ def preflight_machine(
     output_dir: Path,
     num_checkpoints: int,
     prefixes: Callable[[], PrefixPlan],
-    draws_next: bool | None = None,
 ) -> PreflightReport:
     """Looks at policy, tables and machine before anything is decoded; changes nothing.
 
@@ -73,7 +72,6 @@ def preflight_machine(
         output_dir,
         num_checkpoints,
         prefixes,
-        draws_next,
     )
     takes = ("observation",)
     return _run(
@@ -188,7 +186,6 @@ class _Machine:
     output_dir: Path
     num_checkpoints: int
     prefixes: Callable[[], PrefixPlan]
-    draws_next: bool | None
 
     @property
     def seen(self) -> FrameObservation:
@@ -201,14 +198,13 @@ class _Machine:
     @cached_property
     def memory(self) -> memory.Memory:
         chunks = self.plan.next_action_bytes(self.policy)
-        both = self.prefixes().kept if self.draws_next is None else self.draws_next
         return memory.measure_memory(
             self.policy,
             self.critic,
             self.dry,
             chunks,
             averages=self.method.keeps_average,
-            contexts=memory.CONTEXTS if both else 1,
+            contexts=self.prefixes().contexts,
         )
 
     def check_observation(self) -> Finding:

@@ -82,13 +82,21 @@ class PrefixPlan:
 
     Attributes:
         kept: on the disk; otherwise they are computed in the policy's updates.
+        draws_next: whether an update of the policy draws its batch's next actions, which takes the
+            next frames' prefixes too.
         cost: of one frame.
         frames: of all processes' replays when they are full.
     """
 
     kept: bool
+    draws_next: bool
     cost: PrefixCost
     frames: int
+
+    @property
+    def contexts(self) -> int:
+        """Prefixes that an update holds of each row."""
+        return 2 if self.draws_next else 1
 
     @property
     def frame_bytes(self) -> int:
@@ -125,6 +133,7 @@ def plan_prefixes(
     frames: int,
     batch_size: int,
     replay: Path,
+    draw_next: bool | None = None,
 ) -> PrefixPlan:
     """Whether all frames' prefixes are kept; a replay that was begun goes on as it began.
 
@@ -135,6 +144,7 @@ def plan_prefixes(
         frames: of all processes' replays when they are full.
         batch_size: of the policy's updates.
         replay: its folder, which need not exist yet.
+        draw_next: whether updates draw their next actions; None does where prefixes are kept.
 
     Raises:
         UserError: the budget is too small for what is wanted, or for a single batch.
@@ -153,14 +163,19 @@ def plan_prefixes(
             f"{in_words(cost.size)}, and --prefix_cache_gib={budget_gib:g} has no room for them: "
             f"give {needed / GIB:.3g}, or --prefix_cache=auto"
         )
+    kept = _kept(wanted, needed, room, replay)
+    return PrefixPlan(kept, kept if draw_next is None else draw_next, cost, frames)
+
+
+def _kept(wanted: PrefixCache, needed: int, room: float | None, replay: Path) -> bool:
     if wanted != "auto":
-        return PrefixPlan(wanted == "disk", cost, frames)
+        return wanted == "disk"
     begun = CacheHeader.read(replay)
     if begun is not None:
-        return PrefixPlan(not begun.fingerprint.endswith(FEATURES_ONLY), cost, frames)
+        return not begun.fingerprint.endswith(FEATURES_ONLY)
     if room is None:
         room = FREE_SHARE * shutil.disk_usage(existing(replay)).free
-    return PrefixPlan(needed <= room, cost, frames)
+    return needed <= room
 
 
 def _in_time(seconds: float) -> str:

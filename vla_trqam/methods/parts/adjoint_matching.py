@@ -127,6 +127,12 @@ class TRQAMLoss(nn.Module):
                 f"critic.gradient_noise is {critic.gradient_noise}, but it takes the noise of the "
                 "chain's last step, which final_step='sde' uses: take 'noiseless_base'"
             )
+        taken, steps = config.loss_steps, self.grid.num_flow_steps
+        if taken is not None and taken > steps:
+            raise UserError(
+                f"loss_steps is {taken}; the policy has {steps} flow steps, of which the loss takes "
+                "some"
+            )
         device = next(critic.parameters()).device
         self.own = nn.ModuleDict({k: v.to(device) for k, v in self.make_networks().items()})
 
@@ -153,7 +159,7 @@ class TRQAMLoss(nn.Module):
     ) -> tuple[int, ...] | None:
         """The m flow steps that the loss takes, any m as likely; None where it takes all."""
         count = self.config.loss_steps
-        if count is None or count >= num_flow_steps:
+        if count is None or count >= num_flow_steps:  # all, or none of a critic's own update
             return None
         order = torch.randperm(num_flow_steps, generator=generator, device=generator.device)
         return tuple(sorted(order[:count].tolist()))
@@ -349,5 +355,8 @@ def sampled_fields(policy: FlowPolicy, context: Any, rows: int, config: Knobs) -
     noise = torch.randn((grid.num_flow_steps + 2, rows, *policy.chunk_shape), device=device)
     fields = policy.path_fields(context, context)
     lean = config.adjoint == "lean"
-    sample_path_and_next_action(fields, noise[0], noise[2:], noise[1], grid, jacobians=lean)
+    some = None if config.loss_steps is None else range(config.loss_steps)
+    sample_path_and_next_action(
+        fields, noise[0], noise[2:], noise[1], grid, jacobians=lean, trained=some
+    )
     return fields

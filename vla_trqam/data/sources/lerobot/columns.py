@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from vla_trqam.data.frames import STATE_KEY
 from vla_trqam.data.replay_files import ColumnSpec
-from vla_trqam.data.sources.lerobot.labels import LABELS
+from vla_trqam.data.sources.lerobot.labels import LABELS, REWARD, RewardSource
 from vla_trqam.data.sources.lerobot.safety import LARGEST_VECTOR, Feature
 from vla_trqam.data.transitions import tells_interventions
 from vla_trqam.errors import UserError
@@ -44,6 +44,39 @@ def further_columns(
                 f"{known}."
             )
     return {name: there[name] for name in wanted}
+
+
+def label_columns(
+    where: str,
+    features: Mapping[str, Feature],
+    reward_column: str | None,
+    reward: RewardSource | None,
+) -> list[str]:
+    """Names of the columns that may tell of rewards and ends.
+
+    Args:
+        where: the dataset, for messages.
+        features: what it declares.
+        reward_column: the one that rewards are read from; None for `next.reward`.
+        reward: where rewards come from, if that was said.
+
+    Raises:
+        UserError: the column is not there or has not one number, or rewards come from elsewhere.
+    """
+    if reward_column is None:
+        return list(LABELS)
+    if reward not in (None, "column"):
+        raise UserError(
+            f"--dataset.reward_column={reward_column} and --dataset.reward={reward} both say where "
+            "rewards come from: leave one out"
+        )
+    single = [n for n, spec in _specs(features).items() if spec is not None and not spec[1]]
+    if reward_column not in [*single, REWARD]:
+        raise UserError(
+            f"{where} has no column of one number {reward_column!r} for --dataset.reward_column; "
+            f"it has {', '.join(sorted(single)) or 'none'}."
+        )
+    return [label for label in LABELS if label != REWARD] + [reward_column]
 
 
 def _specs(features: Mapping[str, Feature]) -> dict[str, ColumnSpec | None]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
+from vla_trqam.errors import UserError
 
 APART = 16
 """Frames of an episode so many rows apart are looked for one by one, with nothing between."""
@@ -47,7 +49,7 @@ class LentPictures:
         self._readers = list(readers)
         dataset, episode, row = [], [], []
         for which, reader in enumerate(self._readers):
-            reader.check_lends()
+            check_lends(reader)
             for number in range(reader.num_episodes):
                 rows = reader.frames_of(number)
                 row.append(rows)
@@ -87,3 +89,17 @@ class LentPictures:
         for part in np.split(np.arange(len(frames)), np.flatnonzero(new)):
             which, episode = int(place[0][part[0]]), int(place[1][part[0]])
             yield _Stretch(order[part], self._readers[which], episode, place[2][part])
+
+
+def check_lends(reader: LeRobotReader) -> None:
+    """Refuse a dataset whose frames cannot be read one by one.
+
+    Raises:
+        UserError: its pictures lie in tables, of which whole blocks are read for one.
+    """
+    for camera in reader.cameras:
+        if reader.features[image_key(camera)]["dtype"] == "image":
+            raise UserError(
+                f"{reader.where} keeps the pictures of {camera} in its tables, of which a whole "
+                "block is read for one: --replay.frames=dataset wants videos, copy takes both"
+            )

@@ -18,7 +18,7 @@ from vla_trqam.data.episode import Episode
 from vla_trqam.data.frames import STATE_KEY, TASK_KEY, FrameObservation, image_key
 from vla_trqam.data.sampling import RewardKind
 from vla_trqam.data.sources.base import Sizes
-from vla_trqam.data.sources.lerobot.columns import further_columns
+from vla_trqam.data.sources.lerobot.columns import further_columns, label_columns
 from vla_trqam.data.sources.lerobot.episodes import EpisodeTable
 from vla_trqam.data.sources.lerobot.hub import find_dataset
 from vla_trqam.data.sources.lerobot.labels import (
@@ -46,9 +46,6 @@ from vla_trqam.data.sources.lerobot.rows import (
 from vla_trqam.data.sources.lerobot.safety import DatasetFolder, read_info, vector_length
 from vla_trqam.data.sources.lerobot.tables import Tasks, read_tasks
 from vla_trqam.errors import UserError
-
-NUMBERS = ("float", "int", "uint", "bool")
-"""Kinds of columns that hold numbers."""
 
 
 @dataclass(frozen=True)
@@ -238,19 +235,6 @@ class LeRobotReader:
         shape, tolerance = self.cameras[camera], self.config.tolerance_s
         return self._pictures.decode(camera, shape, self._rows[number], taken, tolerance)
 
-    def check_lends(self) -> None:
-        """Refuse a dataset whose frames cannot be read one by one.
-
-        Raises:
-            UserError: its pictures lie in tables, of which whole blocks are read for one.
-        """
-        for camera in self.cameras:
-            if self._pictures.feature(camera).dtype == "image":
-                raise UserError(
-                    f"{self.where} keeps the pictures of {camera} in its tables, of which a whole "
-                    "block is read for one: --replay.frames=dataset wants videos, copy takes both"
-                )
-
     def part(self, number: int, count: int) -> Self:
         """The same dataset, of whose episodes only every ``count``-th from ``number`` on is read.
 
@@ -387,35 +371,17 @@ class LeRobotReader:
                     f"{self.where} has {list(features[name].shape)} numbers a frame in {name!r}, "
                     "which is read as one."
                 )
+        labels = label_columns(self.where, features, config.reward_column, config.reward)
         return RowsWanted(
             vectors={STATE_KEY: self.state_dim, "action": self.action_dim}
             | {name: shape[0] for name, (_, shape) in self.columns.items() if shape},
-            scalars=[name for name in self._labels() if name in features]
+            scalars=[name for name in labels if name in features]
             + [name for name, (_, shape) in self.columns.items() if not shape],
             told=self._told(),
             changes=config.task_changes,
             fps=self.fps,
             tolerance=config.tolerance_s,
         )
-
-    def _labels(self) -> list[str]:
-        """Columns that tell of rewards and ends, where they are there."""
-        name, features = self.config.reward_column, self._info.features
-        if name is None:
-            return list(LABELS)
-        if self.config.reward not in (None, "column"):
-            raise UserError(
-                f"--dataset.reward_column={name} and --dataset.reward={self.config.reward} both "
-                "say where rewards come from: leave one out"
-            )
-        numbers = [n for n, f in features.items() if f.dtype.rstrip("0123456789") in NUMBERS]
-        single = [n for n in numbers if features[n].shape in ((), (1,))]
-        if name not in single:
-            raise UserError(
-                f"{self.where} has no column of one number {name!r} for --dataset.reward_column; "
-                f"it has {', '.join(sorted(single)) or 'none'}."
-            )
-        return [label for label in LABELS if label != REWARD] + [name]
 
     def _told(self) -> Tasks | str:
         """Where the instruction is: the column that the user named, or the tasks."""
