@@ -130,8 +130,8 @@ class TRQAMLoss(nn.Module):
         taken, steps = config.loss_steps, self.grid.num_flow_steps
         if taken is not None and taken > steps:
             raise UserError(
-                f"loss_steps is {taken}; the policy has {steps} flow steps, of which the loss takes "
-                "some"
+                f"loss_steps is {taken}; the policy has {steps} flow steps, some of which the loss "
+                "takes"
             )
         device = next(critic.parameters()).device
         self.own = nn.ModuleDict({k: v.to(device) for k, v in self.make_networks().items()})
