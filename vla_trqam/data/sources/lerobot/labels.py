@@ -92,8 +92,12 @@ class LabelPlan:
             rewards[-1] = success
         return Outcome(num_steps, rewards, terminated, success)
 
-    def notes(self) -> list[str]:
-        """What is assumed, a line each, for the recipe to print once."""
+    def notes(self, reward_column: str | None = None) -> list[str]:
+        """What is assumed, a line each, for the recipe to print once.
+
+        Args:
+            reward_column: the one that stands for `next.reward`, if another does.
+        """
         ends = {
             "terminated": f"an episode is terminated where {TERMINATED} says so, else truncated",
             "truncated": f"an episode is truncated where {TRUNCATED} says so, else terminated",
@@ -103,7 +107,10 @@ class LabelPlan:
             "nothing": "nothing tells how episodes end, so all are taken as truncated: their last "
             "steps bootstrap",
         }
-        notes = [f"reward: {REWARD_SOURCES[self.reward]}", f"ends: {ends[self.ends]}"]
+        told = (
+            REWARD_SOURCES[self.reward] if reward_column is None else f"the column {reward_column}"
+        )
+        notes = [f"reward: {told}", f"ends: {ends[self.ends]}"]
         if self.reward_success is not None:
             notes.append(f"success: nothing labels it, so it is the reward {self.reward_success:g}")
         return notes

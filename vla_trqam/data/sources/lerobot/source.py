@@ -280,9 +280,8 @@ class LeRobotReader:
         successes = sum(outcome.success for outcome in outcomes)
         steps = sum(outcome.num_steps for outcome in outcomes)
         kept = f"{len(outcomes)} episodes, {successes} successful, {steps} steps"
-        notes = [f"{kept}; {self.where[0].lower()}{self.where[1:]}", *self.plan.notes()]
-        if self.config.reward_column is not None:
-            notes[1] = f"reward: the column {self.config.reward_column}"
+        told = self.plan.notes(self.config.reward_column)
+        notes = [f"{kept}; {self.where[0].lower()}{self.where[1:]}", *told]
         if self.config.instruction is not None:
             notes.append(f"instruction: the column {self.config.instruction}")
         if self.config.task_changes == "first":
