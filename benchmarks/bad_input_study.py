@@ -75,6 +75,11 @@ COMPARED: tuple[tuple[str, Change, tuple[str, ...]], ...] = (
         ("two or more mappings",),
     ),
     ("trials that are numbers", _entry(trials={"fql": [3, 10]}), ("two or more mappings",)),
+    (
+        "trials of a task that has none",
+        _entry(trials="cube"),
+        ("those of cube, which is not among --tasks",),
+    ),
     ("a seed of trials that is compared", _set(trial_seeds=[0]), ("--trial_seeds has 0",)),
 )
 SWEPT: tuple[tuple[str, Change, tuple[str, ...]], ...] = (

@@ -58,12 +58,12 @@ def test_a_method_is_compared_with_its_best_trials_knobs(tmp_path, tried):
     }
     assert variants == {"trqam": {"kl_budget": 1.0}, "qam": {"inverse_temperature": 1.0}}
     assert (
-        trials.text("lift", "qam")
+        trials.text(settings.task("lift"), "qam")
         == "inverse_temperature 1.0: 87.5%; inverse_temperature 10.0: 25.0%"
     )
     others = trials.variants_in(settings.task("plain"), ("trqam", "qam"))
     assert [v.knobs for v in others] == [{}, {}]
-    assert trials.text("plain", "qam") == "this value alone"
+    assert trials.text(settings.task("plain"), "qam") == "this value alone"
 
 
 def test_trials_are_runs_like_the_others_on_seeds_and_states_of_their_own(tmp_path, tried):
@@ -84,7 +84,7 @@ def test_of_equal_trials_the_first_is_taken_and_a_failed_one_never(tmp_path, tri
     trials, _ = tried(settings, rates(trqam_trial0=0.5, trqam_trial1=0.5, qam_trial1=0.0))
     assert trials.chosen("lift", "trqam") == {"kl_budget": 0.1}
     assert trials.chosen("lift", "qam") == {"inverse_temperature": 10.0}
-    assert trials.text("lift", "qam").startswith("inverse_temperature 1.0: failed; ")
+    assert trials.text(settings.task("lift"), "qam").startswith("inverse_temperature 1.0: failed; ")
     nothing, _ = tried(settings, {})
     assert nothing.chosen("lift", "qam") == {}
 
@@ -117,13 +117,33 @@ def test_stopped_trials_stop_the_study(tmp_path, monkeypatch):
     assert made_trials(config(tmp_path), read_run) is None
 
 
+def test_a_task_takes_the_knobs_that_were_found_in_another(tmp_path, tried):
+    lent = {"recipe": "finetune_robomimic", "flags": FLAGS, "trials": "lift"}
+    own = {"recipe": "finetune_robomimic", "flags": FLAGS, "trials": TRIED}
+    settings = config(tmp_path, table={"lift": own, "plain": lent})
+    trials, (plan,) = tried(settings, rates(trqam_trial1=0.5, qam_trial0=0.5))
+    assert {run.task for run in plan.runs} == {"lift"}
+    found = trials.variants_in(settings.task("plain"), settings.methods)
+    assert [v.knobs for v in found] == [{"kl_budget": 1.0}, {"inverse_temperature": 1.0}]
+    assert trials.text(settings.task("plain"), "qam") == "in lift"
+
+
+def test_trials_that_another_task_has_not_are_refused(tmp_path):
+    lent = {"recipe": "finetune_robomimic", "flags": FLAGS, "trials": "lift"}
+    with pytest.raises(UserError, match="those of lift, which is not among --tasks with trials of"):
+        config(tmp_path, tasks=("plain",), table={"plain": lent})
+    with pytest.raises(UserError, match="there are none"):
+        config(tmp_path, tasks=("plain", "lift"), table={"plain": lent, "lift": lent})
+
+
 @pytest.mark.slow
 def test_every_trial_of_the_claim_has_settings_that_work(tmp_path, tried):
     flags = ["--preset=claims_c4", f"--output_dir={tmp_path}"]
     settings = parse_config(CompareConfig, compare.PRESETS, flags)
     _, (plan,) = tried(settings, {})
-    assert len(plan.runs) == 3 * len(settings.methods) * len(settings.tasks)
-    assert {run.config.steps for run in plan.runs} == {settings.trial_flags["steps"]}
+    tuned = [name for name in settings.tasks if settings.task(name).trials]
+    assert len(plan.runs) == 3 * len(settings.methods) * len(tuned)
+    assert {run.config.online.steps for run in plan.runs} == {0}
 
 
 @pytest.mark.parametrize(

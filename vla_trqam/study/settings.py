@@ -92,6 +92,17 @@ class CompareConfig(StudySettings):
                 )
         for task in map(self.task, self.tasks):
             _check_equal_trials(task, self.methods)
+            if task.tried_in != task.name:
+                self._check_lender(task)
+
+    def _check_lender(self, task: StudyTask) -> None:
+        """The task whose trials serve another has some, and is in the study."""
+        lenders = [name for name in self.tasks if self.task(name).trials]
+        if task.tried_in not in lenders:
+            raise UserError(
+                f"the trials of the task {task.name} are those of {task.tried_in}, which is not "
+                f"among --tasks with trials of its own; there are {', '.join(lenders) or 'none'}"
+            )
 
 
 @dataclass
@@ -142,6 +153,8 @@ class StudyTask:
         flags: the same for all methods.
         knobs: of the methods, by the method's name; they win over the preset's.
         trials: knobs that are tried before, the best of which a method takes, by its name.
+        tried_in: the task whose trials these methods take their knobs from; its own name unless
+            the entry's `trials` names another.
         data: how its data is made; None where the flags say where it is.
     """
 
@@ -151,6 +164,7 @@ class StudyTask:
     flags: Mapping[str, Any]
     knobs: Mapping[str, Mapping[str, Any]]
     trials: Mapping[str, Sequence[Mapping[str, Any]]]
+    tried_in: str
     data: StudyData | None
 
     @classmethod
@@ -166,6 +180,9 @@ class StudyTask:
         if "recipe" not in values:
             raise UserError(f"{where} has no recipe; give the command that makes its runs")
         own = {part: values.get(part) or {} for part in ("flags", "knobs", "trials")}
+        tried_in = name
+        if isinstance(own["trials"], str):
+            tried_in, own["trials"] = own["trials"], {}
         for method in {*own["knobs"], *own["trials"]}:
             check_method(method, where)
         for method, trials in own["trials"].items():
@@ -174,6 +191,7 @@ class StudyTask:
             name=name,
             recipe=str(values["recipe"]),
             preset=str(values.get("preset", "default")),
+            tried_in=tried_in,
             data=None if data is None else _data(data, f"the data of {where}"),
             **own,
         )

@@ -121,7 +121,7 @@ def knobs_table(
                 if getattr(method, name) != getattr(default, name)
             }
             shown = ", ".join(f"{name} {value}" for name, value in changed.items()) or "defaults"
-            rows.append([task.name, label, shown, trials.text(task.name, label)])
+            rows.append([task.name, label, shown, trials.text(task, label)])
     return table(["task", "method", "knobs", "tried"], rows)
 
 

@@ -49,14 +49,16 @@ class Trials:
         best = max(good, key=lambda trial: trial.rate or 0.0, default=None)
         return {} if best is None else best.knobs
 
-    def text(self, task: str, method: str) -> str:
+    def text(self, task: StudyTask, method: str) -> str:
         """For a table."""
-        tried = self.found.get((task, method), ())
+        tried = self.found.get((task.tried_in, method), ())
+        if tried and task.tried_in != task.name:
+            return f"in {task.tried_in}"
         return "; ".join(trial.text() for trial in tried) or "this value alone"
 
     def variants_in(self, task: StudyTask, methods: Sequence[str]) -> list[Variant]:
         """Each method as it is compared."""
-        return [Variant(name, name, self.chosen(task.name, name)) for name in methods]
+        return [Variant(name, name, self.chosen(task.tried_in, name)) for name in methods]
 
 
 def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
