@@ -90,6 +90,22 @@ TINY: tuple[Flags, ...] = (
     ("no process", ("--output=x", "--num_workers=0"), ("--num_workers=0", "at least 1")),
     ("no thread", ("--output=x", "--num_threads=0"), ("--num_threads=0", "at least 1")),
     ("a negative seed", ("--output=x", "--seed=-1"), ("--seed=-1",)),
+    (
+        "scenes beside a dataset",
+        ("--output=x", "--dataset=.", "--scenes=3"),
+        ("--scenes", "leave it out"),
+    ),
+    ("a dataset that is none", ("--output=x", "--dataset=nowhere"), ("nowhere",)),
+)
+
+
+METAWORLD_OUT = ("--tasks=reach-v3", "--output=made")
+METAWORLD: tuple[Flags, ...] = (
+    ("no task", ("--output=made",), ("required: --tasks",)),
+    ("the folder exists", ("--tasks=reach-v3", "--output=."), ("exists already",)),
+    ("an unknown quality", (*METAWORLD_OUT, "--qualities=best"), ("'best'", "better, okay")),
+    ("no step between frames", (*METAWORLD_OUT, "--every=0"), ("--every=0", "at least 1")),
+    ("too many episodes", (*METAWORLD_OUT, "--episodes=1000000"), ("more than the 100000",)),
 )
 
 
@@ -179,5 +195,9 @@ ROWS = (
     *(
         Row("make_tiny_vla", wrong, partial(_command, "make_tiny_vla", flags), words)
         for wrong, flags, words in TINY
+    ),
+    *(
+        Row("make_metaworld_data", wrong, partial(_command, "make_metaworld_data", flags), words)
+        for wrong, flags, words in METAWORLD
     ),
 )

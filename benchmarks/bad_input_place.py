@@ -29,6 +29,7 @@ RecipeName = Literal[
     "finetune_ogbench",
     "finetune_pi0",
     "hub",
+    "make_metaworld_data",
     "make_ogbench_data",
     "make_robomimic_data",
     "make_tiny_vla",

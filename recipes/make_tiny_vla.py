@@ -2,11 +2,13 @@
 
 python recipes/make_tiny_vla.py --output=lift_pi0
 python recipes/make_tiny_vla.py --policy=smolvla --output=lift_smolvla
+python recipes/make_tiny_vla.py --policy=smolvla --dataset=metaworld --output=metaworld_smolvla
 
 A policy with π0's or SmolVLA's stock forward code and small widths: its vision-language model
-learns where things are (images of the demonstrations and of random scenes, to the object's pose);
-its action expert clones a few demonstrations on the frozen model; the demonstrations are written as
-a LeRobotDataset, with images where a policy could have decided.
+learns where things are (images to the objects' poses, by instruction); its action expert clones a
+few demonstrations on the frozen model. Without --dataset they are Lift's: rendered, together with
+random scenes, and written as a LeRobotDataset with images where a policy could have decided. With
+one, it is what recipes/make_metaworld_data.py wrote, and the policy alone is made.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from vla_trqam.adapters.tiny.checkpoints import (
     tiny_smolvla_config,
     write_checkpoint,
 )
+from vla_trqam.adapters.tiny.lessons import Lesson, action_chunks, joined, lesson_of_dataset
 from vla_trqam.adapters.tiny.pretraining import (
     Progress,
     Scenes,
@@ -57,9 +60,13 @@ from vla_trqam.files import written_whole
 DEMOS = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
 CAMERAS = CameraSettings(("agentview",), image_size=96, shadows=False)
 CHUNK, STRIDE, CONTROL_FREQUENCY, FLOW_STEPS = 8, 4, 20, 5
-WIDTH, PATCH = 64, 12
+IMAGE_SIZE, WIDTH, PATCH = 96, 64, 12
+SHORT_TEXT, LONGEST_TEXT = 24, 64
+"""Tokens of an instruction, a byte each: what the tiny configs have, and what longer ones take."""
 FIRST_SCENE_SEED = 7_000_000
 AT_LEAST_ONE = ("pose_steps", "clone_steps", "episodes", "num_workers", "num_threads")
+OF_LIFT = ("demos", "filter_key", "scenes", "episodes", "num_workers")
+OF_DATASET = ("cloned_episodes",)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -74,6 +81,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--policy", choices=("pi0", "smolvla"), default="pi0")
     add("--demos", type=Path, default=DEMOS, help="Robomimic HDF5 file of Lift")
     add("--filter_key", help="demonstrations that the expert clones; all unless given")
+    add("--dataset", type=Path, help="a LeRobotDataset with the objects' positions, not --demos")
+    add("--cloned_episodes", type=int, help="of --dataset, the first so many; all unless given")
     add("--scenes", type=int, default=1500, help="random scenes beside the demonstrations")
     add("--pose_steps", type=int, default=3000)
     add("--clone_steps", type=int, default=1200, help="few: the policy is to be mediocre")
@@ -82,53 +91,92 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--num_workers", type=int, default=2, help="simulator processes")
     add("--num_threads", type=int, default=2, help="torch's threads")
     options = parser.parse_args(arguments)
+    _refuse_the_others(parser, options)
     refuse_below({name: getattr(options, name) for name in AT_LEAST_ONE}, 1)
     refuse_below({name: getattr(options, name) for name in ("scenes", "seed")}, 0)
     return options
 
 
+def _refuse_the_others(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Flags of the source of demonstrations that was not chosen."""
+    how, unread = ("without", OF_DATASET) if options.dataset is None else ("with", OF_LIFT)
+    for name in unread:
+        if getattr(options, name) != parser.get_default(name):
+            raise UserError(f"--{name} says nothing {how} --dataset; leave it out")
+
+
 def make(options: argparse.Namespace) -> None:
-    """Renders, pretrains and writes.
+    """Renders or reads, pretrains and writes.
 
     Raises:
-        UserError: the output exists, or the demonstrations cannot be repeated.
+        UserError: the output exists, or the demonstrations cannot be repeated or read.
     """
     if options.output.exists():
         raise UserError(f"{options.output} exists already; name another --output")
     torch.set_num_threads(options.num_threads)
+    if options.dataset is not None:
+        lesson = lesson_of_dataset(
+            options.dataset,
+            chunk=CHUNK,
+            image_size=IMAGE_SIZE,
+            cloned_episodes=options.cloned_episodes,
+        )
+        with _folder(options.output) as part:
+            write_policy(options, lesson, part / "policy")
+        return
     total = len(read_robomimic(options.demos).demos)
     read_robomimic(options.demos, filter_key=options.filter_key)  # refused before the rendering
     rendered = render_demos(options.demos, CAMERAS, every=1, num_workers=options.num_workers)
     demos = list(tqdm(rendered, total=total, desc="demonstrations", unit="episode"))
-    with written_whole(options.output) as part:
-        part.mkdir(parents=True)
-        write_policy(options, demos, part / "policy")
+    with _folder(options.output) as part:
+        write_policy(options, lesson_of_lift(options, demos), part / "policy")
         write_dataset(demos[: options.episodes], part / "dataset")
 
 
-def write_policy(options: argparse.Namespace, demos: Sequence[RenderedDemo], folder: Path) -> None:
-    """Pretrains on the demonstrations and writes the policy."""
-    seen = demonstrated(demos)
-    actions = np.concatenate([demo.episode.actions for demo in demos])
-    config = config_of(options, seen.states.shape[1], actions.shape[1])
-    write_checkpoint(config, statistics(seen.states, actions, CAMERAS.names), folder)
+@contextmanager
+def _folder(output: Path) -> Iterator[Path]:
+    """There whole or not at all."""
+    with written_whole(output) as part:
+        part.mkdir(parents=True)
+        yield part
+
+
+def lesson_of_lift(options: argparse.Namespace, demos: Sequence[RenderedDemo]) -> Lesson:
+    """The demonstrations, random scenes beside them, and those of the filter key to be cloned."""
+    seen, cloned = demonstrated(demos), cloned_demos(options, demos)
+    scenes = random_scenes(options, seen.texts[0])
+    return Lesson(
+        # The random scenes are the more various, so they are repeated until they are about as many.
+        looks=joined(seen, scenes, max(1, len(seen) // max(1, len(scenes)))),
+        cloned=demonstrated(cloned),
+        chunks=np.concatenate([action_chunks(demo.episode.actions, CHUNK) for demo in cloned]),
+        states=seen.states,
+        actions=np.concatenate([demo.episode.actions for demo in demos]),
+        cameras=dict.fromkeys(CAMERAS.names, (CAMERAS.image_size, CAMERAS.image_size, 3)),
+    )
+
+
+def write_policy(options: argparse.Namespace, lesson: Lesson, folder: Path) -> None:
+    """Pretrains and writes the policy."""
+    config = config_of(options, lesson)
+    stats = statistics(lesson.states, lesson.actions, tuple(lesson.cameras))
+    write_checkpoint(config, stats, folder)
     policy = load_policy(folder, lora=None)
     with bar("poses", options.pose_steps) as progress:
         learn_poses(
             policy,
-            joined(seen, random_scenes(options, seen.task)),
+            lesson.looks,
             steps=options.pose_steps,
             batch_size=64,
             lr=1e-3,
             seed=options.seed,
             progress=progress,
         )
-    cloned = cloned_demos(options, demos)
     with bar("actions", options.clone_steps) as progress:
         clone_demonstrations(
             policy,
-            cached_prefixes(policy, demonstrated(cloned)),
-            np.concatenate([action_chunks(demo.episode.actions) for demo in cloned]),
+            cached_prefixes(policy, lesson.cloned),
+            lesson.chunks,
             steps=options.clone_steps,
             batch_size=128,
             lr=1e-3,
@@ -138,18 +186,23 @@ def write_policy(options: argparse.Namespace, demos: Sequence[RenderedDemo], fol
     policy.save_pretrained(folder)
 
 
-def config_of(options: argparse.Namespace, state_dim: int, action_dim: int) -> PreTrainedConfig:
+def config_of(options: argparse.Namespace, lesson: Lesson) -> PreTrainedConfig:
     """The architecture; SmolVLA's names a folder with its vision-language model's, made beside."""
-    features = flow_features(state_dim, action_dim, CAMERAS.names, CAMERAS.image_size)
+    (shape, *_) = lesson.cameras.values()
+    features = flow_features(
+        lesson.states.shape[1], lesson.actions.shape[1], tuple(lesson.cameras), shape[0]
+    )
     shared: dict[str, Any] = {"chunk_size": CHUNK, "n_action_steps": CHUNK, "max_state_dim": 16}
     shared["license"] = "apache-2.0"
+    if max(len(text.encode()) for text in lesson.looks.texts) + 1 > SHORT_TEXT:
+        shared["tokenizer_max_length"] = LONGEST_TEXT
     if options.policy == "smolvla":
         vlm = options.output.absolute().with_name(f"{options.output.name}_vlm")
-        size = CAMERAS.image_size
+        size = IMAGE_SIZE
         return tiny_smolvla_config(features, vlm, image_size=size, num_steps=FLOW_STEPS, **shared)
     return tiny_pi0_config(
         features,
-        image_resolution=(CAMERAS.image_size, CAMERAS.image_size),
+        image_resolution=(IMAGE_SIZE, IMAGE_SIZE),
         num_inference_steps=FLOW_STEPS,
         vision_width=WIDTH,
         vision_mlp_dim=2 * WIDTH,
@@ -176,7 +229,8 @@ def demonstrated(demos: Sequence[RenderedDemo]) -> Scenes:
         },
         states=np.concatenate([e.observations[:-1] for e in episodes]),
         poses=pose_targets(np.concatenate([demo.objects[:-1] for demo in demos])),
-        task=str(episodes[0].task),
+        texts=[str(episodes[0].task)],
+        told=np.zeros(sum(len(e.actions) for e in episodes), np.int64),
     )
 
 
@@ -198,27 +252,9 @@ def random_scenes(options: argparse.Namespace, task: str) -> Scenes:
         images={c: np.stack([seen["pixels"][c] for seen, _ in looks]) for c in CAMERAS.names},
         states=np.stack([seen["agent_pos"] for seen, _ in looks]),
         poses=pose_targets(np.stack([objects for _, objects in looks])),
-        task=task,
+        texts=[task],
+        told=np.zeros(len(looks), np.int64),
     )
-
-
-def joined(first: Scenes, second: Scenes) -> Scenes:
-    """Both, the second repeated until it is about as many: its scenes are the more various."""
-    times = max(1, len(first) // max(1, len(second)))
-    return Scenes(
-        images={
-            c: np.concatenate([first.images[c], *[second.images[c]] * times]) for c in first.images
-        },
-        states=np.concatenate([first.states, *[second.states] * times]),
-        poses=np.concatenate([first.poses, *[second.poses] * times]),
-        task=first.task,
-    )
-
-
-def action_chunks(actions: np.ndarray) -> np.ndarray:
-    """The H actions from every step on, the last one repeated: (T, A) -> (T, H, A)."""
-    steps = np.arange(len(actions))[:, None] + np.arange(CHUNK)
-    return actions[np.minimum(steps, len(actions) - 1)]
 
 
 def write_dataset(demos: Sequence[RenderedDemo], folder: Path) -> None:

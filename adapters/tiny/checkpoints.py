@@ -15,6 +15,8 @@ from vla_trqam.adapters.tiny.backbones import write_tiny_clip, write_tiny_smolvl
 from vla_trqam.adapters.tiny.configuration_tiny_pi0 import TinyPI0Config
 from vla_trqam.adapters.tiny.configuration_tiny_pi05 import TinyPI05Config
 
+from vla_trqam.data.frames import image_key
+
 Stats = dict[str, dict[str, Any]]
 
 _ALL_STATS = ("mean", "std", "min", "max", "q01", "q99")
@@ -25,7 +27,7 @@ def flow_features(
 ) -> dict[str, dict[str, PolicyFeature]]:
     """``input_features`` and ``output_features`` of a config: state, square images, action."""
     image = PolicyFeature(type=FeatureType.VISUAL, shape=(3, image_size, image_size))
-    inputs = {f"observation.images.{camera}": image for camera in cameras}
+    inputs = {image_key(camera): image for camera in cameras}
     state = PolicyFeature(type=FeatureType.STATE, shape=(state_dim,))
     action = PolicyFeature(type=FeatureType.ACTION, shape=(action_dim,))
     return {

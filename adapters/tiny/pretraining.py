@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,14 @@ from vla_trqam.adapters.critic_features import mean_over_valid
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.critic import ema_update
+from vla_trqam.data.frames import image_key
 
 EMA_RATE = 0.002
 YAW_SCALE = 0.03
 """Metres that a full turn of the yaw's circle counts for: as much as the object's position."""
 SMALLEST_STD = 1e-2
+SMALLEST_SPREAD = 1e-3
+"""Metres; what no scene moves is not to be learnt to the last digit."""
 
 Progress = Callable[[int, dict[str, float]], None]
 """Told the steps done and what they found."""
@@ -32,14 +35,16 @@ class Scenes:
     Attributes:
         images: by camera, (N, H, W, 3) uint8.
         states: raw, (N, S) float32.
-        poses: what :func:`pose_targets` made, (N, 5) float32.
-        task: what to do.
+        poses: where things are (m), in P numbers, (N, P) float32.
+        texts: what is to be done.
+        told: which of the texts at each look, (N,) int.
     """
 
     images: Mapping[str, np.ndarray]
     states: np.ndarray
     poses: np.ndarray
-    task: str
+    texts: Sequence[str]
+    told: np.ndarray
 
     def __len__(self) -> int:
         return len(self.states)
@@ -52,22 +57,20 @@ class Looks:
         self.scenes = scenes
         assert policy.processors is not None
         self._states = policy.processors.normalize(OBS_STATE, torch.from_numpy(scenes.states))
-        example = self._images(np.zeros(1, dtype=np.int64))
-        raw = example | {OBS_STATE: torch.from_numpy(scenes.states[:1]), "task": [scenes.task]}
-        seen = policy.processors.observe(raw)
+        first = np.zeros(len(scenes.texts), dtype=np.int64)
+        state = {OBS_STATE: torch.from_numpy(scenes.states[first])}
+        seen = policy.processors.observe(self._images(first) | state | {"task": [*scenes.texts]})
         self._text = {k: seen[k] for k in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)}
 
     def at(self, index: np.ndarray) -> dict[str, Tensor]:
         """The looks with these numbers, (B,)."""
-        text = {key: value.expand(len(index), -1) for key, value in self._text.items()}
+        told = torch.from_numpy(self.scenes.told[index])
+        text = {key: value[told] for key, value in self._text.items()}
         return self._images(index) | {OBS_STATE: self._states[index]} | text
 
     def _images(self, index: np.ndarray) -> dict[str, Tensor]:
         return {
-            f"observation.images.{camera}": torch.from_numpy(images[index])
-            .permute(0, 3, 1, 2)
-            .float()
-            / 255
+            image_key(camera): torch.from_numpy(images[index]).permute(0, 3, 1, 2).float() / 255
             for camera, images in self.scenes.images.items()
         }
 
@@ -88,7 +91,7 @@ def statistics(states: np.ndarray, actions: np.ndarray, cameras: tuple[str, ...]
     """Of states (N, S) and actions (N, A), as a LeRobot dataset holds them; images stay raw."""
     raw = {"mean": 0.0, "std": 1.0, "min": 0.0, "max": 1.0, "q01": 0.0, "q99": 1.0}
     image = {name: torch.full((3, 1, 1), value) for name, value in raw.items()}
-    images = {f"observation.images.{camera}": image for camera in cameras}
+    images = {image_key(camera): image for camera in cameras}
     return {OBS_STATE: _of(states), "action": _of(actions)} | images
 
 
@@ -123,7 +126,7 @@ def learn_poses(
     looks, host = Looks(policy, scenes), policy.host
     prefix = _prefix_parameters(policy)
     targets = torch.from_numpy(scenes.poses)
-    mean, std = targets.mean(dim=0), targets.std(dim=0)
+    mean, std = targets.mean(dim=0), targets.std(dim=0).clamp(min=SMALLEST_SPREAD)
     head = nn.Linear(policy.family.prefix_width(host), targets.shape[1])
     layers = len(policy.family.prefix_layers(host))
 

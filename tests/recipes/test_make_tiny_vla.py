@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from vla_trqam.adapters.loading import load_policy
+from vla_trqam.adapters.tiny.lessons import action_chunks
 from vla_trqam.recipes import make_tiny_vla
 
 import vla_trqam.data
@@ -56,11 +57,23 @@ def test_an_output_that_exists_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dataset=x", "--scenes=3"], "--scenes says nothing with --dataset"),
+        (["--cloned_episodes=3"], "--cloned_episodes says nothing without --dataset"),
+    ],
+)
+def test_a_flag_of_the_other_demonstrations_is_refused(tmp_path: Path, capsys, flags, said):
+    assert make_tiny_vla.main([f"--output={tmp_path / 'made'}", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_action_chunks_repeat_the_last_action():
     actions = np.arange(6, dtype=np.float32).reshape(3, 2)
-    chunks = make_tiny_vla.action_chunks(actions)
-    assert chunks.shape == (3, make_tiny_vla.CHUNK, 2)
-    assert chunks[1].tolist() == [[2, 3]] + [[4, 5]] * (make_tiny_vla.CHUNK - 1)
+    chunks = action_chunks(actions, 8)
+    assert chunks.shape == (3, 8, 2)
+    assert chunks[1].tolist() == [[2, 3]] + [[4, 5]] * 7
 
 
 def test_the_packed_policy_was_normalised_as_the_packed_dataset_is():

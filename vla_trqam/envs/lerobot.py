@@ -113,7 +113,11 @@ def _choice(
 
 
 class LeRobotTaskEnv(SeededTaskEnv):
-    """The environments of a type, one for each task; those that can render at `look` only."""
+    """The environments of a type, one for each task; those that can render at `look` only.
+
+    Attributes:
+        sight: eyes of the environment under way; None for one that renders at every step.
+    """
 
     def __init__(self, choice: _Choice, max_episode_steps: int) -> None:
         """Make them all; most of LeRobot's build their simulator at the first reset."""
@@ -123,7 +127,7 @@ class LeRobotTaskEnv(SeededTaskEnv):
         self._type = choice.env_type
         close = SIGHTS.get(choice.env_type)
         self._sights = [None if close is None else close(env.unwrapped) for env in self._envs]
-        self._sight: Sight | None = None
+        self.sight: Sight | None = None
         self.task_text = self._texts[0]
         self._observation: Any = None
 
@@ -134,7 +138,7 @@ class LeRobotTaskEnv(SeededTaskEnv):
         assert seed is not None, "an episode is a function of its seed"
         number = seed % len(self._envs)
         self.env, self.task_text = self._envs[number], self._texts[number]
-        self._sight = self._sights[number]
+        self.sight = self._sights[number]
         try:
             return super().reset(seed=seed, options=options)
         except ImportError as error:  # of a simulator that is built now
@@ -151,7 +155,7 @@ class LeRobotTaskEnv(SeededTaskEnv):
 
     def look(self) -> dict[str, np.ndarray]:
         """Rendered now, where the environment can be asked; else of its last step."""
-        observation = self._observation if self._sight is None else self._sight.open()
+        observation = self._observation if self.sight is None else self.sight.open()
         return self._seen.parts(observation)[1]
 
     def close(self) -> None:

@@ -47,21 +47,25 @@ class SightByType(Sight):
 
 
 class SightByFormat(Sight):
-    """Of Meta-World: its `_format_raw_obs` renders, and keeps of the numbers those of the hand."""
+    """Of Meta-World: its `_format_raw_obs` renders, and keeps of the numbers those of the hand.
+
+    Attributes:
+        numbers: (39,) all of them, of the last state: the hand's, and where the objects are.
+    """
 
     def __init__(self, env: Any) -> None:
         """Have it keep the numbers for later."""
         super().__init__(env)
-        self._render, self._raw = type(env)._format_raw_obs, np.empty(0)
+        self._render, self.numbers = type(env)._format_raw_obs, np.empty(0)
         self._dark = np.zeros((env.observation_height, env.observation_width, 3), np.uint8)
         env._format_raw_obs = self._keep
 
     def open(self) -> Any:
         """As its own code has it, of the numbers of the last step."""
-        return self._render(self.env, self._raw)
+        return self._render(self.env, self.numbers)
 
     def _keep(self, raw: np.ndarray) -> dict[str, np.ndarray]:
-        self._raw = raw
+        self.numbers = raw
         return {"pixels": self._dark, "agent_pos": raw[:4]}
 
 

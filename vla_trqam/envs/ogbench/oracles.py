@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 
 from vla_trqam.envs.ogbench.family import keep_action_space, require_ogbench
-from vla_trqam.envs.robomimic.demonstrators.processes import in_processes
+from vla_trqam.envs.processes import in_processes
 from vla_trqam.envs.seeding import global_seed
 from vla_trqam.errors import UserError
 

@@ -11,6 +11,8 @@ from vla_trqam.data.sources.lerobot.safety import LARGEST_VECTOR, Feature
 from vla_trqam.data.transitions import tells_interventions
 from vla_trqam.errors import UserError
 
+OBJECT_POSITIONS = "object_positions"
+"""Where a simulator's objects are (m) before each action, as our recipes write it."""
 _OWN = {
     *(STATE_KEY, "action", *LABELS),
     *("timestamp", "frame_index", "episode_index", "index", "task_index"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vla_trqam.data.sources.robomimic.writer import Demonstration
-from vla_trqam.envs.robomimic.demonstrators.processes import in_processes
+from vla_trqam.envs.processes import in_processes
 from vla_trqam.envs.robomimic.demonstrators.record import EpisodePlan, make_env, record_episode
 from vla_trqam.envs.robomimic.demonstrators.tasks import DemoTask, demo_task
 from vla_trqam.envs.robomimic.env import RobomimicEnv
