@@ -45,6 +45,7 @@ def flip(path):
 
 
 def load(checkpoint):
+    check_whole(checkpoint)
     load_checkpoint(checkpoint, make_off_policy(), Generators.seeded(0, torch.device("cpu")))
 
 

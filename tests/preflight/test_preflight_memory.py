@@ -162,6 +162,23 @@ def test_an_average_is_counted_where_it_acts_and_in_checkpoints(
     assert two.checkpoints - one.checkpoints == trained
 
 
+def test_of_moments_in_parts_a_process_has_one_and_a_checkpoint_all(
+    policy: Any, tmp_path: Path
+) -> None:
+    replay = make_replay(tmp_path / "replay")
+    dry = memory.DryPass(prefix=8, activations=8, reached=1, finite=True)
+    plan = plan_of(replay, tmp_path / "not" / "yet", next_actions=1)
+    whole, parts = (memory.measure_memory(policy, None, dry, shards=n) for n in (1, 4))
+    trained = sum(p.numel() for p in policy.trainable_parameters()) * 4
+    assert whole.fixed == 3 * trained
+    assert parts.fixed == 1.5 * trained
+    one, other = (
+        disk.measure_disk(policy, plan, None, needs, frame_bytes=1, num_checkpoints=1)
+        for needs in (whole, parts)
+    )
+    assert one.checkpoints == other.checkpoints
+
+
 def test_free_memory_is_what_the_system_and_a_containers_limit_leave(tmp_path: Path) -> None:
     available = memory.available_memory(torch.device("cpu"))
     assert available is None or 0 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf(

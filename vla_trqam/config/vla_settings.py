@@ -15,6 +15,7 @@ from vla_trqam.data.sources.lerobot.rows import TaskChanges
 from vla_trqam.envs.registry import EnvConfig, robomimic_task
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Offers
+from vla_trqam.methods.registry import check_shard
 from vla_trqam.report.flow_steps import check_flow_steps
 
 
@@ -141,12 +142,15 @@ class PeftConfig:
         r: rank of the adapters.
         lora_alpha: their output is scaled by ``lora_alpha / r``; null takes ``r``.
         target_modules: a regular expression; null takes LeRobot's for the policy.
+        shard: of several processes, each keeps a part of what is trained in full, of its gradients
+            and of Adam's moments (FSDP2).
     """
 
     method: Literal["lora", "full"] = "lora"
     r: int = 16
     lora_alpha: int | None = None
     target_modules: str | None = None
+    shard: bool = False
 
 
 @dataclass
@@ -258,12 +262,26 @@ class FinetuneVLAConfig(RunSettings):
                 "--policy.push_to_hub=true would push processors that name a folder of this "
                 f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
             )
+        self._check_shard()
         self._check_datasets()
         self._check_prefix_cache()
         tuned = self.policy.tuned_flow_steps
         if tuned is not None:
             check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)
         super()._check_choices()
+
+    def _check_shard(self) -> None:
+        if not self.peft.shard:
+            return
+        if self.peft.method == "lora":
+            raise UserError(
+                "--peft.shard=true: adapters are a thousandth of the model, every process keeps "
+                "them whole; leave it out, or train in full with --peft.method=full"
+            )
+        try:
+            check_shard(self.method)
+        except UserError as error:
+            raise UserError(f"--peft.shard=true: {error}") from None
 
     def _check_prefix_cache(self) -> None:
         budget = self.prefix_cache_gib

@@ -85,6 +85,10 @@ class Around(OffPolicyMethod):
         """The method's."""
         return self.method.acting()
 
+    def present(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """The method's."""
+        return self.method.present(wanted)
+
     def scalars(self) -> Scalars:
         """The method's."""
         return self.method.scalars()
@@ -160,8 +164,7 @@ class Cached(Around):
         self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1
     ) -> None:
         """One update of the method, then the critic's."""
-        if self.next_actions is not None:
-            self.next_actions.fill(generator)
+        self._fill(generator)
         batch = batch if self.draws_next else self._with_next_actions(batch, generator)
         self.method.update(batch, generator, num_parts=self.num_micro_batches)
         self._keep_next_actions(batch, generator)
@@ -177,15 +180,21 @@ class Cached(Around):
             frames = batch.next_observation[FRAME]
             self.next_actions.put(frames, self.method.next_action, generator)
         self.next_actions.policy_moved()
-        if not self.draws_next:
-            self.next_actions.draw_at(batch.observation, generator)
-        if self.redraws:
-            self.next_actions.redraw(self.redraws, generator)
+        with self.present(not self.draws_next or self.redraws > 0):
+            if not self.draws_next:
+                self.next_actions.draw_at(batch.observation, generator)
+            if self.redraws:
+                self.next_actions.redraw(self.redraws, generator)
+
+    def _fill(self, generator: torch.Generator) -> None:
+        """Chunks for the frames that have none: of all, at first, and of each rollout."""
+        if self.next_actions is not None:
+            with self.present(self.next_actions.num_missing > 0):
+                self.next_actions.fill(generator)
 
     def update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:
         """One update of the critic, at next actions that were drawn before."""
-        if self.next_actions is not None:
-            self.next_actions.fill(generator)
+        self._fill(generator)
         self._update_critic(batch, generator)
 
     def _update_critic(self, batch: TransitionBatch[Any], generator: torch.Generator) -> None:

@@ -26,10 +26,12 @@ SMALLER = "--method.actor_lr, --method.critic_lr or --method.kl_budget"
 def not_finite(method: Method) -> str | None:
     """The first weight, moment of the optimizer or number to save that is NaN or infinite."""
     numbers = {k: v for k, v in method.scalars().items() if not isinstance(v, str)}
+    # Both before either is looked at: what is in parts, all processes put together.
+    weights, moments = module_tensors(method), optimizer_tensors(method.optimizer)
     return (
         next((name for name, value in numbers.items() if not math.isfinite(value)), None)
-        or _first(module_tensors(method), "weight {}")
-        or _first(optimizer_tensors(method.optimizer), "the optimizer's {}")
+        or _first(weights, "weight {}")
+        or _first(moments, "the optimizer's {}")
     )
 
 

@@ -70,6 +70,11 @@ class NextActions(nn.Module):
         self.register_buffer(UPDATES, torch.zeros((), dtype=torch.int64, device=device))
         self._ages_known = True
 
+    @property
+    def num_missing(self) -> int:
+        """Frames that have no chunks yet."""
+        return max(0, len(self._replay.frame_index.rows_of_frames()) - self.num_known)
+
     @torch.no_grad()
     def fill(self, generator: torch.Generator, *, batch_size: int = 256) -> int:
         """Draws the chunks of frames that have none yet; returns how many frames these were."""

@@ -24,6 +24,7 @@ from vla_trqam.engine.divergence import not_finite, smaller_factor
 from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import (
     Position,
+    check_whole,
     forget_checkpoints,
     last_checkpoint,
     load_checkpoint,
@@ -170,6 +171,8 @@ class Run:
 
     def _load(self, checkpoint: Path, method: Method) -> None:
         rank = self.team.rank
+        # Where weights are in parts, all load together or none does.
+        self.team.on_main(lambda: check_whole(checkpoint))
         self.team.together(lambda: load_checkpoint(checkpoint, method, self.generators, rank))
         # A checkpoint from before a rollback has the larger one.
         self.step_factor = min(self.step_factor, method.step_factor)
@@ -363,15 +366,16 @@ class Run:
             with method.acting():
                 self.save_policy(folder)
 
-        save_checkpoint(
-            self.output_dir,
-            name,
-            method,
-            save_policy,
-            self.generators,
-            position,
-            self.team,
-        )
+        with method.present():
+            save_checkpoint(
+                self.output_dir,
+                name,
+                method,
+                save_policy,
+                self.generators,
+                position,
+                self.team,
+            )
         if self.team.is_main and not phase.moves_policy:
             # Nobody evaluates these: the newest is for going on.
             forget_checkpoints(self.output_dir, f"{phase.name}_", keep=name)

@@ -53,6 +53,7 @@ from vla_trqam.jobs.vla_preflight import (
     room_for_rollouts,
 )
 from vla_trqam.methods.base import OffPolicyMethod
+from vla_trqam.methods.parts.parallel import check_several
 from vla_trqam.methods.registry import make_method, name_of
 from vla_trqam.preflight.prefixes import FEATURES_ONLY
 
@@ -146,6 +147,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         Raises:
             UserError: one of these is not as it should be.
         """
+        if config.peft.shard:
+            check_several(team.size)
         device = own_device("policy.device", config.policy.device, accelerator)
         family = team.together(lambda: _make_family(config))
         datasets, policy = team.together(
@@ -237,8 +240,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         config, policy, team = self.config, self.policy, self.team
         rewards = all_rewards(self._replay, everything, team)
         team.together(lambda: check_data(config, policy, self._replay, everything, rewards, team))
-        self.method()  # what it cannot be made of is refused here
-        team.together(self._features.update)
+        with self.method().present():  # what it cannot be made of is refused here
+            team.together(self._features.update)
 
     def method(self) -> Cached:
         """The method with many updates of the critic for each one of the policy."""
@@ -301,7 +304,13 @@ class VLAJob(Job[FinetuneVLAConfig]):
     def _make_method(self) -> Cached:
         knobs = self.config.critic
         critic = make_critic(knobs, self.policy, self.config.seed)
-        method = make_method(self.policy, critic, self.config.method, self._accelerator)
+        method = make_method(
+            self.policy,
+            critic,
+            self.config.method,
+            self._accelerator,
+            shard=self.config.peft.shard,
+        )
         cached = Cached(
             method,
             self._next_actions(method) if method.requirements.next_actions else None,

@@ -61,7 +61,12 @@ def check_machine(
         plan,
         critic=make_critic(config.critic, policy, config.seed),
         method=config.method,
-        share=Share(team.batch_share(config.batch_size), config.micro_batches, team.size),
+        share=Share(
+            team.batch_share(config.batch_size),
+            config.micro_batches,
+            team.size,
+            shards=team.size if config.peft.shard else 1,
+        ),
         output_dir=output_dir,
         num_checkpoints=max(1, whole - len(all_checkpoints(output_dir))),
         prefixes=prefixes,

@@ -138,6 +138,13 @@ class MethodConfig:
         """What a reader of the terminal should know of the method before it trains."""
         return ""
 
+    def check_shard(self) -> None:
+        """Refuses knobs with which the method's weights cannot be kept in parts.
+
+        Raises:
+            UserError: why not.
+        """
+
     def rehearse(self, policy: FlowPolicy, context: Context, rows: int) -> Rehearsal | None:
         """The pass of an update through the policy's trained weights; None where there is none.
 
@@ -163,6 +170,7 @@ class Requirements:
         learns_critic: a critic is learnt of the replay's rewards.
         own_field: what acts is a velocity field of the method's own, in which nothing of the
             pretrained one is used.
+        can_shard: of several processes, each can keep a part of what is trained.
     """
 
     trains_field: bool
@@ -171,6 +179,7 @@ class Requirements:
     adjoint: bool = False
     learns_critic: bool = True
     own_field: bool = False
+    can_shard: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,6 +241,16 @@ class Method(ABC):
 
     def acting(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that act and are saved; no update is made there."""
+        return nullcontext()
+
+    def present(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """Inside, weights of which each process has a part are all there, to be read.
+
+        Every process enters. No update is made there.
+
+        Args:
+            wanted: by this process; where none wants them, none gets them.
+        """
         return nullcontext()
 
     def scalars(self) -> Scalars:

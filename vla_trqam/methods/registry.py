@@ -132,6 +132,31 @@ def make_method(
     critic: Critic,
     config: MethodConfig,
     accelerator: Accelerator | None = None,
+    *,
+    shard: bool = False,
 ) -> OffPolicyMethod:
-    """The method with these knobs."""
-    return METHODS[name_of(config)].make(policy, critic, config, accelerator)
+    """The method with these knobs; ``shard``: each process keeps a part of what is trained.
+
+    Raises:
+        UserError: it cannot be made with these knobs, or not in parts.
+    """
+    make = METHODS[name_of(config)].make
+    if not shard:
+        return make(policy, critic, config, accelerator)
+    check_shard(config)
+    return make(policy, critic, config, accelerator, shard=True)
+
+
+def check_shard(config: MethodConfig) -> None:
+    """Refuses methods and knobs with which the trained weights cannot be kept in parts.
+
+    Raises:
+        UserError: why not.
+    """
+    if not requirements_of(config).can_shard:
+        can = ", ".join(name for name, entry in METHODS.items() if entry.requirements.can_shard)
+        raise UserError(
+            f"{name_of(config)} trains no weights of the policy's, or networks beside it, which "
+            f"every process keeps whole; in parts there are {can}"
+        )
+    config.check_shard()

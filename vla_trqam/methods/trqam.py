@@ -74,7 +74,9 @@ class TRQAM(OffPolicyMethod):
         UserError: what the accelerator or the config asks for is not possible.
     """
 
-    requirements = Requirements(trains_field=True, next_actions=True, host_acts=True, adjoint=True)
+    requirements = Requirements(
+        trains_field=True, next_actions=True, host_acts=True, adjoint=True, can_shard=True
+    )
     loss_class: ClassVar[type[TRQAMLoss]] = TRQAMLoss
     """What a method of the family exchanges: a step of the loss, networks of its own."""
     lambda_is: ClassVar[str] = INSIDE
@@ -104,7 +106,7 @@ class TRQAM(OffPolicyMethod):
             [{"params": actor, "lr": config.actor_lr}, {"params": critics, "lr": config.critic_lr}],
             fused=True,
         )
-        self._step_factor = 1.0
+        self._step_factor, self._present = 1.0, False
         rate = config.average_rate
         self.average = WeightAverage(policy.trainable_parameters(), rate) if rate else None
         self._result: UpdateResult | None = None
@@ -131,12 +133,7 @@ class TRQAM(OffPolicyMethod):
         if not self.ranks.shard:
             self.ranks.synchronize(self.loss)
             return
-        if self.config.train_base:
-            raise UserError("train_base: a base in training cannot be sharded; set one to false")
-        if self.config.loss_steps is not None:
-            raise UserError("loss_steps: ranks that draw other steps cannot shard; set it to null")
-        if self.config.average_rate:
-            raise UserError("average_rate: an average cannot be sharded; set it to 0")
+        self.config.check_shard()
         if self.loss.own:
             beside = " and ".join(self.loss.own)
             raise UserError(f"shard: {beside} beside the policy cannot be sharded; set it to false")
@@ -158,7 +155,20 @@ class TRQAM(OffPolicyMethod):
 
     def acting(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that act; no update may be made there."""
-        return nullcontext() if self.average is None else self.average.in_place()
+        return self.present() if self.average is None else self.average.in_place()
+
+    @contextmanager
+    def present(self, wanted: bool = True) -> Iterator[None]:
+        """Sharded weights are whole inside; see :meth:`Method.present`."""
+        if not self.ranks.shard or self._present or not self.ranks.any(wanted):
+            yield
+            return
+        self._present = True
+        try:
+            with self.whole_weights():
+                yield
+        finally:
+            self._present = False
 
     def update(
         self, batch: TransitionBatch[Any], generator: torch.Generator, *, num_parts: int = 1

@@ -150,6 +150,15 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
                 "takes some of them: give less there, or null for all"
             )
 
+    def check_shard(self) -> None:
+        """See :meth:`MethodConfig.check_shard`."""
+        if self.train_base:
+            raise UserError("train_base: a base in training cannot be sharded; set one to false")
+        if self.loss_steps is not None:
+            raise UserError("loss_steps: ranks that draw other steps cannot shard; set it to null")
+        if self.average_rate:
+            raise UserError("average_rate: an average cannot be sharded; set it to 0")
+
     @property
     def trains_the_base(self) -> bool:
         """See :meth:`MethodConfig.trains_the_base`."""

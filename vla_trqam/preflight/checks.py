@@ -204,6 +204,7 @@ class _Machine:
             self.dry,
             chunks,
             averages=self.method.keeps_average,
+            shards=self.share.shards,
             contexts=self.prefixes().contexts,
         )
 

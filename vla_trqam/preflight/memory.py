@@ -88,6 +88,7 @@ class Memory:
         next_actions: the chunks kept at every frame that the replay has room for.
         average: the running mean of what is trained of the policy; 0 without one.
         contexts: prefixes held of each row.
+        shards: that the optimizer's moments are in; a process has one.
     """
 
     weights: int
@@ -98,12 +99,18 @@ class Memory:
     next_actions: int = 0
     average: int = 0
     contexts: int = CONTEXTS
+    shards: int = 1
+
+    @property
+    def own_moments(self) -> int:
+        """Adam's in one process."""
+        return -(-self.optimizer // self.shards)
 
     @property
     def fixed(self) -> int:
         """What comes on top of the weights, whatever the batch."""
         # The weights in training wait in a copy while the average acts.
-        return self.gradients + self.optimizer + self.next_actions + 2 * self.average
+        return self.gradients + self.own_moments + self.next_actions + 2 * self.average
 
     @property
     def prefixes(self) -> int:
@@ -124,11 +131,13 @@ class Share:
         rows: of the batch.
         micro_batches: that they are taken in, one after the other.
         processes: of the run.
+        shards: that the optimizer's state is in, one of them this process's.
     """
 
     rows: int
     micro_batches: int = 1
     processes: int = 1
+    shards: int = 1
 
     @property
     def rows_at_once(self) -> int:
@@ -196,8 +205,13 @@ def measure_memory(
     *,
     averages: bool = False,
     contexts: int = CONTEXTS,
+    shards: int = 1,
 ) -> Memory:
-    """By part; the critic's activations and what a pass frees on its way are not counted."""
+    """By part; the critic's activations and what a pass frees on its way are not counted.
+
+    Of weights in shards an update has all at hand, and their gradient; the optimizer's state alone
+    stays in parts.
+    """
     trained = [policy, *([] if critic is None else [critic])]
     gradients = tensor_bytes(p for m in trained for p in m.parameters() if p.requires_grad)
     return Memory(
@@ -209,6 +223,7 @@ def measure_memory(
         next_actions=next_actions,
         average=tensor_bytes(policy.trainable_parameters()) if averages else 0,
         contexts=contexts,
+        shards=shards,
     )
 
 
@@ -236,7 +251,7 @@ def check_memory(memory: Memory, available: int | None, share: Share, device: st
     needed = sharing * memory.of(share)
     parts = {
         "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
+        "optimizer": memory.own_moments,
         "next actions": memory.next_actions,
         **({"average": 2 * memory.average} if memory.average else {}),
         f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,

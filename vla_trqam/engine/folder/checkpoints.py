@@ -80,15 +80,17 @@ def save_checkpoint(
     others = final.with_name(f".{name}_ranks")
     team.together(lambda: None if team.is_main else _write_rank(others, team, method, generators))
 
+    # Before the main process is alone: what is in parts, all processes put together.
+    networks, moments = module_tensors(method), optimizer_tensors(method.optimizer)
+
     def write() -> None:
         with written_durably(final) as part:
             for folder in (PRETRAINED, TRAINING, ALGORITHM):
                 (part / folder).mkdir(parents=True)
             save_policy(part / PRETRAINED)
-            save_file(module_tensors(method), part / ALGORITHM / NETWORKS)
+            save_file(networks, part / ALGORITHM / NETWORKS)
             _write_json(part / ALGORITHM / "scalars.json", method.scalars())
             training = part / TRAINING
-            moments = optimizer_tensors(method.optimizer)
             save_file(moments, training / "optimizer_state.safetensors")
             _write_generators(training, generators)
             _write_json(training / "position.json", asdict(position))
@@ -218,13 +220,11 @@ def read_position(checkpoint: Path) -> Position:
 def load_checkpoint(
     checkpoint: Path, method: Method, generators: Generators, rank: int = 0
 ) -> None:
-    """Restores method and generators of a process to the bit.
+    """Restores method and generators of a process to the bit, from a checkpoint that is whole.
 
     Raises:
         UserError: a file is missing or damaged, or of another run's names or shapes.
     """
-    if rank == 0:
-        check_whole(checkpoint)
     training, algorithm = checkpoint / TRAINING, checkpoint / ALGORITHM
     own = training / _rank_name(rank) if rank else training
     try:

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Method
-from vla_trqam.methods.parts.parallel import shard_like
+from vla_trqam.methods.parts.parallel import shard_like, whole_tensor
 
 
 def module_tensors(method: Method, *, own: bool = False) -> dict[str, Tensor]:
-    """Every weight of a method under ``<module>.<key>``; ``own``: only of what this process has."""
+    """Every weight of a method under ``<module>.<key>``; ``own``: only of what this process has.
+
+    Shards are put together: without ``own`` every process asks.
+    """
     return {
-        f"{name}.{key}": value.detach().contiguous()
+        f"{name}.{key}": whole_tensor(value.detach()).contiguous()
         for name, module in method.modules().items()
         if not own or name in method.own_modules
         for key, value in module.state_dict().items()
@@ -45,9 +48,9 @@ def load_module_tensors(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's moments and step counts under ``<parameter number>.<name>``."""
+    """Adam's moments and step counts under ``<parameter number>.<name>``; every process asks."""
     return {
-        f"{number}.{key}": value.detach().contiguous()
+        f"{number}.{key}": whole_tensor(value.detach()).contiguous()
         for number, parameter in enumerate(_parameters(optimizer))
         for key, value in optimizer.state.get(parameter, {}).items()
     }

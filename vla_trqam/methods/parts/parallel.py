@@ -50,10 +50,8 @@ class Ranks:
         self._precision = "no" if accelerator is None else str(accelerator.mixed_precision)
         if accelerator is not None:
             check_accelerator(accelerator)
-        if shard and self.count == 1:
-            raise UserError(
-                "there is one process only; sharding needs `accelerate launch` with more"
-            )
+        if shard:
+            check_several(self.count)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The networks' precision: bfloat16 where the accelerator says so."""
@@ -144,6 +142,10 @@ class Ranks:
             total = int(sum(rows for rows, _ in found))
         return [self.count * size / total for size in sizes]
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank."""
+        return flag if self.count == 1 else any(value for (value,) in self._gathered([flag]))
+
     def mean(self, values: Sequence[float]) -> list[float]:
         """The average over ranks, the same to the bit on all of them."""
         if self.count == 1:
@@ -200,7 +202,12 @@ def whole_moments(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor in one piece, or the tensor itself; every rank must ask."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    if gather is None:
+        return tensor
+    found = gather()
+    # Of unequal parts it is a view of a larger buffer, which safetensors refuses to write.
+    exact = found.untyped_storage().nbytes() == found.nbytes
+    return found if exact else found.clone()
 
 
 def shard_like(shard: Tensor, tensor: Tensor) -> Tensor:
@@ -240,6 +247,19 @@ def _show_tensors(output: type) -> None:
     from torch.export import register_dataclass
 
     register_dataclass(output)
+
+
+def check_several(count: int) -> None:
+    """Refuses to keep weights in parts where there is one process.
+
+    Raises:
+        UserError: so it is.
+    """
+    if count == 1:
+        raise UserError(
+            "there is one process only; sharding (--peft.shard=true) needs more: see "
+            "docs/distributed.md for how to launch them"
+        )
 
 
 def check_accelerator(accelerator: Any) -> None:
