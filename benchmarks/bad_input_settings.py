@@ -168,6 +168,17 @@ PI0_FLAGS: tuple[Flags, ...] = (
         "interventions that nothing tells of",
         ("--method.clone_interventions", "intervention or is_intervention"),
     ),
+    (("--peft.shard=true",), "adapters in parts", ("--peft.shard=true", "--peft.method=full")),
+    (
+        ("--peft.method=full", "--peft.shard=true"),
+        "parts of the weights for one process",
+        ("one process only",),
+    ),
+    (
+        ("--peft.method=full", "--peft.shard=true", "--method.type=dsrl"),
+        "a method that trains none of the policy's weights, in parts",
+        ("--peft.shard=true", "dsrl", "trqam, qam"),
+    ),
     (("--prefix_cache_gib=0",), "a budget of nothing", ("--prefix_cache_gib=0", "positive")),
     (("--prefix_cache_gib=1e-6",), "no room for one batch", ("--prefix_cache_gib", "one batch")),
     (
