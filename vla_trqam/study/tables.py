@@ -45,7 +45,7 @@ def aggregate_table(means: Mapping[str, Estimate], beaten: Mapping[str, Estimate
     rows = []
     for label, found in means.items():
         against = beaten.get(label)
-        rows.append([label, _estimate(found), "" if against is None else _estimate(against)])
+        rows.append([label, estimate(found), "" if against is None else estimate(against)])
     return table(["", "interquartile mean (95%)", f"P({first} is better) (95%)"], rows)
 
 
@@ -160,6 +160,7 @@ def mean_sd(values: Sequence[float]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values, ddof=1):.1f}"
 
 
-def _estimate(found: Estimate) -> str:
+def estimate(found: Estimate) -> str:
+    """A share and its interval."""
     low, high = found.interval.low, found.interval.high
     return f"{percent(found.value)} ({percent(low)} to {percent(high)})"

@@ -1,0 +1,201 @@
+"""Claim 4: over all tasks TRQAM is ahead of the other methods.
+
+    python recipes/compare.py --preset=claims_c4    # the runs
+    python benchmarks/claims/c4_ahead.py --studies outputs/compare/claims_c4 \
+        --keep docs/results/claims_c4 --page docs/claims.md
+
+Reads the ``table.csv`` of one study or several, of different tasks, and says what they have in
+common: the interquartile mean over tasks and seeds, and which methods these seeds tell apart.
+``--keep`` copies each study's page, table, settings and pictures, by the names of its tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import above  # noqa: F401 (benchmarks/)
+import numpy as np
+from marked import put
+
+from vla_trqam.errors import UserError
+from vla_trqam.report.formats import table
+from vla_trqam.study.statistics import Estimate, Pair, Scores, compare_pairs, interquartile_means
+from vla_trqam.study.tables import estimate, mean_sd, not_told_apart
+
+OURS = "trqam"
+STAGES = {"after_offline": "after the offline updates", "after_online": "after the online ones"}
+TABLE, COMMANDS = "table.csv", "commands.json"
+KEPT = ("table.md", TABLE, "summary.json", COMMANDS)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run of a study.
+
+    Attributes:
+        task: name.
+        method: label.
+        seed: of the training.
+        rates: success by column: "base", "after_offline", "after_online".
+    """
+
+    task: str
+    method: str
+    seed: int
+    rates: Mapping[str, float]
+
+
+def read_studies(folders: Sequence[Path]) -> list[Ran]:
+    """All runs of these studies.
+
+    Raises:
+        UserError: one has no table, or two have the same run.
+    """
+    found = [ran for folder in folders for ran in _read(folder)]
+    names = [(ran.task, ran.method, ran.seed) for ran in found]
+    if len(set(names)) < len(names):
+        raise UserError("two of these studies have the same run: give studies of different tasks")
+    return found
+
+
+def _read(folder: Path) -> Iterator[Ran]:
+    path = folder / TABLE
+    if not path.is_file():
+        raise UserError(f"{path} is not there; a finished study has one")
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            rates = {name: float(row[name]) for name in ("base", *STAGES)}
+            yield Ran(row["task"], row["method"], int(row["seed"]), rates)
+
+
+def scores_of(runs: Sequence[Ran], stage: str) -> Scores:
+    """Success by method, (R, M), of R seeds and M tasks, of the methods that have all of them.
+
+    Raises:
+        UserError: the method of the claim lacks a run, or no other has all.
+    """
+    tasks = list(dict.fromkeys(ran.task for ran in runs))
+    seeds = sorted({ran.seed for ran in runs})
+    found = {(ran.method, ran.task, ran.seed): ran.rates[stage] for ran in runs}
+    scores = {}
+    for method in dict.fromkeys(ran.method for ran in runs):
+        keys = [[(method, task, seed) for task in tasks] for seed in seeds]
+        if all(key in found for row in keys for key in row):
+            scores[method] = np.array([[found[key] for key in row] for row in keys])
+    if OURS not in scores or len(scores) < 2:
+        raise UserError(f"claim 4 compares {OURS} with others on equal tasks and seeds: give all")
+    return scores
+
+
+def verdict(stage: str, means: Mapping[str, Estimate], pairs: Sequence[Pair]) -> str:
+    """Who has the largest mean, and whom of the others these seeds tell from ours."""
+    ranked = sorted(means, key=lambda name: -means[name].value)
+    own = [pair for pair in pairs if OURS in (pair.one, pair.other)]
+    behind = [_other(pair) for pair in own if pair.told_apart and _gain(pair) > 0.0]
+    ahead = [_other(pair) for pair in own if pair.told_apart and _gain(pair) < 0.0]
+    place = ranked.index(OURS) + 1
+    holds = len(behind) == len(own)
+    words = "holds" if holds else "first, not told apart" if place == 1 else "does not hold"
+    return (
+        f"- **TRQAM is ahead {STAGES[stage]}: {words}** (place {place} of {len(ranked)} by the "
+        f"interquartile mean; these seeds tell it to be better than {_listed(behind)}, worse than "
+        f"{_listed(ahead)})."
+    )
+
+
+def _gain(pair: Pair) -> float:
+    """By how much ours is better."""
+    return pair.difference if pair.one == OURS else -pair.difference
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _other(pair: Pair) -> str:
+    return pair.other if pair.one == OURS else pair.one
+
+
+def tell(runs: Sequence[Ran]) -> str:
+    """Verdicts and tables."""
+    verdicts, columns = [], {}
+    for stage in STAGES:
+        scores = scores_of(runs, stage)
+        columns[stage], pairs = interquartile_means(scores), compare_pairs(scores)
+        verdicts.append(verdict(stage, columns[stage], pairs))
+        verdicts.append(f"  {not_told_apart(pairs)}")
+    tasks = list(dict.fromkeys(ran.task for ran in runs))
+    seeds = len({ran.seed for ran in runs})
+    return "\n\n".join(
+        [
+            "\n".join(verdicts),
+            f"Success in percent, means of {seeds} seeds ± standard deviation, after the offline "
+            "updates → after the online ones:",
+            table(["method", *tasks, "interquartile mean (95%)"], _rows(runs, tasks, columns)),
+        ]
+    )
+
+
+def _rows(
+    runs: Sequence[Ran], tasks: Sequence[str], columns: Mapping[str, Mapping[str, Estimate]]
+) -> list[list[str]]:
+    bases = [_mean({ran.seed: ran.rates["base"] for ran in runs if ran.task == t}) for t in tasks]
+    rows = [["the base", *bases, ""]]
+    for method in columns["after_offline"]:
+        mine = [ran for ran in runs if ran.method == method]
+        cells = [
+            " → ".join(
+                _mean({ran.seed: ran.rates[stage] for ran in mine if ran.task == task})
+                for stage in STAGES
+            )
+            for task in tasks
+        ]
+        means = " → ".join(estimate(columns[stage][method]) for stage in STAGES)
+        rows.append([method, *cells, means])
+    return rows
+
+
+def _mean(by_seed: Mapping[int, float]) -> str:
+    return mean_sd(list(by_seed.values()))
+
+
+def keep(folder: Path, to: Path) -> Path:
+    """Copies what a reader wants of a study; returns where."""
+    tasks = list(dict.fromkeys(ran.task for ran in _read(folder)))
+    own = to / "_".join(tasks)
+    own.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(folder / name, own / name)
+    shutil.copytree(folder / "pictures", own / "pictures", dirs_exist_ok=True)
+    return own
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 2 for what is no study of the claim's."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--studies", type=Path, nargs="+", required=True, help="their folders")
+    parser.add_argument("--keep", type=Path, help="folder for copies of what a reader wants")
+    parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
+    given = parser.parse_args(arguments)
+    try:
+        text = tell(read_studies(given.studies))
+        if given.page is not None:
+            put(given.page, "c4", text)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    if given.keep is not None:
+        for folder in given.studies:
+            print(f"kept {keep(folder, given.keep)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
