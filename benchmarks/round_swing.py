@@ -3,7 +3,7 @@
     python benchmarks/round_swing.py --runs outputs/lift_s0 outputs/lift_s1
 
 Reads the rounds of rollouts between the online updates. If one policy of success p played two
-rounds of n episodes that follow each other, their half squared difference would be ``p (1 - p) / n``
+rounds of n episodes that follow each other, half their squared difference would be p (1 - p) / n
 on average; the swing is the root of its mean over all pairs, over the root of that of what it would
 be, p from the two together. 1 is what chance makes; rounds that get better add to it. The interval
 is a bootstrap over the runs.
