@@ -13,7 +13,7 @@ and so does the host's behaviour cloning loss.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,6 +53,10 @@ class Encoding:
     features: Tensor
 
 
+VelocitiesAt = Callable[[PreTrainedPolicy, Tensor, Tensor, Any], Tensor]
+"""See :meth:`FlowFamily.velocities`."""
+
+
 class LeRobotFlowPolicy(FlowPolicy):
     """A LeRobot policy; :func:`~vla_trqam.adapters.loading.load_policy` reads one.
 
@@ -73,6 +77,9 @@ class LeRobotFlowPolicy(FlowPolicy):
             or none if they do not hold one.
         own_flow_steps: K of the base; None takes the config's. Adapters that are gone on with may
             act with another.
+
+    Attributes:
+        compiled_at: what :meth:`compile_paths` made; None before.
 
     Raises:
         UserError: the config asks for what cannot be honoured, or an adapter lies in the prefix.
@@ -109,6 +116,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         found = unlimited if processors is None else processors.normalized_limits(real, limits)
         self.register_buffer("_limits", found.clone(), persistent=False)
         self.base: BaseField = self._make_base()
+        self.compiled_at: VelocitiesAt | None = None
         self.eval()
 
     def _make_base(self) -> BaseField:
@@ -259,6 +267,20 @@ class LeRobotFlowPolicy(FlowPolicy):
         """``v_base``: x (B, H, A), tau (B,) -> (B, H, A), float32; no gradient to weights."""
         with self.base.host() as host:
             return self.family.velocity(host, x, tau, context.condition).float()
+
+    def compile_paths(self, backend: str = "inductor") -> None:
+        """From now on the fields' evaluations along a path are compiled, each kind when it is met.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        # One graph a shape: a path's batches are alike, and sizes that vary cost speed.
+        self.compiled_at = torch.compile(self.family.velocities, backend=backend, dynamic=False)
+
+    @property
+    def velocities_at(self) -> VelocitiesAt:
+        """The family's, see there, for a path; compiled if they are to be."""
+        return self.compiled_at or self.family.velocities
 
     def path_fields(
         self, context: Encoding, next_context: Encoding, *, keep_activations: bool = True

@@ -32,6 +32,7 @@ class LeRobotPathFields(PathFields):
     ) -> None:
         super().__init__(policy, context, next_context, keep_activations=keep_activations)
         self._host, self._base_host, self._family = policy.host, policy.base.host, policy.family
+        self._velocities_at = policy.velocities_at
         family, condition = policy.family, context.condition
         # With a graph: some families' projections of the prefix are trained.
         with torch.enable_grad():
@@ -59,4 +60,4 @@ class LeRobotPathFields(PathFields):
     def _at(self, host: PreTrainedPolicy, x: Tensor, tau: float, shared: Any) -> Tensor:
         """One point of every row: (B, H, A) -> (B, H, A)."""
         time = torch.full((1,), tau, dtype=x.dtype, device=x.device)
-        return self._family.velocities(host, x.unsqueeze(1), time, shared).squeeze(1).float()
+        return self._velocities_at(host, x.unsqueeze(1), time, shared).squeeze(1).float()

@@ -175,6 +175,11 @@ PI0_FLAGS: tuple[Flags, ...] = (
         ("one process only",),
     ),
     (
+        ("--peft.method=full", "--peft.shard=true", "--policy.compile=true"),
+        "parts of the weights, and compiled",
+        ("--peft.shard=true and --policy.compile=true",),
+    ),
+    (
         ("--peft.method=full", "--peft.shard=true", "--method.type=dsrl"),
         "a method that trains none of the policy's weights, in parts",
         ("--peft.shard=true", "dsrl", "trqam, qam"),

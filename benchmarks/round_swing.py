@@ -51,7 +51,7 @@ class Rounds:
             UserError: it has no two rounds.
         """
         series = read_metrics(folder / METRICS_NAME).get("online", {}).get("success")
-        steps = [] if series is None else np.unique(series.step)
+        steps = np.unique([] if series is None else series.step)
         if series is None or len(steps) < 2:
             raise UserError(f"{folder} logged no two rounds of rollouts between online updates")
         rounds = [series.value[series.step == step] for step in steps]

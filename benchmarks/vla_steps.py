@@ -184,6 +184,24 @@ def counting_evaluations(policy: LeRobotFlowPolicy) -> Iterator[Counter[str]]:
         yield count
 
 
+class Compiled:
+    """The same update, its evaluations along the path compiled; the first call compiles them."""
+
+    def __init__(self, policy: LeRobotFlowPolicy, update: Update) -> None:
+        self._policy, self._update = policy, update
+        policy.compile_paths()
+        self._compiled = policy.compiled_at
+        policy.compiled_at = None
+
+    def __call__(self) -> None:
+        """One update."""
+        self._policy.compiled_at = self._compiled
+        try:
+            self._update()
+        finally:
+            self._policy.compiled_at = None
+
+
 class Cloning:
     """One behaviour cloning step, as ``lerobot-train --peft.method_type=LORA`` takes it."""
 

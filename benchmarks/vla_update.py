@@ -1,14 +1,15 @@
 """The cost of one TRQAM update of a LeRobot policy against one step of behaviour cloning.
 
     python benchmarks/vla_update.py                                     # tiny pi0 on the CPU
-    python benchmarks/vla_update.py --num_flow_steps 4 --compare
+    python benchmarks/vla_update.py --num_flow_steps 4 --compare --compile
     python benchmarks/vla_update.py --policy pi0 --size full --device cuda --dtype bfloat16
     python benchmarks/vla_update.py --policy pi0 --size full --device meta --dtype bfloat16
 
 Both train the same LoRA adapters in the same randomly initialised model on the same observations,
 in one run and in turns. Behaviour cloning is LeRobot's own ``update_policy`` with the optimiser and
 the Accelerator that ``lerobot-train`` makes. With ``--compare`` an update of the authors' chain
-(shifted Euler, ten steps) takes its turn too. The last command needs no memory for the weights: it
+(shifted Euler, ten steps) takes its turn too, and with ``--compile`` the same update with its path
+compiled (``--policy.compile=true``). The last command needs no memory for the weights: it
 counts parameters, floating-point work and bytes and measures no time. Every command counts the
 evaluations of the action expert in one update.
 """
@@ -29,7 +30,7 @@ from typing import Any, get_args
 import torch
 from step_meter import Parts, clock, counting_work, peak_bytes
 from vla_models import POLICIES, Setup, cloning_batch, make_batch, make_observation, make_policy
-from vla_steps import PARTS, REST, Cloning, CloningOnMeta, Update
+from vla_steps import PARTS, REST, Cloning, CloningOnMeta, Compiled, Update
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.adjoint import AdjointKind
@@ -45,10 +46,11 @@ SIDES = {
     "trqam": "TRQAM update",
     "authors": "authors' chain",
     "cloning": "cloning step",
+    "compiled": "TRQAM update, compiled",
 }
 GIB = 2**30
 CHAIN = ("scheme", "adjoint", "loss_steps", "keep_activations")
-OPTIONS = ("compare", "cached_prefix", "one_prefix", "updates", "warm_up")
+OPTIONS = ("compare", "cached_prefix", "one_prefix", "updates", "warm_up", "compile")
 
 
 @dataclass
@@ -95,6 +97,7 @@ def measure(
     one_prefix: bool,
     updates: int,
     warm_up: int,
+    compile: bool = False,
 ) -> Result:
     """Builds the sides and meters them; see the module."""
     TimeGrid(setup.num_flow_steps, config.chain).steps  # noqa: B018 (refuses what cannot be)
@@ -127,7 +130,8 @@ def measure(
             made["trqam"]()
     result.part_work = dict(parts.spent)
     if device.type != "meta":
-        _time(result, sides | made, made["trqam"], device, updates, warm_up)
+        extra = {"compiled": Compiled(policy, made["trqam"])} if compile else {}
+        _time(result, sides | made | extra, made["trqam"], device, updates, warm_up)
     return result
 
 
@@ -209,6 +213,9 @@ def report(result: Result) -> str:
             peak = result.peak_bytes[side]
             cells = f"{peak / GIB:>11.4f}{(peak + result.model_bytes) / GIB:>12.4f}"
             lines.append(_row(label, seconds.get(side), result.work[side]) + cells)
+        elif side in seconds:
+            of_plain = seconds[side] / seconds["trqam"]
+            lines.append(f"{label:<26}{seconds[side]:>10.4f}  ({of_plain:.2f} of it)")
     lines += [_ratios(result, seconds, other) for other in SIDES if other in result.work][1:]
     for part in (*PARTS, REST):
         work = result.part_work.get(part, 0.0)
@@ -286,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--one_prefix", action="store_true", help="TRQAM as with --critic.draw_next=false"
     )
+    parser.add_argument("--compile", action="store_true", help="times a compiled update as well")
     parser.add_argument("--updates", type=int, default=10, help="measured, in turns")
     parser.add_argument("--warm_up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

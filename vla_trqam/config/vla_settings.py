@@ -112,6 +112,8 @@ class VLAPolicyConfig:
             Few steps want ``method.scheme: posterior``.
         tokenizer: local folder of the tokenizer that its preprocessor takes; null for the one that
             it names, which may be on the Hub and gated.
+        compile: the fields' evaluations in an update are compiled (torch.compile), which the first
+            updates wait for.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
         merged: checkpoints are whole policies with the adapters in them, not adapters alone.
         push_to_hub: push the last checkpoint.
@@ -126,6 +128,7 @@ class VLAPolicyConfig:
     n_action_steps: int | None = None
     tuned_flow_steps: int | None = None
     tokenizer: Path | None = None
+    compile: bool = False
     critic_layer: int | None = -1
     merged: bool = False
     push_to_hub: bool = False
@@ -277,6 +280,10 @@ class FinetuneVLAConfig(RunSettings):
             raise UserError(
                 "--peft.shard=true: adapters are a thousandth of the model, every process keeps "
                 "them whole; leave it out, or train in full with --peft.method=full"
+            )
+        if self.policy.compile:
+            raise UserError(
+                "--peft.shard=true and --policy.compile=true do not go together: leave one out"
             )
         try:
             check_shard(self.method)

@@ -43,6 +43,7 @@ from vla_trqam.engine.next_actions import FIRST_CHUNKS, NextActions
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
+from vla_trqam.errors import UserError, one_line
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.jobs.vla_inputs import checked_inputs, give_base, push, reward_of
 from vla_trqam.jobs.vla_preflight import (
@@ -150,6 +151,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         if config.peft.shard:
             check_several(team.size)
         device = own_device("policy.device", config.policy.device, accelerator)
+        if config.policy.compile:
+            team.together(lambda: check_compiler(device))
         family = team.together(lambda: _make_family(config))
         datasets, policy = team.together(
             lambda: checked_inputs(config, packed, device, team, family)
@@ -303,6 +306,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
 
     def _make_method(self) -> Cached:
         knobs = self.config.critic
+        if self.config.policy.compile:
+            self.policy.compile_paths()
         critic = make_critic(knobs, self.policy, self.config.seed)
         method = make_method(
             self.policy,
@@ -360,6 +365,23 @@ def prefix_fingerprint(policy: LeRobotFlowPolicy) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles a sum.
+
+    Raises:
+        UserError: that does not work here.
+    """
+    add = torch.compile(lambda x: x + 1.0)
+    try:
+        add(torch.zeros(2, device=device))
+    except Exception as error:  # whatever a compiler's absence raises, down to the linker's
+        why = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(
+            f"--policy.compile=true: torch.compile does not work on {device} here ({why}); install "
+            "a C++ compiler, or leave it out"
+        ) from None
 
 
 def _make_family(config: FinetuneVLAConfig) -> EnvFamily | None:
