@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
+from vla_trqam.config.command_line import exit_status, flags_of
 from vla_trqam.envs.ogbench.oracles import PlayedEpisode, PlayPlan, make_player, play_all
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
@@ -55,11 +55,7 @@ class Output:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags; an unknown one ends the program with one sentence."""
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags_of(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="OGBench's name, like cube-single-play-v0")
     add("--output", type=Path, required=True, help="the npz to make, or with --shards the folder")
@@ -217,22 +213,10 @@ def _read(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
             yield {name: file[name] for name in file.files}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help.")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    try:
-        make(parse(arguments))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+    stopped = "stopped; the same command goes on from here."
+    return exit_status(lambda: make(parse(arguments)), stopped)
 
 
 if __name__ == "__main__":
