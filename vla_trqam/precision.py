@@ -1,4 +1,4 @@
-"""Arithmetic that keeps its dtype where autocast lowers that of the networks around it."""
+"""What networks compute in: bfloat16 where a launcher says so, and what keeps its own dtype."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ import torch
 from torch import Tensor
 
 _AS_IT_IS = nullcontext()
+
+
+def networks_precision(mixed: str, device: torch.device) -> AbstractContextManager[object]:
+    """Networks compute in this inside.
+
+    Args:
+        mixed: "bf16", or "no" for the precision of their weights.
+        device: where they are.
+    """
+    if mixed == "no":
+        return nullcontext()
+    # No cache: torch has handed a weight that was rounded without gradient, for sampling, to the
+    # pass with gradient, which then gave it none.
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def own_precision(tensor: Tensor) -> AbstractContextManager[object]:

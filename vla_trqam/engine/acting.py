@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,31 @@ class KeyedNoise:
         return torch.from_numpy(np.stack(drawn)).to(self._device)
 
 
-def chunk_policy(policy: FlowPolicy, actor: Actor, noise_seed: int) -> ChunkPolicy:
+def chunk_policy(
+    policy: FlowPolicy,
+    actor: Actor,
+    noise_seed: int,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> ChunkPolicy:
     """What a rollout asks for a chunk, see :data:`~vla_trqam.envs.rollout.ChunkPolicy`.
 
     The noise of a chunk is a function of ``noise_seed``, the episode's seed and the chunk's number
     alone: two actors evaluated with the same ``noise_seed`` start from the same noise.
+
+    Args:
+        policy: which sees the observations.
+        actor: whose chunks.
+        noise_seed: see above.
+        precision: what the networks compute in.
     """
     device = next(policy.trainable_parameters()).device
 
     @torch.no_grad()
     def act(observations: Any, seeds: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         keys = [(noise_seed, int(s), int(c)) for s, c in zip(seeds, chunks, strict=True)]
-        context = policy.encode(_tensors(observations, device))
-        action = actor.chunk(context, KeyedNoise(keys, device))
+        with precision():
+            context = policy.encode(_tensors(observations, device))
+            action = actor.chunk(context, KeyedNoise(keys, device))
         return policy.to_robot(action).cpu().numpy()
 
     return act

@@ -105,10 +105,10 @@ def conclude(
     flow_steps = FlowSteps.of(run.policy, base)
     source, which = (run.policy, BASE) if base is None else (base, TUNED)
     own_actor, base_actor = (
-        chunk_policy(source, FlowActor(source, which, count), EVALUATION_NOISE)
+        chunk_policy(source, FlowActor(source, which, count), EVALUATION_NOISE, run.team.autocast)
         for count in (flow_steps.own, flow_steps.tuned)
     )
-    tuned = chunk_policy(run.policy, method.actor(), EVALUATION_NOISE)
+    tuned = run.chunks(method.actor(), EVALUATION_NOISE)
     evaluation = None
     if run.pool is not None:
         evaluation = _evaluate(run, (own_actor, base_actor, tuned), flow_steps, evaluation_seeds)

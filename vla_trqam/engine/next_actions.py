@@ -7,7 +7,8 @@ frame and used again, they are as old as the policy was then: a lag, as the targ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class NextActions(nn.Module):
         replay: whose frames.
         prefixes: what the policy encodes of them.
         chunks_per_frame: M, kept at every frame; a target takes a random one.
+        precision: what the networks compute in.
         first: of frames that have no chunks yet, those that were drawn when they were first seen
             (:data:`FIRST_CHUNKS`); None draws them when they are wanted.
     """
@@ -49,6 +51,7 @@ class NextActions(nn.Module):
         prefixes: Observer[FrameObservation],
         *,
         chunks_per_frame: int,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         first: Observer[FrameObservation] | None = None,
     ) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class NextActions(nn.Module):
         self._policy = (policy,)  # in a tuple: its weights are not this module's
         self._actor = actor
         self._replay = replay
-        self._prefixes, self._first = prefixes, first
+        self._prefixes, self._first, self._precision = prefixes, first, precision
         length, real = policy.executed_length, int(policy.action_mask.sum())
         device = next(policy.trainable_parameters()).device
         shape = (replay.frame_capacity, chunks_per_frame, length, real)
@@ -122,8 +125,9 @@ class NextActions(nn.Module):
             count: of chunks.
         """
         (policy,) = self._policy
-        context = policy.encode(seen)
-        drawn = [policy.executed(self._actor.chunk(context, noise)) for _ in range(count)]
+        with self._precision():
+            context = policy.encode(seen)
+            drawn = [policy.executed(self._actor.chunk(context, noise)) for _ in range(count)]
         return torch.stack(drawn, dim=1)
 
     def policy_moved(self) -> None:

@@ -235,7 +235,7 @@ class Run:
         later = phase.episodes_before(done)
         if later:
             with method.acting():
-                actor = chunk_policy(self.policy, method.actor(), ROLLOUT_NOISE)
+                actor = self.chunks(method.actor(), ROLLOUT_NOISE)
                 self._join(phase, lambda: self._roll_out(actor, later, phase.name), done, progress)
 
     def _join(
@@ -288,7 +288,7 @@ class Run:
             seeds: of the initial states.
             actor: what acts.
         """
-        return self.evaluate_policy(seeds, chunk_policy(self.policy, actor, EVALUATION_NOISE))
+        return self.evaluate_policy(seeds, self.chunks(actor, EVALUATION_NOISE))
 
     def evaluate_base(
         self, seeds: Sequence[int], num_flow_steps: int | None = None
@@ -307,12 +307,16 @@ class Run:
         record = self.record
         if record is not None:
             return self._played(lambda: record.episodes(seeds), source)
-        actor = chunk_policy(self.policy, FlowActor(self.policy), ROLLOUT_NOISE)
+        actor = self.chunks(FlowActor(self.policy), ROLLOUT_NOISE)
         return self._roll_out(actor, seeds, source)
 
     def evaluate_policy(self, seeds: Sequence[int], policy: ChunkPolicy) -> list[Outcome]:
         """:meth:`evaluate` of what has its noise already."""
         return self._gathered(map(Outcome.of, self._roll_out(policy, seeds)))
+
+    def chunks(self, actor: Actor, noise_seed: int) -> ChunkPolicy:
+        """What a rollout asks, in the precision of the run's networks."""
+        return chunk_policy(self.policy, actor, noise_seed, self.team.autocast)
 
     def _roll_out(
         self, actor: ChunkPolicy, seeds: Sequence[int], source: str | None = None

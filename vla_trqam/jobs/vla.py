@@ -289,7 +289,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         device = self.device
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in seen.items()}
         moved.pop(FRAME)
-        return self.policy.packed(moved)
+        with self.team.autocast():
+            return self.policy.packed(moved)
 
     def _without_prefix(self, seen: FrameObservation) -> dict[str, torch.Tensor]:
         """What is kept where prefixes are not: features, and the frames' first next actions."""
@@ -336,6 +337,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
             self._replay,
             self._prefixes,
             chunks_per_frame=self.config.critic.next_actions,
+            precision=self.team.autocast,
             first=None if self._keeps_prefixes else self._cached(FIRST_CHUNKS),
         )
 

@@ -93,7 +93,8 @@ def planned_prefixes(
     @cache
     def plan() -> PrefixPlan:
         seen = datasets.first.first_observation()
-        cost = measure_prefix(policy, seen, critic_features, chunks)
+        with team.autocast():
+            cost = measure_prefix(policy, seen, critic_features, chunks)
         return plan_prefixes(
             wanted,
             budget,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.errors import UserError
 from vla_trqam.launched import launched_processes
+from vla_trqam.precision import networks_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,6 +64,10 @@ class Team:
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.precision = "no" if accelerator is None else str(accelerator.mixed_precision)
         self._device = torch.device("cpu") if accelerator is None else accelerator.device
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The networks' precision, for what computes outside of an update as well."""
+        return networks_precision(self.precision, self._device)
 
     @property
     def is_main(self) -> bool:

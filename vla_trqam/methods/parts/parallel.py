@@ -9,7 +9,7 @@ gradient of the mean over the joint batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vla_trqam.errors import UserError
+from vla_trqam.precision import networks_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,11 +56,7 @@ class Ranks:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The networks' precision: bfloat16 where the accelerator says so."""
-        if self._precision == "no":
-            return nullcontext()
-        # No cache: torch has handed a weight that was rounded without gradient, for sampling, to
-        # the pass with gradient, which then gave it none.
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, cache_enabled=False)
+        return networks_precision(self._precision, self._device)
 
     def synchronize(self, module: nn.Module) -> None:
         """Gives every rank the weights and buffers of rank 0."""
