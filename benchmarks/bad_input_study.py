@@ -80,6 +80,7 @@ COMPARED: tuple[tuple[str, Change, tuple[str, ...]], ...] = (
         _entry(trials="cube"),
         ("those of cube, which is not among --tasks",),
     ),
+    ("known trials that are nowhere", _set(known_trials="no.json"), ("--known_trials=no.json",)),
     ("a seed of trials that is compared", _set(trial_seeds=[0]), ("--trial_seeds has 0",)),
 )
 SWEPT: tuple[tuple[str, Change, tuple[str, ...]], ...] = (

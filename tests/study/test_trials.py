@@ -1,5 +1,6 @@
 """The trials that find each method's knobs: as many for each, on other seeds, the best is taken."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,29 @@ def test_a_task_takes_the_knobs_that_were_found_in_another(tmp_path, tried):
     found = trials.variants_in(settings.task("plain"), settings.methods)
     assert [v.knobs for v in found] == [{"kl_budget": 1.0}, {"inverse_temperature": 1.0}]
     assert trials.text(settings.task("plain"), "qam") == "in lift"
+
+
+def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
+    first, _ = tried(config(tmp_path / "one"), rates(trqam_trial1=0.5, qam_trial0=0.5))
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"trials": first.records()}))
+    settings = config(tmp_path / "two", known_trials=path)
+    again, plans = tried(settings, {})
+    assert plans == []
+    assert again == first
+    # Of other knobs, or for more methods, they are others.
+    other = {**TRIED, "trqam": [{"kl_budget": 0.1}, {"kl_budget": 2.0}]}
+    for changes in ({"trials": other}, {"methods": ("trqam",)}):
+        _, plans = tried(config(tmp_path / "three", known_trials=path, **changes), {})
+        assert len(plans) == ("trials" in changes)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"trials": [{"task": "lift"}]}', "[]"])
+def test_what_is_no_summary_has_no_known_trials(tmp_path, content):
+    path = tmp_path / "summary.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"--known_trials=.* is no summary\.json of a comparison"):
+        made_trials(config(tmp_path, known_trials=path), read_run)
 
 
 def test_trials_that_another_task_has_not_are_refused(tmp_path):

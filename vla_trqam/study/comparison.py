@@ -96,7 +96,8 @@ def write_comparison(
         part.write_text(text, encoding="utf-8")
     write_csv(results, folder / "table.csv")
     summary = {stage.name: stage.summary for stage in stages}
-    write_json(folder / "summary.json", {**summary, "runs": [r.row() for r in results]})
+    rows = [result.row() for result in results]
+    write_json(folder / "summary.json", {**summary, "runs": rows, "trials": trials.records()})
     return text
 
 

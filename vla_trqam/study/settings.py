@@ -72,6 +72,8 @@ class CompareConfig(StudySettings):
         trial_seeds: of the trials, by which each method's knobs are found in the tasks whose table
             has trials; none of the comparison's own.
         trial_flags: settings of the trials' runs; they win over the others.
+        known_trials: the ``summary.json`` of an earlier study, perhaps on another machine, whose
+            trials are not made again where they are of the same knobs.
     """
 
     GRID: ClassVar[tuple[str, ...]] = ("methods", "tasks", "seeds", "trial_seeds")
@@ -79,6 +81,7 @@ class CompareConfig(StudySettings):
     methods: tuple[str, ...] = ("trqam",)
     trial_seeds: tuple[int, ...] = (100,)
     trial_flags: dict[str, Any] = field(default_factory=dict)
+    known_trials: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

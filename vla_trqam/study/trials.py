@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla_trqam.errors import UserError, one_line
 from vla_trqam.report.formats import percent
 from vla_trqam.study.plan import ReadRun, Variant, make_plan
 from vla_trqam.study.results import read_results
@@ -56,9 +59,45 @@ class Trials:
             return f"in {task.tried_in}"
         return "; ".join(trial.text() for trial in tried) or "this value alone"
 
+    def records(self) -> list[dict[str, Any]]:
+        """One a trial, for :func:`known_trials`."""
+        return [
+            {"task": task, "method": method, "knobs": dict(trial.knobs), "rate": trial.rate}
+            for (task, method), tried in self.found.items()
+            for trial in tried
+        ]
+
+    def of_task(self, task: StudyTask, methods: Sequence[str]) -> bool:
+        """Whether every trial that a task wants of these methods is here."""
+        return all(
+            [dict(knobs) for knobs in task.trials[method]]
+            == [dict(trial.knobs) for trial in self.found.get((task.name, method), ())]
+            for method in methods
+        )
+
     def variants_in(self, task: StudyTask, methods: Sequence[str]) -> list[Variant]:
         """Each method as it is compared."""
         return [Variant(name, name, self.chosen(task.tried_in, name)) for name in methods]
+
+
+def known_trials(path: Path) -> Trials:
+    """Those of an earlier study.
+
+    Raises:
+        UserError: the file is no summary of one.
+    """
+    found: dict[tuple[str, str], list[Trial]] = {}
+    try:
+        for record in json.loads(path.read_text())["trials"]:
+            rate = None if record["rate"] is None else float(record["rate"])
+            trial = Trial(dict(record["knobs"]), rate)
+            found.setdefault((record["task"], record["method"]), []).append(trial)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--known_trials={path} is no summary.json of a comparison with trials "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from None
+    return Trials(found)
 
 
 def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
@@ -67,9 +106,13 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     Raises:
         UserError: see :func:`make_plan` and :func:`carried_out`.
     """
-    tasks = tuple(name for name in settings.tasks if settings.task(name).trials)
+    path = settings.known_trials
+    known = Trials({}) if path is None else known_trials(path)
+    wanted = [task for task in map(settings.task, settings.tasks) if task.trials]
+    tasks = tuple(t.name for t in wanted if not known.of_task(t, settings.methods))
+    kept = {place: tried for place, tried in known.found.items() if place[0] not in tasks}
     if not tasks:
-        return Trials({})
+        return Trials(kept)
     own = replace(
         settings,
         tasks=tasks,
@@ -94,7 +137,7 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     for task in map(settings.task, tasks):
         for variant in _variants(task, settings.methods):
             found.setdefault((task.name, variant.method), []).append(trial(task, variant))
-    return Trials(found)
+    return Trials({**kept, **found})
 
 
 def _variants(task: StudyTask, methods: Sequence[str]) -> list[Variant]:
