@@ -13,7 +13,7 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_robomimic
 
 from vla_trqam.engine.acting import chunk_policy
-from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.engine.playing import EVALUATION_NOISE
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM

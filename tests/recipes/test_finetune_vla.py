@@ -48,7 +48,7 @@ from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.cached import Cached
-from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.engine.playing import EVALUATION_NOISE
 from vla_trqam.jobs import vla
 from vla_trqam.jobs.vla import read_config
 from vla_trqam.methods.base import FlowActor

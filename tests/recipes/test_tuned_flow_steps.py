@@ -16,7 +16,7 @@ from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.acting import chunk_policy
-from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.engine.playing import EVALUATION_NOISE
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM

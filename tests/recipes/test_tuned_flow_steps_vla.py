@@ -27,7 +27,7 @@ from vla_trqam.adapters.loading import load_policy
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.cached import Cached
-from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.engine.playing import EVALUATION_NOISE
 from vla_trqam.jobs import vla_inputs
 from vla_trqam.methods.base import FlowActor
 

@@ -12,7 +12,8 @@ from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.film import Player, film
 from vla_trqam.engine.folder.run_folder import command_of
-from vla_trqam.engine.run import EVALUATION_NOISE, METRICS_NAME, Run
+from vla_trqam.engine.playing import EVALUATION_NOISE
+from vla_trqam.engine.run import METRICS_NAME, Run
 from vla_trqam.envs.rollout import ChunkPolicy
 from vla_trqam.methods.base import FlowActor, OffPolicyMethod, Which
 from vla_trqam.policy import FlowPolicy

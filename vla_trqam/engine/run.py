@@ -5,23 +5,19 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vla_trqam.config.settings import OnDivergence
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler
-from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.alarms import Alarms
-from vla_trqam.engine.base_record import BaseRecord
 from vla_trqam.engine.divergence import not_finite, smaller_factor
-from vla_trqam.engine.episode_store import EpisodeStore
 from vla_trqam.engine.folder.checkpoints import (
     Position,
     check_whole,
@@ -31,19 +27,16 @@ from vla_trqam.engine.folder.checkpoints import (
     read_position,
     save_checkpoint,
 )
+from vla_trqam.engine.playing import ROLLOUT_NOISE, Playing, success_rate
 from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.processes.interruption import Interrupted, InterruptGuard
-from vla_trqam.engine.processes.team import Team
-from vla_trqam.envs.rollout import ChunkPolicy, RolloutPool
 from vla_trqam.errors import DivergenceError, UserError
-from vla_trqam.methods.base import Actor, FlowActor, Method
-from vla_trqam.policy import FlowPolicy
+from vla_trqam.methods.base import Method
 from vla_trqam.report.evaluation import Outcome
 from vla_trqam.report.metrics import MetricsLog
 from vla_trqam.report.progress import TrainingProgress
 
 METRICS_NAME = "metrics.jsonl"
-ROLLOUT_NOISE, EVALUATION_NOISE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -83,15 +76,12 @@ class Phase:
     turn_data: Callable[[int], None] = lambda _: None
 
 
-@dataclass
-class Run:
+@dataclass(kw_only=True)
+class Run(Playing):
     """What all phases share, and what a checkpoint holds of it.
 
     Attributes:
         output_dir: the run's folder.
-        policy: the policy in training.
-        store: where episodes go.
-        pool: the simulators; None for a run without rollouts and evaluations.
         generators: the run's randomness.
         metrics: the log, which the main process writes; None on the others.
         evaluation_seeds: initial states of the evaluations during training.
@@ -99,17 +89,12 @@ class Run:
         save_freq: updates between checkpoints.
         device: where batches go.
         save_policy: writes the policy's part of a checkpoint into a folder.
-        team: the processes of the run, which all call what is here.
         alarms: told as they begin, and logged.
         on_divergence: what becomes of a run with numbers that are not finite.
         step_factor: what the methods' step sizes are multiplied by, after rollbacks.
-        record: what the policy as it came did, where that is known from another run.
     """
 
     output_dir: Path
-    policy: FlowPolicy
-    store: EpisodeStore
-    pool: RolloutPool | None
     generators: Generators
     metrics: MetricsLog | None
     evaluation_seeds: Sequence[int]
@@ -117,11 +102,9 @@ class Run:
     save_freq: int
     device: torch.device
     save_policy: Callable[[Path], None]
-    team: Team = field(default_factory=Team)
     alarms: Alarms = field(default_factory=Alarms)
     on_divergence: OnDivergence = "stop"
     step_factor: float = 1.0
-    record: BaseRecord | None = None
     step: int = 0
     wall_clock: dict[str, float] = field(default_factory=dict)
 
@@ -281,63 +264,6 @@ class Run:
         self._record(self.step, "eval", values)
         progress.update(done, values)
 
-    def evaluate(self, seeds: Sequence[int], actor: Actor) -> list[Outcome]:
-        """One episode an initial state; every actor meets the same states and noise.
-
-        Args:
-            seeds: of the initial states.
-            actor: what acts.
-        """
-        return self.evaluate_policy(seeds, self.chunks(actor, EVALUATION_NOISE))
-
-    def evaluate_base(
-        self, seeds: Sequence[int], num_flow_steps: int | None = None
-    ) -> list[Outcome]:
-        """:meth:`evaluate` of the policy as it came, before the first update."""
-        actor = FlowActor(self.policy, num_flow_steps=num_flow_steps)
-        count = num_flow_steps or self.policy.num_flow_steps
-        return self.remembered(seeds, count) or self.evaluate(seeds, actor)
-
-    def remembered(self, seeds: Sequence[int], num_flow_steps: int) -> list[Outcome] | None:
-        """Outcomes of the policy as it came, where another run has played them."""
-        return None if self.record is None else self.record.outcomes(seeds, num_flow_steps)
-
-    def base_episodes(self, seeds: Sequence[int], source: str | None = None) -> list[Episode]:
-        """Rollouts of the policy as it came; those with a source join the replay."""
-        record = self.record
-        if record is not None:
-            return self._played(lambda: record.episodes(seeds), source)
-        actor = self.chunks(FlowActor(self.policy), ROLLOUT_NOISE)
-        return self._roll_out(actor, seeds, source)
-
-    def evaluate_policy(self, seeds: Sequence[int], policy: ChunkPolicy) -> list[Outcome]:
-        """:meth:`evaluate` of what has its noise already."""
-        return self._gathered(map(Outcome.of, self._roll_out(policy, seeds)))
-
-    def chunks(self, actor: Actor, noise_seed: int) -> ChunkPolicy:
-        """What a rollout asks, in the precision of the run's networks."""
-        return chunk_policy(self.policy, actor, noise_seed, self.team.autocast)
-
-    def _roll_out(
-        self, actor: ChunkPolicy, seeds: Sequence[int], source: str | None = None
-    ) -> list[Episode]:
-        """This process's part of the episodes; those with a source join its replay."""
-        return self._played(lambda: self.simulator.run(actor, self.team.share(seeds)), source)
-
-    def _played(self, play: Callable[[], list[Episode]], source: str | None) -> list[Episode]:
-        def work() -> list[Episode]:
-            episodes = play()
-            if source is not None:
-                for episode in episodes:
-                    self.store.add(episode, source=source)
-            return episodes
-
-        return self.team.together(work)
-
-    def _gathered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
-        """Those of all processes, in the order of their seeds' list."""
-        return [Outcome(*row) for row in self.team.gather_shares([*map(astuple, outcomes)])]
-
     def _record(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         if self.metrics is not None:
             self.metrics.log(step, phase, values)
@@ -345,12 +271,6 @@ class Run:
     def _progress(self, phase: Phase, start: int) -> TrainingProgress:
         shown = None if self.team.is_main else io.StringIO()
         return TrainingProgress(phase.num_steps, phase.name, initial=start, stream=shown)
-
-    @property
-    def simulator(self) -> RolloutPool:
-        """The simulators, of a run that has them."""
-        assert self.pool is not None, "a run without a simulator has no rollouts and evaluations"
-        return self.pool
 
     def _save(self, phase: Phase, method: Method, done: int) -> None:
         self._check_weights(phase, method, done)
@@ -415,8 +335,3 @@ def _named(update: str) -> Iterator[None]:
         yield
     except DivergenceError as error:
         raise DivergenceError(f"{error} in {update}") from error
-
-
-def success_rate(outcomes: Sequence[Outcome]) -> float:
-    """The share of episodes that succeeded."""
-    return float(np.mean([outcome.success for outcome in outcomes]))

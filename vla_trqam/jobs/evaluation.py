@@ -20,7 +20,7 @@ from vla_trqam.engine.conclude import EVALUATION_NAME, paired_evaluation
 from vla_trqam.engine.film import Player, film
 from vla_trqam.engine.folder.own_folder import own_folder
 from vla_trqam.engine.launch import exit_status, own_device, prepare_process, usable_cores
-from vla_trqam.engine.run import EVALUATION_NOISE
+from vla_trqam.engine.playing import EVALUATION_NOISE
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.rollout import RolloutPool
