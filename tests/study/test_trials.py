@@ -137,11 +137,13 @@ def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
     again, plans = tried(settings, {})
     assert plans == []
     assert again == first
-    # Of other knobs, or for more methods, they are others.
+    # Of other knobs they are others, which that method alone makes.
     other = {**TRIED, "trqam": [{"kl_budget": 0.1}, {"kl_budget": 2.0}]}
-    for changes in ({"trials": other}, {"methods": ("trqam",)}):
-        _, plans = tried(config(tmp_path / "three", known_trials=path, **changes), {})
-        assert len(plans) == ("trials" in changes)
+    settings = config(tmp_path / "three", known_trials=path, trials=other)
+    found, (plan,) = tried(settings, rates(trqam_trial0=0.25, trqam_trial1=0.75))
+    assert {run.config.method.kl_budget for run in plan.runs} == {0.1, 2.0}
+    assert found.chosen("lift", "trqam") == {"kl_budget": 2.0}
+    assert found.found["lift", "qam"] == first.found["lift", "qam"]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"trials": [{"task": "lift"}]}', "[]"])

@@ -67,13 +67,14 @@ class Trials:
             for trial in tried
         ]
 
-    def of_task(self, task: StudyTask, methods: Sequence[str]) -> bool:
-        """Whether every trial that a task wants of these methods is here."""
-        return all(
-            [dict(knobs) for knobs in task.trials[method]]
-            == [dict(trial.knobs) for trial in self.found.get((task.name, method), ())]
+    def lacking(self, task: StudyTask, methods: Sequence[str]) -> list[str]:
+        """Of which methods the trials that a task wants are not here, or are of other knobs."""
+        return [
+            method
             for method in methods
-        )
+            if [dict(knobs) for knobs in task.trials.get(method, ())]
+            != [dict(trial.knobs) for trial in self.found.get((task.name, method), ())]
+        ]
 
     def variants_in(self, task: StudyTask, methods: Sequence[str]) -> list[Variant]:
         """Each method as it is compared."""
@@ -108,9 +109,14 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     """
     path = settings.known_trials
     known = Trials({}) if path is None else known_trials(path)
-    wanted = [task for task in map(settings.task, settings.tasks) if task.trials]
-    tasks = tuple(t.name for t in wanted if not known.of_task(t, settings.methods))
-    kept = {place: tried for place, tried in known.found.items() if place[0] not in tasks}
+    tuned = [task for task in map(settings.task, settings.tasks) if task.trials]
+    to_make = {task.name: known.lacking(task, settings.methods) for task in tuned}
+    kept = {
+        (task, method): tried
+        for (task, method), tried in known.found.items()
+        if method not in to_make.get(task, ())
+    }
+    tasks = tuple(name for name, methods in to_make.items() if methods)
     if not tasks:
         return Trials(kept)
     own = replace(
@@ -121,7 +127,7 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
         trial_seeds=settings.seeds,
         flags={**settings.flags, **settings.trial_flags},
     )
-    plan = make_plan(own, lambda task: _variants(task, settings.methods), read)
+    plan = make_plan(own, lambda task: _variants(task, to_make[task.name]), read)
     if carried_out(own, plan) is None:
         return None
     rates: dict[tuple[str, str], list[float]] = {}
@@ -135,7 +141,7 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
 
     found: dict[tuple[str, str], list[Trial]] = {}
     for task in map(settings.task, tasks):
-        for variant in _variants(task, settings.methods):
+        for variant in _variants(task, to_make[task.name]):
             found.setdefault((task.name, variant.method), []).append(trial(task, variant))
     return Trials({**kept, **found})
 
