@@ -61,8 +61,8 @@ DEMOS = Path(vla_trqam.data.__file__).with_name("lift_mixed.hdf5")
 CAMERAS = CameraSettings(("agentview",), image_size=96, shadows=False)
 CHUNK, STRIDE, CONTROL_FREQUENCY, FLOW_STEPS = 8, 4, 20, 5
 IMAGE_SIZE, WIDTH, PATCH = 96, 64, 12
-SHORT_TEXT, LONGEST_TEXT = 24, 64
-"""Tokens of an instruction, a byte each: what the tiny configs have, and what longer ones take."""
+SHORT_TEXT, BESIDE_TEXT = 24, 2
+"""Tokens of an instruction, a byte each, that the tiny configs have; and a newline and an end."""
 FIRST_SCENE_SEED = 7_000_000
 AT_LEAST_ONE = ("pose_steps", "clone_steps", "episodes", "num_workers", "num_threads")
 OF_LIFT = ("demos", "filter_key", "scenes", "episodes", "num_workers")
@@ -194,8 +194,9 @@ def config_of(options: argparse.Namespace, lesson: Lesson) -> PreTrainedConfig:
     )
     shared: dict[str, Any] = {"chunk_size": CHUNK, "n_action_steps": CHUNK, "max_state_dim": 16}
     shared["license"] = "apache-2.0"
-    if max(len(text.encode()) for text in lesson.looks.texts) + 1 > SHORT_TEXT:
-        shared["tokenizer_max_length"] = LONGEST_TEXT
+    longest = max(len(text.encode()) for text in lesson.looks.texts) + BESIDE_TEXT
+    if longest > SHORT_TEXT:  # which would be cut
+        shared["tokenizer_max_length"] = longest
     if options.policy == "smolvla":
         vlm = options.output.absolute().with_name(f"{options.output.name}_vlm")
         size = IMAGE_SIZE

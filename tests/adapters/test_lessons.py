@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import interpolate
+from lerobot.policies.common.vla_utils import resize_with_pad, resize_with_pad_torch
 from vla_trqam.adapters.loading import load_policy
 from vla_trqam.adapters.tiny.lessons import joined, lesson_of_dataset, shrunk
 from vla_trqam.adapters.tiny.pretraining import Looks, Scenes, learn_poses
@@ -89,10 +89,14 @@ def test_a_dataset_without_positions_is_refused():
 def test_frames_are_shrunk_as_lerobot_shrinks_them():
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (70, 48, 48, 3)).astype(np.uint8)
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
-    theirs = interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False)
-    ours = torch.from_numpy(shrunk(frames, 16)).permute(0, 3, 1, 2) / 255
-    assert (ours - theirs).abs().max() <= 0.5 / 255 + 1e-6
+    pixels = torch.from_numpy(frames) / 255
+    channels_first = pixels.permute(0, 3, 1, 2)
+    ours = torch.from_numpy(shrunk(frames, 16)) / 255
+    for theirs in (
+        resize_with_pad_torch(pixels, 16, 16),  # pi0's
+        resize_with_pad(channels_first, 16, 16, pad_value=0.0).permute(0, 2, 3, 1),  # SmolVLA's
+    ):
+        assert (ours - theirs).abs().max() <= 0.5 / 255 + 1e-6
     assert shrunk(frames, 48) is frames
     with pytest.raises(UserError, match="48 x 20 are not square"):
         shrunk(frames[:, :, :20], 16)
@@ -117,14 +121,16 @@ def test_a_policy_made_of_a_dataset_tells_the_instructions_apart(dataset, tmp_pa
     assert make_tiny_vla.main(flags) == 0
     assert sorted(path.name for path in output.iterdir()) == ["policy"]
     policy = load_policy(output / "policy", lora=None)
-    assert policy.host.config.tokenizer_max_length == make_tiny_vla.LONGEST_TEXT
+    assert policy.host.config.tokenizer_max_length >= max(map(len, TEXTS)) + 1
     # Pictures and states say nothing here: where the object is, the instruction alone says.
     blind = np.zeros((64, 96, 96, 3), np.uint8)
     told = np.arange(64) % 2
     poses = np.repeat((told[:, None] - 0.5).astype(np.float32), 3, axis=1)
     scenes = Scenes({CAMERA: blind}, np.zeros((64, 1), np.float32), poses, TEXTS, told)
-    tokens = Looks(policy, scenes).at(np.array([0, 1]))["observation.language.tokens"]
-    assert not torch.equal(*tokens)
+    seen = Looks(policy, scenes).at(np.array([0, 1]))
+    assert not torch.equal(*seen["observation.language.tokens"])
+    read = seen["observation.language.attention_mask"].sum(dim=1)
+    assert all(count >= len(text) for count, text in zip(read, TEXTS, strict=True))  # not cut
     losses: list[float] = []
     learn_poses(
         policy,
