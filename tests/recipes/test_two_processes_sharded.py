@@ -1,10 +1,13 @@
 """Two processes that each keep a part of what is trained (FSDP2): `--peft.shard=true`."""
 
 import signal
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessException
 from toy_deaths import dies_at_update, signalled_at_update
 from toy_files import differences
@@ -12,6 +15,7 @@ from two_runs import Two, two_run
 from vla_runs import files, forgetful_pool, main, without_simulator
 
 from vla_trqam.engine.cached import Cached
+from vla_trqam.methods.parts.parallel import Ranks
 
 __all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
 pytestmark = [
@@ -32,9 +36,30 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[
     return [name for name in one if not torch.allclose(one[name], other[name], atol=2e-5)]
 
 
+def weighing(folder: Path, patch: pytest.MonkeyPatch, rank: int) -> None:
+    """Notes what share of the trained weights a process keeps."""
+    make = Ranks.sharded
+
+    def made(self, module, *arguments):
+        make(self, module, *arguments)
+        parts = [p for p in module.parameters() if isinstance(p, DTensor)]
+        kept = sum(part.to_local().numel() for part in parts)
+        (folder / f"share.{rank}").write_text(str(kept / sum(part.numel() for part in parts)))
+
+    patch.setattr(Ranks, "sharded", made)
+
+
 @pytest.fixture(scope="module")
 def sharded(files, tmp_path_factory):
-    return two_run(tmp_path_factory.mktemp("sharded") / "run", *files.flags(), *SHARD)
+    folder = tmp_path_factory.mktemp("sharded")
+    prepare = partial(weighing, folder)
+    return two_run(folder / "run", *files.flags(), *SHARD, prepare=prepare)
+
+
+def test_each_process_keeps_about_half(sharded):
+    shares = [float((sharded.folder.parent / f"share.{rank}").read_text()) for rank in (0, 1)]
+    assert sum(shares) == pytest.approx(1.0)
+    assert max(shares) < 0.6
 
 
 def test_parts_of_the_weights_train_to_what_whole_ones_do(sharded, files, tmp_path):
