@@ -28,7 +28,7 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*\w)")
 # Of accelerate launch and torchrun, of lerobot-eval with our environment, and of lerobot-rollout.
 OTHERS = {"cpu", "mixed_precision", "multi_gpu", "nproc_per_node", "num_processes"} | {
     *("env.episode_length", "env.render_every", "eval.batch_size", "eval.n_episodes"),
-    *("strategy.type", "strategy.record_autonomous", "robot.type", "fps"),
+    *("strategy.type", "teleop.type", "robot.type", "fps"),
     *("dataset.single_task", "dataset.num_episodes"),
 }
 

@@ -99,7 +99,7 @@ def read_claim_run(folder: Path) -> ClaimRun:
 
 
 def read_claim_runs(folders: Iterable[Path]) -> list[ClaimRun]:
-    """Several.
+    """Several, without those that only make a base.
 
     Raises:
         UserError: one is given twice; or see :func:`read_claim_run`.
@@ -108,7 +108,7 @@ def read_claim_runs(folders: Iterable[Path]) -> list[ClaimRun]:
     twice = [str(a) for a, b in pairwise(found) if a == b]
     if twice:
         raise UserError(f"the run {twice[0]} is given twice")
-    return [read_claim_run(folder) for folder in found]
+    return [run for run in map(read_claim_run, found) if run.finished or run.config["steps"]]
 
 
 def grouped(runs: Sequence[ClaimRun], key: Callable[[ClaimRun], Any]) -> dict[Any, list[ClaimRun]]:

@@ -5,8 +5,10 @@ r"""The runs that the claims want, by name: which recipe, with which flags.
     tr '\n' '\0' < c2.txt | xargs -0 -P2 -I{} sh -c '{}'
 
 Prints a list in YAML, or with ``--commands`` a shell line a run, which does nothing where the run
-is finished and goes on with one that is not. Seeds are outermost: what is there after the first
-seed is a whole table. Data that a task needs is made before, as ``DATA`` says.
+is finished and goes on with one that is not. What only makes a base comes first: the runs of its
+task and seed begin with it, to the bit as if each had made its own, and do not evaluate it again.
+Of the others seeds are outermost: what is there after the first seed is a whole table. Data that a
+task needs is made before, as ``DATA`` says.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import above  # noqa: F401 (benchmarks/)
 import yaml
 from chain_figure import SCHEMES, offset_kl
 
+from vla_trqam.engine.base_record import OUTCOMES, RECORD_NAME
 from vla_trqam.time_grid import TimeGrid
 
 SEEDS = (0, 1, 2)
 EVERY_RUN = ("--num_threads=1", "--eval.num_workers=1", "--eval.videos=0", "--save_freq=5000")
 OFFLINE = ("--online.steps=0",)
+BASE_ALONE = "--steps=0"
+BASE_RECORD = f"{RECORD_NAME}/{OUTCOMES}"
 DATA = {
     "can.hdf5": "recipes/make_robomimic_data.py --task=can --episodes=300 --output=can.hdf5",
     "maze.npz": (
@@ -117,8 +122,18 @@ def run_of(task: str, name: str, seed: int, flags: Sequence[str]) -> Run:
     return Run(f"{task}_{name}_s{seed}", place.recipe, tuple(last.values()))
 
 
-HALF = ("--steps=5000", "--evaluate_every=5000")
-"""Of Lift's preset, for what is compared offline."""
+def base_of(task: str, name: str, seed: int, flags: Sequence[str] = ()) -> Run:
+    """What the runs of a task and seed begin with, by :func:`begun_with`."""
+    return run_of(task, name, seed, (*flags, BASE_ALONE, *OFFLINE))
+
+
+def begun_with(base: Run) -> str:
+    """The flag of a run that begins with a base's policy, episodes and evaluation."""
+    return f"--base_run={RUNS}/{base.name}"
+
+
+SHORTER = {"lift": ("--steps=5000", "--evaluate_every=5000")}
+"""Half of Lift's preset, for what is compared offline."""
 CONDITIONS_ON_CAN = ("critics4", "critics1", "noise4")
 
 
@@ -138,18 +153,29 @@ def c1() -> Iterator[Run]:
     """
     critics = {f"critics{n}": (f"--critic.ensemble_size={n}",) for n in (4, 1, 2, 10)}
     noise = {f"noise{size}": (f"--critic.gradient_noise={size}",) for size in (1, 4)}
+    tasks = ("lift", "can")
+    bases = {
+        (task, seed): base_of(task, "base", seed, SHORTER.get(task, ()))
+        for seed in SEEDS
+        for task in tasks
+    }
+    yield from bases.values()
     for seed in SEEDS:
-        for task in ("lift", "can"):
-            # Of the run before, whose base is this seed's: then the data is for the critic alone.
-            base = f"--policy.path={RUNS}/{task}_critics4_trqam_s{seed}/base_policy"
-            tenth = {"tenth": (base, *TASKS[task].a_tenth)}
-            for label, flags in {**critics, **noise, **tenth}.items():
+        for task in tasks:
+            base = bases[task, seed]
+            shared = {
+                label: (begun_with(base), *flags) for label, flags in {**critics, **noise}.items()
+            }
+            # The data is for the critic alone, and the base rolls out fewer episodes.
+            policy = f"--policy.path={RUNS}/{base.name}/base_policy"
+            tenth = {"tenth": (policy, *TASKS[task].a_tenth)}
+            for label, flags in {**shared, **tenth}.items():
                 if task == "can" and label not in CONDITIONS_ON_CAN:
                     continue
-                shorter = HALF if task == "lift" else ()
                 for method, knobs in methods_of_c1().items():
                     name = f"{label}_{method}"
-                    yield run_of(task, name, seed, (*OFFLINE, *shorter, *flags, *knobs))
+                    own = (*OFFLINE, *SHORTER.get(task, ()), *flags, *knobs)
+                    yield run_of(task, name, seed, own)
 
 
 def c2() -> Iterator[Run]:
@@ -167,24 +193,35 @@ def c6() -> Iterator[Run]:
     A budget of shifted Euler is worth what the preset's is in the posterior chain of as many steps,
     by the yardstick of docs/method.md.
     """
-    for seed in SEEDS:
-        for task in ("lift", "pointmaze", "cube_single"):
-            place, shorter = TASKS[task], HALF if task == "lift" else ()
-            for steps in (3, 10):
-                for label in SCHEMES:
-                    budget = place.budget * offset_kl(TimeGrid(steps, SCHEMES[label]))
-                    budget /= offset_kl(TimeGrid(steps, SCHEMES["posterior"]))
-                    scheme = label.lower().replace(" ", "_")
-                    for adjoint in ("lean", "scalar"):
-                        flags = (
-                            *OFFLINE,
-                            *shorter,
-                            f"--policy.num_flow_steps={steps}",
-                            f"--method.scheme={scheme}",
-                            f"--method.adjoint={adjoint}",
-                            f"--method.kl_budget={budget:.3g}",
-                        )
-                        yield run_of(task, f"{scheme}{steps}_{adjoint}", seed, flags)
+    tasks, many = ("lift", "pointmaze", "cube_single"), (3, 10)
+    bases = {
+        (task, steps, seed): base_of(
+            task,
+            f"base{steps}",
+            seed,
+            (*SHORTER.get(task, ()), f"--policy.num_flow_steps={steps}"),
+        )
+        for seed in SEEDS
+        for task in tasks
+        for steps in many
+    }
+    yield from bases.values()
+    for task, steps, seed in bases:
+        for label, scheme in SCHEMES.items():
+            budget = TASKS[task].budget * offset_kl(TimeGrid(steps, scheme))
+            budget /= offset_kl(TimeGrid(steps, SCHEMES["posterior"]))
+            name = label.lower().replace(" ", "_")
+            for adjoint in ("lean", "scalar"):
+                flags = (
+                    *OFFLINE,
+                    *SHORTER.get(task, ()),
+                    begun_with(bases[task, steps, seed]),
+                    f"--policy.num_flow_steps={steps}",
+                    f"--method.scheme={name}",
+                    f"--method.adjoint={adjoint}",
+                    f"--method.kl_budget={budget:.3g}",
+                )
+                yield run_of(task, f"{name}{steps}_{adjoint}", seed, flags)
 
 
 STUDIES: Mapping[str, Callable[[], Iterator[Run]]] = {"c1": c1, "c2": c2, "c6": c6}
@@ -198,7 +235,8 @@ def command(run: Run, folder: Path) -> str:
     recipe = f"python -m vla_trqam.recipes.{run.recipe}"
     go_on = f"{recipe} --resume=true --output_dir={shlex.quote(str(own))}"
     new = f"{recipe} {shlex.join(begin)}"
-    done, begun = (shlex.quote(str(own / name)) for name in ("report.json", "config.yaml"))
+    last = BASE_RECORD if BASE_ALONE in run.flags else "report.json"
+    done, begun = (shlex.quote(str(own / name)) for name in (last, "config.yaml"))
     return f"test -f {done} || if test -f {begun}; then {go_on}; else {new}; fi"
 
 

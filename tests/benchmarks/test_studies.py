@@ -25,7 +25,7 @@ def config_of(run: studies.Run) -> StateRunConfig:
     return parse_config(config, presets, run.flags)
 
 
-@pytest.mark.parametrize(("study", "count"), [("c1", 120), ("c2", 18), ("c6", 72)])
+@pytest.mark.parametrize(("study", "count"), [("c1", 126), ("c2", 18), ("c6", 90)])
 def test_a_study_has_so_many_runs_each_with_a_name_of_its_own(study: str, count: int) -> None:
     runs = list(studies.STUDIES[study]())
     assert len({run.name for run in runs}) == len(runs) == count
@@ -45,15 +45,38 @@ def test_the_recipes_accept_a_studys_flags(study: str) -> None:
             assert isinstance(config.method, MethodConfig)
 
 
-def test_the_tenth_of_the_data_has_the_base_of_a_run_before_it() -> None:
-    runs = list(studies.c1())
+def made_by(flag: str) -> str:
+    """The run of the study that a flag names a folder of."""
+    return flag.partition("=RUNS/")[2].removesuffix("/base_policy")
+
+
+@pytest.mark.parametrize("study", ["c1", "c6"])
+def test_runs_begin_with_the_base_of_their_task_seed_and_steps_which_is_made_before(
+    study: str,
+) -> None:
+    runs = list(studies.STUDIES[study]())
     names = [run.name for run in runs]
     for number, run in enumerate(runs):
-        (base,) = [f for f in run.flags if f.startswith("--policy.path=")] or [None]
-        if base is not None:
-            place = base.removeprefix("--policy.path=RUNS/").removesuffix("/base_policy")
-            assert names.index(place) < number
-            assert place.rpartition("_")[2] == run.name.rpartition("_")[2]
+        if studies.BASE_ALONE in run.flags:
+            continue
+        (base,) = [made_by(flag) for flag in run.flags if "=RUNS/" in flag]
+        maker = runs[names.index(base)]
+        assert names.index(base) < number
+        assert studies.BASE_ALONE in maker.flags
+        ours, theirs = config_of(run), config_of(maker)
+        assert (ours.seed, ours.policy.num_flow_steps) == (
+            theirs.seed,
+            theirs.policy.num_flow_steps,
+        )
+        if "_tenth_" not in run.name:
+            assert (ours.dataset, ours.pretrain) == (theirs.dataset, theirs.pretrain)
+            assert (ours.base_episodes, ours.eval) == (theirs.base_episodes, theirs.eval)
+
+
+def test_a_base_is_finished_when_what_it_did_is_written() -> None:
+    base = next(run for run in studies.c1() if studies.BASE_ALONE in run.flags)
+    line = studies.command(base, Path("outputs/c1"))
+    assert line.startswith(f"test -f outputs/c1/{base.name}/base_record/outcomes.json || ")
 
 
 def test_a_command_makes_a_run_goes_on_with_it_or_leaves_it(tmp_path: Path) -> None:
@@ -63,7 +86,7 @@ def test_a_command_makes_a_run_goes_on_with_it_or_leaves_it(tmp_path: Path) -> N
     words = shlex.split(new)
     assert words[:3] == ["python", "-m", "vla_trqam.recipes.finetune_robomimic"]
     assert f"--output_dir=outputs/c1/{run.name}" in words
-    assert "--policy.path=outputs/c1/lift_critics4_trqam_s0/base_policy" in words
+    assert "--policy.path=outputs/c1/lift_base_s0/base_policy" in words
     assert line.startswith(f"test -f outputs/c1/{run.name}/report.json || if test -f ")
     assert f"--resume=true --output_dir=outputs/c1/{run.name}; else" in line
 

@@ -215,16 +215,17 @@ def test_columns_of_interventions_travel_to_the_batch_and_back(tmp_path: Path) -
         assert np.array_equal(copy.column(column), replay.column(column))
 
 
-def test_a_column_that_only_one_dataset_has_is_taken_when_nobody_asks_from_none(
+def test_a_dataset_without_a_column_of_interventions_has_zeros_beside_one_that_has_it(
     tmp_path: Path,
 ) -> None:
     (name,) = TAKEN
     marked = config_of(tmp_path / "marked", ONCE, "sparse", extra=TAKEN)
     plain = config_of(tmp_path / "plain", ONCE, "sparse")
     assert opened(marked).first.sizes.columns == {name: ("bool", ())}
-    assert opened(marked, plain).first.sizes.columns == {}
-    replay, _ = filled(opened(marked, plain), tmp_path / "replay")
-    assert replay.columns == {}
+    replay, said = filled(opened(marked, plain), tmp_path / "replay")
+    assert replay.column(name).tolist() == FLAGS + [False] * len(FLAGS)
+    assert f"dataset: further columns: {name}" in said
+    assert f"dataset_2: no column {name}: zeros, nobody intervened" in said
     asked = LeRobotConfig("local/plain", tmp_path / "plain", columns=(name,))
     with pytest.raises(UserError, match=rf"/plain has no further column .*'{name}' .* none"):
         opened(asked)

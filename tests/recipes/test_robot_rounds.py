@@ -4,14 +4,11 @@ docs/robot_rounds.md in little: the robot is simulated and a person labels, all 
 has, LeRobot's own ``lerobot-rollout`` among it.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from sim_point_robot import Person, SimPoint
-from toy_images import MAX_STEPS, TASK, write_toy_policy
+from robot_sessions import labels_of, record_episodes
+from toy_images import write_toy_policy
 from vla_runs import main
 
 pytestmark = pytest.mark.long
@@ -25,35 +22,6 @@ TUNING = [
     *("--method.kl_budget=0.5", "--policy.tuned_flow_steps=null", "--save_freq=1000"),
     *("--num_threads=1", "--eval.videos=0", "--dataset.reward=success"),
 ]
-
-
-def record(policy: Path, root: Path, first_seed: int, patch: pytest.MonkeyPatch) -> list[bool]:
-    """Episodes of the policy by ``lerobot-rollout``; which of them were solved, as labels too."""
-    from lerobot.rollout.strategies import episodic
-    from lerobot.scripts.lerobot_rollout import rollout
-
-    person = Person(MAX_STEPS, first_seed)
-    patch.setattr(SimPoint, "person", person)
-    patch.setattr(episodic, "init_keyboard_listener", lambda: (None, person.events))
-    patch.setattr(episodic, "log_say", person.hears)
-    flags = [
-        *("--strategy.type=episodic", "--strategy.reset_to_initial_position=false"),
-        *(f"--policy.path={policy}", "--robot.type=sim_point", "--fps=100"),
-        *("--dataset.repo_id=me/rollout_round", f"--dataset.root={root}", "--dataset.fps=100"),
-        *(
-            f"--dataset.num_episodes={EPISODES}",
-            "--dataset.reset_time_s=0",
-            "--dataset.no_stamp=true",
-        ),
-        *("--dataset.video=false", "--dataset.push_to_hub=false", f"--dataset.single_task={TASK}"),
-        "--play_sounds=false",
-    ]
-    patch.setattr(sys, "argv", ["lerobot-rollout", *flags])
-    torch.manual_seed(first_seed)  # of the host's noise
-    rollout()
-    assert len(person.solved) == EPISODES
-    root.with_suffix(".json").write_text(json.dumps(person.solved))
-    return person.solved
 
 
 def tune(base: Path, last: Path | None, rounds: list[Path], run: Path) -> Path:
@@ -74,10 +42,6 @@ def tune(base: Path, last: Path | None, rounds: list[Path], run: Path) -> Path:
     return (run / "checkpoints/last").resolve() / "pretrained_model"
 
 
-def labels_of(root: Path) -> Path:
-    return root.with_suffix(".json")
-
-
 def test_success_rises_from_round_to_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,10 +49,11 @@ def test_success_rises_from_round_to_round(
     solved, rounds = [], []
     for number in range(ROUNDS):
         root = tmp_path / f"rollout_{number}"
-        solved.append(record(last or base, root, 1000 * number, monkeypatch))
+        solved.append(record_episodes(last or base, root, 1000 * number, EPISODES, monkeypatch))
         rounds.append(root)
         last = tune(base, last, rounds, tmp_path / f"run_{number}")
-    solved.append(record(last or base, tmp_path / "rollout_end", 0, monkeypatch))
+    end = tmp_path / "rollout_end"
+    solved.append(record_episodes(last or base, end, 0, EPISODES, monkeypatch))
     counts = [sum(labels) for labels in solved]
     said = capfd.readouterr().out
     with capfd.disabled():

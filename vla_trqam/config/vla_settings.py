@@ -75,7 +75,7 @@ class VLADatasetConfig(OneDatasetConfig):
         more: further datasets, like ``[{repo_id: me/round1, root: runs/round1, reward: success}]``,
             with the flags of the first as keys.
         columns: further columns that travel into the replay; null for those that tell of
-            interventions where all datasets have them.
+            interventions, in which a dataset without them has zeros.
     """
 
     kind: RewardKind = "success_minus_one"

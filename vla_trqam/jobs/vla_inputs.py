@@ -67,7 +67,7 @@ def checked_inputs(
     if config.method.reads_interventions and not any(map(tells_interventions, reader.columns)):
         raise UserError(
             "--method.clone_interventions needs a column that tells which actions a person took, "
-            f"{' or '.join(INTERVENTION)}, in every dataset; there is none that all have"
+            f"{' or '.join(INTERVENTION)}, in one of the datasets at least; none has it"
         )
     if config.num_training_episodes and not config.resume:
         check_rollouts(reader)

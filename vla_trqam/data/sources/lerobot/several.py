@@ -39,9 +39,8 @@ class LeRobotDatasets:
         """
         names = source_names(len(configs))
         named = {n: LeRobotReader(config) for n, config in zip(names, configs, strict=True)}
-        first, *others = (set(reader.columns) for reader in named.values())
-        shared = first.intersection(*others)
-        named = {name: reader.keeping(shared) for name, reader in named.items()}
+        together = {n: spec for reader in named.values() for n, spec in reader.columns.items()}
+        named = {name: reader.with_columns(together) for name, reader in named.items()}
         check_agree(named)
         check_scales(named)
         return cls(named)

@@ -16,6 +16,7 @@ import torch
 
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.frames import STATE_KEY, TASK_KEY, FrameObservation, image_key
+from vla_trqam.data.replay_files import ColumnSpec
 from vla_trqam.data.sampling import RewardKind
 from vla_trqam.data.sources.base import Sizes
 from vla_trqam.data.sources.lerobot.columns import further_columns, label_columns
@@ -100,7 +101,8 @@ class LeRobotReader:
         state_dim: S.
         action_dim: A.
         cameras: name, as renamed -> (height, width, channels).
-        columns: further ones: name -> dtype and shape of one row's entry.
+        columns: further ones: name -> dtype and shape of one row's entry; an episode has none of
+            those that only other datasets have.
     """
 
     def __init__(self, config: LeRobotConfig) -> None:
@@ -134,6 +136,7 @@ class LeRobotReader:
                 rows.columns[REWARD] = rows.columns[config.reward_column]
         self.plan = self._plan(labels)
         self._shows = True
+        self._lacks: list[str] = []
         for rows in self._rows:
             self._check_outcome(rows)
 
@@ -209,10 +212,11 @@ class LeRobotReader:
             frames=np.concatenate([np.arange(rows.length) for rows in self._rows]),
         )
 
-    def keeping(self, columns: Collection[str]) -> Self:
-        """The same dataset with these of its further columns."""
+    def with_columns(self, columns: Mapping[str, ColumnSpec]) -> Self:
+        """The same dataset with those of others, in which it has zeros, beside its own."""
         reader = copy.copy(self)
-        reader.columns = {name: spec for name, spec in self.columns.items() if name in columns}
+        reader.columns = {**columns, **self.columns}
+        reader._lacks = sorted(columns.keys() - self.columns.keys())
         return reader
 
     def without_pictures(self) -> Self:
@@ -286,8 +290,10 @@ class LeRobotReader:
             notes.append(f"instruction: the column {self.config.instruction}")
         if self.config.task_changes == "first":
             notes.append("instruction: each episode's first, where it changes")
-        if self.columns:
-            notes.append(f"further columns: {', '.join(self.columns)}")
+        if own := [name for name in self.columns if name not in self._lacks]:
+            notes.append(f"further columns: {', '.join(own)}")
+        if self._lacks:
+            notes.append(f"no column {', '.join(self._lacks)}: zeros, nobody intervened")
         return notes + self._left_out(outcomes)
 
     def _left_out(self, outcomes: Sequence[Outcome]) -> list[str]:
@@ -337,6 +343,7 @@ class LeRobotReader:
             columns={
                 name: rows.columns[name][:num_steps].astype(dtype)
                 for name, (dtype, _) in self.columns.items()
+                if name not in self._lacks
             },
         )
 
