@@ -66,13 +66,22 @@ class ClaimRun:
         """What it logged of a metric; empty where it logged none."""
         return join_phases(self.metrics, name, phases).value
 
-    def ends(self, name: str) -> tuple[float, float]:
-        """Medians over the first and the last tenth of a metric's lines; NaN without any."""
+    def tenth(self, name: str, where: float) -> float:
+        """Median over a tenth of a metric's lines.
+
+        Args:
+            name: of the metric.
+            where: 0 for the first tenth, 0.5 for the one in the middle, 1 for the last.
+
+        Returns:
+            NaN without any lines.
+        """
         values = self.values(name)
         if not len(values):
-            return np.nan, np.nan
+            return np.nan
         few = max(round(len(values) * TENTH), 1)
-        return float(np.median(values[:few])), float(np.median(values[-few:]))
+        begin = round(where * (len(values) - few))
+        return float(np.median(values[begin : begin + few]))
 
     @property
     def worst(self) -> float:
