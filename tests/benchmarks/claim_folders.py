@@ -29,6 +29,7 @@ def make_run(
     folder.mkdir(parents=True)
     config = {
         "seed": seed,
+        "steps": LINES,
         "method": method,
         "critic": {"ensemble_size": 4, "gradient_noise": 0.0},
         "dataset": {"path": None, "num_demos": None},

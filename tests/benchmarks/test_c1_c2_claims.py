@@ -8,7 +8,7 @@ import c2_budget
 import numpy as np
 import pytest
 from claim_folders import LINES, make_run
-from claim_runs import mean_and_spread, read_claim_run
+from claim_runs import mean_and_spread, read_claim_run, read_claim_runs
 from marked import marked
 from matplotlib.figure import Figure
 
@@ -87,6 +87,12 @@ def test_a_loss_that_is_not_finite_has_diverged(tmp_path: Path) -> None:
     run = read_claim_run(make_run(tmp_path / "q", method=qam(3), loss=loss))
     (group,) = c1_fragile.groups_of([run])
     assert (group.diverged, group.growth) == (1, float("inf"))
+
+
+def test_a_run_that_only_makes_a_base_is_none_of_a_claim(tmp_path: Path) -> None:
+    alone = make_run(tmp_path / "base", method=TRQAM, tuned=None, settings={"steps": 0})
+    broken = make_run(tmp_path / "broken", method=TRQAM, tuned=None)
+    assert [run.folder for run in read_claim_runs([alone, broken])] == [broken]
 
 
 def test_a_target_kept_and_one_passed_are_told_apart(
