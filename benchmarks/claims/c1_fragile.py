@@ -5,26 +5,29 @@
         --output docs/figures/c1_fragile.png --page docs/claims.md
 
 Reads run folders, those that diverged too, and puts them side by side: what is imperfect about the
-critic (few members, a part of the demonstrations, a noisy gradient), and the method.
+critic (few members, a part of the demonstrations, a noisy gradient), and the method. A temperature
+is fragile where its runs gain less than TRQAM's of the same task, critic and seed, by a sign-flip
+test of the pairs that is corrected for the number of temperatures (Holm).
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
 from claim_page import write_claim
-from claim_runs import ClaimRun, grouped, mean_and_spread
+from claim_runs import ClaimRun, mean_and_spread
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.figures import CYCLE, new_figure, save
 from vla_trqam.report.formats import table
+from vla_trqam.study.statistics import CONFIDENCE, holm, sign_flip_p
 
+OURS = "TRQAM"
 GROWN = 10.0
 """The adjoint loss has diverged where its last tenth is so many times its middle, or not finite.
 
@@ -57,6 +60,45 @@ def task_of(run: ClaimRun) -> str:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """What a run won.
+
+    Attributes:
+        run: of a method with a critic in a task.
+        gain: success over the base; all of the base's is lost by what diverged.
+    """
+
+    run: ClaimRun
+    gain: float
+
+    @property
+    def cell(self) -> tuple[str, str, int]:
+        """Task, critic and seed: runs of one differ by their method alone."""
+        return task_of(self.run), imperfection(self.run), self.run.seed
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended by that, or its adjoint loss grew without bound."""
+        return self.run.diverged or _growth(self.run) > GROWN
+
+
+def gains_of(runs: Sequence[ClaimRun]) -> list[Gain]:
+    """What each run won.
+
+    Raises:
+        UserError: nothing tells the base of one that diverged.
+    """
+    bases = {(task_of(run), run.seed): run.base for run in runs if run.base is not None}
+    found = []
+    for run in runs:
+        base = bases.get((task_of(run), run.seed))
+        if base is None:
+            raise UserError(f"the runs of {task_of(run)}, seed {run.seed} all diverged")
+        found.append(Gain(run, -base if run.gain is None else run.gain))
+    return found
+
+
+@dataclass(frozen=True)
 class Group:
     """The seeds of one method with one critic in one task.
 
@@ -64,42 +106,38 @@ class Group:
         task: name.
         critic: what is imperfect.
         method: label.
-        runs: a run a seed.
+        members: a run a seed.
     """
 
     task: str
     critic: str
     method: str
-    runs: Sequence[ClaimRun]
-
-    @property
-    def gains(self) -> list[float]:
-        """Of those that finished."""
-        return [run.gain for run in self.runs if run.gain is not None]
+    members: Sequence[Gain]
 
     @property
     def below(self) -> int:
         """Runs that end below their base, or do not end."""
-        return sum(run.gain is None or run.gain < 0.0 for run in self.runs)
+        return sum(each.gain < 0.0 for each in self.members)
 
     @property
     def growth(self) -> float:
         """Largest growth of the adjoint loss over the seeds, last tenth over the middle."""
-        return max(_growth(run) for run in self.runs)
+        return max(_growth(each.run) for each in self.members)
 
     @property
     def diverged(self) -> int:
-        """Runs that did not end, or whose adjoint loss grew without bound."""
-        return sum(not run.finished or _growth(run) > GROWN for run in self.runs)
+        """Runs that did."""
+        return sum(each.diverged for each in self.members)
 
     def row(self) -> list[str]:
         """Its cells."""
-        bases = [run.base for run in self.runs if run.base is not None]
-        tuned = [run.tuned for run in self.runs if run.tuned is not None]
-        worst = [run.worst for run in self.runs if np.isfinite(run.worst)]
-        kls = [run.tenth("kl_estimate", 1.0) for run in self.runs]
+        runs = [each.run for each in self.members]
+        bases = [run.base for run in runs if run.base is not None]
+        tuned = [run.tuned for run in runs if run.tuned is not None]
+        worst = [run.worst for run in runs if np.isfinite(run.worst)]
+        kls = [run.tenth("kl_estimate", 1.0) for run in runs]
         return [
-            *(self.task, self.critic, self.method, str(len(self.runs))),
+            *(self.task, self.critic, self.method, str(len(runs))),
             *(mean_and_spread(bases), mean_and_spread(tuned)),
             f"{100 * min(worst):.0f}" if worst else "-",
             *(f"{self.below}", f"{np.mean(kls):.2g}", f"{self.growth:.3g}", f"{self.diverged}"),
@@ -121,33 +159,47 @@ def _growth(run: ClaimRun) -> float:
 
 def groups_of(runs: Sequence[ClaimRun]) -> list[Group]:
     """Runs by task, critic and method."""
-    parts = grouped(runs, lambda run: (task_of(run), imperfection(run), method_label(run)))
-    ordered = sorted(parts.items())
-    return [Group(task, critic, method, own) for (task, critic, method), own in ordered]
+    parts: dict[tuple[str, str, str], list[Gain]] = {}
+    for each in gains_of(runs):
+        task, critic, _ = each.cell
+        parts.setdefault((task, critic, method_label(each.run)), []).append(each)
+    return [Group(*place, own) for place, own in sorted(parts.items())]
 
 
 def verdict(groups: Sequence[Group]) -> str:
-    """Per method how many runs were lost, and which temperatures are worse than the budget."""
-    lost, worst = {}, {}
-    for label, members in grouped_by_method(groups).items():
-        lost[label] = sum(group.below for group in members), sum(len(g.runs) for g in members)
-        worst[label] = min(float(np.mean(g.gains)) if g.gains else -1.0 for g in members)
-    if "TRQAM" not in lost or len(lost) < 2:
+    """Which temperatures are worse than the budget in the same tasks, critics and seeds.
+
+    Raises:
+        UserError: a method has no run where another has one, or there is nothing to compare.
+    """
+    gains = {
+        label: {each.cell: each.gain for group in members for each in group.members}
+        for label, members in grouped_by_method(groups).items()
+    }
+    ours = gains.pop(OURS, {})
+    if not ours or not gains:
         raise UserError("claim 1 compares TRQAM's runs with others: give runs of both")
-    said = ", ".join(
-        f"{label} {below} of {count} (worst mean gain {100 * worst[label]:+.0f} points)"
-        for label, (below, count) in lost.items()
-    )
-    others = [label for label in lost if label != "TRQAM"]
-    fragile = [
-        label
-        for label in others
-        if lost[label][0] > lost["TRQAM"][0] and worst[label] < worst["TRQAM"]
-    ]
-    level = [label for label in others if label not in fragile]
+    for label, own in gains.items():
+        if alone := sorted(own.keys() ^ ours.keys()):
+            task, critic, seed = alone[0]
+            raise UserError(
+                f"one of {OURS} and {label} has no run on {task}, {critic}, seed {seed}"
+            )
+    ahead = {k: np.array([ours[cell] - own[cell] for cell in ours]) for k, own in gains.items()}
+    tests = holm([sign_flip_p(differences) for differences in ahead.values()])
+    said, fragile, level = [_said(OURS, ours.values())], [], []
+    for (label, differences), p in zip(ahead.items(), tests, strict=True):
+        lost = p < 1 - CONFIDENCE and differences.mean() > 0.0
+        (fragile if lost else level).append(label)
+        said.append(f"{_said(label, gains[label].values())}, p = {p:.2g}")
     holds = f"holds for {', '.join(fragile)}" if fragile else "does not hold"
     rest = f", not for {', '.join(level)}" if fragile and level else ""
-    return f"**Claim 1 {holds}{rest}.** Runs that end below their base or not at all: {said}."
+    return f"**Claim 1 {holds}{rest}.** Mean gains over {len(ours)} runs each: {'; '.join(said)}."
+
+
+def _said(label: str, gains: Collection[float]) -> str:
+    below = sum(gain < 0.0 for gain in gains)
+    return f"{label} {100 * np.mean(list(gains)):+.0f} points ({below} below their base)"
 
 
 def grouped_by_method(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -155,7 +207,7 @@ def grouped_by_method(groups: Sequence[Group]) -> dict[str, list[Group]]:
     found: dict[str, list[Group]] = {}
     for group in groups:
         found.setdefault(group.method, []).append(group)
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "TRQAM", item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[0] != OURS, item[0])))
 
 
 def draw(path: Path, groups: Sequence[Group]) -> Path:
@@ -169,9 +221,10 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
         critics = list(dict.fromkeys(group.critic for group in own))
         for index, (label, members) in enumerate(grouped_by_method(own).items()):
             places = [critics.index(g.critic) + 0.12 * index for g in members]
-            for place, group in zip(places, members, strict=True):
-                axes.plot([place] * len(group.gains), group.gains, "o", ms=3, color=CYCLE[index])
-            means = [float(np.mean(g.gains)) if g.gains else math.nan for g in members]
+            gains = [[each.gain for each in group.members] for group in members]
+            for place, each in zip(places, gains, strict=True):
+                axes.plot([place] * len(each), each, "o", ms=3, color=CYCLE[index])
+            means = [float(np.mean(each)) for each in gains]
             axes.plot(places, means, "_", ms=12, color=CYCLE[index], label=label)
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(critics)), critics, rotation=20, fontsize="small")

@@ -1,4 +1,4 @@
-"""Run folders as the claims read them: finished ones, and those that diverged on the way."""
+"""Run folders as the claims read them: finished ones, and those that ended by diverging."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from finished_run import read_run
 from numpy.typing import NDArray
 
 from vla_trqam.config.parsing import read_settings
+from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.errors import UserError
 from vla_trqam.report.metrics import TRAINING_PHASES, Metrics, join_phases, read_metrics
 
@@ -23,15 +24,15 @@ TENTH = 1 / 10
 
 @dataclass(frozen=True, eq=False)
 class ClaimRun:
-    """A run, whatever became of it.
+    """A run that came to its end.
 
     Attributes:
         folder: where it lies.
         title: of its report; empty where it has none.
         config: its settings.
         metrics: what it logged.
-        base: success of its base on the final initial states; None where it did not finish.
-        tuned: of what it made of it; None where it did not finish.
+        base: success of its base on the final initial states; None where it diverged.
+        tuned: of what it made of it; None where it diverged.
     """
 
     folder: Path
@@ -42,13 +43,13 @@ class ClaimRun:
     tuned: float | None = None
 
     @property
-    def finished(self) -> bool:
-        """Whether it was evaluated at its end."""
-        return self.tuned is not None
+    def diverged(self) -> bool:
+        """Whether it ended by numbers that are not finite."""
+        return self.tuned is None
 
     @property
     def gain(self) -> float | None:
-        """Success won, from 0 to 1; what did not finish won none."""
+        """Success won, from -1 to 1; None where it diverged."""
         return None if self.tuned is None or self.base is None else self.tuned - self.base
 
     @property
@@ -91,10 +92,10 @@ class ClaimRun:
 
 
 def read_claim_run(folder: Path) -> ClaimRun:
-    """A run's folder; one without a report is one that did not finish.
+    """A run's folder; one that only makes a base has neither of its two rates.
 
     Raises:
-        UserError: it is no run's folder, or a file of it is damaged.
+        UserError: it is no run's folder, its run has not come to its end, or a file is damaged.
     """
     if (folder / REPORT).is_file():
         done = read_run(folder)
@@ -104,7 +105,12 @@ def read_claim_run(folder: Path) -> ClaimRun:
         raise UserError(
             f"{folder} is no run's folder: it has no {REPORT}, and not both of {CONFIG} and {LINES}"
         )
-    return ClaimRun(folder, "", read_settings(folder / CONFIG), read_metrics(folder / LINES))
+    config = read_settings(folder / CONFIG)
+    if config["steps"] and not (folder / DIVERGED_NAME).is_file():
+        raise UserError(
+            f"the run in {folder} neither finished nor diverged: go on with it, or leave it out"
+        )
+    return ClaimRun(folder, "", config, read_metrics(folder / LINES))
 
 
 def read_claim_runs(folders: Iterable[Path]) -> list[ClaimRun]:
@@ -117,7 +123,7 @@ def read_claim_runs(folders: Iterable[Path]) -> list[ClaimRun]:
     twice = [str(a) for a, b in pairwise(found) if a == b]
     if twice:
         raise UserError(f"the run {twice[0]} is given twice")
-    return [run for run in map(read_claim_run, found) if run.finished or run.config["steps"]]
+    return [run for run in map(read_claim_run, found) if run.config["steps"]]
 
 
 def grouped(runs: Sequence[ClaimRun], key: Callable[[ClaimRun], Any]) -> dict[Any, list[ClaimRun]]:

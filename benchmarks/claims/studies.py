@@ -5,10 +5,10 @@ r"""The runs that the claims want, by name: which recipe, with which flags.
     tr '\n' '\0' < c2.txt | xargs -0 -P2 -I{} sh -c '{}'
 
 Prints a list in YAML, or with ``--commands`` a shell line a run, which does nothing where the run
-is finished and goes on with one that is not. What only makes a base comes first: the runs of its
-task and seed begin with it, to the bit as if each had made its own, and do not evaluate it again.
-Of the others seeds are outermost: what is there after the first seed is a whole table. Data that a
-task needs is made before, as ``DATA`` says.
+is finished or diverged, and goes on with one that is not. What only makes a base comes first: the
+runs of its task and seed begin with it, to the bit as if each had made its own, and do not evaluate
+it again. Of the others seeds are outermost: what is there after the first seed is a whole table.
+Data that a task needs is made before, as ``DATA`` says.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import yaml
 from chain_figure import SCHEMES, offset_kl
 
 from vla_trqam.engine.base_record import OUTCOMES, RECORD_NAME
+from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.time_grid import TimeGrid
 
 SEEDS = (0, 1, 2)
@@ -180,10 +181,16 @@ def c1() -> Iterator[Run]:
 
 def c2() -> Iterator[Run]:
     """Lambda inside against the penalty outside, at three targets."""
-    for seed in SEEDS:
+    bases = {seed: base_of("lift", "base", seed) for seed in SEEDS}
+    yield from bases.values()
+    for seed, base in bases.items():
         for target in (0.1, 0.5, 1.0):
             for method in ("trqam", "external_kl"):
-                flags = (f"--method.type={method}", f"--method.kl_budget={target:g}")
+                flags = (
+                    begun_with(base),
+                    f"--method.type={method}",
+                    f"--method.kl_budget={target:g}",
+                )
                 yield run_of("lift", f"{method}_{target:g}", seed, (*OFFLINE, *flags))
 
 
@@ -236,8 +243,12 @@ def command(run: Run, folder: Path) -> str:
     go_on = f"{recipe} --resume=true --output_dir={shlex.quote(str(own))}"
     new = f"{recipe} {shlex.join(begin)}"
     last = BASE_RECORD if BASE_ALONE in run.flags else "report.json"
-    done, begun = (shlex.quote(str(own / name)) for name in (last, "config.yaml"))
-    return f"test -f {done} || if test -f {begun}; then {go_on}; else {new}; fi"
+    done, begun, diverged = (
+        shlex.quote(str(own / name)) for name in (last, "config.yaml", DIVERGED_NAME)
+    )
+    return (
+        f"test -f {done} || test -f {diverged} || if test -f {begun}; then {go_on}; else {new}; fi"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.metrics import MetricsLog
 from vla_trqam.report.page import write_json
@@ -25,7 +26,7 @@ def make_run(
     seed: int = 0,
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """A run whose base solves 10 of 20 states; it did not finish where ``tuned`` is None."""
+    """A run whose base solves 10 of 20 states; it diverged where ``tuned`` is None."""
     folder.mkdir(parents=True)
     config = {
         "seed": seed,
@@ -45,6 +46,8 @@ def make_run(
             log.log(step, "offline", values | bracket)
     if tuned is not None:
         _finish(folder, tuned, seed)
+    else:
+        (folder / DIVERGED_NAME).write_text("training has diverged\n")
     return folder
 
 

@@ -12,6 +12,7 @@ from claim_runs import mean_and_spread, read_claim_run, read_claim_runs
 from marked import marked
 from matplotlib.figure import Figure
 
+from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.errors import UserError
 
 TRQAM = {"type": "trqam"}
@@ -44,42 +45,62 @@ def test_a_fragile_temperature_is_told_from_one_that_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     noisy = {"critic": {"ensemble_size": 4, "gradient_noise": 4.0}}
-    runs = [
-        make_run(tmp_path / "t0", method=TRQAM, tuned=16),
-        make_run(tmp_path / "t1", method=TRQAM, tuned=14, seed=1),
-        make_run(tmp_path / "q1", method=qam(1), tuned=15),
-        make_run(tmp_path / "q10a", method=qam(10), tuned=4, loss=GROWING),
-        make_run(tmp_path / "q10b", method=qam(10), tuned=None, seed=1),
-        make_run(tmp_path / "t2", method=TRQAM, tuned=12, settings=noisy),
-        make_run(tmp_path / "q2", method=qam(10), tuned=2, settings=noisy),
-    ]
+    runs = []
+    for seed in range(4):
+        for label, settings in (("plain", {}), ("noisy", noisy)):
+            for name, method, tuned in (
+                ("trqam", TRQAM, 14 + seed),
+                ("qam1", qam(1), 15 + seed % 2),
+                ("qam10", qam(10), None if label == "plain" and seed == 3 else 4 + seed),
+            ):
+                folder = tmp_path / f"{label}_{name}_s{seed}"
+                loss = GROWING if "plain_qam10_s0" in folder.name else (100.0,) * LINES
+                runs.append(
+                    make_run(
+                        folder, method=method, tuned=tuned, seed=seed, settings=settings, loss=loss
+                    )
+                )
     page, figure = page_of(tmp_path, "c1"), tmp_path / "figures" / "c1.png"
     given = ["--runs", *map(str, runs), "--page", str(page), "--output", str(figure)]
     assert c1_fragile.main(given) == 0
     text = marked(page, "c1")
     assert text in capsys.readouterr().out
     assert figure.is_file()
-    assert text.startswith("**Claim 1 holds for QAM β=10, not for QAM β=1.**")
-    assert "TRQAM 0 of 3 (worst mean gain +10 points)" in text
-    assert "QAM β=10 3 of 3 (worst mean gain -40 points)" in text
+    assert text.startswith("**Claim 1 holds for QAM β=10, not for QAM β=1.** Mean gains over 8 ")
+    assert "TRQAM +28 points (0 below their base); " in text
+    # 7 of 8 end at 4, 5, 6 (7) of 20; what diverged lost the base's 10 of 20.
+    mean = 100 * (2 * (4 + 5 + 6) + 7 + 0 - 80) / 160
+    assert f"QAM β=10 {mean:+.0f} points (8 below their base), p = 0.016" in text
     own = row(text, "lift", "4 critics", "TRQAM")
-    assert own[3:8] == ["2", "50 ± 0", "75 ± 7", "30", "0"]
+    assert own[3:8] == ["4", "50 ± 0", "78 ± 6", "30", "0"]
     lost = row(text, "lift", "4 critics", "QAM β=10")
-    assert lost[3:6] == ["2", "50", "20"]
-    assert (lost[7], lost[10]) == ("2", "2")
+    assert lost[3:6] == ["4", "50 ± 0", "25 ± 5"]
+    assert (lost[7], lost[10]) == ("4", "2")
     assert float(lost[9]) == pytest.approx(
         np.median(GROWING[-4:]) / np.median(GROWING[18:22]), rel=0.01
     )
-    assert row(text, "lift", "4 critics, noise 4", "QAM β=10")[7] == "1"
+    assert row(text, "lift", "4 critics, noise 4", "QAM β=10")[7] == "4"
 
 
 def test_the_budget_is_ahead_of_no_temperature_that_does_as_well(tmp_path: Path) -> None:
+    """Nor of one that does worse in a single pair."""
     runs = [
         make_run(tmp_path / "t", method=TRQAM, tuned=14),
-        make_run(tmp_path / "q", method=qam(3), tuned=14),
+        make_run(tmp_path / "q", method=qam(3), tuned=2),
     ]
     groups = c1_fragile.groups_of([read_claim_run(run) for run in runs])
     assert c1_fragile.verdict(groups).startswith("**Claim 1 does not hold.**")
+
+
+def test_methods_without_the_same_runs_are_not_compared(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "t", method=TRQAM),
+        make_run(tmp_path / "q", method=qam(3)),
+        make_run(tmp_path / "q1", method=qam(3), seed=1),
+    ]
+    groups = c1_fragile.groups_of([read_claim_run(run) for run in runs])
+    with pytest.raises(UserError, match="TRQAM and QAM β=3 has no run on lift, 4 critics, seed 1"):
+        c1_fragile.verdict(groups)
 
 
 def test_a_loss_that_is_not_finite_has_diverged(tmp_path: Path) -> None:
@@ -91,8 +112,16 @@ def test_a_loss_that_is_not_finite_has_diverged(tmp_path: Path) -> None:
 
 def test_a_run_that_only_makes_a_base_is_none_of_a_claim(tmp_path: Path) -> None:
     alone = make_run(tmp_path / "base", method=TRQAM, tuned=None, settings={"steps": 0})
+    (alone / DIVERGED_NAME).unlink()
     broken = make_run(tmp_path / "broken", method=TRQAM, tuned=None)
     assert [run.folder for run in read_claim_runs([alone, broken])] == [broken]
+
+
+def test_a_run_that_has_not_come_to_its_end_is_refused(tmp_path: Path) -> None:
+    running = make_run(tmp_path / "running", method=TRQAM, tuned=None)
+    (running / DIVERGED_NAME).unlink()
+    with pytest.raises(UserError, match="/running neither finished nor diverged: go on with it"):
+        read_claim_runs([running])
 
 
 def test_a_target_kept_and_one_passed_are_told_apart(
@@ -100,28 +129,37 @@ def test_a_target_kept_and_one_passed_are_told_apart(
 ) -> None:
     rising = tuple(np.linspace(0.1, 0.5, LINES))
     inside, outside = ({"type": name, "kl_budget": 0.2} for name in ("trqam", "external_kl"))
-    on_top = (*((1.0,) * 30), *((10.0,) * 10))
+    on_top = (*((1.0,) * 34), *((10.0,) * 6))
+    wide = {"type": "external_kl", "kl_budget": 0.4}
     runs = [
         make_run(tmp_path / "in", method=inside, kl=(0.21,) * LINES),
         make_run(tmp_path / "out", method=outside, kl=rising, lam=on_top),
+        make_run(tmp_path / "idle", method=wide, kl=(0.05,) * LINES, lam=(0.1,) * LINES),
     ]
     page, figure = page_of(tmp_path, "c2"), tmp_path / "c2.png"
     given = ["--runs", *map(str, runs), "--page", str(page), "--output", str(figure)]
     assert c2_budget.main(given) == 0
     text = marked(page, "c2")
     assert text in capsys.readouterr().out
-    assert "**Lambda inside keeps the target: holds** (within a fifth in 1 of 1 runs)" in text
-    assert "**The penalty outside lies above it: holds**" in text
+    assert (
+        "**Lambda inside keeps the target: holds** (within a fifth most of the time in 1 o" in text
+    )
+    assert (
+        "**The penalty outside lies above it: holds** (by more than a fifth in 1 of the 1 " in text
+    )
+    assert "at work; in the other 1 its weight lies on a bound)" in text
+    assert row(text, "external_kl", "0.4", "1")[7] == "100%"
     kept = row(text, "trqam", "0.2", "1")
     assert kept[3].startswith("1.05 (")
-    assert abs(float(kept[4].split()[0])) < 1e-6
-    assert kept[6] == "0%"
+    assert kept[4] == "100%"
+    assert abs(float(kept[5].split()[0])) < 1e-6
+    assert kept[7] == "0%"
     passed = row(text, "external_kl", "0.2", "1")
     late = np.array(rising[20:])
     assert float(passed[3].split()[0]) == pytest.approx(late.mean() / 0.2, abs=5e-3)
-    assert float(passed[4].split()[0]) == pytest.approx((late[-1] - late[0]) / 0.2, abs=5e-3)
-    assert passed[5].startswith("10 (")
-    assert passed[6] == "50%"
+    assert float(passed[5].split()[0]) == pytest.approx((late[-1] - late[0]) / 0.2, abs=5e-3)
+    assert passed[6].startswith("10 (")
+    assert passed[7] == "30%"
 
 
 def test_what_cannot_be_compared_is_refused_in_a_sentence(
@@ -139,7 +177,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
 
 def test_a_run_without_a_report_did_not_finish(tmp_path: Path) -> None:
     run = read_claim_run(make_run(tmp_path / "cut", method=TRQAM, tuned=None))
-    assert not run.finished
+    assert run.diverged
     assert run.gain is None
     assert run.worst == 0.3
     with pytest.raises(UserError, match=r"empty is no run's folder: it has no report\.json"):

@@ -7,6 +7,7 @@ from toy_deaths import diverges_at_update
 from toy_files import differences, final_state, metrics_lines
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.methods.trqam import TRQAM
 
 ROLLBACK = "--on_divergence=rollback"
@@ -23,6 +24,9 @@ def test_a_run_stops_with_a_sentence_that_says_how_to_go_on(
     assert f" in offline update 6; the last good checkpoint is {checkpoint}: go on from" in last
     assert last.endswith(f"--resume=true --output_dir={tmp_path / 'run'} {ROLLBACK}")
     assert no_conclusion == []
+    told = (tmp_path / "run" / DIVERGED_NAME).read_text()
+    assert told.startswith("training has diverged: the loss is nan")
+    assert "update 6" in told
 
 
 @pytest.mark.parametrize(
@@ -40,8 +44,10 @@ def test_a_rollback_reaches_what_the_resume_of_a_stopped_run_does(
     assert tiny(tmp_path / "rolled", ROLLBACK, *flags) == 0
     assert capsys.readouterr().err.count("with 0.5 of the step sizes") == 1
     assert tiny(tmp_path / "stopped", *flags) == 1
+    assert (tmp_path / "stopped" / DIVERGED_NAME).is_file()
     resumed = ["--resume=true", f"--output_dir={tmp_path / 'stopped'}", ROLLBACK]
     assert finetune_robomimic.main(resumed) == 0
+    assert not (tmp_path / "stopped" / DIVERGED_NAME).exists()
     rolled, stopped = final_state(tmp_path / "rolled"), final_state(tmp_path / "stopped")
     assert differences(rolled, stopped) == []
     scalars = json.loads(rolled["algorithm/scalars.json"])

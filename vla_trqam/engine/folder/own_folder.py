@@ -21,11 +21,12 @@ from vla_trqam.engine.folder.run_folder import (
     BASE_NAME,
     COMMAND_NAME,
     CONFIG_NAME,
+    DIVERGED_NAME,
     SET_ASIDE,
 )
 from vla_trqam.engine.folder.run_lock import LOCK_NAME, RunLock
 from vla_trqam.engine.processes.team import Team
-from vla_trqam.errors import UserError
+from vla_trqam.errors import DivergenceError, UserError, one_line
 from vla_trqam.files import set_aside
 
 # What a run without a checkpoint begins anew with.
@@ -55,7 +56,8 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
     """While open, the folder of the settings is this run's alone; every process of it calls this.
 
     A new run's folder is made. Whatever ends the run by an exception before its first checkpoint:
-    what this run made in the folder is removed, and the same command works again.
+    what this run made in the folder is removed, and the same command works again. Of a run that
+    diverged after it, the folder says so, until it is gone on with.
 
     Raises:
         UserError: another process works in the folder; it is in use or cannot be made; or the
@@ -66,6 +68,11 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
     try:
         team.on_main(lambda: folder.open(config))
         yield
+    except DivergenceError as error:
+        folder.give_up()
+        if team.is_main:
+            folder.tell(error)
+        raise
     except (Exception, KeyboardInterrupt, SystemExit):
         folder.give_up()
         raise
@@ -90,6 +97,7 @@ class _OwnFolder:
             check_pins(self._path)
             _look_back(self._path, config.checkpoint)
             save_more_updates(config)
+            (self._path / DIVERGED_NAME).unlink(missing_ok=True)
         self._before = set(self._path.iterdir())
 
     def give_up(self) -> None:
@@ -101,6 +109,11 @@ class _OwnFolder:
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+    def tell(self, error: DivergenceError) -> None:
+        """Leaves the sentence in a folder that is kept."""
+        if self._path.is_dir():
+            (self._path / DIVERGED_NAME).write_text(f"{one_line(error)}\n")
 
     def close(self) -> None:
         self._lock.release()

@@ -21,6 +21,8 @@ from vla_trqam.report.metrics import MetricsLog
 CONFIG_NAME, BASE_NAME, REPLAY_NAME = "config.yaml", "base_policy", "replay"
 COMMAND_NAME = "command.txt"
 SET_ASIDE = "before_restart_"
+DIVERGED_NAME = "diverged.txt"
+"""Why a run ended by numbers that are not finite, where it did."""
 
 
 def open_folder(
