@@ -73,6 +73,25 @@ def test_runs_begin_with_the_base_of_their_task_seed_and_steps_which_is_made_bef
             assert (ours.base_episodes, ours.eval) == (theirs.base_episodes, theirs.eval)
 
 
+@pytest.mark.parametrize("task", studies.TASKS)
+def test_a_tasks_budget_and_steps_are_its_presets(task: str) -> None:
+    run = studies.run_of(task, "any", 0, ())
+    config, place = config_of(run), studies.TASKS[task]
+    assert (config.method.kl_budget, config.policy.num_flow_steps) == (
+        place.budget,
+        place.num_flow_steps,
+    )
+
+
+def test_budgets_of_c6_are_worth_the_presets() -> None:
+    """By the squares of what a field that is off by one costs, step by step."""
+    found = {run.name: config_of(run).method for run in studies.c6() if "--seed=0" in run.flags}
+    # Of the posterior chain at 2 and 10 steps, and of shifted Euler at 3.
+    assert found["lift_posterior10_lean_s0"].kl_budget == pytest.approx(0.5 * 2.416 / 0.5, rel=5e-3)
+    shifted = found["lift_shifted_euler3_scalar_s0"]
+    assert shifted.kl_budget == pytest.approx(0.5 * 0.806 / 0.5, rel=5e-3)
+
+
 def test_a_base_is_finished_when_what_it_did_is_written() -> None:
     base = next(run for run in studies.c1() if studies.BASE_ALONE in run.flags)
     line = studies.command(base, Path("outputs/c1"))
