@@ -47,6 +47,28 @@ def test_the_oldest_chunks_are_drawn_anew_by_the_policy_as_it_is(actions):
     assert (actions.drawn[: actions.num_known] == 1).sum() == len(fresh) * SLOTS + 4
 
 
+class Still:
+    """Never moves."""
+
+    def chunk(self, context, noise):
+        return torch.zeros_like(FlowActor(PackedPolicy()).chunk(context, noise))
+
+
+def test_before_the_first_update_another_actor_may_draw(tmp_path):
+    policy, replay = PackedPolicy(), frame_replay(tmp_path / "replay")
+    cache = FeatureCache(replay, policy.packed, fingerprint="1")
+    cache.update()
+    made = NextActions(
+        policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS, first_actor=Still()
+    )
+    made.fill(torch.Generator().manual_seed(0))
+    assert made.chunks.abs().max() == 0.0
+    made.policy_moved()
+    made.redraw(10**6, torch.Generator().manual_seed(1))
+    assert (made.chunks[: made.num_known] != 0.0).any(dim=(2, 3)).sum() == made.num_known
+    replay.close()
+
+
 def test_redrawing_every_frame_as_often_as_it_has_chunks_leaves_nothing_old(actions):
     generator = torch.Generator().manual_seed(1)
     actions.policy_moved()

@@ -1,11 +1,12 @@
 """The methods beside the flow, against independent truths, and on a task that each must solve."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from test_bandit import SHAPE, SOLVED, pretrained, reward, transitions
+from test_bandit import BATCH, SHAPE, SOLVED, pretrained, reward, transitions
 from torch import Tensor
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
@@ -95,6 +96,39 @@ def test_each_solves_a_bandit(name: str) -> None:
 def test_the_same_run_with_the_rewards_negated_does_worse_than_the_base(name: str) -> None:
     base = train(IFQLConfig(num_samples=1), 1, reward)
     assert train(CONFIGS[name], 75, lambda action: -reward(action)) < base < -1.0
+
+
+def noise_of(seed: int) -> GeneratorNoise:
+    return GeneratorNoise(torch.Generator().manual_seed(seed), BATCH, torch.device("cpu"))
+
+
+def test_a_critic_that_fql_learns_before_its_one_step_network_values_the_flow() -> None:
+    """As that of the methods whose flow acts: not what a network does that knows nothing."""
+    policy = MLPFlowPolicy(SHAPE)
+    policy.load_state_dict(pretrained())
+    critic = Critic(CriticEnsemble(1, 2, (48, 48), 2))
+    method = make_method(policy, critic, CONFIGS["fql"])
+    batch = transitions(torch.Generator().manual_seed(3))
+    going_on = torch.zeros_like(batch.terminated)
+    batch = replace(batch, terminated=going_on, discount=torch.ones_like(batch.discount))
+    ranges = []
+    for actor in (method.first_actor(), method.actor()):
+        # Of many draws: the update's noise is its own.
+        with torch.no_grad():
+            context = policy.encode(batch.next_observation)
+            values = [
+                method.critic.next_value(
+                    policy.features(context),
+                    policy.executed(actor.chunk(context, noise)),
+                )
+                for noise in map(noise_of, range(20))
+            ]
+        ranges.append([float((batch.chunk_return + value).mean()) for value in values])
+    method.update_critic(batch, torch.Generator().manual_seed(2))
+    found = method.critic_metrics()["target_mean"]
+    flow, one_step = ranges
+    assert min(flow) <= found <= max(flow)
+    assert not min(one_step) <= found <= max(one_step)
 
 
 def test_fql_with_a_large_alpha_is_the_flow_in_one_step() -> None:

@@ -35,6 +35,7 @@ class NextActions(nn.Module):
     Args:
         policy: which sees the frames.
         actor: whose chunks.
+        first_actor: whose chunks before the policy's first update; None for the same.
         replay: whose frames.
         prefixes: what the policy encodes of them.
         chunks_per_frame: M, kept at every frame; a target takes a random one.
@@ -51,6 +52,7 @@ class NextActions(nn.Module):
         prefixes: Observer[FrameObservation],
         *,
         chunks_per_frame: int,
+        first_actor: Actor | None = None,
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         first: Observer[FrameObservation] | None = None,
     ) -> None:
@@ -58,7 +60,7 @@ class NextActions(nn.Module):
         if chunks_per_frame < 1:
             raise UserError(f"critic.next_actions is {chunks_per_frame}; it must be at least 1")
         self._policy = (policy,)  # in a tuple: its weights are not this module's
-        self._actor = actor
+        self._actor, self._first_actor = actor, first_actor or actor
         self._replay = replay
         self._prefixes, self._first, self._precision = prefixes, first, precision
         length, real = policy.executed_length, int(policy.action_mask.sum())
@@ -125,9 +127,10 @@ class NextActions(nn.Module):
             count: of chunks.
         """
         (policy,) = self._policy
+        actor = self._actor if self.updates else self._first_actor
         with self._precision():
             context = policy.encode(seen)
-            drawn = [policy.executed(self._actor.chunk(context, noise)) for _ in range(count)]
+            drawn = [policy.executed(actor.chunk(context, noise)) for _ in range(count)]
         return torch.stack(drawn, dim=1)
 
     def policy_moved(self) -> None:

@@ -337,6 +337,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
             self._replay,
             self._prefixes,
             chunks_per_frame=self.config.critic.next_actions,
+            first_actor=method.first_actor(),
             precision=self.team.autocast,
             first=None if self._keeps_prefixes else self._cached(FIRST_CHUNKS),
         )

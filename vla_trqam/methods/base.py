@@ -239,6 +239,10 @@ class Method(ABC):
         """What acts: the policy in training, or its base."""
         return FlowActor(self.policy, which)
 
+    def first_actor(self) -> Actor:
+        """Whose next actions a critic values that is learnt before the policy's first update."""
+        return self.actor()
+
     def acting(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that act and are saved; no update is made there."""
         return nullcontext()

@@ -3,7 +3,8 @@ r"""FQL: flow Q-learning; a one-step network acts, distilled from the flow (Park
 ``L = L_Q + alpha mean (mu(s, z) - clip ODE_v(s, z))^2 - mean_j Q_j(s, clip mu(s, z))``, a mean over
 batch and numbers (and ``+ L_BC(v)`` where the base keeps training); the first term trains the
 critic, the others mu alone. What acts, in the TD target too, is ``clip mu(s, z)`` with
-``z ~ N(0, I)``. There is no exploration beyond z.
+``z ~ N(0, I)``. There is no exploration beyond z. A critic that is learnt before (a warm-up) values
+the flow's own chunks: the one-step network knows nothing yet.
 """
 
 from __future__ import annotations
@@ -123,6 +124,10 @@ class FQL(SummedLosses):
             return FlowActor(self.policy, "base")
         return OneStepActor(self.policy, self.one_step)
 
+    def first_actor(self) -> Actor:
+        """The flow."""
+        return FlowActor(self.policy, "base")
+
     def draw(self, batch: TransitionBatch[Any], generator: torch.Generator) -> Draws:
         """Noise of the next action and of the distillation, and the cloning's."""
         normal = batch.action.new_empty((2, *batch.action.shape)).normal_(generator=generator)
@@ -152,11 +157,11 @@ class FQL(SummedLosses):
         return Losses(loss, logged | terms, next_action)
 
     def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
-        """The TD loss."""
+        """The TD loss, at the flow's chunks."""
         context = self.policy.encode(batch.next_observation)
         next_action = batch.next_action
         if next_action is None:
-            next_action = self._next_action(context, draws)
+            next_action = self._flow_action(context, draws["next"])
         features = self.policy.features(self.policy.encode(batch.observation))
         td, logged = self._td(batch, features, context, next_action)
         return Losses(td, logged)
