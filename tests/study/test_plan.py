@@ -126,9 +126,14 @@ def test_a_study_may_get_more_methods_and_seeds_but_no_other_settings(tmp_path):
     check_commands(plan_of(config(tmp_path, workers=1, num_threads=2)), tmp_path)
     kept = json.loads((tmp_path / "commands.json").read_text())
     assert len(kept) == 1 + 4 + 8
+    other = plan_of(config(tmp_path, flags={"batch_size": 7}))
+    check_commands(other, tmp_path)  # nothing was begun
+    kept = json.loads((tmp_path / "commands.json").read_text())
+    begun = next(step for step in other.steps if "base" in step.name)
+    begun.folder.mkdir(parents=True)
     with pytest.raises(UserError) as error:
-        check_commands(plan_of(config(tmp_path, flags={"batch_size": 7})), tmp_path)
-    assert "begun with other flags (--batch_size=7)" in str(error.value)
+        check_commands(plan_of(config(tmp_path, flags={"batch_size": 8})), tmp_path)
+    assert "begun with other flags (--batch_size=7, --batch_size=8)" in str(error.value)
     assert json.loads((tmp_path / "commands.json").read_text()) == kept
 
 

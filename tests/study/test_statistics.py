@@ -89,7 +89,7 @@ def test_holm_is_the_step_down_of_the_book():
 def test_equal_methods_are_not_told_apart_and_far_ones_are():
     base = RNG.uniform(0.3, 0.5, (3, 5))
     scores = {"good": base + 0.3, "bad": base, "same": base + RNG.normal(0, 0.01, (3, 5))}
-    found = {(pair.one, pair.other): pair for pair in compare_pairs(scores, replicates=200)}
+    found = {(pair.one, pair.other): pair for pair in compare_pairs(scores)}
     assert found["good", "bad"].told_apart
     assert found["good", "bad"].difference == pytest.approx(0.3)
     assert found["good", "bad"].p == pytest.approx(2 / 2**15), "all signs were tried"
@@ -98,17 +98,26 @@ def test_equal_methods_are_not_told_apart_and_far_ones_are():
 
 
 def test_two_seeds_of_one_task_tell_nothing_apart():
-    found = compare_pairs({"a": np.ones((2, 1)), "b": np.zeros((2, 1))}, replicates=50)
+    found = compare_pairs({"a": np.ones((2, 1)), "b": np.zeros((2, 1))})
     assert not found[0].told_apart
     assert found[0].p == pytest.approx(0.5)
 
 
-def test_the_interval_of_a_mean_draws_the_seeds_of_each_task_among_themselves():
-    values = np.array([[0.0, 100.0], [0.0, 100.0]])
-    assert mean_interval(values) == mean_interval(values[::-1])
-    assert mean_interval(values).low == mean_interval(values).high == 50.0
-    wide = mean_interval(np.array([[0.0, 0.0], [1.0, 1.0]]))
-    assert (wide.low, wide.high) == (0.0, 1.0)
+def test_the_interval_of_a_mean_is_students_of_the_scatter_within_each_task():
+    one = np.array([0.1, 0.4, 0.2])
+    low, high = stats.ttest_1samp(one, 0.0).confidence_interval(0.95)
+    found = mean_interval(one[:, None])
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    # Tasks that differ in their means alone have the scatter of their seeds alone.
+    apart = mean_interval(np.array([[0.0, 100.0], [0.0, 100.0]]))
+    assert apart.low == apart.high == 50.0
+    assert np.isnan(mean_interval(np.array([[0.5, 0.7]])).low)
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    drawn = RNG.normal(0.0, 1.0, size=(2000, 3, 2)) + np.array([5.0, -5.0])
+    inside = [0.0 in mean_interval(values) for values in drawn]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
 
 
 def test_the_interval_of_a_rate_knows_the_noise_of_episodes_and_of_seeds():

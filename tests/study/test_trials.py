@@ -8,6 +8,7 @@ from vla_trqam.recipes import compare
 from vla_trqam.recipes.study_runs import read_run
 
 from vla_trqam.config.parsing import parse_config
+from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.errors import UserError
 from vla_trqam.study import trials as study
 from vla_trqam.study.settings import CompareConfig
@@ -90,6 +91,28 @@ def test_of_equal_trials_the_first_is_taken_and_a_failed_one_never(tmp_path, tri
     assert nothing.chosen("lift", "qam") == {}
 
 
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_trial_that_failed_otherwise_than_by_diverging_ends_the_study(
+    tmp_path, monkeypatch, diverged
+):
+    """Its method would be compared on fewer trials than the others."""
+
+    def carried_out(settings, plan):
+        lost = plan.runs[1].step
+        lost.folder.mkdir(parents=True)
+        if diverged:
+            (lost.folder / DIVERGED_NAME).write_text("training has diverged")
+        return [lost.name]
+
+    monkeypatch.setattr(study, "carried_out", carried_out)
+    monkeypatch.setattr(study, "read_results", lambda runs: [])
+    if diverged:
+        assert made_trials(config(tmp_path), read_run) is not None
+        return
+    with pytest.raises(UserError, match="the trials lift/trqam_trial1_s100 failed, so their meth"):
+        made_trials(config(tmp_path), read_run)
+
+
 def test_a_trial_lacks_no_seed_where_several_are_asked_for(tmp_path, tried):
     settings = config(tmp_path, trial_seeds=(100, 101))
     ends = {("trqam_trial0", 100): 0.9, ("trqam_trial1", 100): 0.2, ("trqam_trial1", 101): 0.4}
@@ -130,7 +153,8 @@ def test_a_task_takes_the_knobs_that_were_found_in_another(tmp_path, tried):
 
 
 def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
-    first, _ = tried(config(tmp_path / "one"), rates(trqam_trial1=0.5, qam_trial0=0.5))
+    ends = rates(trqam_trial0=0.25, trqam_trial1=0.5, qam_trial0=0.5, qam_trial1=0.25)
+    first, _ = tried(config(tmp_path / "one"), ends)
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"trials": first.records()}))
     settings = config(tmp_path / "two", known_trials=path)
@@ -144,6 +168,19 @@ def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
     assert {run.config.method.kl_budget for run in plan.runs} == {0.1, 2.0}
     assert found.chosen("lift", "trqam") == {"kl_budget": 2.0}
     assert found.found["lift", "qam"] == first.found["lift", "qam"]
+    # With other settings, other seeds or one that diverged, all are made anew.
+    for changes in (
+        {"flags": {"batch_size": 7}},
+        {"trial_flags": {"eval.episodes": 20}},
+        {"trial_seeds": (7,)},
+    ):
+        _, (plan,) = tried(config(tmp_path / "four", known_trials=path, **changes), {})
+        assert len(plan.runs) == 4
+    records = first.records()
+    records[0]["rate"] = None
+    path.write_text(json.dumps({"trials": records}))
+    _, (plan,) = tried(config(tmp_path / "five", known_trials=path), {})
+    assert {run.config.method.kl_budget for run in plan.runs} == {0.1, 1.0}
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"trials": [{"task": "lift"}]}', "[]"])

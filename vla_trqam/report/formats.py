@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def points(difference: float) -> str:
 
 
 def points_interval(interval: Interval) -> str:
-    """Both ends in percentage points."""
+    """Both ends in percentage points; none of NaN."""
+    if math.isnan(interval.low):
+        return "none"
     return f"{points(interval.low)} to {points(interval.high)}"
 
 

@@ -47,8 +47,14 @@ NOTES = (
     "Bands of the curves: 95% intervals of the mean by a bootstrap of the seeds and of the "
     "episodes of each. Environment steps are those rolled out for training.",
     "Interquartile mean, probability of improvement (ties count half) and performance profiles "
-    "are rliable's, with a bootstrap over the seeds of each task. Pairs: sign-flip test of the "
-    "mean difference over tasks and seeds, corrected by Holm over all pairs.",
+    "are rliable's, with a bootstrap over the seeds of each task, which with three seeds of one "
+    "task is the range of its runs and covers three times in four at most. Pairs: Student's "
+    "interval of the seeds' scatter in each task, and a sign-flip test of the mean difference over "
+    "tasks and seeds, corrected by Holm over all pairs.",
+    "Rounds are the same number of episodes for every method, and a failure is longer than a "
+    "success: who fails more rolls out more steps. Each method has the optimiser of its authors: "
+    "TRQAM, QAM, QAM-E and SQAM clip the gradients of actor and critic to a norm of 1, the others "
+    "clip nothing.",
     "Tried: each method's trials with their success, made before on other seeds; the best is what "
     "is compared.",
 )

@@ -129,6 +129,8 @@ def make_plan(settings: StudySettings, variants_in: VariantsIn, read: ReadRun) -
 def check_commands(plan: Plan, folder: Path) -> None:
     """Keeps the commands of all steps; one that was begun with another is not gone on with.
 
+    A step whose folder is not there is begun anew, whatever its command was.
+
     Raises:
         UserError: the study in the folder has other settings.
     """
@@ -141,7 +143,7 @@ def check_commands(plan: Plan, folder: Path) -> None:
             raise UserError(f"{path} is damaged: {error}") from None
     for step in plan.steps:
         own, begun = _lasting(step.command), before.get(step.name)
-        if begun is not None and begun != own:
+        if begun is not None and begun != own and step.folder.exists():
             changed = sorted(set(own) ^ set(begun))
             raise UserError(
                 f"{folder} has a study whose {step.name} was begun with other flags "

@@ -73,7 +73,7 @@ class CompareConfig(StudySettings):
             has trials; none of the comparison's own.
         trial_flags: settings of the trials' runs; they win over the others.
         known_trials: the ``summary.json`` of an earlier study, perhaps on another machine, whose
-            trials are not made again where they are of the same knobs.
+            trials are not made again where they are of the same knobs and settings.
     """
 
     GRID: ClassVar[tuple[str, ...]] = ("methods", "tasks", "seeds", "trial_seeds")

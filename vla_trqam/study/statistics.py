@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Pair:
         one: the first.
         other: the second.
         difference: mean success of the first minus the second's.
-        interval: its bootstrap interval, over the seeds of each task.
+        interval: Student's, of the seeds' scatter in each task; NaN with one seed.
         p: of the sign-flip test of the mean difference, two-sided, before correction.
         corrected_p: by Holm's step-down over all pairs of the study.
     """
@@ -127,7 +128,7 @@ def performance_profiles(scores: Scores, replicates: int = REPLICATES) -> dict[s
     return {n: Profile(thresholds, shares[n], limits[n][0], limits[n][1]) for n in scores}
 
 
-def compare_pairs(scores: Scores, replicates: int = REPLICATES) -> list[Pair]:
+def compare_pairs(scores: Scores) -> list[Pair]:
     """Every two variants, by the differences of their runs of one task and seed.
 
     The runs share base, replay and initial states, so each difference is one of methods. The test
@@ -138,7 +139,7 @@ def compare_pairs(scores: Scores, replicates: int = REPLICATES) -> list[Pair]:
     tests = [sign_flip_p(each.ravel()) for each in differences]
     corrected = holm(tests)
     return [
-        Pair(a, b, float(each.mean()), mean_interval(each, replicates), p, q)
+        Pair(a, b, float(each.mean()), mean_interval(each), p, q)
         for (a, b), each, p, q in zip(names, differences, tests, corrected, strict=True)
     ]
 
@@ -168,12 +169,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def mean_interval(values: NDArray[np.float64], replicates: int = REPLICATES) -> Interval:
-    """Percentile interval of the mean of (R, M) numbers, the R of each column drawn anew."""
-    rng = np.random.default_rng(0)
+def mean_interval(values: NDArray[np.float64]) -> Interval:
+    """Student's t interval of the mean of (R, M) numbers, the R of each column around its own mean.
+
+    A percentile bootstrap of three numbers is their range: it covers three times in four at most.
+
+    Returns:
+        Both ends NaN where R is 1: one number says nothing of its scatter.
+    """
     rows, columns = values.shape
-    drawn = rng.integers(rows, size=(replicates, rows, columns))
-    return _percentiles(values[drawn, np.arange(columns)].mean(axis=(1, 2)))
+    if rows < 2:
+        return Interval(math.nan, math.nan)
+    pooled = float(values.var(axis=0, ddof=1).mean())
+    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, columns * (rows - 1)) * math.sqrt(
+        pooled / values.size
+    )
+    mean = float(values.mean())
+    return Interval(mean - reach, mean + reach)
 
 
 def rate_interval(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.errors import UserError, one_line
 from vla_trqam.report.formats import percent
-from vla_trqam.study.plan import ReadRun, Variant, make_plan
+from vla_trqam.study.plan import Plan, ReadRun, Variant, make_plan
 from vla_trqam.study.results import read_results
 from vla_trqam.study.run import carried_out
 from vla_trqam.study.settings import CompareConfig, StudyTask
@@ -24,11 +25,13 @@ class Trial:
 
     Attributes:
         knobs: by name.
-        rate: mean success at the end, over the trials' seeds; None where a run failed.
+        rate: mean success at the end, over the trials' seeds; None where a run diverged.
+        made: what else decided about it: recipe, preset, flags, seeds.
     """
 
     knobs: Mapping[str, Any]
     rate: float | None
+    made: Mapping[str, Any]
 
     def text(self) -> str:
         """For a table."""
@@ -62,19 +65,24 @@ class Trials:
     def records(self) -> list[dict[str, Any]]:
         """One a trial, for :func:`known_trials`."""
         return [
-            {"task": task, "method": method, "knobs": dict(trial.knobs), "rate": trial.rate}
+            {"task": task, "method": method, **asdict(trial)}
             for (task, method), tried in self.found.items()
             for trial in tried
         ]
 
-    def lacking(self, task: StudyTask, methods: Sequence[str]) -> list[str]:
-        """Of which methods the trials that a task wants are not here, or are of other knobs."""
-        return [
-            method
-            for method in methods
-            if [dict(knobs) for knobs in task.trials.get(method, ())]
-            != [dict(trial.knobs) for trial in self.found.get((task.name, method), ())]
-        ]
+    def lacking(
+        self, task: StudyTask, methods: Sequence[str], settings: CompareConfig
+    ) -> list[str]:
+        """Of which methods the trials that a task wants are not here, or were made otherwise."""
+        missing = []
+        for method in methods:
+            made = _made(settings, task, method)
+            wanted = [(dict(knobs), made) for knobs in task.trials.get(method, ())]
+            known = self.found.get((task.name, method), ())
+            whole = all(trial.rate is not None for trial in known)
+            if not whole or wanted != [(dict(trial.knobs), trial.made) for trial in known]:
+                missing.append(method)
+        return missing
 
     def variants_in(self, task: StudyTask, methods: Sequence[str]) -> list[Variant]:
         """Each method as it is compared."""
@@ -91,7 +99,7 @@ def known_trials(path: Path) -> Trials:
     try:
         for record in json.loads(path.read_text())["trials"]:
             rate = None if record["rate"] is None else float(record["rate"])
-            trial = Trial(dict(record["knobs"]), rate)
+            trial = Trial(dict(record["knobs"]), rate, dict(record["made"]))
             found.setdefault((record["task"], record["method"]), []).append(trial)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -105,12 +113,13 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     """Makes the trials that the tasks' table asks for; None where it was stopped before the end.
 
     Raises:
-        UserError: see :func:`make_plan` and :func:`carried_out`.
+        UserError: one failed otherwise than by diverging, which would leave its method fewer than
+            the others; or see :func:`make_plan` and :func:`carried_out`.
     """
     path = settings.known_trials
     known = Trials({}) if path is None else known_trials(path)
     tuned = [task for task in map(settings.task, settings.tasks) if task.trials]
-    to_make = {task.name: known.lacking(task, settings.methods) for task in tuned}
+    to_make = {task.name: known.lacking(task, settings.methods, settings) for task in tuned}
     kept = {
         (task, method): tried
         for (task, method), tried in known.found.items()
@@ -128,8 +137,10 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
         flags={**settings.flags, **settings.trial_flags},
     )
     plan = make_plan(own, lambda task: _variants(task, to_make[task.name]), read)
-    if carried_out(own, plan) is None:
+    failed = carried_out(own, plan)
+    if failed is None:
         return None
+    _check_failed(plan, failed)
     rates: dict[tuple[str, str], list[float]] = {}
     for result in read_results(plan.runs):
         rates.setdefault((result.task, result.label), []).append(result.final)
@@ -137,13 +148,41 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     def trial(task: StudyTask, variant: Variant) -> Trial:
         own_rates = rates.get((task.name, variant.label), [])
         whole = len(own_rates) == len(settings.trial_seeds)
-        return Trial(variant.knobs, float(np.mean(own_rates)) if whole else None)
+        rate = float(np.mean(own_rates)) if whole else None
+        return Trial(variant.knobs, rate, _made(settings, task, variant.method))
 
     found: dict[tuple[str, str], list[Trial]] = {}
     for task in map(settings.task, tasks):
         for variant in _variants(task, to_make[task.name]):
             found.setdefault((task.name, variant.method), []).append(trial(task, variant))
     return Trials({**kept, **found})
+
+
+def _made(settings: CompareConfig, task: StudyTask, method: str) -> dict[str, Any]:
+    """What decides about a trial beside its knobs, as it is read from a file."""
+    made = {
+        "recipe": task.recipe,
+        "preset": task.preset,
+        "flags": {**task.flags, **settings.flags, **settings.trial_flags},
+        "knobs": task.knobs.get(method, {}),
+        "data": None if task.data is None else asdict(task.data),
+        "seeds": settings.trial_seeds,
+    }
+    read: dict[str, Any] = json.loads(json.dumps(made))
+    return read
+
+
+def _check_failed(plan: Plan, failed: Collection[str]) -> None:
+    lost = [
+        step.name
+        for step in plan.steps
+        if step.name in failed and not (step.folder / DIVERGED_NAME).is_file()
+    ]
+    if lost:
+        raise UserError(
+            f"the trials {', '.join(lost)} failed, so their methods would have fewer than the "
+            "others; the same command tries them again"
+        )
 
 
 def _variants(task: StudyTask, methods: Sequence[str]) -> list[Variant]:
