@@ -115,7 +115,7 @@ def load_policy(
     own_flow_steps = None
     base = adapter_base(checkpoint, base_revision)
     if base is not None:
-        model = _with_adapters(load_host(base, config), checkpoint)
+        model = _with_adapters(load_host(base, config), checkpoint, continued=adapter != "merge")
         if adapter == "merge":
             model, base = _merged(model), None
         else:
@@ -338,7 +338,7 @@ def adapter_base(checkpoint: Checkpoint, revision: str | None = None) -> Checkpo
         raise UserError(f"{path} adapts {name}: {error}") from None
 
 
-def _with_adapters(host: PreTrainedPolicy, checkpoint: Checkpoint) -> PeftModel:
+def _with_adapters(host: PreTrainedPolicy, checkpoint: Checkpoint, *, continued: bool) -> PeftModel:
     # peft would ask the Hub for them.
     if not (checkpoint.folder / ADAPTERS).is_file():
         raise UserError(f"{checkpoint.source} has no {ADAPTERS}")
@@ -348,7 +348,7 @@ def _with_adapters(host: PreTrainedPolicy, checkpoint: Checkpoint) -> PeftModel:
         raise UserError(
             f"the adapter in {checkpoint.source} does not fit its base: {_one_line(error)}"
         ) from None
-    check_kind(model)
+    check_kind(model, continued=continued)
     verify_adapters(model, checkpoint.folder / ADAPTERS)
     return model
 

@@ -60,9 +60,21 @@ def with_lora(
     return model
 
 
-def check_kind(model: PeftModel) -> None:
-    """Raises a UserError for adapters that are more than ``W + scale B A``."""
+def check_kind(model: PeftModel, *, continued: bool) -> None:
+    """Raises a UserError for adapters that are more than ``W + scale B A``.
+
+    Biases that were trained can be merged; where the adapters are trained on, the frozen base is
+    the model without them, which trained biases of the base's own layers would move with them.
+    """
     config = model.active_peft_config
     if config.peft_type != PeftType.LORA or config.use_dora:
         kind = "DoRA" if config.peft_type == PeftType.LORA else config.peft_type.value
         raise UserError(f"the adapter is of kind {kind}; only plain LoRA can be fine-tuned further")
+    biases = [
+        n for n in ("bias", "lora_bias") if getattr(config, n, None) not in ("none", False, None)
+    ]
+    if continued and biases:
+        raise UserError(
+            f"the adapter trains biases too ({biases[0]}={getattr(config, biases[0])}); only its "
+            "matrices can be trained on: --policy.adapter=merge takes all of it into the base"
+        )

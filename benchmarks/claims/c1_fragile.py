@@ -187,7 +187,9 @@ def verdict(groups: Sequence[Group]) -> str:
             )
     ahead = {k: np.array([ours[cell] - own[cell] for cell in ours]) for k, own in gains.items()}
     tests = holm([sign_flip_p(differences) for differences in ahead.values()])
-    said, fragile, level = [_said(OURS, ours.values())], [], []
+    said = [_said(OURS, ours.values())]
+    fragile: list[str] = []
+    level: list[str] = []
     for (label, differences), p in zip(ahead.items(), tests, strict=True):
         lost = p < 1 - CONFIDENCE and differences.mean() > 0.0
         (fragile if lost else level).append(label)

@@ -1,5 +1,6 @@
 """Checkpoints: what is read is what is there, what is written stock LeRobot reads."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -149,6 +150,29 @@ def test_an_adapter_goes_on_against_its_own_base_or_becomes_the_base(
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [({"bias": "lora_only"}, "bias=lora_only"), ({"lora_bias": True}, "lora_b")],
+)
+def test_adapters_with_biases_become_the_base_and_are_not_trained_on(
+    setting: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Trained biases of the base's layers would move the base; those of B are not in a merge."""
+    from peft import get_peft_model
+
+    plain = moved("tiny_pi0", lora=True)
+    plain.save_pretrained(tmp_path / "adapters")
+    config = plain.model.peft_config["default"]
+    base = load_policy(checkpoint("tiny_pi0"), lora=None).host
+    model = get_peft_model(base, dataclasses.replace(config, **setting, inference_mode=False))
+    model.peft_config["default"].base_model_name_or_path = str(checkpoint("tiny_pi0"))
+    model.save_pretrained(tmp_path / "adapters")
+    with pytest.raises(UserError, match=f"trains biases too .*{said}.* --policy.adapter=merge"):
+        load_policy(tmp_path / "adapters", adapter="continue")
+    if "bias" in setting:
+        assert load_policy(tmp_path / "adapters", lora=LORA).has_adapters
 
 
 def test_from_pretrained_is_load_policy() -> None:

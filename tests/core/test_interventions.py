@@ -29,6 +29,12 @@ def tuned_gradient(method: TRQAM, batch: Any) -> list[Tensor]:
     return [p.grad.clone() for p in method.policy.trainable_parameters() if p.grad is not None]
 
 
+def test_a_column_of_several_arms_tells_of_any() -> None:
+    both = torch.stack((taken((0, 1)), taken((3, 0), (0, 1))), dim=-1)
+    found = batch_of(columns={"is_intervention": both}).intervened
+    assert torch.equal(found, taken((0, 1), (3, 0)))
+
+
 def test_the_term_is_the_naive_loop_over_the_actions_that_were_taken() -> None:
     where = [(0, 1), (3, 0), (3, 1), (7, 0)]
     batch = batch_of(columns={"is_intervention": taken(*where)})

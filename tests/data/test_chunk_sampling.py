@@ -216,6 +216,29 @@ def test_mixture_has_exactly_the_given_share_of_online_rows(
     assert int((batch.observation[:, 0] > 0).sum()) == expected
 
 
+@pytest.mark.parametrize("short_chunks", ["pad", "drop"])
+def test_the_steps_that_chunks_reach_and_the_rows_where_they_begin(
+    new_buffer: Callable[..., Replay], short_chunks: str
+) -> None:
+    buffer = new_buffer("both")
+    for seed, (length, terminated) in enumerate(((9, True), (7, False), (2, False))):
+        buffer.add(
+            make_episode(seed, length, terminated=terminated, truncated=not terminated),
+            source="demonstrations",
+        )
+    sampler = sampler_of(buffer, short_chunks=short_chunks)
+    chunks = sampler.gather(np.arange(sampler.num_starts))
+    first = torch.from_numpy(buffer.observations[sampler.start_rows])
+    assert torch.equal(first, chunks.observation)
+    reached, episodes = np.zeros(len(buffer.rewards), dtype=bool), buffer.episodes()
+    for row in sampler.start_rows:
+        number = np.searchsorted(episodes.first_observation, row, side="right") - 1
+        step = episodes.first_step[number] + row - episodes.first_observation[number]
+        end = episodes.first_step[number] + episodes.num_steps[number]
+        reached[step : min(step + sampler.chunk_length, end)] = True
+    assert sampler.reached_steps.tolist() == reached.tolist()
+
+
 def test_mixture_without_fraction_is_uniform_over_the_union(
     offline_and_online: tuple[Replay, Replay],
 ) -> None:
@@ -237,6 +260,8 @@ def test_mixture_without_fraction_works_before_the_first_online_episode(
         MixedSampler(offline, empty, online_fraction=0.5).sample(8, rng)
     with pytest.raises(UserError, match="Neither"):
         MixedSampler(empty, empty, online_fraction=None).sample(8, rng)
+    patient = MixedSampler(offline, empty, online_fraction=0.5, waits=True)
+    assert len(patient.sample(8, rng)) == 8
 
 
 def test_mixture_refuses_bad_fraction_and_differing_chunks(buffer: Replay) -> None:

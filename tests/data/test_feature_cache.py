@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data.feature_cache import ComputedFeatures, FeatureCache
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
@@ -71,6 +71,19 @@ def test_cached_rows_are_the_features_of_the_batchs_observations(replay: Replay)
             assert getattr(cached, key)[name].dtype == value.dtype
             torch.testing.assert_close(getattr(cached, key)[name], value, rtol=0, atol=0)
     assert torch.equal(cached.action, raw.action)
+
+
+def test_features_that_are_computed_when_wanted_are_those_that_a_cache_keeps(
+    replay: Replay,
+) -> None:
+    """Where an episode terminated too: no picture of one state beside the numbers of another."""
+    cache = FeatureCache(replay, Counter(), fingerprint="1")
+    cache.update()
+    rows = np.arange(len(replay.observations))
+    assert not replay.frame_index.known(rows).all()
+    kept, computed = cache.at(rows), ComputedFeatures(replay, Counter()).at(rows)
+    for name in ("mean", "state"):
+        assert torch.equal(computed[name], kept[name]), name
 
 
 def test_each_frame_is_computed_once_even_over_a_restart(replay: Replay) -> None:

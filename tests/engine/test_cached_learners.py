@@ -145,6 +145,20 @@ def test_an_update_of_the_policy_brings_so_many_of_the_critic(setting, monkeypat
     assert kept.sum() >= len(set(frames.tolist()))
 
 
+def test_where_no_next_prefix_is_wanted_every_frame_that_is_bootstrapped_from_is_renewed(setting):
+    """Also the last of an episode that was cut, at which no chunk begins."""
+    policy, replay, cache = setting
+    learner = make_learner(policy, replay, cache, critic_updates=0, draws_next=False)
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    for _ in range(100):
+        learner.update(learner.sampler.sample(BATCH, rng), generator)
+    every = learner.sampler.gather(np.arange(learner.sampler.num_starts))
+    wanted = every.next_observation[FRAME][~every.terminated]
+    begins = replay.frame_index.frames(learner.sampler.start_rows)
+    assert set(wanted.tolist()) - set(begins.tolist()), "the replay has no such frame"
+    assert (learner.next_actions.drawn[wanted] > 0).any(dim=1).all()
+
+
 def test_micro_batches_change_the_memory_and_not_the_update(setting):
     _, replay, cache = setting
     whole, parts = (

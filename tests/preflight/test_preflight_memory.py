@@ -242,3 +242,10 @@ def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_pa
     there = replace(plan, path=replay.path)
     assert 0 < there.there < 10**6
     assert needed(0, plan=there).replay == needed(0).replay - there.there
+
+
+def test_weights_that_are_trained_in_half_precision_are_told() -> None:
+    policy = make_policy(lora=False)
+    assert "float" not in memory.check_parameters(policy).found
+    next(iter(policy.trainable_parameters())).data = torch.zeros(2, dtype=torch.bfloat16)
+    assert "trained as they are, in bfloat16, in which" in memory.check_parameters(policy).found

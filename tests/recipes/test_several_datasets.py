@@ -66,6 +66,7 @@ def two(files: Files, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *files.flags(),
         *("--steps=1", "--online.steps=2", "--critic.warmup_steps=1", "--evaluate_every=0"),
         *("--critic.updates_per_step=1", "--base_episodes=1", "--online.episodes_per_round=1"),
+        "--online.fraction=0.5",  # of the critic's own batches too
         f"--dataset.root={demos}",
         f"--dataset.more=[{{repo_id: local/round1, root: {costs}, kind: column, "
         f"episodes: {list(range(KEPT))}}}]",

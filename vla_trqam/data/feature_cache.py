@@ -198,8 +198,14 @@ class ComputedFeatures(Observer[FrameObservation]):
 
 
 def _numbered(replay: Replay, rows: np.ndarray) -> FrameObservation:
+    """The frames that are seen at these rows, each with the state and task of its own row.
+
+    Where an episode terminated no frame was taken: what is seen there is the last one, whole, and
+    not its picture beside another state.
+    """
     frames = replay.frame_index.frames(rows)
-    return replay.observation_at(rows) | {FRAME: torch.from_numpy(frames)}
+    own = replay.frame_index.rows_of_frames()[frames]
+    return replay.observation_at(own) | {FRAME: torch.from_numpy(frames)}
 
 
 def _described(name: str, value: Tensor, num_rows: int) -> tuple[str, tuple[int, ...]]:

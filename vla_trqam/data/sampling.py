@@ -235,6 +235,22 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
             },
         )
 
+    @property
+    def start_rows(self) -> np.ndarray:
+        """(N,) the rows of observations at which a chunk may begin."""
+        self._catch_up()
+        return self._starts["observation_row"]
+
+    @property
+    def reached_steps(self) -> np.ndarray:
+        """(T,) bool: the steps whose reward some chunk has."""
+        self._catch_up()
+        steps = self.buffer.rewards.shape[0]
+        ends = np.zeros(steps + 1, dtype=np.int64)
+        np.add.at(ends, self._starts["step"], 1)
+        np.add.at(ends, self._starts["step"] + self._starts["num_steps"], -1)
+        return ends.cumsum()[:steps] > 0
+
     def outcomes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What came of the chunks with these numbers.
 
@@ -316,6 +332,7 @@ class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
         online: ChunkSampler[Observation],
         *,
         online_fraction: float | None,
+        waits: bool = False,
     ) -> None:
         """Mix two samplers of the same chunks.
 
@@ -325,6 +342,7 @@ class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
                 `online_fraction` is None.
             online_fraction: share of every batch that is online, in [0, 1], rounded to the nearest
                 row. None draws uniformly from the union, so the share grows with the online data.
+            waits: draws from the offline part alone as long as nothing is collected.
 
         Raises:
             UserError: the fraction lies outside [0, 1] or the samplers' chunk lengths differ.
@@ -340,11 +358,17 @@ class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
         self.offline = offline
         self.online = online
         self.online_fraction = online_fraction
+        self.waits = waits
 
     @property
     def num_starts(self) -> int:
         """How many different chunks can be drawn now."""
         return self.offline.num_starts + self.online.num_starts
+
+    @property
+    def start_rows(self) -> np.ndarray:
+        """(N,) the rows of observations at which a chunk of either may begin."""
+        return np.concatenate((self.offline.start_rows, self.online.start_rows))
 
     def sample(self, batch_size: int, generator: Generator) -> TransitionBatch[Observation]:
         """Draw `batch_size` chunks; the offline rows come first.
@@ -354,6 +378,8 @@ class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
         """
         if self.online_fraction is None:
             return self._sample_union(batch_size, generator)
+        if self.waits and self.online.num_starts == 0:
+            return self.offline.sample(batch_size, generator)
         num_online = round(batch_size * self.online_fraction)
         if num_online == 0:
             return self.offline.sample(batch_size, generator)

@@ -65,7 +65,8 @@ class TransitionBatch(Generic[Observation]):
         told = [v for name, v in self.columns.items() if tells_interventions(name)]
         if not told:
             return None
-        taken = torch.stack([column.reshape(self.valid.shape) != 0 for column in told])
+        # A column may tell of several arms.
+        taken = torch.stack([(c.reshape(*self.valid.shape, -1) != 0).any(dim=-1) for c in told])
         return taken.any(dim=0) & self.valid
 
     @property

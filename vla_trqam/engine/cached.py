@@ -97,6 +97,10 @@ class Around(OffPolicyMethod):
         """The method's."""
         self.method.load_scalars(values)
 
+    def first_actor(self) -> Actor:
+        """The method's."""
+        return self.method.first_actor()
+
     def score(self, features: Tensor, action: Tensor) -> Tensor:
         """The method's."""
         return self.method.score(features, action)
@@ -134,7 +138,8 @@ class Cached(Around):
         redraws: frames whose oldest next action is drawn anew after each update of the policy.
         draws_next: the policy's update draws its batch's next actions; otherwise it takes those
             kept, which needs no prefix of the next frames, and new ones are drawn at the batch's
-            own frames, whose prefixes are there.
+            own frames, whose prefixes are there (and at those of the next ones where no chunk
+            begins, which no batch would renew).
         num_micro_batches: the policy's update takes its batch in so many parts, in less memory.
     """
 
@@ -183,6 +188,8 @@ class Cached(Around):
         with self.present(not self.draws_next or self.redraws > 0):
             if not self.draws_next:
                 self.next_actions.draw_at(batch.observation, generator)
+                going_on = batch.next_observation[FRAME][~batch.terminated]
+                self.next_actions.draw_ends(going_on, self.sampler.start_rows, generator)
             if self.redraws:
                 self.next_actions.redraw(self.redraws, generator)
 

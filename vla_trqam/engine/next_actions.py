@@ -67,6 +67,7 @@ class NextActions(nn.Module):
         device = next(policy.trainable_parameters()).device
         shape = (replay.frame_capacity, chunks_per_frame, length, real)
         self.num_known = 0
+        self._beginning: tuple[int, np.ndarray] | None = None  # of so many starts, the frames
         self.chunks: Tensor
         self.register_buffer(CHUNKS, torch.zeros(shape, device=device))
         self.drawn: Tensor  # the policy's updates when a chunk was drawn
@@ -116,6 +117,27 @@ class NextActions(nn.Module):
         assert isinstance(frames, Tensor)
         noise = GeneratorNoise(generator, len(frames), self.chunks.device)
         self.put(frames, self.drawn_of(seen, noise, 1)[:, 0], generator)
+
+    def draw_ends(self, frames: Tensor, starts: np.ndarray, generator: torch.Generator) -> None:
+        """Newer chunks at those of these frames at which no chunk begins.
+
+        These are the last of an episode that was cut, which :meth:`draw_at` never meets.
+
+        Args:
+            frames: (B,) that a batch bootstraps from.
+            starts: (N,) rows of observations at which chunks begin.
+            generator: of the noise.
+        """
+        index = self._replay.frame_index
+        if self._beginning is None or self._beginning[0] != len(starts):
+            begins = np.zeros(index.num_frames, dtype=bool)
+            begins[index.frames(starts)] = True
+            self._beginning = len(starts), begins
+        ends = np.unique(frames.cpu().numpy())
+        ends = ends[~self._beginning[1][ends]]
+        if len(ends):
+            drawn = self._draw(index.rows_of_frames()[ends], generator, 1)[:, 0]
+            self.put(torch.from_numpy(ends).to(frames.device), drawn, generator)
 
     @torch.no_grad()
     def drawn_of(self, seen: Mapping[str, Field], noise: Noise, count: int) -> Tensor:

@@ -27,7 +27,7 @@ from vla_trqam.data.feature_cache import (
 )
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
-from vla_trqam.data.sampling import ChunkSampler, Observer
+from vla_trqam.data.sampling import ChunkSampler, MixedSampler, Observer
 from vla_trqam.data.sources.base import create_replay
 from vla_trqam.data.sources.lerobot.lending import LentPictures
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets
@@ -40,6 +40,7 @@ from vla_trqam.engine.folder.run_folder import save_settings
 from vla_trqam.engine.job import Job
 from vla_trqam.engine.launch import exit_status, make_critic, own_device, usable_cores
 from vla_trqam.engine.next_actions import FIRST_CHUNKS, NextActions
+from vla_trqam.engine.phases import CRITIC, OFFLINE, ONLINE
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
@@ -320,7 +321,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
         cached = Cached(
             method,
             self._next_actions(method) if method.requirements.next_actions else None,
-            self.draw(for_critic=True),
+            self._critic_sampler(),
             critic_updates=knobs.updates_per_step if method.requirements.learns_critic else 0,
             batch_size=self.team.batch_share(knobs.batch_size),
             redraws=knobs.redraws,
@@ -329,6 +330,19 @@ class VLAJob(Job[FinetuneVLAConfig]):
         )
         self._give_critic(cached)
         return cached
+
+    def _critic_sampler(self) -> ChunkSampler[Any] | MixedSampler[Any]:
+        """Of the critic's own batches: with the share of rollouts that the policy's have."""
+        fraction = self.config.online.fraction
+        if fraction is None:
+            return self.draw(for_critic=True)
+        before = [*self.data_sources, CRITIC, OFFLINE]
+        return MixedSampler(
+            self.draw(before, for_critic=True),
+            self.draw([ONLINE], for_critic=True),
+            online_fraction=self.team.fraction_share(fraction, self.config.critic.batch_size),
+            waits=True,
+        )
 
     def _next_actions(self, method: OffPolicyMethod) -> NextActions:
         return NextActions(

@@ -184,8 +184,10 @@ class RewardSummary:
 
     @classmethod
     def of(cls, replay: Replay, sampler: ChunkSampler[Any]) -> RewardSummary:
-        """Of a replay with at least one episode."""
+        """Of the steps that chunks reach, in a replay with at least one episode."""
         episodes, rewards = replay.episodes(), replay.rewards_as(sampler.reward)
+        if sampler.num_starts:  # without any, that is what is to be said
+            rewards = rewards[sampler.reached_steps[: len(rewards)]]
         return cls(
             sampler.reward.label,
             float(rewards.min()),
@@ -219,7 +221,7 @@ def check_reward(rewards: RewardSummary) -> Finding:
     if low == high and (low == 0.0 or rewards.terminated == 0):
         return Finding.failure(
             "reward",
-            f"every step has the reward {low:g} ({found})",
+            f"every step that a chunk reaches has the reward {low:g} ({found})",
             "a replay in which some episodes succeed, or a reward that tells better from worse",
         )
     return Finding("reward", found)

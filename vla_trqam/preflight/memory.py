@@ -41,6 +41,10 @@ def check_parameters(policy: LeRobotFlowPolicy) -> Finding:
         f"({in_words(tensor_bytes(everything) - tensor_bytes(trained))}), "
         f"{count(copied):,} copied for the base ({in_words(tensor_bytes(copied))})"
     )
+    low = {p.dtype for p in trained} - {torch.float32, torch.float64}
+    if low:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low))
+        found += f"; trained as they are, in {names}, in which a small step rounds to none"
     if not trained:
         return Finding.failure("parameters", found, "adapters or an expert that are trained")
     if policy.has_adapters and copied:
