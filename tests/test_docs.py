@@ -25,11 +25,13 @@ PAGES = sorted(
 )
 SCRIPTS = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*\w)")
-# Of accelerate launch and torchrun, of lerobot-eval with our environment, and of lerobot-rollout.
+# Of accelerate launch and torchrun, of lerobot-eval with our environment, of lerobot-train and
+# lerobot-rollout.
 OTHERS = {"cpu", "mixed_precision", "multi_gpu", "nproc_per_node", "num_processes"} | {
     *("env.episode_length", "env.render_every", "eval.batch_size", "eval.n_episodes"),
     *("strategy.type", "teleop.type", "robot.type", "fps"),
-    *("dataset.single_task", "dataset.num_episodes"),
+    *("dataset.single_task", "dataset.num_episodes", "dataset.no_stamp", "dataset.private"),
+    *("dataset.push_to_hub", "inference.type", "policy.type"),
 }
 
 

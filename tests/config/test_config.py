@@ -83,6 +83,9 @@ def test_a_flag_with_an_equals_sign_in_its_value_keeps_it(presets):
     ("flags", "words"),
     [
         (["--nmae=z"], "did you mean --name"),
+        (["--mixed_precision=bf16"], "is not a setting; it is accelerate's: give it before the re"),
+        (["--policy.dtype=bfloat16"], "as the checkpoint's config.json says"),
+        (["--policy.num_inference_steps=4"], "here it is --policy.tuned_flow_steps"),
         (["--preset=wrong"], "did you mean --name"),
         (["--preset=huge"], "default, big, wrong"),
         (["--inner=3"], "--inner is not a setting"),

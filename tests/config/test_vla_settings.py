@@ -42,7 +42,7 @@ PRESETS = next(
         (
             ["--method.scheme=posterior", "--policy.tuned_flow_steps=1"],
             "--policy.tuned_flow_steps=1 is too few for the posterior scheme, whose last step has "
-            "no noise: take at least 2 by --policy.tuned_flow_steps, or --method.scheme=shifted",
+            "no noise: take at least 2 by --policy.tuned_flow_steps",
         ),
         (["--peft.r=0"], "--peft.r=0 must be at least 1"),
         (["--polcy.path=x"], "polcy"),

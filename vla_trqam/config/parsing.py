@@ -254,6 +254,15 @@ def settings_of(config: Any) -> Settings:
     return settings
 
 
+OF_OTHERS = {
+    "mixed_precision": "it is accelerate's: give it before the recipe",
+    "policy.dtype": "weights are loaded as the checkpoint's config.json says (its `dtype`)",
+    "policy.num_inference_steps": "here it is --policy.tuned_flow_steps",
+    "policy.num_steps": "here it is --policy.tuned_flow_steps",
+}
+"""What users of LeRobot and accelerate type, and what is right here."""
+
+
 def _decode[C](config_class: type[C], settings: Settings) -> C:
     chosen = str(settings.get(TYPE, DEFAULT_TYPE))
     known = _known_flags(config_class, chosen)
@@ -261,6 +270,7 @@ def _decode[C](config_class: type[C], settings: Settings) -> C:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists every flag"
+            hint = OF_OTHERS.get(name, hint)
             raise UserError(f"--{name} is not a setting; {hint}")
         _check_kind(name, value, known[name])
     try:

@@ -142,7 +142,7 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
         except UserError:
             raise UserError(
                 f"is too few for the {self.scheme} scheme, whose last step has no noise: take at "
-                "least 2 by --policy.tuned_flow_steps, or --method.scheme=shifted_euler"
+                "least 2 by --policy.tuned_flow_steps"
             ) from None
         if self.loss_steps is not None and self.loss_steps > count:
             raise UserError(

@@ -120,8 +120,9 @@ def check_disk(disk: Disk, replay: Path, output_dir: Path) -> Finding:
         return Finding.failure(
             "disk",
             found,
-            f"{lacking}, or fewer --dataset.episodes, fewer --critic.next_actions and a larger "
-            "--save_freq",
+            f"{lacking}, or frames that stay in the dataset (--replay.frames=dataset), no prefixes "
+            "(--prefix_cache=none), fewer --dataset.episodes, fewer --critic.next_actions or a "
+            "larger --save_freq",
         )
     return Finding("disk", found)
 

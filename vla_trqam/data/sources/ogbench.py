@@ -129,7 +129,10 @@ def data_path(path: Path | None, task: str, *, sharded: bool = False) -> Path:
             else ".npz` makes it"
         )
         if name.startswith(NOT_PLAYED):
-            made = "it cannot be made here, as ant and humanoid want an expert policy"
+            made = (
+                "it cannot be made here, as ant and humanoid want an expert policy: `python -c "
+                f"\"import ogbench; ogbench.download_datasets(['{name}'])\"` fetches OGBench's"
+            )
         raise UserError(
             f"--dataset.path is not given and {own}, where OGBench's own would lie, is not there: "
             f"{made}"
