@@ -163,7 +163,16 @@ def groups_of(runs: Sequence[ClaimRun]) -> list[Group]:
     for each in gains_of(runs):
         task, critic, _ = each.cell
         parts.setdefault((task, critic, method_label(each.run)), []).append(each)
-    return [Group(*place, own) for place, own in sorted(parts.items())]
+    groups = [Group(*place, own) for place, own in parts.items()]
+    return sorted(groups, key=lambda group: _order(group.members[0].run))
+
+
+def _order(run: ClaimRun) -> tuple[object, ...]:
+    """By task and critic, fewer critics first; ours before the temperatures, smaller ones first."""
+    critic, data = run.config["critic"], run.config["dataset"]
+    wrong = data.get("num_demos") or 0, critic.get("gradient_noise") or 0.0
+    beta = run.method.get("inverse_temperature", 0.0)
+    return task_of(run), *wrong, critic["ensemble_size"], method_label(run) != OURS, beta
 
 
 def verdict(groups: Sequence[Group]) -> str:
@@ -209,7 +218,7 @@ def grouped_by_method(groups: Sequence[Group]) -> dict[str, list[Group]]:
     found: dict[str, list[Group]] = {}
     for group in groups:
         found.setdefault(group.method, []).append(group)
-    return dict(sorted(found.items(), key=lambda item: (item[0] != OURS, item[0])))
+    return found
 
 
 def draw(path: Path, groups: Sequence[Group]) -> Path:
@@ -222,7 +231,7 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
         own = [group for group in groups if group.task == task]
         critics = list(dict.fromkeys(group.critic for group in own))
         for index, (label, members) in enumerate(grouped_by_method(own).items()):
-            places = [critics.index(g.critic) + 0.12 * index for g in members]
+            places = [critics.index(g.critic) + 0.15 * index for g in members]
             gains = [[each.gain for each in group.members] for group in members]
             for place, each in zip(places, gains, strict=True):
                 axes.plot([place] * len(each), each, "o", ms=3, color=CYCLE[index])

@@ -12,6 +12,7 @@ from claim_runs import ClaimRun, read_claim_runs
 from marked import put
 
 from vla_trqam.errors import UserError
+from vla_trqam.report.page import write_json
 
 
 def write_claim[T](
@@ -39,12 +40,16 @@ def write_claim[T](
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
     parser.add_argument("--output", type=Path, help="PNG to draw")
     parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
+    parser.add_argument("--record", type=Path, help="JSON file for each run's command and rates")
     given = parser.parse_args(arguments)
     try:
-        taken = take(read_claim_runs(given.runs))
+        runs = read_claim_runs(given.runs)
+        taken = take(runs)
         text = tell(taken)
         if given.page is not None:
             put(given.page, name, text)
+        if given.record is not None:
+            write_json(given.record, {"runs": [run.record for run in runs]})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from vla_trqam.config.parsing import read_settings
 from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.errors import UserError
-from vla_trqam.report.metrics import TRAINING_PHASES, Metrics, join_phases, read_metrics
+from vla_trqam.report.metrics import (
+    TRAINING_PHASES,
+    Metrics,
+    join_phases,
+    json_number,
+    read_metrics,
+)
 
 REPORT, CONFIG, LINES = "report.json", "config.yaml", "metrics.jsonl"
 TENTH = 1 / 10
@@ -33,6 +39,7 @@ class ClaimRun:
         metrics: what it logged.
         base: success of its base on the final initial states; None where it diverged.
         tuned: of what it made of it; None where it diverged.
+        provenance: command, commit, versions, machine; empty where it diverged.
     """
 
     folder: Path
@@ -41,6 +48,14 @@ class ClaimRun:
     metrics: Metrics
     base: float | None = None
     tuned: float | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes its numbers traceable: settings, seed, commit and both rates."""
+        told = {k: v for k, v in self.provenance.items() if k in ("command", "commit")}
+        rates = {"base": self.base, "tuned": self.tuned, "worst": json_number(self.worst)}
+        return {"run": self.folder.name, "seed": self.seed, **rates, **told}
 
     @property
     def diverged(self) -> bool:
@@ -100,7 +115,7 @@ def read_claim_run(folder: Path) -> ClaimRun:
     if (folder / REPORT).is_file():
         done = read_run(folder)
         rates = done.evaluation.base_rate, done.evaluation.tuned_rate
-        return ClaimRun(folder, done.title, done.config, done.metrics, *rates)
+        return ClaimRun(folder, done.title, done.config, done.metrics, *rates, done.provenance)
     if not (folder / CONFIG).is_file() or not (folder / LINES).is_file():
         raise UserError(
             f"{folder} is no run's folder: it has no {REPORT}, and not both of {CONFIG} and {LINES}"

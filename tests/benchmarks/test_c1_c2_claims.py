@@ -1,5 +1,6 @@
 """What the claims' scripts make of run folders whose numbers are known."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,14 @@ def test_a_fragile_temperature_is_told_from_one_that_is_not(
                     )
                 )
     page, figure = page_of(tmp_path, "c1"), tmp_path / "figures" / "c1.png"
+    record = tmp_path / "runs.json"
     given = ["--runs", *map(str, runs), "--page", str(page), "--output", str(figure)]
-    assert c1_fragile.main(given) == 0
+    assert c1_fragile.main([*given, f"--record={record}"]) == 0
+    kept = {run["run"]: run for run in json.loads(record.read_text())["runs"]}
+    assert kept.keys() == {run.name for run in runs}
+    assert (kept["plain_qam1_s1"]["base"], kept["plain_qam1_s1"]["tuned"]) == (0.5, 0.8)
+    assert kept["plain_qam1_s1"]["command"].endswith("finetune_robomimic.py")
+    assert kept["plain_qam10_s3"]["tuned"] is None
     text = marked(page, "c1")
     assert text in capsys.readouterr().out
     assert figure.is_file()
