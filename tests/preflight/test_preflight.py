@@ -353,7 +353,7 @@ def test_a_full_disk_is_refused_before_it_is_full(
     failure = only_failure(look_before(policy, replay))
     assert failure.name == "disk"
     assert "; free 1000 B at " in failure.found
-    assert "fewer --critic.next_actions and a larger --save_freq" in failure.remedy
+    assert "(--replay.frames=dataset), no prefixes (--prefix_cache=none), fewer" in failure.remedy
 
 
 # The report.

@@ -117,7 +117,7 @@ class VLAPolicyConfig:
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
         merged: checkpoints are whole policies with the adapters in them, not adapters alone.
         push_to_hub: push the last checkpoint.
-        repo_id: where to.
+        repo_id: the Hub repository to push to.
         private: whether a new repository is private.
     """
 
@@ -163,8 +163,8 @@ class VLACriticConfig(CriticConfig):
     Attributes:
         path: a checkpoint's folder, or the Hub repository that one was pushed to, whose critic the
             run starts with; and with ``policy.adapter: continue`` its trust region too.
-        updates_per_step: of the critic alone, after each update of the policy.
-        batch_size: of these.
+        updates_per_step: updates of the critic alone, after each one of the policy.
+        batch_size: chunks in each of the critic's own updates.
         next_actions: chunks of the policy kept at every frame for the TD targets.
         redraws: frames whose oldest next action is drawn anew after each update of the policy,
             beside those of its batch.
@@ -187,7 +187,7 @@ class FinetuneVLAConfig(RunSettings):
     """Every setting of the recipes for LeRobot's policies; ``--preset`` names a section.
 
     Attributes:
-        micro_batches: parts that such a batch is taken in, one after the other: less memory.
+        micro_batches: parts that the policy's batch is taken in, one after the other: less memory.
         dataset: the replay's offline data.
         rename_map: from the dataset's cameras to those that the policy looks through, like
             ``{observation.images.front: observation.images.top}``.
