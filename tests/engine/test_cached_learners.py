@@ -157,6 +157,13 @@ def test_where_no_next_prefix_is_wanted_every_frame_that_is_bootstrapped_from_is
     begins = replay.frame_index.frames(learner.sampler.start_rows)
     assert set(wanted.tolist()) - set(begins.tolist()), "the replay has no such frame"
     assert (learner.next_actions.drawn[wanted] > 0).any(dim=1).all()
+    replay.add(frame_episode(6, success=False, seed=9), source="online")
+    cache.update()
+    last = replay.num_frames - 1
+    for _ in range(100):
+        learner.update(learner.sampler.sample(BATCH, rng), generator)
+    updates = learner.next_actions.updates
+    assert (learner.next_actions.drawn[last] > updates - 100).any(), "an episode that came later"
 
 
 def test_micro_batches_change_the_memory_and_not_the_update(setting):

@@ -67,7 +67,8 @@ class NextActions(nn.Module):
         device = next(policy.trainable_parameters()).device
         shape = (replay.frame_capacity, chunks_per_frame, length, real)
         self.num_known = 0
-        self._beginning: tuple[int, np.ndarray] | None = None  # of so many starts, the frames
+        # Of this revision and number of episodes: the frames at which chunks begin.
+        self._beginning: tuple[tuple[int, int], np.ndarray] | None = None
         self.chunks: Tensor
         self.register_buffer(CHUNKS, torch.zeros(shape, device=device))
         self.drawn: Tensor  # the policy's updates when a chunk was drawn
@@ -129,10 +130,11 @@ class NextActions(nn.Module):
             generator: of the noise.
         """
         index = self._replay.frame_index
-        if self._beginning is None or self._beginning[0] != len(starts):
+        state = self._replay.revision, self._replay.num_episodes
+        if self._beginning is None or self._beginning[0] != state:
             begins = np.zeros(index.num_frames, dtype=bool)
             begins[index.frames(starts)] = True
-            self._beginning = len(starts), begins
+            self._beginning = state, begins
         ends = np.unique(frames.cpu().numpy())
         ends = ends[~self._beginning[1][ends]]
         if len(ends):
