@@ -225,7 +225,7 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
     """The mean gain of every method by the critic, a panel a task."""
     tasks = list(dict.fromkeys(group.task for group in groups))
     figure, panels = new_figure(
-        "What an imperfect critic costs", columns=len(tasks), size=(6.4 * len(tasks), 4.2)
+        "What an imperfect critic costs", columns=len(tasks), size=(7.4 * len(tasks), 4.2)
     )
     for axes, task in zip(panels, tasks, strict=True):
         own = [group for group in groups if group.task == task]
@@ -240,6 +240,8 @@ def draw(path: Path, groups: Sequence[Group]) -> Path:
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(critics)), critics, rotation=20, fontsize="small")
         axes.set_title(task)
+        # Beside the points, of which it would hide some.
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
     panels[0].set_ylabel("success gained over the base")
     path.parent.mkdir(parents=True, exist_ok=True)
     return save(figure, path)
