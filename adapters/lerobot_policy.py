@@ -13,7 +13,7 @@ and so does the host's behaviour cloning loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,17 +24,19 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from peft import PeftModel
 from torch import Tensor, nn
-from vla_trqam.adapters.base_field import AdaptersOff, BaseField, FrozenCopy
 from vla_trqam.adapters.cameras import Cameras, cameras_of
 from vla_trqam.adapters.critic_features import CriticFeatures, layer_index, mean_over_valid
 from vla_trqam.adapters.families.base import FlowFamily, Observation
-from vla_trqam.adapters.path_fields import LeRobotPathFields
+from vla_trqam.adapters.fields.base_field import AdaptersOff, BaseField, FrozenCopy
+from vla_trqam.adapters.fields.evaluations import Evaluations
+from vla_trqam.adapters.fields.path_fields import LeRobotPathFields
 from vla_trqam.adapters.policy_checks import check_adapters, check_config, check_observation
 from vla_trqam.adapters.processors import Limits, Processors
 
 from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_target
-from vla_trqam.policy import FlowPolicy, PathFields
+from vla_trqam.policy import FlowPolicy, PathFields, Velocity
+from vla_trqam.precision import tensor_cores
 
 PACKED = "prefix."
 """Begins the keys of :meth:`LeRobotFlowPolicy.packed`."""
@@ -51,10 +53,6 @@ class Encoding:
 
     condition: Any
     features: Tensor
-
-
-VelocitiesAt = Callable[[PreTrainedPolicy, Tensor, Tensor, Any], Tensor]
-"""See :meth:`FlowFamily.velocities`."""
 
 
 class LeRobotFlowPolicy(FlowPolicy):
@@ -79,7 +77,7 @@ class LeRobotFlowPolicy(FlowPolicy):
             act with another.
 
     Attributes:
-        compiled_at: what :meth:`compile_paths` made; None before.
+        evaluations: how its fields are evaluated along paths.
 
     Raises:
         UserError: the config asks for what cannot be honoured, or an adapter lies in the prefix.
@@ -116,7 +114,8 @@ class LeRobotFlowPolicy(FlowPolicy):
         found = unlimited if processors is None else processors.normalized_limits(real, limits)
         self.register_buffer("_limits", found.clone(), persistent=False)
         self.base: BaseField = self._make_base()
-        self.compiled_at: VelocitiesAt | None = None
+        trained = self.trainable_parameters()
+        self.evaluations = Evaluations(family, self.host, self.base, trained)
         self.eval()
 
     def _make_base(self) -> BaseField:
@@ -227,7 +226,8 @@ class LeRobotFlowPolicy(FlowPolicy):
         if self.processors is not None and OBS_LANGUAGE_TOKENS not in observation:
             observation = self.processors.observe(observation)
         check_observation(self.family, observation, self.host.config)
-        found = self.family.encode(self.host, observation, self._layer)
+        with tensor_cores():
+            found = self.family.encode(self.host, observation, self._layer)
         parts = []
         if self.critic_features.layer is not None:
             parts.append(mean_over_valid(found.states, found.valid))
@@ -268,19 +268,12 @@ class LeRobotFlowPolicy(FlowPolicy):
         with self.base.host() as host:
             return self.family.velocity(host, x, tau, context.condition).float()
 
-    def compile_paths(self, backend: str = "inductor") -> None:
-        """From now on the fields' evaluations along a path are compiled, each kind when it is met.
-
-        Args:
-            backend: of ``torch.compile``.
-        """
-        # One graph a shape: a path's batches are alike, and sizes that vary cost speed.
-        self.compiled_at = torch.compile(self.family.velocities, backend=backend, dynamic=False)
-
-    @property
-    def velocities_at(self) -> VelocitiesAt:
-        """The family's, see there, for a path; compiled if they are to be."""
-        return self.compiled_at or self.family.velocities
+    def sampled_field(self, context: Encoding) -> Velocity:
+        """Replayed where the fields' evaluations are, at observations as many as a path's."""
+        replayed = self.evaluations.replayed(context.condition)
+        if replayed is None:
+            return super().sampled_field(context)
+        return lambda x, tau: replayed(x, tau[:1])
 
     def path_fields(
         self, context: Encoding, next_context: Encoding, *, keep_activations: bool = True

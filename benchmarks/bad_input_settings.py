@@ -179,6 +179,22 @@ PI0_FLAGS: tuple[Flags, ...] = (
         "parts of the weights, and compiled",
         ("--peft.shard=true and --policy.compile=true",),
     ),
+    (("--policy.cuda_graphs=true",), "CUDA graphs on a CPU", ("the policy is on cpu", "leave it")),
+    (
+        ("--policy.cuda_graphs=true", "--policy.compile=true"),
+        "replayed, and compiled",
+        ("--policy.cuda_graphs=true and --policy.compile=true",),
+    ),
+    (
+        ("--policy.cuda_graphs=true", "--method.keep_activations=false"),
+        "replayed, and computed again",
+        ("--policy.cuda_graphs=true", "--method.keep_activations=false"),
+    ),
+    (
+        ("--policy.cuda_graphs=true", "--method.type=fql"),
+        "a path replayed by a method that has none",
+        ("--method.type=fql has no use for --policy.cuda_graphs",),
+    ),
     (
         ("--peft.method=full", "--peft.shard=true", "--method.type=dsrl"),
         "a method that trains none of the policy's weights, in parts",

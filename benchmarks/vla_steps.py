@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,11 +13,13 @@ from unittest import mock
 import torch
 from step_meter import Parts
 from torch import Tensor, nn
+from vla_trqam.adapters.fields.evaluations import Evaluations
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.methods.parts import adjoint_matching
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, TRQAMLoss, UpdateNoise
+from vla_trqam.precision import tensor_cores
 from vla_trqam.sde import sample_ode
 from vla_trqam.time_grid import TimeGrid
 
@@ -101,8 +104,7 @@ class Update:
 
     @torch.no_grad()
     def _draw(self, context: Any, like: Tensor) -> None:
-        field = self._policy.velocity
-        sample_ode(lambda x, tau: field(x, tau, context), torch.zeros_like(like), self._loss.grid)
+        sample_ode(self._policy.sampled_field(context), torch.zeros_like(like), self._loss.grid)
 
     @contextmanager
     def metered(self, parts: Parts) -> Iterator[None]:
@@ -184,22 +186,30 @@ def counting_evaluations(policy: LeRobotFlowPolicy) -> Iterator[Counter[str]]:
         yield count
 
 
-class Compiled:
-    """The same update, its evaluations along the path compiled; the first call compiles them."""
+class Sped:
+    """The same update, its evaluations along the path made otherwise; the first call prepares it.
 
-    def __init__(self, policy: LeRobotFlowPolicy, update: Update) -> None:
+    Args:
+        policy: of the update.
+        update: which is made as it was by whoever else calls it.
+        prepare: changes how a policy's fields are evaluated.
+    """
+
+    def __init__(
+        self, policy: LeRobotFlowPolicy, update: Update, prepare: Callable[[Evaluations], None]
+    ) -> None:
         self._policy, self._update = policy, update
-        policy.compile_paths()
-        self._compiled = policy.compiled_at
-        policy.compiled_at = None
+        self._plain = policy.evaluations
+        self._sped = copy.copy(policy.evaluations)
+        prepare(self._sped)
 
     def __call__(self) -> None:
         """One update."""
-        self._policy.compiled_at = self._compiled
+        self._policy.evaluations = self._sped
         try:
             self._update()
         finally:
-            self._policy.compiled_at = None
+            self._policy.evaluations = self._plain
 
 
 class Cloning:
@@ -225,7 +235,8 @@ class Cloning:
 
     def __call__(self) -> None:
         """In training mode, as the host does it; back in evaluation mode behind it."""
-        self._step()
+        with tensor_cores():  # as lerobot-train sets it
+            self._step()
         self._policy.eval()
 
 

@@ -9,7 +9,8 @@ Both train the same LoRA adapters in the same randomly initialised model on the 
 in one run and in turns. Behaviour cloning is LeRobot's own ``update_policy`` with the optimiser and
 the Accelerator that ``lerobot-train`` makes. With ``--compare`` an update of the authors' chain
 (shifted Euler, ten steps) takes its turn too, and with ``--compile`` the same update with its path
-compiled (``--policy.compile=true``). The last command needs no memory for the weights: it
+compiled (``--policy.compile=true``), with ``--cuda_graphs`` replayed
+(``--policy.cuda_graphs=true``). The last command needs no memory for the weights: it
 counts parameters, floating-point work and bytes and measures no time. Every command counts the
 evaluations of the action expert in one update.
 """
@@ -28,9 +29,10 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
-from step_meter import Parts, clock, counting_work, peak_bytes
+from step_meter import Parts, clock, counting_work, peak_bytes, peak_bytes_prepared
 from vla_models import POLICIES, Setup, cloning_batch, make_batch, make_observation, make_policy
-from vla_steps import PARTS, REST, Cloning, CloningOnMeta, Compiled, Update
+from vla_steps import PARTS, REST, Cloning, CloningOnMeta, Sped, Update
+from vla_trqam.adapters.fields.evaluations import Evaluations
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.adjoint import AdjointKind
@@ -47,10 +49,23 @@ SIDES = {
     "authors": "authors' chain",
     "cloning": "cloning step",
     "compiled": "TRQAM update, compiled",
+    "graphs": "TRQAM update, CUDA graphs",
+}
+SPED: dict[str, Callable[[Evaluations], None]] = {
+    "compiled": Evaluations.compile,
+    "graphs": Evaluations.record,
 }
 GIB = 2**30
 CHAIN = ("scheme", "adjoint", "loss_steps", "keep_activations")
-OPTIONS = ("compare", "cached_prefix", "one_prefix", "updates", "warm_up", "compile")
+OPTIONS = (
+    "compare",
+    "cached_prefix",
+    "one_prefix",
+    "updates",
+    "warm_up",
+    "compile",
+    "cuda_graphs",
+)
 
 
 @dataclass
@@ -98,6 +113,7 @@ def measure(
     updates: int,
     warm_up: int,
     compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Result:
     """Builds the sides and meters them; see the module."""
     TimeGrid(setup.num_flow_steps, config.chain).steps  # noqa: B018 (refuses what cannot be)
@@ -130,7 +146,11 @@ def measure(
             made["trqam"]()
     result.part_work = dict(parts.spent)
     if device.type != "meta":
-        extra = {"compiled": Compiled(policy, made["trqam"])} if compile else {}
+        wanted = {"compiled": compile, "graphs": cuda_graphs}
+        plain = made["trqam"]
+        extra = {side: Sped(policy, plain, SPED[side]) for side in SPED if wanted[side]}
+        for side, sped in extra.items():
+            result.peak_bytes[side] = peak_bytes_prepared(sped, device)
         _time(result, sides | made | extra, made["trqam"], device, updates, warm_up)
     return result
 
@@ -209,14 +229,16 @@ def report(result: Result) -> str:
     ]
     seconds = {side: median(found) for side, found in result.seconds.items()}
     for side, label in SIDES.items():
-        if side in result.work:
+        if side in result.peak_bytes:
             peak = result.peak_bytes[side]
             cells = f"{peak / GIB:>11.4f}{(peak + result.model_bytes) / GIB:>12.4f}"
-            lines.append(_row(label, seconds.get(side), result.work[side]) + cells)
-        elif side in seconds:
-            of_plain = seconds[side] / seconds["trqam"]
-            lines.append(f"{label:<26}{seconds[side]:>10.4f}  ({of_plain:.2f} of it)")
-    lines += [_ratios(result, seconds, other) for other in SIDES if other in result.work][1:]
+            lines.append(
+                _row(label, seconds.get(side), result.work.get(side, result.work["trqam"])) + cells
+            )
+    others = [side for side in ("authors", "cloning") if side in result.work]
+    lines += [_ratios(result, seconds, "trqam", other) for other in others]
+    sped = [side for side in SPED if side in seconds]
+    lines += [_ratios(result, seconds, side, other) for side in sped for other in others]
     for part in (*PARTS, REST):
         work = result.part_work.get(part, 0.0)
         lines.append(_row("  " + part, result.part_seconds.get(part), work))
@@ -242,17 +264,17 @@ def _heading(result: Result) -> str:
     return ", ".join(words)
 
 
-def _ratios(result: Result, seconds: dict[str, float], other: str) -> str:
-    """Of the TRQAM update to another side: seconds, work, and memory without and with the model."""
-    time = f"{seconds['trqam'] / seconds[other]:.2f}" if seconds else "not run"
+def _ratios(result: Result, seconds: dict[str, float], side: str, other: str) -> str:
+    """Of an update to another side: seconds, work, and memory without and with the model."""
+    time = f"{seconds[side] / seconds[other]:.2f}" if seconds else "not run"
     work = result.work["trqam"] / result.work[other]
     memory, whole = (
-        (result.peak_bytes["trqam"] + extra) / (result.peak_bytes[other] + extra)
+        (result.peak_bytes[side] + extra) / (result.peak_bytes[other] + extra)
         for extra in (0, result.model_bytes)
     )
-    return (
-        f"{'ratio to the ' + SIDES[other]:<26}{time:>10}{work:>12.2f}{memory:>11.2f}{whole:>12.2f}"
-    )
+    heading = SIDES[side].removeprefix("TRQAM update, ") if side in SPED else "ratio"
+    numbers = f"{time:>10}{work:>12.2f}{memory:>11.2f}{whole:>12.2f}"
+    return f"{f'{heading} to the {SIDES[other]}':<26}" + numbers
 
 
 def _evaluations(count: dict[str, int]) -> str:
@@ -294,6 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--one_prefix", action="store_true", help="TRQAM as with --critic.draw_next=false"
     )
     parser.add_argument("--compile", action="store_true", help="times a compiled update as well")
+    parser.add_argument(
+        "--cuda_graphs", action="store_true", help="times one that is replayed from CUDA graphs"
+    )
     parser.add_argument("--updates", type=int, default=10, help="measured, in turns")
     parser.add_argument("--warm_up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

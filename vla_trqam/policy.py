@@ -25,6 +25,8 @@ from vla_trqam.time_grid import full_tau
 
 Context = Any
 """What :meth:`FlowPolicy.encode` returned; opaque to the core."""
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""``v(x, tau)`` with x (B, H, A) and tau (B,), returning (B, H, A)."""
 
 
 class PathFields:
@@ -332,6 +334,10 @@ class FlowPolicy(nn.Module, ABC):
 
     def update_base(self, rate: float) -> None:
         """Moves ``v_base`` towards a training base; a frozen base stays as it is."""
+
+    def sampled_field(self, context: Context) -> Velocity:
+        """``v_theta`` at given observations, for a sampler: no gradient, all rows at one time."""
+        return lambda x, tau: self.velocity(x, tau, context)
 
     def path_fields(
         self, context: Context, next_context: Context, *, keep_activations: bool = True

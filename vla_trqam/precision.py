@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ def networks_precision(mixed: str, device: torch.device) -> AbstractContextManag
     # No cache: torch has handed a weight that was rounded without gradient, for sampling, to the
     # pass with gradient, which then gave it none.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Products of float32 matrices keep ten bits of their factors inside (TF32), on a GPU.
+
+    As ``lerobot-train`` and ``lerobot-eval`` set it for a whole process: the vision towers of pi0
+    and pi05 are float32, and most of an observation's time without.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def own_precision(tensor: Tensor) -> AbstractContextManager[object]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vla_trqam.policy import PathFields
+from vla_trqam.policy import PathFields, Velocity
 from vla_trqam.time_grid import Step, TimeGrid, full_tau
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""``v(x, tau)`` with x (B, H, A) and tau (B,), returning (B, H, A)."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from toy_images import write_toy_dataset, write_toy_policy
 from update_problems import ACTION, HORIZON, OBSERVATION, STEPS, batch_of, noise_of
 from vla_models import Setup, make_batch, make_observation, make_policy
+from vla_trqam.adapters import lerobot_policy
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
@@ -69,12 +70,10 @@ def trained(device: torch.device, config: TRQAMConfig, updates: int = 5) -> dict
 
 
 @pytest.fixture
-def full_float32() -> Iterator[None]:
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """No TF32, which would keep ten bits of a product's factors."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(lerobot_policy, "tensor_cores", nullcontext)
 
 
 @pytest.mark.usefixtures("full_float32")

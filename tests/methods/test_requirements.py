@@ -103,10 +103,12 @@ def test_a_knob_beyond_its_range_is_refused(
         (ResidualConfig(), "--critic.clip_actions"),
         (FQLConfig(), "--critic.gradient_noise"),
         (IFQLConfig(), "--critic.redraws"),
+        (ResidualConfig(), "--policy.cuda_graphs"),
+        (IFQLConfig(), "--policy.compile"),
     ],
 )
 @pytest.mark.parametrize("settings", [vla, FinetuneRobomimicConfig])
-def test_a_flag_of_the_critic_that_the_method_does_not_read_is_refused(
+def test_a_flag_that_the_method_does_not_read_is_refused(
     settings: Callable[..., RunSettings], method: MethodConfig, flag: str
 ) -> None:
     said = f"^--method.type={name_of(method)} has no use for {flag}: leave it out$"

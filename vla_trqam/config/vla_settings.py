@@ -114,6 +114,8 @@ class VLAPolicyConfig:
             it names, which may be on the Hub and gated.
         compile: the fields' evaluations in an update are compiled (torch.compile), which the first
             updates wait for.
+        cuda_graphs: the fields' evaluations in an update are recorded at first and then replayed
+            (CUDA graphs): a GPU no longer waits for each small operation's launch.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
         merged: checkpoints are whole policies with the adapters in them, not adapters alone.
         push_to_hub: push the last checkpoint.
@@ -129,6 +131,7 @@ class VLAPolicyConfig:
     tuned_flow_steps: int | None = None
     tokenizer: Path | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     critic_layer: int | None = -1
     merged: bool = False
     push_to_hub: bool = False
@@ -266,6 +269,7 @@ class FinetuneVLAConfig(RunSettings):
                 f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
             )
         self._check_shard()
+        self._check_cuda_graphs()
         self._check_datasets()
         self._check_prefix_cache()
         tuned = self.policy.tuned_flow_steps
@@ -281,14 +285,29 @@ class FinetuneVLAConfig(RunSettings):
                 "--peft.shard=true: adapters are a thousandth of the model, every process keeps "
                 "them whole; leave it out, or train in full with --peft.method=full"
             )
-        if self.policy.compile:
-            raise UserError(
-                "--peft.shard=true and --policy.compile=true do not go together: leave one out"
-            )
+        for name in ("compile", "cuda_graphs"):
+            if getattr(self.policy, name):
+                raise UserError(
+                    f"--peft.shard=true and --policy.{name}=true do not go together: leave one out"
+                )
         try:
             check_shard(self.method)
         except UserError as error:
             raise UserError(f"--peft.shard=true: {error}") from None
+
+    def _check_cuda_graphs(self) -> None:
+        if not self.policy.cuda_graphs:
+            return
+        if self.policy.compile:
+            raise UserError(
+                "--policy.cuda_graphs=true and --policy.compile=true do not go together: leave one "
+                "out"
+            )
+        if not getattr(self.method, "keep_activations", True):
+            raise UserError(
+                "--policy.cuda_graphs=true and --method.keep_activations=false do not go together: "
+                "recordings keep every flow step's activations; leave one out"
+            )
 
     def _check_prefix_cache(self) -> None:
         budget = self.prefix_cache_gib

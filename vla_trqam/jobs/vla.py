@@ -154,6 +154,11 @@ class VLAJob(Job[FinetuneVLAConfig]):
         device = own_device("policy.device", config.policy.device, accelerator)
         if config.policy.compile:
             team.together(lambda: check_compiler(device))
+        if config.policy.cuda_graphs and device.type != "cuda":
+            raise UserError(
+                f"--policy.cuda_graphs=true: the policy is on {device}, which has no CUDA graphs; "
+                "leave it out"
+            )
         family = team.together(lambda: _make_family(config))
         datasets, policy = team.together(
             lambda: checked_inputs(config, packed, device, team, family)
@@ -309,7 +314,9 @@ class VLAJob(Job[FinetuneVLAConfig]):
     def _make_method(self) -> Cached:
         knobs = self.config.critic
         if self.config.policy.compile:
-            self.policy.compile_paths()
+            self.policy.evaluations.compile()
+        if self.config.policy.cuda_graphs:
+            self.policy.evaluations.record()
         critic = make_critic(knobs, self.policy, self.config.seed)
         method = make_method(
             self.policy,

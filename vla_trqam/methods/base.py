@@ -82,10 +82,11 @@ class FlowActor:
     def chunk(self, context: Context, noise: Noise) -> Tensor:
         """See :meth:`Actor.chunk`."""
         policy = self.policy
-        field = policy.velocity if self.which == "tuned" else policy.base_velocity
         grid = TimeGrid(self.num_flow_steps or policy.num_flow_steps)
         x_0 = noise.normal(policy.chunk_shape)
-        return sample_ode(lambda x, tau: field(x, tau, context), x_0, grid)
+        if self.which == "tuned":
+            return sample_ode(policy.sampled_field(context), x_0, grid)
+        return sample_ode(lambda x, tau: policy.base_velocity(x, tau, context), x_0, grid)
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class Requirements:
         next_actions: the TD target needs an action of the policy at the next observation.
         host_acts: the saved policy acts by itself in its host library; otherwise what acts needs
             the method's own networks too.
+        paths: an update evaluates both fields along a path of the memoryless chain.
         adjoint: an adjoint starts from the action gradient of the critic's target.
         learns_critic: a critic is learnt of the replay's rewards.
         own_field: what acts is a velocity field of the method's own, in which nothing of the
@@ -176,6 +178,7 @@ class Requirements:
     trains_field: bool
     next_actions: bool
     host_acts: bool
+    paths: bool = False
     adjoint: bool = False
     learns_critic: bool = True
     own_field: bool = False

@@ -89,7 +89,9 @@ class QAMELoss(TRQAMLoss):
 class QAME(TRQAM):
     """See the module."""
 
-    requirements = Requirements(trains_field=True, next_actions=True, host_acts=False, adjoint=True)
+    requirements = Requirements(
+        trains_field=True, next_actions=True, host_acts=False, paths=True, adjoint=True
+    )
     loss_class = QAMELoss
     config: QAMEConfig
     loss: QAMELoss

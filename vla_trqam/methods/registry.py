@@ -118,8 +118,10 @@ def check_pushed(name: str, what: str) -> None:
 
 
 def idle_knobs(config: MethodConfig) -> set[str]:
-    """The critic's flags that would change what is learnt, were there a place for them here."""
+    """The flags of critic and policy that this method leaves without effect."""
     wants, idle = requirements_of(config), set[str]()
+    if not wants.paths:
+        idle |= {"--policy.compile", "--policy.cuda_graphs"}
     if not wants.adjoint:
         idle |= {"--critic.adjoint_pessimism", "--critic.clip_actions", "--critic.gradient_noise"}
     if not wants.next_actions:

@@ -204,7 +204,7 @@ class RewardMatching(TRQAM):
     """
 
     requirements = Requirements(
-        trains_field=True, next_actions=False, host_acts=True, learns_critic=False
+        trains_field=True, next_actions=False, host_acts=True, paths=True, learns_critic=False
     )
     config: RewardMatchingConfig
     loss: RewardLoss

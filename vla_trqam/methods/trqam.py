@@ -75,7 +75,12 @@ class TRQAM(OffPolicyMethod):
     """
 
     requirements = Requirements(
-        trains_field=True, next_actions=True, host_acts=True, adjoint=True, can_shard=True
+        trains_field=True,
+        next_actions=True,
+        host_acts=True,
+        paths=True,
+        adjoint=True,
+        can_shard=True,
     )
     loss_class: ClassVar[type[TRQAMLoss]] = TRQAMLoss
     """What a method of the family exchanges: a step of the loss, networks of its own."""
