@@ -1,5 +1,6 @@
 """Settings that cannot work are refused before anything is loaded."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,3 +94,14 @@ def test_settings_of_a_run_before_the_other_simulators_still_load(tmp_path):
     del settings["env"]["instruction"], settings["env"]["options"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     assert saved_config(FinetuneVLAConfig, tmp_path / "config.yaml") == config
+
+
+def test_help_lists_what_is_of_no_group_before_the_groups(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(FinetuneVLAConfig, PRESETS, ["--help"])
+    flags = re.findall(r"^  --([\w.]+)=", capsys.readouterr().out, re.MULTILINE)
+    in_group = ["." in flag for flag in flags]
+    assert "prefix_cache" in flags
+    assert in_group == sorted(in_group)

@@ -57,9 +57,11 @@ def _lines(config: Any, prefix: str) -> Iterator[str]:
     docs, hints = attribute_docs(type(config)), get_type_hints(type(config))
     if not prefix:
         yield ""
-    for field in dataclasses.fields(config):
+    groups = [f for f in dataclasses.fields(config) if _is_group(config, f)]
+    # What stands behind a group's heading is read as the group's.
+    for field in [*(f for f in dataclasses.fields(config) if f not in groups), *groups]:
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
+        if field in groups:
             yield f"\n{name}: {(type(value).__doc__ or '').strip().splitlines()[0]}"
             if hints[field.name] is MethodChoice:
                 yield f"  --{TYPE}={name_of(cast('MethodConfig', value))}"
@@ -71,6 +73,10 @@ def _lines(config: Any, prefix: str) -> Iterator[str]:
             if choices := _choices(hints[field.name]):
                 meaning += f" One of {', '.join(choices)}."
             yield textwrap.fill(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _is_group(config: Any, field: dataclasses.Field[Any]) -> bool:
+    return dataclasses.is_dataclass(getattr(config, field.name))
 
 
 def as_yaml(value: Any) -> str:
