@@ -269,8 +269,8 @@ class LeRobotFlowPolicy(FlowPolicy):
             return self.family.velocity(host, x, tau, context.condition).float()
 
     def sampled_field(self, context: Encoding) -> Velocity:
-        """Replayed where the fields' evaluations are, at observations as many as a path's."""
-        replayed = self.evaluations.replayed(context.condition)
+        """Replayed where the fields' evaluations are, at as many observations as were said."""
+        replayed = self.evaluations.replayed(context.condition, len(context.features))
         if replayed is None:
             return super().sampled_field(context)
         return lambda x, tau: replayed(x, tau[:1])

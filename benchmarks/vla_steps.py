@@ -72,6 +72,11 @@ class Update:
         self._loss.grid = TimeGrid(num_flow_steps, config.chain)
         self._generator = torch.Generator(device="cpu" if device.type == "meta" else device)
 
+    @property
+    def rows(self) -> int:
+        """Of its batch."""
+        return len(self._batch)
+
     def __call__(self) -> None:
         """Noise and update."""
         if not self._one_prefix:
@@ -192,16 +197,16 @@ class Sped:
     Args:
         policy: of the update.
         update: which is made as it was by whoever else calls it.
-        prepare: changes how a policy's fields are evaluated.
+        prepare: changes how a policy's fields are evaluated, at so many observations.
     """
 
     def __init__(
-        self, policy: LeRobotFlowPolicy, update: Update, prepare: Callable[[Evaluations], None]
+        self, policy: LeRobotFlowPolicy, update: Update, prepare: Callable[[Evaluations, int], None]
     ) -> None:
         self._policy, self._update = policy, update
         self._plain = policy.evaluations
         self._sped = copy.copy(policy.evaluations)
-        prepare(self._sped)
+        prepare(self._sped, update.rows)
 
     def __call__(self) -> None:
         """One update."""

@@ -51,9 +51,9 @@ SIDES = {
     "compiled": "TRQAM update, compiled",
     "graphs": "TRQAM update, CUDA graphs",
 }
-SPED: dict[str, Callable[[Evaluations], None]] = {
-    "compiled": Evaluations.compile,
-    "graphs": Evaluations.record,
+SPED: dict[str, Callable[[Evaluations, int], None]] = {
+    "compiled": lambda evaluations, _: evaluations.compile(),
+    "graphs": lambda evaluations, rows: evaluations.record({rows}),
 }
 GIB = 2**30
 CHAIN = ("scheme", "adjoint", "loss_steps", "keep_activations")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class Evaluations:
         self._host, self._base = host, base
         self._compiled: Evaluate | None = None
         self._graphs: FieldGraphs | None = None
+        self._rows: frozenset[int] = frozenset()
 
     def compile(self, backend: str = "inductor") -> None:
         """From now on they are compiled, each kind when it is met.
@@ -51,13 +52,17 @@ class Evaluations:
         # One graph a shape: a path's batches are alike, and sizes that vary cost speed.
         self._compiled = torch.compile(self._family.velocities, backend=backend, dynamic=False)
 
-    def record(self, recorder: Recorder | None = None) -> None:
+    def record(self, rows: Collection[int], recorder: Recorder | None = None) -> None:
         """From now on each is recorded when it is met, and replayed when it is met again.
 
         Args:
+            rows: numbers of observations at which a sampler is replayed too; each is recorded for
+                itself. What is known of an update and not what has been met, so that a run that
+                goes on samples as before.
             recorder: None for CUDA graphs.
         """
-        recorder = recorder or CUDARecorder()
+        self._rows = frozenset(rows)
+        recorder = recorder or CUDARecorder(next(self._host.parameters()).device)
         self._graphs = FieldGraphs(self._velocities, self._trained, recorder)
 
     def _velocities(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, shared: Any) -> Tensor:
@@ -85,11 +90,8 @@ class Evaluations:
 
         return evaluate
 
-    def replayed(self, condition: Any) -> FieldAt | None:
-        """The tuned field without gradient, where paths had such observations; else None."""
-        if self._graphs is None or torch.is_grad_enabled():
+    def replayed(self, condition: Any, rows: int) -> FieldAt | None:
+        """The tuned field without gradient at so many observations; None if not replayed."""
+        if self._graphs is None or rows not in self._rows or torch.is_grad_enabled():
             return None
-        shared = self._family.share(self._host, condition, 1)
-        if not self._graphs.has_met(shared):
-            return None
-        return self._graphs.field("next", partial(self._host_of, "next"), shared)
+        return self.at("next", condition)

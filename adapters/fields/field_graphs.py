@@ -12,6 +12,7 @@ velocities and gradients are copied out, and activations belong to the last path
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -47,9 +48,10 @@ class Recorder(Protocol):
 
 
 class CUDARecorder:
-    """CUDA graphs."""
+    """CUDA graphs of one device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
         # Recordings keep a weight's node of accumulation, which is of the stream they are made on.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
@@ -60,8 +62,14 @@ class CUDARecorder:
     def record(self, compute: Callable[[], None], pool: Any) -> Replay:
         """See :class:`Recorder`. Other threads may go on with the device."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            compute()
+        capture = torch.cuda.graph(
+            graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(self._device), warnings.catch_warnings():
+            # What lies elsewhere would be computed now, and never again.
+            warnings.filterwarnings("error", message=".*CUDA Graph is empty")
+            with capture:
+                compute()
         return graph.replay
 
 
@@ -87,10 +95,6 @@ class FieldGraphs:
     def begin_path(self) -> None:
         """The activations of the path before are given up."""
         self.num_paths += 1
-        where = tuple(p.data_ptr() for p in self.trained)
-        if where != self._where:  # recordings read addresses
-            self._fields.clear()
-            self._where = where
 
     def field(self, name: str, host: Host, shared: Any) -> BoundField:
         """One field at one batch of observations.
@@ -100,17 +104,16 @@ class FieldGraphs:
             host: with its weights.
             shared: of its evaluations, by ``FlowFamily.share``.
         """
+        where = tuple(p.data_ptr() for p in self.trained)
+        if where != self._where:  # recordings read addresses
+            self._fields.clear()
+            self._where = where
         with_gradient = tuple(t.requires_grad for t in _tensors(shared))
         # What recordings depend on, the precision of the networks included.
         key = name, torch.is_autocast_enabled("cuda"), _shapes(shared), with_gradient
         if key not in self._fields:
             self._fields[key] = GraphedField(self, host, shared)
         return BoundField(self._fields[key], shared)
-
-    def has_met(self, shared: Any) -> bool:
-        """Whether there are recordings of any field at such observations."""
-        shapes = _shapes(shared)
-        return any(met == shapes for _, _, met, _ in self._fields)
 
 
 class GraphedField:
@@ -130,7 +133,7 @@ class GraphedField:
         kept = [t for t in _tensors(self.shared) if t.requires_grad]
         self.leaves = (*graphs.trained, *kept)
         self.gradients: list[Tensor | None] = [None] * len(self.leaves)
-        self.bound: BoundField | None = None
+        self.bound: object = None
         self._with_gradient: list[Evaluation] = []
         self._without: Evaluation | None = None
 
@@ -158,6 +161,7 @@ class BoundField:
 
     def __init__(self, field: GraphedField, shared: Any) -> None:
         self._field, self._shared, self._count = field, shared, 0
+        self._token = object()
         self._path = field.graphs.num_paths
         self._collected: Tensor | None = None
 
@@ -177,9 +181,9 @@ class BoundField:
 
     def _bind(self) -> None:
         """Writes what is shared where recordings read it, unless it is there."""
-        if self._field.bound is self:
+        if self._field.bound is self._token:
             return
-        self._field.bound = self
+        self._field.bound = self._token
         with torch.no_grad():
             into, values = list(_tensors(self._field.shared)), list(_tensors(self._shared))
             torch._foreach_copy_(into, values)
@@ -257,6 +261,7 @@ class Evaluation:
     @torch.no_grad()
     def value(self, x: Tensor, tau: Tensor) -> Tensor:
         """The forward pass, replayed."""
+        assert x.shape == self._x.shape, (x.shape, self._x.shape)
         self._x.copy_(x)
         self._tau.copy_(tau)
         self._forward()
@@ -301,7 +306,11 @@ class _Collect(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         _check_path(ctx.field, ctx.path)
-        return (None, None, *(None if g is None else g.clone() for g in ctx.field.gradients))
+        sums = ctx.field.gradients
+        handed = [None if g is None else g.clone() for g in sums]
+        # A second pass through the same path begins anew.
+        torch._foreach_zero_([g for g in sums if g is not None])
+        return None, None, *handed
 
 
 def _check_path(field: GraphedField, path: int) -> None:

@@ -69,7 +69,7 @@ class Recordings:
 def test_replayed_updates_are_those_of_before_and_recorded_once(kind: str, lora: bool) -> None:
     plain = moved(make_policy(kind, lora=lora), updates=3)
     policy, recordings = make_policy(kind, lora=lora), Recordings()
-    policy.evaluations.record(recordings)
+    policy.evaluations.record({ROWS}, recordings)
     first = moved(policy, updates=3)
     assert differences(first, plain, 1e-6) == []
     steps = policy.num_flow_steps
@@ -91,20 +91,38 @@ def test_replayed_updates_are_those_of_before_and_recorded_once(kind: str, lora:
 def test_replays_serve_every_chain(config: TRQAMConfig) -> None:
     plain = moved(make_policy("smolvla", lora=False), config=config)
     policy = make_policy("smolvla", lora=False)
-    policy.evaluations.record(Recordings())
+    policy.evaluations.record({ROWS}, Recordings())
     assert differences(moved(policy, config=config), plain, 1e-6) == []
 
 
-def test_replays_serve_parts_of_a_batch_one_after_the_other() -> None:
-    plain = moved(make_policy("tiny_pi0", lora=True), num_parts=2)
+@pytest.mark.parametrize("rows", [2, 3], ids=["even", "uneven"])
+def test_replays_serve_parts_of_a_batch_one_after_the_other(rows: int) -> None:
+    plain = moved(make_policy("tiny_pi0", lora=True), rows=rows, num_parts=2)
     policy = make_policy("tiny_pi0", lora=True)
-    policy.evaluations.record(Recordings())
-    assert differences(moved(policy, num_parts=2), plain, 1e-6) == []
+    policy.evaluations.record({rows}, Recordings())
+    assert differences(moved(policy, rows=rows, num_parts=2), plain, 1e-6) == []
+
+
+def test_a_second_pass_through_a_path_adds_its_own_gradient_once() -> None:
+    policy = make_policy("tiny_pi0", lora=True)
+    policy.evaluations.record({ROWS}, Recordings())
+    with torch.no_grad():
+        context = policy.encode(raw_observation(ROWS, 0))
+    fields = policy.path_fields(context, context)
+    fields.evaluate(torch.ones(ROWS, *policy.chunk_shape), None, 0.5, 0.5)
+    weights, value = list(policy.trainable_parameters()), fields.tuned().sum()
+    first, again = (
+        torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True) for _ in range(2)
+    )
+    assert any(g is not None and bool(g.any()) for g in first)
+    for one, other in zip(first, again, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
 
 
 def test_gradients_of_a_path_whose_activations_are_gone_are_refused() -> None:
     policy = make_policy("tiny_pi0", lora=True)
-    policy.evaluations.record(Recordings())
+    policy.evaluations.record({ROWS}, Recordings())
     with torch.no_grad():
         context = policy.encode(raw_observation(ROWS, 0))
     first = policy.path_fields(context, context)
@@ -119,7 +137,7 @@ def test_gradients_of_a_path_whose_activations_are_gone_are_refused() -> None:
 
 def test_weights_that_have_moved_elsewhere_are_recorded_anew() -> None:
     policy, recordings = make_policy("tiny_pi0", lora=True), Recordings()
-    policy.evaluations.record(recordings)
+    policy.evaluations.record({ROWS}, recordings)
     with torch.no_grad():
         context = policy.encode(raw_observation(ROWS, 0))
     x = torch.zeros(ROWS, *policy.chunk_shape)
@@ -131,7 +149,7 @@ def test_weights_that_have_moved_elsewhere_are_recorded_anew() -> None:
             weight.data = weight.data.clone()
 
 
-def test_a_sampler_is_replayed_at_batches_that_paths_have_had() -> None:
+def test_a_sampler_is_replayed_at_as_many_observations_as_are_said() -> None:
     policy, recordings = make_policy("tiny_pi0", lora=True), Recordings()
     with torch.no_grad():
         contexts = [policy.encode(raw_observation(rows, 3)) for rows in (ROWS, ROWS + 1)]
@@ -141,8 +159,7 @@ def test_a_sampler_is_replayed_at_batches_that_paths_have_had() -> None:
             sample_ode(policy.sampled_field(c), x, grid)
             for c, x in zip(contexts, noise, strict=True)
         ]
-    policy.evaluations.record(recordings)
-    policy.path_fields(contexts[0], contexts[0])
+    policy.evaluations.record({ROWS}, recordings)
     with torch.no_grad():
         for context, x, expected in zip(contexts, noise, plain, strict=True):
             found = sample_ode(policy.sampled_field(context), x, grid)

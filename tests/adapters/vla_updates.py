@@ -18,6 +18,7 @@ def moved(
     updates: int = 2,
     *,
     config: TRQAMConfig = CONFIG,
+    rows: int = ROWS,
     num_parts: int = 1,
 ) -> dict[str, Tensor]:
     """Weights and numbers after some updates of TRQAM, the adapters' first step included."""
@@ -27,16 +28,16 @@ def moved(
     method = TRQAM(policy, Critic(critic), config)
     generator, numbers = torch.Generator().manual_seed(1), {}
     for step in range(updates):
-        chunk = policy.from_robot(torch.rand(ROWS, length, action, generator=generator) - 0.5)
+        chunk = policy.from_robot(torch.rand(rows, length, action, generator=generator) - 0.5)
         batch: TransitionBatch = TransitionBatch(
-            observation=raw_observation(ROWS, step),  # type: ignore[arg-type]
+            observation=raw_observation(rows, step),  # type: ignore[arg-type]
             action=chunk,
-            chunk_return=torch.randn(ROWS, generator=generator),
-            next_observation=raw_observation(ROWS, 50 + step),  # type: ignore[arg-type]
-            discount=torch.full((ROWS,), 0.9),
-            terminated=torch.zeros(ROWS, dtype=torch.bool),
-            truncated=torch.zeros(ROWS, dtype=torch.bool),
-            valid=torch.ones(ROWS, length, dtype=torch.bool),
+            chunk_return=torch.randn(rows, generator=generator),
+            next_observation=raw_observation(rows, 50 + step),  # type: ignore[arg-type]
+            discount=torch.full((rows,), 0.9),
+            terminated=torch.zeros(rows, dtype=torch.bool),
+            truncated=torch.zeros(rows, dtype=torch.bool),
+            valid=torch.ones(rows, length, dtype=torch.bool),
         )
         method.update(batch, generator, num_parts=num_parts)
         numbers |= {f"{step}.{k}": torch.tensor(v) for k, v in method.metrics().items()}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy_images import write_toy_dataset, write_toy_policy
 from vla_models import Setup, make_batch, make_observation, make_policy
+from vla_trqam.adapters import lerobot_policy
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 from vla_trqam.critic import Critic, CriticEnsemble
@@ -25,12 +27,12 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 KINDS = ("pi0", "pi05", "smolvla", "multi_task_dit")
-STEPS = 3
+STEPS, ROWS = 3, 4
 REPLAYED = "--policy.cuda_graphs=true"
 
 
-def policy_of(kind: str, *, full: bool = False, rows: int = 4) -> tuple[LeRobotFlowPolicy, Setup]:
-    setup = Setup(kind, "tiny", "cpu", "float32", rows, 1, num_flow_steps=STEPS, lora_rank=4)
+def policy_of(kind: str, *, full: bool = False) -> tuple[LeRobotFlowPolicy, Setup]:
+    setup = Setup(kind, "tiny", "cpu", "float32", ROWS, 1, num_flow_steps=STEPS, lora_rank=4)
     policy = make_policy(setup)
     if full:
         policy = LeRobotFlowPolicy(policy.model.unload(), policy.family)
@@ -63,7 +65,7 @@ def updated(
     """Weights and numbers after three updates, each of its own batch."""
     policy, setup = policy_of(kind, full=full)
     if replayed:
-        policy.evaluations.record()
+        policy.evaluations.record({ROWS})
     torch.manual_seed(0)
     length, _ = policy.chunk_shape
     chunk = length * int(policy.action_mask.sum())
@@ -72,7 +74,7 @@ def updated(
     found: dict[str, Tensor] = {}
     for number in range(3):
         drawn = torch.Generator().manual_seed(number)
-        action = torch.rand(4, length, setup.action_dim, generator=drawn).to(CUDA) * 2 - 1
+        action = torch.rand(ROWS, length, setup.action_dim, generator=drawn).to(CUDA) * 2 - 1
         batch = make_batch(
             policy, seen_by(policy, setup, number), seen_by(policy, setup, 9 + number), action
         )
@@ -91,6 +93,7 @@ def differences(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """No TF32, which would keep ten bits of a product's factors."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(lerobot_policy, "tensor_cores", nullcontext)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -132,13 +135,13 @@ def test_a_path_is_launched_as_a_few_graphs() -> None:
     for replayed in (False, True):
         policy, setup = policy_of("pi0")
         if replayed:
-            policy.evaluations.record()
+            policy.evaluations.record({ROWS})
         with torch.no_grad():
             context = policy.encode(seen_by(policy, setup, 0))
 
         def path(policy: LeRobotFlowPolicy = policy, context: Any = context) -> None:
             fields = policy.path_fields(context, context)
-            x = torch.zeros(4, *policy.chunk_shape, device=CUDA)
+            x = torch.zeros(ROWS, *policy.chunk_shape, device=CUDA)
             for step in range(STEPS):
                 fields.evaluate(x, x, step / STEPS, step / STEPS)
             for step in range(STEPS):
@@ -157,12 +160,11 @@ def test_sampling_is_replayed_at_as_many_observations_as_a_path_has() -> None:
     policy, setup = policy_of("pi0")
     with torch.no_grad():
         context = policy.encode(seen_by(policy, setup, 0))
-    x, grid = torch.randn(4, *policy.chunk_shape, device=CUDA), TimeGrid(STEPS)
+    x, grid = torch.randn(ROWS, *policy.chunk_shape, device=CUDA), TimeGrid(STEPS)
     with torch.no_grad():
         plain = sample_ode(policy.sampled_field(context), x, grid)
-        policy.evaluations.record()
-        policy.path_fields(context, context)
-        assert policy.evaluations.replayed(context.condition) is not None
+        policy.evaluations.record({ROWS})
+        assert policy.evaluations.replayed(context.condition, ROWS) is not None
         found = sample_ode(policy.sampled_field(context), x, grid)
         for weight in policy.trainable_parameters():  # in place, as an optimiser does it
             weight.add_(0.1)

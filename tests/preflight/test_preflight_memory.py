@@ -97,6 +97,24 @@ def test_the_batch_that_is_said_to_fit_does() -> None:
     assert "is not known" in look(None, 1, device="mps").found
 
 
+def test_recordings_keep_gradients_and_prefixes_beside_an_update() -> None:
+    share = memory.Share(12, 4, recorded=True)
+    kept = 2 * 100 + (3 * 3 + 12) * 5
+    assert NEEDS.of(share) == NEEDS.of(memory.Share(12, 4)) + kept
+    room = NEEDS.of(share)
+    assert memory.check_memory(NEEDS, room, share, "cuda").ok
+    failure = memory.check_memory(NEEDS, room - 1, share, "cuda")
+    assert f"recordings {kept} B" in failure.found
+    assert failure.remedy == "--micro_batches=6 or more"
+
+
+def test_a_recorded_batch_that_is_said_to_fit_does() -> None:
+    failure = memory.check_memory(NEEDS, 1000, memory.Share(80, 80, recorded=True), "cuda")
+    rows = int(failure.remedy.partition("--micro_batches=")[2])
+    fitting, larger = (memory.Share(n, n, recorded=True) for n in (rows, rows + 1))
+    assert NEEDS.of(fitting) <= 1000 < NEEDS.of(larger)
+
+
 def test_processes_share_a_cpus_memory_and_have_an_accelerator_each() -> None:
     alone = look(1000, 11)
     assert alone.ok

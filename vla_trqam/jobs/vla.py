@@ -55,6 +55,7 @@ from vla_trqam.jobs.vla_preflight import (
     room_for_rollouts,
 )
 from vla_trqam.methods.base import OffPolicyMethod
+from vla_trqam.methods.parts.off_policy import slices
 from vla_trqam.methods.parts.parallel import check_several
 from vla_trqam.methods.registry import make_method, name_of
 from vla_trqam.preflight.prefixes import FEATURES_ONLY
@@ -154,11 +155,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         device = own_device("policy.device", config.policy.device, accelerator)
         if config.policy.compile:
             team.together(lambda: check_compiler(device))
-        if config.policy.cuda_graphs and device.type != "cuda":
-            raise UserError(
-                f"--policy.cuda_graphs=true: the policy is on {device}, which has no CUDA graphs; "
-                "leave it out"
-            )
+        if config.policy.cuda_graphs:
+            check_cuda_graphs(device)
         family = team.together(lambda: _make_family(config))
         datasets, policy = team.together(
             lambda: checked_inputs(config, packed, device, team, family)
@@ -316,7 +314,9 @@ class VLAJob(Job[FinetuneVLAConfig]):
         if self.config.policy.compile:
             self.policy.evaluations.compile()
         if self.config.policy.cuda_graphs:
-            self.policy.evaluations.record()
+            batch = self.team.batch_share(self.config.batch_size)
+            parts = slices(batch, self.config.micro_batches)
+            self.policy.evaluations.record({batch, *(p.stop - p.start for p in parts)})
         critic = make_critic(knobs, self.policy, self.config.seed)
         method = make_method(
             self.policy,
@@ -406,6 +406,19 @@ def check_compiler(device: torch.device) -> None:
             f"--policy.compile=true: torch.compile does not work on {device} here ({why}); install "
             "a C++ compiler, or leave it out"
         ) from None
+
+
+def check_cuda_graphs(device: torch.device) -> None:
+    """Refuses devices that have none.
+
+    Raises:
+        UserError: it is no GPU of CUDA's.
+    """
+    if device.type != "cuda":
+        raise UserError(
+            f"--policy.cuda_graphs=true: the policy is on {device}, which has no CUDA graphs; "
+            "leave it out"
+        )
 
 
 def _make_family(config: FinetuneVLAConfig) -> EnvFamily | None:

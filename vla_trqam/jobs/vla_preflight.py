@@ -66,6 +66,7 @@ def check_machine(
             config.micro_batches,
             team.size,
             shards=team.size if config.peft.shard else 1,
+            recorded=config.policy.cuda_graphs,
         ),
         output_dir=output_dir,
         num_checkpoints=max(1, whole - len(all_checkpoints(output_dir))),

@@ -121,10 +121,21 @@ class Memory:
         """What each row of a batch brings along."""
         return self.contexts * self.prefix
 
+    def recordings(self, share: Share) -> int:
+        """What evaluations that are recorded keep besides (``policy.cuda_graphs``).
+
+        Sums of gradients and one evaluation's own, prefixes where the recordings read them: of both
+        fields and of next actions, and of these for the whole batch. Activations are kept too, and
+        take no more than those of an update.
+        """
+        if not share.recorded:
+            return 0
+        return 2 * self.gradients + (3 * share.rows_at_once + share.rows) * self.prefix
+
     def of(self, share: Share) -> int:
         """What an update adds to the weights, in one process."""
         rows = share.rows * self.prefixes + share.rows_at_once * self.activations
-        return self.fixed + rows
+        return self.fixed + rows + self.recordings(share)
 
 
 @dataclass(frozen=True)
@@ -136,12 +147,14 @@ class Share:
         micro_batches: that they are taken in, one after the other.
         processes: of the run.
         shards: that the optimizer's state is in, one of them this process's.
+        recorded: its evaluations of the fields are recorded and replayed.
     """
 
     rows: int
     micro_batches: int = 1
     processes: int = 1
     shards: int = 1
+    recorded: bool = False
 
     @property
     def rows_at_once(self) -> int:
@@ -260,6 +273,7 @@ def check_memory(memory: Memory, available: int | None, share: Share, device: st
         **({"average": 2 * memory.average} if memory.average else {}),
         f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
         f"prefixes of {share.rows}": share.rows * memory.prefixes,
+        **({"recordings": memory.recordings(share)} if share.recorded else {}),
     }
     found = (
         f"weights {in_words(memory.weights)} are there; to come: "
@@ -282,7 +296,9 @@ def _smaller(memory: Memory, room: int, share: Share) -> str:
     fitting = (m for m in parts if memory.of(replace(share, micro_batches=m)) <= room)
     if (enough := next(fitting, None)) is not None:
         return f"--micro_batches={enough} or more"
-    rows = (room - memory.fixed - memory.activations) // max(memory.prefixes, 1)
+    recorded = memory.recordings(replace(share, rows=0)), share.recorded * memory.prefix
+    one = memory.fixed + memory.activations + recorded[0] + 3 * recorded[1]
+    rows = (room - one) // max(memory.prefixes + recorded[1], 1)
     if rows >= 1:
         return f"--batch_size={rows * share.processes} --micro_batches={rows}"
     if 2 * memory.next_actions > memory.fixed:

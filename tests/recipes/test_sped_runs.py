@@ -1,4 +1,4 @@
-"""`--policy.compile=true`: a run whose updates are compiled."""
+"""`--policy.compile=true` and `--policy.cuda_graphs=true`: updates that are made otherwise."""
 
 import signal
 
@@ -9,6 +9,7 @@ from toy_deaths import signalled_at_update
 from toy_files import differences
 from toy_images import ImageToyPool, images_state
 from vla_runs import files, forgetful_pool, main, no_conclusion, resume, tiny, without_simulator
+from vla_trqam.adapters.fields import evaluations
 
 from vla_trqam.engine.cached import Cached
 from vla_trqam.jobs import vla
@@ -53,3 +54,53 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_read(
     assert main(*nowhere, COMPILED, f"--output_dir={tmp_path / 'run'}") == 2
     said = capsys.readouterr().err
     assert "torch.compile does not work on cpu here (RuntimeError: no g++ here)" in said
+
+
+REPLAYED = "--policy.cuda_graphs=true"
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Recordings that compute again, for a machine without CUDA graphs."""
+    made = []
+
+    class Recorder:
+        def __init__(self, device):
+            self.replays = 0
+            made.append(self)
+
+        def pool(self):
+            return None
+
+        def record(self, compute, pool):
+            def replay():
+                self.replays += 1
+                compute()
+
+            return replay
+
+    monkeypatch.setattr(evaluations, "CUDARecorder", Recorder)
+    monkeypatch.setattr(vla, "check_cuda_graphs", lambda device: None)
+    return made
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_a_run_that_replays_is_the_plain_one_and_goes_on_to_the_same_bits(
+    tiny, no_conclusion, tmp_path, recordings, cache
+):
+    flags = (f"--prefix_cache={cache}", "--micro_batches=2")
+    assert tiny(tmp_path / "plain", *flags) == 0
+    assert not recordings
+    ImageToyPool.forget()
+    assert tiny(tmp_path / "replayed", *flags, REPLAYED) == 0
+    assert recordings[0].replays > 0
+    one, other = (load_file(tmp_path / name / NETWORKS) for name in ("plain", "replayed"))
+    far = [n for n in one if not torch.allclose(one[n], other[n], rtol=1e-3, atol=1e-4)]
+    assert far == []
+    ImageToyPool.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        signalled_at_update(patch, Cached, 4, signal.SIGINT)
+        assert tiny(tmp_path / "cut", *flags, REPLAYED) == 130
+    assert resume(tmp_path / "cut") == 0
+    assert differences(images_state(tmp_path / "cut"), images_state(tmp_path / "replayed")) == []
