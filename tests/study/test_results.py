@@ -72,6 +72,18 @@ def test_a_run_is_read_as_it_was_logged(tmp_path):
     assert (found.env_steps, found.updates_per_s, found.kl_unit) == (100, 80.0, "nats per action")
 
 
+def test_a_curve_goes_on_to_the_final_evaluation(tmp_path):
+    run = finished(tmp_path, "trqam", 0, final=0.9)
+    curve = read_result(run).curve_to_end
+    # It takes the place of one during training at the same update.
+    assert curve.updates.tolist() == [0, 10, 15]
+    assert curve.rate.tolist() == [0.2, 0.6, 0.9]
+    assert curve.env_steps.tolist() == [0, 80, 100]
+    assert curve.episodes.tolist() == [10, 10, 20]
+    run.config.online.steps = 2 * ONLINE
+    assert read_result(run).curve_to_end.updates.tolist() == [0, 10, 15, 20]
+
+
 def test_without_online_updates_the_end_is_after_the_offline_ones(tmp_path):
     run = finished(tmp_path, "trqam", 0, final=0.9)
     run.config.online.steps = 0

@@ -45,7 +45,8 @@ NOTES = (
     "All methods of a task and seed begin with one base and one replay, to the bit, and are "
     "evaluated on the same initial states.",
     "Bands of the curves: 95% intervals of the mean by a bootstrap of the seeds and of the "
-    "episodes of each. Environment steps are those rolled out for training.",
+    "episodes of each. Their last point is the final evaluation. Environment steps are those "
+    "rolled out for training.",
     "Interquartile mean, probability of improvement (ties count half) and performance profiles "
     "are rliable's, with a bootstrap over the seeds of each task, which with three seeds of one "
     "task is the range of its runs and covers three times in four at most. Pairs: Student's "

@@ -17,7 +17,7 @@ from vla_trqam.study.tables import grouped
 
 
 def plot_curves(results: Sequence[Result], folder: Path) -> dict[Path, str]:
-    """A picture a task: success against updates, and against environment steps."""
+    """A picture a task: success against updates, and against environment steps, to the end."""
     figures = {}
     for task in dict.fromkeys(result.task for result in results):
         own = [result for result in results if result.task == task]
@@ -29,12 +29,15 @@ def plot_curves(results: Sequence[Result], folder: Path) -> dict[Path, str]:
 def _plot_task(results: Sequence[Result], path: Path) -> Path:
     figure, axes = new_figure(results[0].task, columns=2)
     for index, (_, label, group) in enumerate(grouped(results)):
-        curves = [result.curve for result in group]
-        length = min(len(curve.rate) for curve in curves)
-        rates = np.stack([curve.rate[:length] for curve in curves])
-        limits = [rate_interval(column, curves[0].episodes) for column in rates.T]
-        updates = curves[0].updates[:length].astype(float)
-        steps = np.mean([curve.env_steps[:length] for curve in curves], axis=0)
+        curves = [result.curve_to_end for result in group]
+        # A run that went on in another way may have fewer; the last is of the end.
+        length = min(len(curve.rate) for curve in curves) - 1
+        at = [*range(length), -1]
+        rates = np.stack([curve.rate[at] for curve in curves])
+        episodes = curves[0].episodes[at].tolist()
+        limits = [rate_interval(*column) for column in zip(rates.T, episodes, strict=True)]
+        updates = curves[0].updates[at].astype(float)
+        steps = np.mean([curve.env_steps[at] for curve in curves], axis=0)
         for each, x in zip(axes, (updates, steps), strict=True):
             _draw(each, x, rates.mean(axis=0), limits, index, label)
     base = float(np.mean([result.curve.rate[0] for result in results]))

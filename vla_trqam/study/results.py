@@ -30,19 +30,19 @@ ROLLED_OUT = ("critic", "offline", "online")
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A run's evaluations during training, E of them.
+    """A run's evaluations, E of them.
 
     Attributes:
         updates: (E,) of the policy.
         env_steps: (E,) control steps rolled out for training before.
         rate: (E,) success.
-        episodes: initial states of each evaluation.
+        episodes: (E,) initial states.
     """
 
     updates: NDArray[np.int64]
     env_steps: NDArray[np.int64]
     rate: NDArray[np.float64]
-    episodes: int
+    episodes: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,7 @@ class Result:
         folder: where it lies.
         evaluation: base and tuned policy at the end, on the final initial states.
         curve: the evaluations during training.
+        num_updates: of the policy, in all.
         offline: success right after the offline updates.
         updates_per_s: of the offline updates, or of the online ones where there are no others.
         env_steps: rolled out for training.
@@ -70,6 +71,7 @@ class Result:
     folder: Path
     evaluation: PairedEvaluation
     curve: Curve
+    num_updates: int
     offline: float
     updates_per_s: float
     env_steps: int
@@ -92,6 +94,21 @@ class Result:
         """Success at the end."""
         return self.evaluation.tuned_rate
 
+    @property
+    def curve_to_end(self) -> Curve:
+        """The evaluations during training, and the final one, on other and more initial states."""
+        curve, before = self.curve, self.curve.updates < self.num_updates
+
+        def ended(values: NDArray[Any], last: float) -> NDArray[Any]:
+            return np.append(values[before], np.asarray(last, dtype=values.dtype))
+
+        return Curve(
+            ended(curve.updates, self.num_updates),
+            ended(curve.env_steps, self.env_steps),
+            ended(curve.rate, self.final),
+            ended(curve.episodes, len(self.evaluation)),
+        )
+
     def row(self) -> dict[str, Any]:
         """Its numbers, one a column."""
         return {
@@ -104,7 +121,7 @@ class Result:
             "env_steps": self.env_steps,
             "updates_per_s": self.updates_per_s,
             "final_episodes": len(self.evaluation),
-            "training_episodes": self.curve.episodes,
+            "training_episodes": int(self.curve.episodes[-1]),
         }
 
 
@@ -135,6 +152,7 @@ def read_result(run: StudyRun) -> Result:
         folder=run.folder,
         evaluation=evaluation,
         curve=curve,
+        num_updates=run.config.steps + run.config.online.steps,
         offline=after_offline(curve, evaluation, run.config),
         updates_per_s=_updates_per_s(metrics),
         env_steps=int(sum(series.value.sum() for _, series in _episode_steps(metrics))),
@@ -158,7 +176,7 @@ def learning_curve(metrics: Metrics, where: str) -> Curve:
         # The log's clock tells which came first: both can be of one update.
         before = series.time[None, :] <= rates.time[:, None]
         env_steps += (before * series.value[None, :]).sum(axis=1).astype(np.int64)
-    return Curve(rates.step, env_steps, rates.value, int(counts.value[-1]))
+    return Curve(rates.step, env_steps, rates.value, counts.value.astype(np.int64))
 
 
 def after_offline(curve: Curve, evaluation: PairedEvaluation, config: StateRunConfig) -> float:
