@@ -12,8 +12,6 @@ common: the interquartile mean over tasks and seeds, and which methods these see
 from __future__ import annotations
 
 import argparse
-import csv
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
+from claim_studies import keep, read_table
 from marked import put
 
 from vla_trqam.errors import UserError
@@ -30,8 +29,6 @@ from vla_trqam.study.tables import estimate, mean_sd, not_told_apart
 
 OURS = "trqam"
 STAGES = {"after_offline": "after the offline updates", "after_online": "after the online ones"}
-TABLE, COMMANDS = "table.csv", "commands.json"
-KEPT = ("table.md", TABLE, "summary.json", COMMANDS)
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,9 @@ def read_studies(folders: Sequence[Path]) -> list[Ran]:
 
 
 def _read(folder: Path) -> Iterator[Ran]:
-    path = folder / TABLE
-    if not path.is_file():
-        raise UserError(f"{path} is not there; a finished study has one")
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            rates = {name: float(row[name]) for name in ("base", *STAGES)}
-            yield Ran(row["task"], row["method"], int(row["seed"]), rates)
+    for row in read_table(folder, ("task", "method", "seed", "base", *STAGES)):
+        rates = {name: float(row[name]) for name in ("base", *STAGES)}
+        yield Ran(row["task"], row["method"], int(row["seed"]), rates)
 
 
 def scores_of(runs: Sequence[Ran], stage: str) -> Scores:
@@ -163,17 +156,6 @@ def _rows(
 
 def _mean(by_seed: Mapping[int, float]) -> str:
     return mean_sd(list(by_seed.values()))
-
-
-def keep(folder: Path, to: Path) -> Path:
-    """Copies what a reader wants of a study; returns where."""
-    tasks = list(dict.fromkeys(ran.task for ran in _read(folder)))
-    own = to / "_".join(tasks)
-    own.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        shutil.copyfile(folder / name, own / name)
-    shutil.copytree(folder / "pictures", own / "pictures", dirs_exist_ok=True)
-    return own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

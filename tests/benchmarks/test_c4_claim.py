@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import c4_ahead
+import claim_studies
 import numpy as np
 import pytest
 from marked import marked
@@ -18,9 +19,9 @@ def study(folder: Path, rates: dict[str, dict[str, float]], *, spread: float = 0
     """
     (folder / "pictures").mkdir(parents=True)
     (folder / "pictures" / "curves.png").write_bytes(b"png")
-    for name in c4_ahead.KEPT:
+    for name in claim_studies.KEPT:
         (folder / name).write_text("{}")
-    with (folder / c4_ahead.TABLE).open("w", newline="") as file:
+    with (folder / claim_studies.TABLE).open("w", newline="") as file:
         columns = ("task", "method", "seed", "base", "after_offline", "after_online", "env_steps")
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -89,7 +90,7 @@ def test_studies_of_different_tasks_are_one_comparison(tmp_path: Path) -> None:
     assert marked(page, "c4").strip() == c4_ahead.tell(runs)
     for name in ("lift", "maze"):
         kept = {path.name for path in (tmp_path / "kept" / name).iterdir()}
-        assert kept == {*c4_ahead.KEPT, "pictures"}
+        assert kept == {*claim_studies.KEPT, "pictures"}
 
 
 def test_what_is_no_such_study_is_one_sentence(
