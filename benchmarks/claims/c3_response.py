@@ -5,9 +5,9 @@
         --keep docs/results/claims_c3 --output docs/figures/c3_response.png --page docs/claims.md
 
 Reads the ``table.csv`` of one sweep or several, of different tasks. By its rule success is in order
-on a task where the rank correlation of budget and success has an interval above zero, and smooth
-where no step from one budget to the next changes the mean success by more than 20 points; the claim
-holds where both are so on all tasks.
+on a task, rising or falling, where the interval of the rank correlation of budget and success
+excludes zero, and smooth where no step from one budget to the next changes the mean success by more
+than 20 points; the claim holds where both are so on all tasks.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Task:
 
     @property
     def in_order(self) -> bool:
-        """Whether the interval of the correlation is above zero."""
-        return self.correlation.interval.low > 0.0
+        """Whether the interval of the correlation excludes zero."""
+        interval = self.correlation.interval
+        return interval.low > 0.0 or interval.high < 0.0
 
     @property
     def largest_step(self) -> float:
@@ -130,7 +131,12 @@ def read_studies(folders: Sequence[Path]) -> list[Task]:
 
 def tell(tasks: Sequence[Task]) -> str:
     """Verdict and table."""
-    ordered, smooth = ([t.name for t in tasks if getattr(t, n)] for n in ("in_order", "smooth"))
+    ordered = [
+        f"{t.name} ({'rising' if t.correlation.value > 0.0 else 'falling'})"
+        for t in tasks
+        if t.in_order
+    ]
+    smooth = [task.name for task in tasks if task.smooth]
     words = "holds" if len(ordered) == len(smooth) == len(tasks) else "does not hold"
     verdict = (
         f"**Claim 3 {words}** on {_listed([task.name for task in tasks])}: success is in order on "

@@ -47,7 +47,8 @@ def told(tmp_path: Path, **tasks: Callable[[float, int], float]) -> str:
 
 def test_it_holds_where_success_rises_by_small_steps(tmp_path: Path) -> None:
     text = told(tmp_path, lift=rising, maze=rising)
-    assert text.startswith("**Claim 3 holds** on lift, maze: success is in order on lift, maze,")
+    in_order = "success is in order on lift (rising), maze (rising), "
+    assert text.startswith(f"**Claim 3 holds** on lift, maze: {in_order}")
     assert "and smooth on lift, maze." in text
     assert "| largest step, points | 10 | 10 |" in text
     # Budgets with their KL, the mean of three seeds and their standard deviation, 1 point.
@@ -57,7 +58,7 @@ def test_it_holds_where_success_rises_by_small_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("second", "in_order", "smooth"),
-    [(flat, "lift", "lift, second"), (cliff, "lift, second", "lift")],
+    [(flat, "lift (rising)", "lift, second"), (cliff, "lift (rising), second (rising)", "lift")],
     ids=["flat", "cliff"],
 )
 def test_it_does_not_hold_where_one_task_is_without_order_or_has_a_cliff(
@@ -66,6 +67,12 @@ def test_it_does_not_hold_where_one_task_is_without_order_or_has_a_cliff(
     text = told(tmp_path, lift=rising, second=second)
     assert "**Claim 3 does not hold**" in text
     assert f"in order on {in_order}, and smooth on {smooth}." in text
+
+
+def test_success_that_falls_by_small_steps_is_in_order_too(tmp_path: Path) -> None:
+    text = told(tmp_path, lift=lambda budget, seed: 1.0 - rising(budget, seed))
+    assert "**Claim 3 holds** on lift: success is in order on lift (falling), and smooth" in text
+    assert "| rank correlation (95%) | -0.98 (" in text
 
 
 def test_sweeps_of_different_tasks_are_one_claim_and_are_kept(tmp_path: Path) -> None:
