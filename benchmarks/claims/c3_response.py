@@ -12,7 +12,6 @@ than 20 points; the claim holds where both are so on all tasks.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from pathlib import Path
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
-from claim_studies import keep, read_table
-from marked import put
+from claim_studies import read_table, write_claim
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.figures import BASE, new_figure, save
@@ -185,27 +183,8 @@ def draw(path: Path, tasks: Sequence[Task]) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no study of the claim's."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--studies", type=Path, nargs="+", required=True, help="their folders")
-    parser.add_argument("--keep", type=Path, help="folder for copies of what a reader wants")
-    parser.add_argument("--output", type=Path, help="PNG to draw")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
-    given = parser.parse_args(arguments)
-    try:
-        tasks = read_studies(given.studies)
-        text = tell(tasks)
-        if given.page is not None:
-            put(given.page, "c3", text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    if given.output is not None:
-        print(f"\nwrote {draw(given.output, tasks)}")
-    if given.keep is not None:
-        for folder in given.studies:
-            print(f"kept {keep(folder, given.keep)}")
-    return 0
+    about = (__doc__ or "").split("\n")[0]
+    return write_claim("c3", about, arguments, read_studies, tell, draw)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ common: the interquartile mean over tasks and seeds, and which methods these see
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from pathlib import Path
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
-from claim_studies import keep, read_table
-from marked import put
+from claim_studies import read_table, write_claim
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.formats import table
@@ -160,23 +158,8 @@ def _mean(by_seed: Mapping[int, float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no study of the claim's."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--studies", type=Path, nargs="+", required=True, help="their folders")
-    parser.add_argument("--keep", type=Path, help="folder for copies of what a reader wants")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
-    given = parser.parse_args(arguments)
-    try:
-        text = tell(read_studies(given.studies))
-        if given.page is not None:
-            put(given.page, "c4", text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    if given.keep is not None:
-        for folder in given.studies:
-            print(f"kept {keep(folder, given.keep)}")
-    return 0
+    about = (__doc__ or "").split("\n")[0]
+    return write_claim("c4", about, arguments, read_studies, tell)
 
 
 if __name__ == "__main__":

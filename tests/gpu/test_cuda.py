@@ -4,11 +4,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from one_gpu import CUDA, accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_images import write_toy_dataset, write_toy_policy
@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
-CUDA = torch.device("cuda")
 SMALL: dict[str, dict[str, Any]] = {
     "fql": {"hidden_dims": (24,)},
     "dsrl": {"hidden_dims": (24,)},
@@ -112,17 +111,6 @@ def test_every_method_goes_on_to_the_same_bits(name: str) -> None:
     for key, value in first.items():
         assert torch.isfinite(value.float()).all(), key
         assert torch.equal(value, second[key]), key
-
-
-def accelerator(mixed_precision: str, device: torch.device = CUDA) -> Any:
-    """What an update asks of an accelerator; a real one is a state of the whole process."""
-    return SimpleNamespace(
-        num_processes=1,
-        process_index=0,
-        device=device,
-        mixed_precision=mixed_precision,
-        distributed_type=SimpleNamespace(value="NO"),
-    )
 
 
 def vla_update(device: torch.device, precision: str) -> dict[str, float]:

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from one_gpu import CUDA, accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_images import write_toy_dataset, write_toy_policy
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
-CUDA = torch.device("cuda")
 KINDS = ("pi0", "pi05", "smolvla", "multi_task_dit")
 STEPS, ROWS = 3, 4
 REPLAYED = "--policy.cuda_graphs=true"
@@ -41,16 +40,6 @@ def policy_of(kind: str, *, full: bool = False) -> tuple[LeRobotFlowPolicy, Setu
 
 def seen_by(policy: LeRobotFlowPolicy, setup: Setup, seed: int) -> dict[str, Tensor]:
     return {k: v.to(CUDA) for k, v in make_observation(policy, setup, seed).items()}
-
-
-def accelerator(precision: str) -> Any:
-    return SimpleNamespace(
-        num_processes=1,
-        process_index=0,
-        device=CUDA,
-        mixed_precision=precision,
-        distributed_type=SimpleNamespace(value="NO"),
-    )
 
 
 def updated(

@@ -296,9 +296,8 @@ def _smaller(memory: Memory, room: int, share: Share) -> str:
     fitting = (m for m in parts if memory.of(replace(share, micro_batches=m)) <= room)
     if (enough := next(fitting, None)) is not None:
         return f"--micro_batches={enough} or more"
-    recorded = memory.recordings(replace(share, rows=0)), share.recorded * memory.prefix
-    one = memory.fixed + memory.activations + recorded[0] + 3 * recorded[1]
-    rows = (room - one) // max(memory.prefixes + recorded[1], 1)
+    one, two = (memory.of(replace(share, rows=n, micro_batches=n)) for n in (1, 2))
+    rows = (room - one) // max(two - one, 1) + 1
     if rows >= 1:
         return f"--batch_size={rows * share.processes} --micro_batches={rows}"
     if 2 * memory.next_actions > memory.fixed:
