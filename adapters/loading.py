@@ -27,7 +27,7 @@ from vla_trqam.adapters.checkpoint.policy_gate import (
     check_policy_folder,
     no_foreign_code,
 )
-from vla_trqam.adapters.checkpoint.weights import verify_adapters, verify_policy
+from vla_trqam.adapters.checkpoint.weights import NotDrawn, verify_adapters, verify_policy
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.families.registry import check_type, family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
@@ -221,7 +221,8 @@ def load_host(checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedPol
     try:
         with contextlib.redirect_stdout(said), _without_false_alarms(), no_foreign_code():
             kind = get_policy_class(config.type)
-            host = kind.from_pretrained(str(checkpoint.folder), config=config)
+            with NotDrawn():
+                host = kind.from_pretrained(str(checkpoint.folder), config=config)
     except Exception as error:
         raise UserError(
             f"LeRobot cannot load {checkpoint.source}: {type(error).__name__}: {_one_line(error)}"

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,15 @@ LAST_FINDING, FIRST_UPDATES = "base  ", "critic: "
 """What the run says before the pass, and after it."""
 
 
-def write_filmed(root: Path) -> None:
+def write_filmed(
+    root: Path,
+    *,
+    cameras: Sequence[str] = CAMERAS,
+    side: int = SIDE,
+    episodes: int = EPISODES,
+    length: int = LENGTH,
+    use_videos: bool = True,
+) -> None:
     """Episodes of noise by LeRobot's own writer, every second of which succeeds."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -46,26 +54,29 @@ def write_filmed(root: Path) -> None:
         name: {"dtype": "float32", "shape": (size,), "names": None}
         for name, size in vectors.items()
     }
-    shape, names = (SIDE, SIDE, 3), ["height", "width", "channels"]
-    for camera in CAMERAS:
+    shape, names = (side, side, 3), ["height", "width", "channels"]
+    kind = "video" if use_videos else "image"
+    for camera in cameras:
         key = f"observation.images.{camera}"
-        features[key] = {"dtype": "video", "shape": shape, "names": names}
+        features[key] = {"dtype": kind, "shape": shape, "names": names}
     dataset = LeRobotDataset.create(
-        "local/large", fps=FPS, root=root, use_videos=True, features=features
+        "local/large", fps=FPS, root=root, use_videos=use_videos, features=features
     )
     rng = np.random.default_rng(0)
-    for episode in range(EPISODES):
-        for step in range(LENGTH):
-            won = episode % 2 == 0 and step == LENGTH - 1
+    for episode in range(episodes):
+        for step in range(length):
+            won = episode % 2 == 0 and step == length - 1
             frame = {
                 "observation.state": rng.uniform(-1, 1, STATE).astype(np.float32),
                 "action": rng.uniform(-1, 1, ACTION).astype(np.float32),
                 "next.reward": np.array([won], np.float32),
                 "task": "come near",
             }
-            for camera in CAMERAS:
+            for camera in cameras:
                 coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-                frame[f"observation.images.{camera}"] = coarse.repeat(16, 0).repeat(16, 1)
+                frame[f"observation.images.{camera}"] = coarse.repeat(side // 4, 0).repeat(
+                    side // 4, 1
+                )
             dataset.add_frame(frame)
         dataset.save_episode(parallel_encoding=False)
     dataset.finalize()

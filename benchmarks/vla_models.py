@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from lerobot.policies.factory import get_policy_class
-from lerobot.policies.pi0.configuration_pi0 import PI0Config
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from real_size import IMAGE_SIDE, REAL, real_config, steps_field
 from torch import Tensor
 from vla_trqam.adapters.families.registry import family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
@@ -21,7 +20,6 @@ from vla_trqam.adapters.tiny import checkpoints as tiny
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 
-FULL: dict[str, Callable[..., Any]] = {"pi0": PI0Config, "pi05": PI05Config}
 TINY: dict[str, Callable[..., Any]] = {
     "pi0": tiny.tiny_pi0_config,
     "pi05": tiny.tiny_pi05_config,
@@ -29,7 +27,7 @@ TINY: dict[str, Callable[..., Any]] = {
     "multi_task_dit": tiny.tiny_multi_task_dit_config,
 }
 POLICIES = (*TINY, "tiny_pi0", "tiny_pi05")
-STEPS_FIELD = {"smolvla": "num_steps", "multi_task_dit": "num_integration_steps"}
+WITH_DTYPE = ("pi0", "pi05")
 STATE_DIM = 14
 
 
@@ -58,17 +56,17 @@ class Setup:
     lora_rank: int
 
     def __post_init__(self) -> None:
-        if self.size == "full" and self.kind not in FULL:
+        if self.size == "full" and self.kind not in REAL:
             raise UserError(
-                f"--size=full is there for {' and '.join(FULL)}; {self.kind} is built around a "
+                f"--size=full is there for {', '.join(REAL)}; {self.kind} is built around a "
                 "backbone from a folder, and only the tiny one is packaged"
             )
-        if self.dtype != "float32" and self.kind not in FULL:
+        if self.dtype != "float32" and self.kind not in WITH_DTYPE:
             raise UserError(f"--dtype={self.dtype}: the config of {self.kind} has no dtype")
         if self.policy.startswith("tiny_") and self.size == "full":
             raise UserError(f"--policy={self.policy} has one size: leave --size=full out")
-        if self.device == "meta" and self.kind not in FULL:
-            raise UserError(f"--device=meta counts the work of {' and '.join(FULL)} only")
+        if self.device == "meta" and self.kind not in WITH_DTYPE:
+            raise UserError(f"--device=meta counts the work of {' and '.join(WITH_DTYPE)} only")
         for name in ("batch_size", "cameras", "num_flow_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
@@ -89,7 +87,7 @@ class Setup:
     @property
     def image_size(self) -> int:
         """Side of the square images."""
-        return 224 if self.size == "full" else 32
+        return IMAGE_SIDE[self.kind] if self.size == "full" else 32
 
 
 def make_policy(setup: Setup) -> LeRobotFlowPolicy:
@@ -108,10 +106,16 @@ def make_policy(setup: Setup) -> LeRobotFlowPolicy:
 
 
 def _config(setup: Setup, features: dict[str, Any]) -> Any:
-    fields = {STEPS_FIELD.get(setup.kind, "num_inference_steps"): setup.num_flow_steps}
     if setup.size == "full":
-        return FULL[setup.kind](device="cpu", dtype=setup.dtype, **features, **fields)
-    if setup.kind in FULL:
+        return real_config(
+            setup.kind,
+            features,
+            device="cpu",
+            dtype=setup.dtype,
+            num_flow_steps=setup.num_flow_steps,
+        )
+    fields = {steps_field(setup.kind): setup.num_flow_steps}
+    if setup.kind in WITH_DTYPE:
         small = {"chunk_size": 8, "n_action_steps": 8, "dtype": setup.dtype}
         return TINY[setup.kind](features, **small, **fields)
     folder = Path(tempfile.mkdtemp(prefix="vla_update_")) / "clip_or_smolvlm"

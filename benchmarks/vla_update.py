@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,6 +79,7 @@ class Result:
         cached_prefix: whether TRQAM got encoded observations instead of images and text.
         one_prefix: whether its next actions were drawn before (``critic.draw_next=false``).
         versions: of what computed.
+        dtypes: of the weights without adapters, the commonest first.
         parameters: of the whole model, and of the adapters.
         model_bytes: of parameters and buffers.
         evaluations: of the action expert in one update, by side and kind.
@@ -93,6 +95,7 @@ class Result:
     cached_prefix: bool
     one_prefix: bool
     versions: dict[str, str]
+    dtypes: list[str]
     parameters: dict[str, int]
     model_bytes: int
     evaluations: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -199,6 +202,10 @@ def _describe(
     one_prefix: bool,
 ) -> Result:
     parameters = list(policy.parameters())
+    dtypes: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            dtypes[parameter.dtype] += parameter.numel()
     everything = {t.untyped_storage()._cdata: t for t in (*parameters, *policy.buffers())}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if setup.device == "cuda":
@@ -211,6 +218,7 @@ def _describe(
         cached_prefix,
         one_prefix,
         versions,
+        [str(dtype).removeprefix("torch.") for dtype, _ in dtypes.most_common()],
         {
             "model": sum(p.numel() for p in parameters),
             "adapters": sum(p.numel() for p in policy.trainable_parameters()),
@@ -254,7 +262,7 @@ def _heading(result: Result) -> str:
         f"batch {setup['batch_size']}",
         f"{chain['scheme']}, K {setup['num_flow_steps']}",
         f"{chain['adjoint']} adjoint",
-        setup["dtype"],
+        " and ".join(result.dtypes),
         *result.versions.values(),
     ]
     if chain["loss_steps"] is not None:

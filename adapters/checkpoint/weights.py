@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vla_trqam.errors import UserError
 
+DRAWING = {"uniform_", "normal_", "erfinv_", "kaiming_uniform_"}
+"""Methods of tensors and functions of ``nn.init``, for some of which transformers has its own."""
 NAMED = 5
 """So many keys are named in a message."""
 
@@ -23,6 +27,23 @@ class _Key(str):
 
     def clone(self) -> _Key:
         return self
+
+
+class NotDrawn(TorchFunctionMode):
+    """Inside, a module's parameters are not drawn, whose numbers a file has.
+
+    To draw billions that are thrown away takes minutes. Until they are loaded, parameters hold what
+    was in memory: only for a model that :func:`verify_policy` compares with its file.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leaves a parameter as it is where numbers would be drawn for it."""
+        given = kwargs or {}
+        if getattr(func, "__name__", None) in DRAWING:
+            drawn = args[0] if args else given["tensor"]
+            if isinstance(drawn, nn.Parameter):
+                return drawn
+        return func(*args, **given)
 
 
 def verify_policy(policy: PreTrainedPolicy, path: Path) -> None:
@@ -96,7 +117,14 @@ def _compare(path: Path, file: Any, names: Mapping[str, str], state: Mapping[str
 
 def _equal(stored: Tensor, loaded: Tensor) -> bool:
     there = stored.to(loaded)
-    return torch.equal(there, loaded) and bool(torch.isfinite(there).all())
+    return torch.equal(there, loaded) and _finite(there)
+
+
+def _finite(values: Tensor) -> bool:
+    """By the least and the greatest, which are NaN where one is: a single pass, nothing copied."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    return all(math.isfinite(bound) for bound in values.aminmax())
 
 
 def _few(keys: list[str]) -> str:

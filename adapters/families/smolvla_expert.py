@@ -137,7 +137,9 @@ def expert_states(model: Any, suffix: Tensor, prefix: SharedPrefix) -> Tensor:
         attention = module.self_attn
         normed = module.input_layernorm(hidden).to(attention.q_proj.weight.dtype)
         attended = _attended(layer, normed, prefix).to(attention.o_proj.weight.dtype)
-        hidden = attention.o_proj(attended) + hidden
+        out = attention.o_proj(attended)
+        # The host adds in place: the stream has the layers' precision, not that of what enters it.
+        hidden = (out + hidden).to(out.dtype)
         hidden = module.mlp(module.post_attention_layernorm(hidden)) + hidden
     return model.lm_expert.norm(hidden)
 

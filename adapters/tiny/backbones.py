@@ -38,17 +38,13 @@ def write_tiny_smolvlm(
         image_size: side of the square images; a patch has 8 pixels, four patches become a token.
         seed: of the weights.
     """
-    tokenizer: Any = byte_tokenizer(*_SMOLVLM_TOKENS.values())
     text = {
-        "model_type": "llama",
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": depth,
         "num_attention_heads": width // 16,
         "num_key_value_heads": max(width // 32, 1),
         "head_dim": 16,
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {
         "hidden_size": width // 2,
@@ -58,20 +54,49 @@ def write_tiny_smolvlm(
         "image_size": image_size,
         "patch_size": 8,
     }
+    return write_smolvlm(folder, text, vision, scale_factor=2, seed=seed)
+
+
+def write_smolvlm(
+    folder: Path,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    *,
+    scale_factor: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """A SmolVLM of any size with random weights, whose tokens are bytes.
+
+    Args:
+        folder: where to write.
+        text: fields of the language model's config; without ``vocab_size`` it has the tokenizer's.
+        vision: fields of the vision model's.
+        scale_factor: so many patches, squared, become a token.
+        dtype: of the weights.
+        seed: of the weights.
+    """
+    tokenizer: Any = byte_tokenizer(*_SMOLVLM_TOKENS.values())
+    language = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config: Any = AutoConfig.for_model(
         "smolvlm",
-        text_config=text,
+        text_config=language | text,
         vision_config=vision,
-        scale_factor=2,
+        scale_factor=scale_factor,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+        model: Any = SmolVLMForConditionalGeneration(config)
+        model.to(dtype).save_pretrained(folder)
     for name, token in _SMOLVLM_TOKENS.items():
         setattr(tokenizer, name, token)
-    size = {"longest_edge": image_size}
+    size = {"longest_edge": vision["image_size"]}
     SmolVLMProcessor(
         SmolVLMImageProcessor(size=size, max_image_size=size),
         tokenizer,

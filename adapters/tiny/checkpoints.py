@@ -73,11 +73,11 @@ def tiny_smolvla_config(
         "max_state_dim": 24,
         "max_action_dim": 8,
         "tokenizer_max_length": 24,
+        "load_vlm_weights": False,
     }
     return SmolVLAConfig(
         device="cpu",
         vlm_model_name=str(vlm_folder),
-        load_vlm_weights=False,
         resize_imgs_with_padding=(image_size, image_size),
         **features,
         **(small | fields),

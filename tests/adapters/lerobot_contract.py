@@ -34,6 +34,10 @@ MAKE = {
     "smolvla": lambda folder: tiny.tiny_smolvla_config(
         FEATURES, folder / "smolvlm", num_steps=4, **SMALL
     ),
+    # As the published one: LeRobot loads the backbone, and builds the expert, in bfloat16.
+    "smolvla_bfloat16": lambda folder: tiny.tiny_smolvla_config(
+        FEATURES, folder / "smolvlm", num_steps=4, load_vlm_weights=True, **SMALL
+    ),
     "multi_task_dit": lambda folder: tiny.tiny_multi_task_dit_config(
         FEATURES, folder / "clip", horizon=5, n_action_steps=5, num_integration_steps=4
     ),

@@ -315,11 +315,45 @@ def test_limits_are_the_range_of_the_statistics_or_what_is_given() -> None:
 # Precision.
 
 
-class TestPI0InBfloat16(LeRobotContract):
+class InBfloat16(LeRobotContract):
     """The transformer computes in bfloat16; everything around it stays float32."""
 
-    kind, lora = "tiny_pi0", True
+    lora = True
     rtol, atol = 5e-2, 5e-2
+
+    def test_the_base_pullback_is_the_finite_difference(self, moved: FlowPolicy) -> None:
+        """bfloat16 has three digits, too few for differences: here, it is the float32 model's."""
+        pulled = []
+        for policy in (moved, self.in_float32()):
+            x, cotangent = point(policy, 2)  # type: ignore[arg-type]
+            context = policy.encode(observation(self.kind))
+            x.requires_grad_(True)
+            base = policy.base_velocity(x, torch.full((BATCH,), 0.6), context)
+            pulled.append(torch.autograd.grad(base, x, cotangent)[0])
+        assert float((pulled[0] - pulled[1]).norm() / pulled[1].norm()) < 0.03
+
+    def in_float32(self) -> LeRobotFlowPolicy:
+        return make_policy(self.kind, lora=True)
+
+    def expert_dtype(self, host: Any) -> torch.dtype:
+        raise NotImplementedError
+
+    def test_the_arithmetic_around_the_network_is_float32(self) -> None:
+        policy = self.make_policy()
+        assert self.expert_dtype(policy.host) == torch.bfloat16
+        context = policy.encode(observation(self.kind))
+        x = point(policy)[0].requires_grad_(True)
+        velocity = policy.velocity(x, torch.full((BATCH,), 0.3), context)
+        (gradient,) = torch.autograd.grad(velocity.sum(), x)
+        assert {velocity.dtype, gradient.dtype, context.features.dtype} == {torch.float32}
+        assert all(p.dtype == torch.float32 for p in policy.trainable_parameters())
+        assert context.features.shape[1] == 64 + STATE
+
+
+class TestPI0InBfloat16(InBfloat16):
+    """By its config."""
+
+    kind = "tiny_pi0"
 
     def make_policy(self) -> LeRobotFlowPolicy:
         overrides = ["--dtype=bfloat16"]
@@ -328,24 +362,19 @@ class TestPI0InBfloat16(LeRobotContract):
     def load(self, directory: Any) -> LeRobotFlowPolicy:
         return load_policy(directory, lora=LoRASettings(r=4))
 
-    def test_the_base_pullback_is_the_finite_difference(self, moved: FlowPolicy) -> None:
-        """bfloat16 has three digits, too few for differences: here, it is the float32 model's."""
-        pulled = []
-        for policy in (moved, make_policy(self.kind, lora=True)):
-            x, cotangent = point(policy, 2)  # type: ignore[arg-type]
-            context = policy.encode(observation(self.kind))
-            x.requires_grad_(True)
-            base = policy.base_velocity(x, torch.full((BATCH,), 0.6), context)
-            pulled.append(torch.autograd.grad(base, x, cotangent)[0])
-        assert float((pulled[0] - pulled[1]).norm() / pulled[1].norm()) < 0.03
+    def expert_dtype(self, host: Any) -> torch.dtype:
+        return host.model.paligemma_with_expert.gemma_expert.dtype
 
-    def test_the_arithmetic_around_the_network_is_float32(self) -> None:
+
+class TestSmolVLAInBfloat16(InBfloat16):
+    """As LeRobot loads it over published weights: ``load_vlm_weights``."""
+
+    kind = "smolvla_bfloat16"
+
+    def in_float32(self) -> LeRobotFlowPolicy:
         policy = self.make_policy()
-        assert policy.host.model.paligemma_with_expert.gemma_expert.dtype == torch.bfloat16
-        context = policy.encode(observation(self.kind))
-        x = point(policy)[0].requires_grad_(True)
-        velocity = policy.velocity(x, torch.full((BATCH,), 0.3), context)
-        (gradient,) = torch.autograd.grad(velocity.sum(), x)
-        assert {velocity.dtype, gradient.dtype, context.features.dtype} == {torch.float32}
-        assert all(p.dtype == torch.float32 for p in policy.trainable_parameters())
-        assert context.features.shape[1] == 64 + STATE
+        policy.host.float()
+        return policy
+
+    def expert_dtype(self, host: Any) -> torch.dtype:
+        return host.model.vlm_with_expert.lm_expert.layers[0].mlp.up_proj.weight.dtype

@@ -32,7 +32,7 @@ from torch import Tensor
 from vla_trqam.adapters.checkpoint.weights import verify_policy
 from vla_trqam.adapters.families.registry import REFUSED
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-from vla_trqam.adapters.loading import load_policy
+from vla_trqam.adapters.loading import fetch, load_host, load_policy, read_config
 from vla_trqam.adapters.lora import LoRASettings
 from vla_trqam.adapters.tiny import checkpoints as tiny
 
@@ -277,6 +277,30 @@ def test_a_policy_with_other_values_than_its_file_is_refused(tmp_path: Path) -> 
     random = get_policy_class(config.type)(config)
     with pytest.raises(UserError, match="other values"):
         verify_policy(random, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_nothing_is_drawn_for_weights_that_the_file_has(kind: str) -> None:
+    """Of billions it would take minutes; that they are the file's is compared each time."""
+    found = fetch(checkpoint(kind))
+    config = read_config(found)
+    before = torch.get_rng_state()
+    load_host(found, config)
+    assert torch.equal(torch.get_rng_state(), before)
+    get_policy_class(config.type)(config)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_weight_that_is_not_finite_is_seen(value: float, tmp_path: Path) -> None:
+    folder = copied("tiny_pi0", tmp_path)
+
+    def spoil(weights: dict[str, Tensor]) -> None:
+        weights[sorted(weights)[0]].view(-1)[1] = value
+
+    edit_weights(folder / "model.safetensors", spoil)
+    with pytest.raises(UserError, match="not finite"):
+        load_policy(folder)
 
 
 @pytest.mark.parametrize("kind", ["smolvla", "multi_task_dit"])

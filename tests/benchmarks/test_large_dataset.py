@@ -16,8 +16,7 @@ def test_a_repeated_dataset_shows_the_same_pictures_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(large_dataset, "EPISODES", 2)
-    monkeypatch.setattr(large_dataset, "LENGTH", 6)
-    large_dataset.write_filmed(tmp_path / "one")
+    large_dataset.write_filmed(tmp_path / "one", episodes=2, length=6)
     large_dataset.repeat(tmp_path / "one", tmp_path / "three", 3)
     one, three = (
         LeRobotReader(LeRobotConfig("local/large", tmp_path / name)) for name in ("one", "three")

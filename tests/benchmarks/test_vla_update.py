@@ -190,7 +190,7 @@ def test_every_family_is_measured(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--policy=smolvla", "--size=full"], "--size=full"),
+        (["--policy=multi_task_dit", "--size=full"], "--size=full"),
         (["--policy=tiny_pi0", "--size=full"], "one size"),
         (["--policy=smolvla", "--dtype=bfloat16"], "--dtype"),
         (["--policy=smolvla", "--device=meta"], "--device=meta"),

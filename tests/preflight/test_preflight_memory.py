@@ -99,7 +99,7 @@ def test_the_batch_that_is_said_to_fit_does() -> None:
 
 def test_recordings_keep_gradients_and_prefixes_beside_an_update() -> None:
     share = memory.Share(12, 4, recorded=True)
-    kept = 2 * 100 + (3 * 3 + 12) * 5
+    kept = 2 * 100 + (3 * 3 + 12) * 5 + 3 * 50 // 2
     assert NEEDS.of(share) == NEEDS.of(memory.Share(12, 4)) + kept
     room = NEEDS.of(share)
     assert memory.check_memory(NEEDS, room, share, "cuda").ok

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ADAM_STATES = 2
 CONTEXTS = 2
 """Prefixes held in one update: of s_t and of s_{t+n}, where its action is drawn there."""
+BESIDE_RECORDED = 0.5
+"""benchmarks/README.md has the measurements: pi0, pi0.5 and SmolVLA of full size."""
 TEMPORARIES = 2
 """What a pass frees on its way is not counted: on a small pi0 the peak was 0.9 to 1.8 times the
 estimate."""
@@ -125,12 +127,15 @@ class Memory:
         """What evaluations that are recorded keep besides (``policy.cuda_graphs``).
 
         Sums of gradients and one evaluation's own, prefixes where the recordings read them: of both
-        fields and of next actions, and of these for the whole batch. Activations are kept too, and
-        take no more than those of an update.
+        fields and of next actions, and of these for the whole batch. Activations stay from one
+        update to the next, so that all else an update needs comes on top of them:
+        :data:`BESIDE_RECORDED` of them at most where it was measured.
         """
         if not share.recorded:
             return 0
-        return 2 * self.gradients + (3 * share.rows_at_once + share.rows) * self.prefix
+        beside = BESIDE_RECORDED * share.rows_at_once * self.activations
+        prefixes = (3 * share.rows_at_once + share.rows) * self.prefix
+        return 2 * self.gradients + prefixes + round(beside)
 
     def of(self, share: Share) -> int:
         """What an update adds to the weights, in one process."""
