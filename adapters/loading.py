@@ -27,6 +27,7 @@ from vla_trqam.adapters.checkpoint.policy_gate import (
     check_policy_folder,
     no_foreign_code,
 )
+from vla_trqam.adapters.checkpoint.saving import lost_by_merging
 from vla_trqam.adapters.checkpoint.weights import NotDrawn, verify_adapters, verify_policy
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.families.registry import check_type, family_of
@@ -47,6 +48,8 @@ NOT_FETCHED += [f"*{suffix}" for suffix in PICKLED]
 TOKENIZER = "tokenizer_processor"
 """LeRobot's name for the step that every supported policy tokenizes with."""
 
+NOTICED_LOSS = 0.01
+"""Of what adapters change, by norm; float32 loses a millionth."""
 AdapterUse = Literal["merge", "continue"]
 
 
@@ -117,6 +120,13 @@ def load_policy(
     if base is not None:
         model = _with_adapters(load_host(base, config), checkpoint, continued=adapter != "merge")
         if adapter == "merge":
+            lost = lost_by_merging(model)
+            if lost > NOTICED_LOSS:
+                say(
+                    f"{checkpoint.source}: its adapters are merged into weights of half precision, "
+                    f"in which {lost:.0%} of what they change is lost (by norm); "
+                    "--policy.adapter=continue keeps them beside their base"
+                )
             model, base = _merged(model), None
         else:
             own_flow_steps = family.num_flow_steps(read_config(base))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 from lerobot.policies.factory import get_policy_class
-from real_size import IMAGE_SIDE, REAL, real_config, steps_field
+from real_size import IMAGE_SIDE, PALIGEMMAS, REAL, real_config
 from torch import Tensor
 from vla_trqam.adapters.families.registry import family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
@@ -27,7 +29,6 @@ TINY: dict[str, Callable[..., Any]] = {
     "multi_task_dit": tiny.tiny_multi_task_dit_config,
 }
 POLICIES = (*TINY, "tiny_pi0", "tiny_pi05")
-WITH_DTYPE = ("pi0", "pi05")
 STATE_DIM = 14
 
 
@@ -61,12 +62,12 @@ class Setup:
                 f"--size=full is there for {', '.join(REAL)}; {self.kind} is built around a "
                 "backbone from a folder, and only the tiny one is packaged"
             )
-        if self.dtype != "float32" and self.kind not in WITH_DTYPE:
+        if self.dtype != "float32" and self.kind not in PALIGEMMAS:
             raise UserError(f"--dtype={self.dtype}: the config of {self.kind} has no dtype")
         if self.policy.startswith("tiny_") and self.size == "full":
             raise UserError(f"--policy={self.policy} has one size: leave --size=full out")
-        if self.device == "meta" and self.kind not in WITH_DTYPE:
-            raise UserError(f"--device=meta counts the work of {' and '.join(WITH_DTYPE)} only")
+        if self.device == "meta" and self.kind not in PALIGEMMAS:
+            raise UserError(f"--device=meta counts the work of {' and '.join(PALIGEMMAS)} only")
         for name in ("batch_size", "cameras", "num_flow_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
@@ -97,29 +98,24 @@ def make_policy(setup: Setup) -> LeRobotFlowPolicy:
     features = tiny.flow_features(STATE_DIM, setup.action_dim, cameras, setup.image_size)
     config = _config(setup, features)
     config.device = setup.device
+    family = family_of(config)
+    setattr(config, family.steps_field, setup.num_flow_steps)
     with torch.device(setup.device):
         host = get_policy_class(config.type)(config)
-    family = family_of(config)
     # peft wants to know where the weights came from; nothing is read or written there.
     model = with_lora(host, family, LoRASettings(r=setup.lora_rank), Path("random"))
     return LeRobotFlowPolicy(model.to(setup.device), family)
 
 
 def _config(setup: Setup, features: dict[str, Any]) -> Any:
+    folder = Path(tempfile.mkdtemp(prefix="vla_update_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if setup.size == "full":
-        return real_config(
-            setup.kind,
-            features,
-            device="cpu",
-            dtype=setup.dtype,
-            num_flow_steps=setup.num_flow_steps,
-        )
-    fields = {steps_field(setup.kind): setup.num_flow_steps}
-    if setup.kind in WITH_DTYPE:
+        return real_config(setup.kind, features, folder, device="cpu", dtype=setup.dtype)
+    if setup.kind in PALIGEMMAS:
         small = {"chunk_size": 8, "n_action_steps": 8, "dtype": setup.dtype}
-        return TINY[setup.kind](features, **small, **fields)
-    folder = Path(tempfile.mkdtemp(prefix="vla_update_")) / "clip_or_smolvlm"
-    return TINY[setup.kind](features, folder, **fields)
+        return TINY[setup.kind](features, **small)
+    return TINY[setup.kind](features, folder / "clip_or_smolvlm")
 
 
 def make_observation(policy: LeRobotFlowPolicy, setup: Setup, seed: int) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ r"""A run of a recipe with a policy of real size, from the command to the checkp
         --cameras 1 --updates 2 --folder /tmp/small -- --batch_size=2
 
 Writes a stock checkpoint with random weights (real_size.py) and a LeRobotDataset of noise, and runs
-``finetune_pi0.py`` on them offline, without cached prefixes, in a process of its own. Prints what
+its recipe on them offline, without cached prefixes, in a process of its own. Prints what
 every part takes, the preflight's count of memory beside what was in use at most, and the size of
 what was saved. What stands after ``--`` is passed on to the recipe.
 """
@@ -25,10 +25,13 @@ from pathlib import Path
 import torch
 from large_dataset import ACTION as ACTION_DIM
 from large_dataset import CAMERAS, STATE, write_filmed
-from real_size import REAL, real_config, write_real_checkpoint
+from real_size import PALIGEMMAS, REAL, real_config, write_real_checkpoint
 from vla_trqam.adapters.tiny.checkpoints import flow_features
 
+from vla_trqam.errors import UserError
+
 SIDE = 224
+INPUTS = ("policy", "device", "dtype", "cameras", "episodes", "length")
 EXECUTED, FLOW_STEPS = 10, 4
 GIB, MIB = 2**30, 2**20
 RECIPES = {"pi0": "finetune_pi0", "pi05": "finetune_pi0", "smolvla": "finetune_smolvla"}
@@ -41,12 +44,12 @@ runpy.run_module("vla_trqam.recipes.{recipe}", run_name="__main__", alter_sys=Tr
 """
 """The recipe, and at its end what the device held at most."""
 MARKS = {
-    "policy loaded": "ok    parameters",
-    "preflight": "ok    base  ",
+    "machine": "ok    parameters",
+    "data": "ok    base  ",
     "critic": "critic: ",
     "policy": "offline: ",
 }
-"""What the run says when a part is over."""
+"""What the run says when a part is over: the preflight without data, that of the data, updates."""
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Told:
                 self.seconds[part] = seconds
         if line.startswith("ok    memory"):
             self.memory = line.removeprefix("ok    memory").strip()
-        if found := re.fullmatch(r"most (\d+)\n?", line):
+        if found := re.search(r"most (\d+)$", line.rstrip()):
             self.most = int(found[1])
 
 
@@ -98,24 +101,35 @@ def run(recipe: str, flags: list[str]) -> Told:
 
 
 def write_inputs(given: argparse.Namespace) -> None:
-    """Checkpoint and dataset, where they are not there."""
+    """Checkpoint and dataset, where they are not there.
+
+    Raises:
+        UserError: the folder has others, or a part of them.
+    """
+    wanted = {name: getattr(given, name) for name in INPUTS}
+    made = given.folder / "inputs.json"
+    if made.exists():
+        if (there := json.loads(made.read_text())) != wanted:
+            raise UserError(f"--folder={given.folder} was made with {there}: take another")
+        return
+    if given.folder.exists():
+        raise UserError(f"--folder={given.folder} is there and has no {made.name}: take another")
+    given.folder.mkdir(parents=True)
     cameras = CAMERAS[: given.cameras]
     features = flow_features(STATE, ACTION_DIM, cameras, SIDE)
-    checkpoint = given.folder / "policy"
-    if not checkpoint.exists():
-        config = real_config(
-            given.policy, features, device=given.device, dtype=given.dtype, num_flow_steps=10
-        )
-        write_real_checkpoint(config, features, checkpoint, given.device)
-    if not (given.folder / "dataset").exists():
-        write_filmed(
-            given.folder / "dataset",
-            cameras=cameras,
-            side=SIDE,
-            episodes=given.episodes,
-            length=given.length,
-            use_videos=False,
-        )
+    config = real_config(
+        given.policy, features, given.folder, device=given.device, dtype=given.dtype
+    )
+    write_real_checkpoint(config, features, given.folder / "policy")
+    write_filmed(
+        given.folder / "dataset",
+        cameras=cameras,
+        side=SIDE,
+        episodes=given.episodes,
+        length=given.length,
+        use_videos=False,
+    )
+    made.write_text(json.dumps(wanted))
 
 
 def flags_of(given: argparse.Namespace) -> list[str]:
@@ -147,10 +161,10 @@ def report(given: argparse.Namespace, told: Told) -> str:
     frames = given.episodes * given.length
     cells = {
         "policy": f"{given.policy}, {given.cameras} cameras",
-        "until loaded, s": f"{told.seconds['policy loaded']:.0f}",
-        "until checked, s": f"{told.seconds['preflight']:.0f}",
+        "machine checked, s": f"{told.seconds['machine']:.0f}",
+        "data checked, s": f"{told.seconds['data']:.0f}",
         f"{frames} frames encoded, critic warm, s": (
-            f"{told.seconds['critic'] - told.seconds['preflight']:.0f}"
+            f"{told.seconds['critic'] - told.seconds['data']:.0f}"
         ),
         "critic, updates/s": f"{rates['critic']:.1f}",
         "policy, updates/s": f"{rates['offline']:.2f}",
@@ -169,7 +183,7 @@ def main() -> None:
     )
     parser.add_argument("--policy", choices=REAL, default="smolvla")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of pi0 and pi05")
     parser.add_argument("--cameras", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--episodes", type=int, default=4)
     parser.add_argument("--length", type=int, default=100, help="steps of an episode")
@@ -179,8 +193,13 @@ def main() -> None:
     parser.add_argument("--only_inputs", action="store_true", help="writes them and runs nothing")
     parser.add_argument("flags", nargs="*", help="after --, of the recipe")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    write_inputs(given)
+    if given.policy not in PALIGEMMAS and given.dtype is not None:
+        parser.error(f"--dtype={given.dtype}: the config of {given.policy} has no dtype")
+    given.dtype = given.dtype or "bfloat16"
+    try:
+        write_inputs(given)
+    except UserError as error:
+        parser.error(str(error))
     torch.cuda.empty_cache()
     if given.only_inputs:
         return

@@ -11,7 +11,7 @@ import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_trqam.errors import UserError
 
@@ -80,6 +80,19 @@ def base_state_dict(host: PreTrainedPolicy) -> dict[str, Tensor]:
         for key, value in host.state_dict().items()
         if ".lora_" not in key and ".modules_to_save." not in key
     }
+
+
+@torch.no_grad()
+def lost_by_merging(host: nn.Module) -> float:
+    """The share of what adapters change that the weights' precision has no room for, by norm."""
+    lost = change = 0.0
+    layers: list[Any] = [m for m in host.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        delta, weight = layer.get_delta_weight(ADAPTER), layer.get_base_layer().weight
+        exact = weight.to(delta.dtype) + delta
+        lost += float((exact - exact.to(weight.dtype)).square().sum())
+        change += float(delta.square().sum())
+    return (lost / change) ** 0.5 if change else 0.0
 
 
 @torch.no_grad()

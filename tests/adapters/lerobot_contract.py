@@ -34,7 +34,7 @@ MAKE = {
     "smolvla": lambda folder: tiny.tiny_smolvla_config(
         FEATURES, folder / "smolvlm", num_steps=4, **SMALL
     ),
-    # As the published one: LeRobot loads the backbone, and builds the expert, in bfloat16.
+    # As over published weights: LeRobot loads the backbone, and builds the expert, in bfloat16.
     "smolvla_bfloat16": lambda folder: tiny.tiny_smolvla_config(
         FEATURES, folder / "smolvlm", num_steps=4, load_vlm_weights=True, **SMALL
     ),

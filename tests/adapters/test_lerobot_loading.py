@@ -27,6 +27,7 @@ from lerobot_contract import (
     statistics,
 )
 from lerobot_contract import make_policy as fresh_policy
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vla_trqam.adapters.checkpoint.weights import verify_policy
@@ -277,6 +278,33 @@ def test_a_policy_with_other_values_than_its_file_is_refused(tmp_path: Path) -> 
     random = get_policy_class(config.type)(config)
     with pytest.raises(UserError, match="other values"):
         verify_policy(random, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "said"), [("smolvla_bfloat16", True), ("smolvla", False)])
+def test_what_a_merge_into_half_precision_loses_is_said(
+    kind: str, said: bool, tmp_path: Path
+) -> None:
+    policy = fresh_policy(kind, lora=True)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():  # what adapters change is a hundredth of the weights
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(1e-3 * torch.randn(parameter.shape, generator=generator))
+    policy.save_pretrained(tmp_path)
+    notes: list[str] = []
+    merged = load_policy(tmp_path, lora=None, say=notes.append).host
+    (note,) = [n for n in notes if "is lost" in n] or [""]
+    assert bool(note) == said
+    lost = change = 0.0
+    for name, layer in policy.host.named_modules():
+        if isinstance(layer, LoraLayer):
+            delta = layer.get_delta_weight("default")
+            exact = layer.base_layer.weight.float() + delta
+            lost += float((merged.get_submodule(name).weight.float() - exact).square().sum())
+            change += float(delta.square().sum())
+    if said:
+        assert f", in which {(lost / change) ** 0.5:.0%} of what" in note
+    assert ((lost / change) ** 0.5 > 0.01) == said
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -20,6 +20,9 @@ from vla_trqam.policy import PathFields
 
 pytestmark = pytest.mark.slow
 
+HALF = "smolvla_bfloat16"
+KINDS = (*FAMILIES, HALF)
+
 
 def moved(kind: str, *, lora: bool = True) -> LeRobotFlowPolicy:
     policy = make_policy(kind, lora=lora)
@@ -79,7 +82,7 @@ def test_the_hosts_attention_is_its_own_again_afterwards(kind: str) -> None:
     assert torch.equal(policy.velocity(states[0], tau, context), before)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_path_has_evaluated_is_not_asked_again(kind: str) -> None:
     policy = moved(kind)
     context, states = policy.encode(observation(kind)), points(policy, 4)
@@ -109,7 +112,7 @@ def test_what_the_evaluations_of_a_path_share_is_computed_once_a_field(
     assert len(asked) == 3  # of the tuned field, of the next action's, and of the base
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_equal_fields_are_equal_to_the_bit_along_a_path(kind: str, lora: bool, ahead: int) -> None:
@@ -124,17 +127,24 @@ def test_equal_fields_are_equal_to_the_bit_along_a_path(kind: str, lora: bool, a
     assert not fields.base().requires_grad
 
 
+def in_dtype(kind: str, dtype: str) -> LeRobotFlowPolicy:
+    torch.manual_seed(5)  # of the fresh adapters
+    own = [] if kind == HALF else [f"--dtype={dtype}"]
+    policy = load_policy(checkpoint(kind), lora=LoRASettings(r=4), overrides=own)
+    if kind == HALF and dtype == "float32":
+        policy.host.float()
+    _move(policy)
+    return policy
+
+
+@pytest.mark.parametrize("kind", ["tiny_pi0", HALF])
 @pytest.mark.parametrize("adjoint_tau", [0.3, 0.4])
-def test_the_pullback_in_bfloat16_is_the_float32_models(adjoint_tau: float) -> None:
+def test_the_pullback_in_bfloat16_is_the_float32_models(adjoint_tau: float, kind: str) -> None:
     """The state and the adjoint stay float32; the network's rounding is all that differs."""
     pulled, values = [], []
     for dtype in ("float32", "bfloat16"):
-        torch.manual_seed(5)  # of the fresh adapters
-        policy = load_policy(
-            checkpoint("tiny_pi0"), lora=LoRASettings(r=4), overrides=[f"--dtype={dtype}"]
-        )
-        _move(policy)
-        context, states = policy.encode(observation("tiny_pi0")), points(policy, 3)
+        policy = in_dtype(kind, dtype)
+        context, states = policy.encode(observation(kind)), points(policy, 3)
         fields = policy.path_fields(context, context)
         found = fields.evaluate(states[0], states[1], 0.3, adjoint_tau)
         gradient = fields.base_pullback(0, states[2])
@@ -145,7 +155,21 @@ def test_the_pullback_in_bfloat16_is_the_float32_models(adjoint_tau: float) -> N
         assert 0.0 < float((half - single).norm() / single.norm()) < 0.03
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("adjoint_tau", [0.3, 0.4])
+def test_in_bfloat16_a_path_is_the_hosts_own_evaluations(adjoint_tau: float, lora: bool) -> None:
+    """SmolVLA's expert, through which we walk layer by layer."""
+    policy = moved(HALF, lora=lora)
+    context, states = policy.encode(observation(HALF)), points(policy, 3)
+    both = policy.path_fields(context, context), PathFields(policy, context, context)
+    found = [f.evaluate(states[0], states[1], 0.3, adjoint_tau) for f in both]
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.01
+    pulled, expected = (f.base_pullback(0, states[2]) for f in both)
+    assert float((pulled - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adjoint_tau", [0.3, 0.4])
 def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(
     kind: str, adjoint_tau: float
@@ -171,7 +195,7 @@ def test_under_autocast_the_fields_are_the_plain_ones_and_equal_at_the_start(
         assert all(p.grad is not None for p in policy.trainable_parameters())
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_under_autocast_what_is_not_kept_is_computed_again_with_the_same_gradient(
     kind: str,
 ) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from real_size import SMOLVLM_TEXT, SMOLVLM_VISION
 from transformers import AutoConfig, SmolVLMForConditionalGeneration
-from whole_run import Told, report
+from whole_run import INPUTS, Told, report, write_inputs
+
+from vla_trqam.errors import UserError
 
 PUBLISHED = 507_482_304
 """Weights of SmolVLM2-500M-Video-Instruct."""
@@ -46,7 +48,7 @@ def told() -> Told:
 
 
 def test_a_part_ends_with_its_last_line(told: Told) -> None:
-    assert told.seconds == {"policy loaded": 1.0, "preflight": 3.0, "critic": 5.0, "policy": 6.0}
+    assert told.seconds == {"machine": 1.0, "data": 3.0, "critic": 5.0, "policy": 6.0}
     assert told.memory == "weights 8.3 GiB are there; 5.1 GiB in all"
     assert told.most == 2**31
 
@@ -62,8 +64,19 @@ def test_the_table_has_the_run_in_it(told: Told, tmp_path: Path) -> None:
     heading, _, row, _, memory = report(given, told).splitlines()
     cells = dict(zip(heading.split(" | "), row.split(" | "), strict=True))
     assert cells["400 frames encoded, critic warm, s"] == "2"
-    assert (cells["until loaded, s"], cells["until checked, s"]) == ("1", "3")
+    assert (cells["machine checked, s"], cells["data checked, s"]) == ("1", "3")
     assert (cells["critic, updates/s"], cells["policy, updates/s"]) == ("178.6", "1.90")
     assert (cells["at most, GiB"], cells["whole run, s"]) == ("2.0", "8")
     assert row.endswith("| 3 |")
     assert memory.startswith("memory: weights 8.3 GiB")
+
+
+def test_inputs_of_another_kind_or_half_of_them_are_not_taken(tmp_path: Path) -> None:
+    given = argparse.Namespace(**dict.fromkeys(INPUTS, 1), folder=tmp_path)
+    with pytest.raises(UserError, match="and has no inputs"):
+        write_inputs(given)
+    (tmp_path / "inputs.json").write_text(json.dumps(dict.fromkeys(INPUTS, 1)))
+    write_inputs(given)
+    given.cameras = 2
+    with pytest.raises(UserError, match="take another"):
+        write_inputs(given)

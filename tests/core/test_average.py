@@ -64,6 +64,22 @@ def test_a_young_average_is_the_mean_and_an_old_one_forgets_by_its_rate() -> Non
             assert expected == pytest.approx(sum(seen) / len(seen))
 
 
+def test_of_weights_in_bfloat16_it_moves_by_steps_that_they_have_no_room_for() -> None:
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    average = WeightAverage([weight], 0.001)
+    average.num_updates += 10_000  # no longer young
+    weight.data.fill_(1.1)
+    for _ in range(2000):
+        average.follow()
+    there, wanted = float(weight.data[0]), 1.0
+    expected = there + (wanted - there) * (1 - 0.001) ** 2000
+    torch.testing.assert_close(average.weights[0].data, torch.full((3,), expected))
+    with average.in_place():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, torch.full((3,), expected, dtype=torch.bfloat16))
+    assert float(weight.data[0]) == there
+
+
 def test_the_policy_acts_with_the_average_and_goes_on_training_with_its_own_weights() -> None:
     learner = learner_of(0.1)
     history = updated(learner, 5)

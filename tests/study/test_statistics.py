@@ -136,5 +136,6 @@ def test_the_rank_correlation_is_spearmans_and_its_interval_holds_it():
     found = rank_correlation(budget, effect, replicates=300)
     assert found.value == pytest.approx(stats.spearmanr(budget, effect).statistic)
     assert found.value in found.interval
+    assert rank_correlation(budget[::-1], effect[::-1], replicates=300) == found
     assert rank_correlation(budget, budget, replicates=50).interval.low == pytest.approx(1.0)
     assert spearman(budget, np.zeros(12)) == 0.0

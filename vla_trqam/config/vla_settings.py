@@ -117,7 +117,8 @@ class VLAPolicyConfig:
         cuda_graphs: the fields' evaluations in an update are recorded at first and then replayed
             (CUDA graphs): a GPU no longer waits for each small operation's launch.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
-        merged: checkpoints are whole policies with the adapters in them, not adapters alone.
+        merged: checkpoints are whole policies with the adapters in them, not adapters alone; in
+            weights of half precision what the adapters change is rounded.
         push_to_hub: push the last checkpoint.
         repo_id: the Hub repository to push to.
         private: whether a new repository is private.

@@ -67,6 +67,11 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def _single_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of copies in float32 or what is finer."""
+    return sum(t.numel() * max(t.element_size(), torch.float32.itemsize) for t in tensors)
+
+
 def module_bytes(*modules: nn.Module) -> int:
     """Bytes of all parameters and buffers, each once."""
     return tensor_bytes(chain(*((*m.parameters(), *m.buffers()) for m in modules)))
@@ -243,7 +248,7 @@ def measure_memory(
         activations=dry.activations,
         prefix=dry.prefix,
         next_actions=next_actions,
-        average=tensor_bytes(policy.trainable_parameters()) if averages else 0,
+        average=_single_bytes(policy.trainable_parameters()) if averages else 0,
         contexts=contexts,
         shards=shards,
     )

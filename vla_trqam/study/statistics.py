@@ -206,7 +206,7 @@ def rank_correlation(
     """Spearman's, with a percentile interval of a bootstrap of the runs.
 
     Whole runs are drawn anew: drawn within each cause, few of them would vary too little, and the
-    interval would lie above the number itself.
+    interval would lie above the number itself. In which order the runs are given does not matter.
 
     Args:
         cause: (N,) such as the budget of each run.
@@ -214,6 +214,8 @@ def rank_correlation(
         replicates: of the bootstrap.
     """
     rng = np.random.default_rng(0)
+    sort = np.lexsort((effect, cause))
+    cause, effect = cause[sort], effect[sort]
     drawn = rng.integers(len(cause), size=(replicates, len(cause)))
     found = [spearman(cause[rows], effect[rows]) for rows in drawn]
     return Estimate(spearman(cause, effect), _percentiles(np.array(found)))

@@ -16,6 +16,7 @@ class WeightAverage(nn.Module):
 
     Single updates move a policy to and fro; their mean moves where they agree (Polyak averaging).
     A young average is the plain mean of all weights so far, so that it forgets where it began.
+    It is kept in float32 whatever the weights are of: in bfloat16 its small steps round to none.
 
     Args:
         trained: the weights in training, which are followed from where they are now.
@@ -27,7 +28,7 @@ class WeightAverage(nn.Module):
         self._trained = tuple(trained)  # in a tuple: they are the policy's
         self._rate = rate
         self.weights = nn.ParameterList(
-            nn.Parameter(p.detach().clone(), requires_grad=False) for p in self._trained
+            nn.Parameter(_single(p).clone(), requires_grad=False) for p in self._trained
         )
         self.num_updates: Tensor
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
@@ -37,7 +38,7 @@ class WeightAverage(nn.Module):
         """Once after every update of the weights in training."""
         self.num_updates += 1
         rate = max(self._rate, 1.0 / (int(self.num_updates) + 1))
-        ema_update(self.weights, self._trained, rate)
+        ema_update(self.weights, [_single(p) for p in self._trained], rate)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,3 +51,8 @@ class WeightAverage(nn.Module):
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(list(self._trained), kept)
+
+
+def _single(weight: Tensor) -> Tensor:
+    """In float32 or what is finer."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
