@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs.policies import PreTrainedConfig
@@ -72,6 +73,7 @@ def load_policy(
     path: str | Path,
     *,
     lora: LoRASettings | None = LoRASettings(),  # noqa: B008 - frozen
+    in_float32: bool = False,
     adapter: AdapterUse = "merge",
     features: CriticFeatures | None = None,
     limits: Limits | None = None,
@@ -88,6 +90,8 @@ def load_policy(
     Args:
         path: a folder as ``lerobot-train`` writes it, or a Hub repository.
         lora: the adapters to train; None trains the action expert in full.
+        in_float32: an expert in half precision, trained in full, is made float32, where the host
+            computes with such a one behind its prefix; LeRobot rounds it when it loads it again.
         adapter: for a checkpoint that is an adapter. ``"merge"`` makes the tuned policy of the
             checkpoint the new base; ``"continue"`` goes on training its adapters against *their*
             base (``lora`` has no effect).
@@ -133,8 +137,11 @@ def load_policy(
     else:
         model, base = load_host(checkpoint, config), checkpoint
     reconcile(config, processors, checkpoint.source, say)
-    if lora is not None and not isinstance(model, PeftModel):
-        model = with_lora(model, family, lora, Path(checkpoint.source))
+    if not isinstance(model, PeftModel):
+        if lora is not None:
+            model = with_lora(model, family, lora, Path(checkpoint.source))
+        elif in_float32 and family.mixes_precisions:
+            _widen(model, family.trained_parts, say)
     return LeRobotFlowPolicy(
         model,
         family,
@@ -362,6 +369,19 @@ def _with_adapters(host: PreTrainedPolicy, checkpoint: Checkpoint, *, continued:
     check_kind(model, continued=continued)
     verify_adapters(model, checkpoint.folder / ADAPTERS)
     return model
+
+
+def _widen(host: PreTrainedPolicy, parts: Sequence[str], say: Callable[[str], None]) -> None:
+    """Weights that are trained in full get the room for small steps."""
+    trained = [host.get_submodule(part) for part in parts]
+    if all(p.dtype == torch.float32 for part in trained for p in part.parameters()):
+        return
+    for part in trained:
+        part.float()
+    say(
+        "the action expert's weights of half precision are trained in float32; where LeRobot loads "
+        "them again it rounds them to half"
+    )
 
 
 def _merged(model: PeftModel) -> PreTrainedPolicy:

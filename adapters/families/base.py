@@ -37,6 +37,8 @@ class FlowFamily(ABC):
     Attributes:
         trained_parts: dotted names of the modules that fine-tuning may move: the action expert and
             its projections. Nothing in the prefix is among them, so one prefix serves both fields.
+        mixes_precisions: whether the host computes with trained parts in float32 behind a prefix in
+            half precision.
         steps_field: the name of the config's number of flow steps.
         lora_overrides: for LeRobot's ``wrap_with_peft``, beside its default targets.
         without_camera: what the host makes of a camera that an observation lacks; None where it
@@ -44,6 +46,7 @@ class FlowFamily(ABC):
     """
 
     trained_parts: Sequence[str]
+    mixes_precisions: bool = False
     steps_field: str
     lora_overrides: Mapping[str, Any] = {}
     without_camera: str | None = None

@@ -37,6 +37,7 @@ class SmolVLAFamily(CachedPrefixFamily):
         "model.action_time_mlp_in",
         "model.action_time_mlp_out",
     )
+    mixes_precisions = True
     steps_field = "num_steps"
     lora_overrides = {"exclude_modules": ["state_proj"]}  # noqa: RUF012
     # Of the masked pictures there are as many as empty_cameras says, whatever is missing.

@@ -96,7 +96,17 @@ def _shared_layers(model: Any, cache: Any) -> Iterator[SharedLayer]:
         if crosses:
             yield SharedLayer(expert, _projected(expert.self_attn, cached), False)
         else:
-            yield SharedLayer(expert, KeysValues(cached.keys.float(), cached.values), True)
+            values = _joined(cached.values, expert.self_attn.v_proj)
+            yield SharedLayer(expert, KeysValues(cached.keys.float(), values), True)
+
+
+def _joined(values: Tensor, project: Any) -> Tensor:
+    """The prefix's values in the precision that they have beside the suffix's own."""
+    device = values.device.type
+    own = project.weight.dtype
+    if torch.is_autocast_enabled(device):
+        own = torch.get_autocast_dtype(device)
+    return values.to(torch.promote_types(values.dtype, own))
 
 
 def _projected(attention: Any, cached: Any) -> KeysValues:

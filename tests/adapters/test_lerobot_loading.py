@@ -307,6 +307,31 @@ def test_what_a_merge_into_half_precision_loses_is_said(
     assert ((lost / change) ** 0.5 > 0.01) == said
 
 
+def test_an_expert_in_half_precision_is_trained_in_float32_where_the_host_can(
+    tmp_path: Path,
+) -> None:
+    notes: list[str] = []
+    half, single = checkpoint("smolvla_bfloat16"), checkpoint("smolvla")
+    policy = load_policy(half, lora=None, in_float32=True, say=notes.append)
+    (note,) = notes
+    assert "are trained in float32" in note
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    assert {p.dtype for p in policy.base.parameters()} == {torch.float32}
+    vlm = policy.host.model.vlm_with_expert.vlm
+    assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
+    with torch.no_grad():  # a step for which bfloat16 has no room
+        for parameter in policy.trainable_parameters():
+            parameter.mul_(1 + 1e-4)
+    policy.save_pretrained(tmp_path)
+    host = stock(tmp_path)
+    expected = {k: v.to(host.state_dict()[k].dtype) for k, v in policy.host.state_dict().items()}
+    assert all(torch.equal(v, expected[k]) for k, v in host.state_dict().items())
+    load_policy(single, lora=None, in_float32=True, say=notes.append)
+    as_it_is = load_policy(half, lora=None, say=notes.append)
+    assert notes == [note]
+    assert torch.bfloat16 in {p.dtype for p in as_it_is.trainable_parameters()}
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_nothing_is_drawn_for_weights_that_the_file_has(kind: str) -> None:
     """Of billions it would take minutes; that they are the file's is compared each time."""

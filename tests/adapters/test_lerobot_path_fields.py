@@ -155,11 +155,13 @@ def test_the_pullback_in_bfloat16_is_the_float32_models(adjoint_tau: float, kind
         assert 0.0 < float((half - single).norm() / single.norm()) < 0.03
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("trained", ["adapters", "expert", "expert in float32"])
 @pytest.mark.parametrize("adjoint_tau", [0.3, 0.4])
-def test_in_bfloat16_a_path_is_the_hosts_own_evaluations(adjoint_tau: float, lora: bool) -> None:
+def test_in_bfloat16_a_path_is_the_hosts_own_evaluations(adjoint_tau: float, trained: str) -> None:
     """SmolVLA's expert, through which we walk layer by layer."""
-    policy = moved(HALF, lora=lora)
+    lora = LoRASettings(r=4) if trained == "adapters" else None
+    policy = load_policy(checkpoint(HALF), lora=lora, in_float32=trained == "expert in float32")
+    _move(policy)
     context, states = policy.encode(observation(HALF)), points(policy, 3)
     both = policy.path_fields(context, context), PathFields(policy, context, context)
     found = [f.evaluate(states[0], states[1], 0.3, adjoint_tau) for f in both]

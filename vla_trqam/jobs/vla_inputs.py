@@ -301,6 +301,7 @@ def _load_policy(
     policy = load_policy(
         path,
         lora=lora if peft.method == "lora" else None,
+        in_float32=True,
         adapter=knobs.adapter,
         features=CriticFeatures(layer=knobs.critic_layer),
         limits=None if family is None else family.action_limits,
