@@ -40,7 +40,7 @@ class NotDrawn(TorchFunctionMode):
         """Leaves a parameter as it is where numbers would be drawn for it."""
         given = kwargs or {}
         if getattr(func, "__name__", None) in DRAWING:
-            drawn = args[0] if args else given["tensor"]
+            drawn = args[0] if args else given.get("tensor")
             if isinstance(drawn, nn.Parameter):
                 return drawn
         return func(*args, **given)
