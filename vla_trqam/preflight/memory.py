@@ -24,7 +24,7 @@ ADAM_STATES = 2
 CONTEXTS = 2
 """Prefixes held in one update: of s_t and of s_{t+n}, where its action is drawn there."""
 BESIDE_RECORDED = 0.5
-"""Of the activations; benchmarks/README.md has the measurements: pi0, pi0.5, SmolVLA of full size."""
+"""Of the activations, as measured at full size: see benchmarks/README.md."""
 TEMPORARIES = 2
 """What a pass frees on its way is not counted: on a small pi0 the peak was 0.9 to 1.8 times the
 estimate."""
