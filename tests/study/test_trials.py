@@ -1,6 +1,7 @@
 """The trials that find each method's knobs: as many for each, on other seeds, the best is taken."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,17 @@ def test_a_task_takes_the_knobs_that_were_found_in_another(tmp_path, tried):
     found = trials.variants_in(settings.task("plain"), settings.methods)
     assert [v.knobs for v in found] == [{"kl_budget": 1.0}, {"inverse_temperature": 1.0}]
     assert trials.text(settings.task("plain"), "qam") == "in lift"
+    # The other task's trials are made, or known, where it is not compared itself, too.
+    alone = config(tmp_path / "alone", tasks=("plain",), table={"lift": own, "plain": lent})
+    ends = rates(trqam_trial0=0.25, trqam_trial1=0.5, qam_trial0=0.5, qam_trial1=0.25)
+    trials, (plan,) = tried(alone, ends)
+    assert {run.task for run in plan.runs} == {"lift"}
+    assert trials.variants_in(alone.task("plain"), alone.methods) == found
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"trials": trials.records()}))
+    known, plans = tried(replace(alone, known_trials=path), {})
+    assert plans == []
+    assert known == trials
 
 
 def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
@@ -193,7 +205,7 @@ def test_what_is_no_summary_has_no_known_trials(tmp_path, content):
 
 def test_trials_that_another_task_has_not_are_refused(tmp_path):
     lent = {"recipe": "finetune_robomimic", "flags": FLAGS, "trials": "lift"}
-    with pytest.raises(UserError, match="those of lift, which is not among --tasks with trials of"):
+    with pytest.raises(UserError, match="those of lift, which is not a task of the table with tri"):
         config(tmp_path, tasks=("plain",), table={"plain": lent})
     with pytest.raises(UserError, match="there are none"):
         config(tmp_path, tasks=("plain", "lift"), table={"plain": lent, "lift": lent})
@@ -204,8 +216,7 @@ def test_every_trial_of_the_claim_has_settings_that_work(tmp_path, tried):
     flags = ["--preset=claims_c4", f"--output_dir={tmp_path}"]
     settings = parse_config(CompareConfig, compare.PRESETS, flags)
     _, (plan,) = tried(settings, {})
-    tuned = [name for name in settings.tasks if settings.task(name).trials]
-    assert len(plan.runs) == 3 * len(settings.methods) * len(tuned)
+    assert len(plan.runs) == 3 * len(settings.methods) * len(settings.tuned())
     assert {run.config.online.steps for run in plan.runs} == {0}
 
 

@@ -94,17 +94,23 @@ class CompareConfig(StudySettings):
                     "that are not compared"
                 )
         for task in map(self.task, self.tasks):
-            _check_equal_trials(task, self.methods)
             if task.tried_in != task.name:
                 self._check_lender(task)
+        for task in self.tuned():
+            _check_equal_trials(task, self.methods)
+
+    def tuned(self) -> list[StudyTask]:
+        """The tasks whose trials these tasks' knobs are found by, each once."""
+        names = dict.fromkeys(self.task(name).tried_in for name in self.tasks)
+        return [task for task in map(self.task, names) if task.trials]
 
     def _check_lender(self, task: StudyTask) -> None:
-        """The task whose trials serve another has some, and is in the study."""
-        lenders = [name for name in self.tasks if self.task(name).trials]
+        """The task whose trials serve another has some; it need not be compared itself."""
+        lenders = [name for name in self.table if self.task(name).trials]
         if task.tried_in not in lenders:
             raise UserError(
-                f"the trials of the task {task.name} are those of {task.tried_in}, which is not "
-                f"among --tasks with trials of its own; there are {', '.join(lenders) or 'none'}"
+                f"the trials of the task {task.name} are those of {task.tried_in}, which is not a "
+                f"task of the table with trials of its own; there are {', '.join(lenders) or 'none'}"
             )
 
 

@@ -118,8 +118,9 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     """
     path = settings.known_trials
     known = Trials({}) if path is None else known_trials(path)
-    tuned = [task for task in map(settings.task, settings.tasks) if task.trials]
-    to_make = {task.name: known.lacking(task, settings.methods, settings) for task in tuned}
+    to_make = {
+        task.name: known.lacking(task, settings.methods, settings) for task in settings.tuned()
+    }
     kept = {
         (task, method): tried
         for (task, method), tried in known.found.items()
