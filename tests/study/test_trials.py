@@ -205,7 +205,7 @@ def test_what_is_no_summary_has_no_known_trials(tmp_path, content):
 
 def test_trials_that_another_task_has_not_are_refused(tmp_path):
     lent = {"recipe": "finetune_robomimic", "flags": FLAGS, "trials": "lift"}
-    with pytest.raises(UserError, match="those of lift, which is not a task of the table with tri"):
+    with pytest.raises(UserError, match="those of lift, which is no task of the table with trial"):
         config(tmp_path, tasks=("plain",), table={"plain": lent})
     with pytest.raises(UserError, match="there are none"):
         config(tmp_path, tasks=("plain", "lift"), table={"plain": lent, "lift": lent})

@@ -109,8 +109,8 @@ class CompareConfig(StudySettings):
         lenders = [name for name in self.table if self.task(name).trials]
         if task.tried_in not in lenders:
             raise UserError(
-                f"the trials of the task {task.name} are those of {task.tried_in}, which is not a "
-                f"task of the table with trials of its own; there are {', '.join(lenders) or 'none'}"
+                f"the trials of the task {task.name} are those of {task.tried_in}, which is no task "
+                f"of the table with trials of its own; there are {', '.join(lenders) or 'none'}"
             )
 
 
