@@ -108,9 +108,10 @@ class CompareConfig(StudySettings):
         """The task whose trials serve another has some; it need not be compared itself."""
         lenders = [name for name in self.table if self.task(name).trials]
         if task.tried_in not in lenders:
+            there = ", ".join(lenders) or "none"
             raise UserError(
-                f"the trials of the task {task.name} are those of {task.tried_in}, which is no task "
-                f"of the table with trials of its own; there are {', '.join(lenders) or 'none'}"
+                f"the trials of the task {task.name} are those of {task.tried_in}, which is no "
+                f"task of the table with trials of its own; there are {there}"
             )
 
 
