@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bad_input_dataset import ROWS as DATASET_ROWS
-from bad_input_folder import ROWS as FOLDER_ROWS
-from bad_input_hdf5 import ROWS as HDF5_ROWS
-from bad_input_hub import ROWS as HUB_ROWS
-from bad_input_ogbench import ROWS as OGBENCH_ROWS
-from bad_input_place import DATASET, POLICY, Originals, Place, Row, run_main
-from bad_input_policy import ROWS as POLICY_ROWS
-from bad_input_settings import ROWS as SETTINGS_ROWS
-from bad_input_study import ROWS as STUDY_ROWS
+from bad_inputs.dataset import ROWS as DATASET_ROWS
+from bad_inputs.folder import ROWS as FOLDER_ROWS
+from bad_inputs.hdf5 import ROWS as HDF5_ROWS
+from bad_inputs.hub import ROWS as HUB_ROWS
+from bad_inputs.ogbench import ROWS as OGBENCH_ROWS
+from bad_inputs.place import DATASET, POLICY, Originals, Place, Row, run_main
+from bad_inputs.policy import ROWS as POLICY_ROWS
+from bad_inputs.settings import ROWS as SETTINGS_ROWS
+from bad_inputs.study import ROWS as STUDY_ROWS
 
 ROWS = (
     *(*SETTINGS_ROWS, *HDF5_ROWS, *DATASET_ROWS, *POLICY_ROWS, *FOLDER_ROWS, *HUB_ROWS),

@@ -9,6 +9,7 @@ in which they lie where they are imported from; its messages name the real files
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "types"
 CACHE = ROOT / "build" / "types_cache"
 INSTALLED = ("adapters", "recipes")
-SCRIPTS = {path.name: path for path in sorted((ROOT / "benchmarks").rglob("*.py"))}
-"""Each imports the others by their names alone."""
+BENCHMARKS = ROOT / "benchmarks"
+CLAIMS = BENCHMARKS / "claims"
+SCRIPTS = {
+    path.name: path
+    for path in sorted([*BENCHMARKS.iterdir(), *CLAIMS.iterdir()])
+    if path.suffix == ".py" or (path / "__init__.py").is_file()
+}
+"""What scripts import by its name alone: each other, and folders of modules."""
 
 
 def lay_out() -> list[str]:
@@ -53,9 +60,8 @@ def _real(line: str) -> str:
     for name in INSTALLED:
         if line.startswith(f"vla_trqam/{name}/"):
             return line.removeprefix("vla_trqam/")
-    script, colon, rest = line.partition(":")
-    known = SCRIPTS.get(script)
-    return line if known is None else f"{known.relative_to(ROOT)}{colon}{rest}"
+    known = SCRIPTS.get(re.split("[/:]", line, maxsplit=1)[0])
+    return line if known is None else f"{known.relative_to(ROOT)}{line.removeprefix(known.name)}"
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from combined_runs import combine_seeds, comparison_table, plot_comparison
-from finished_run import FinishedRun, read_runs, shareable_command
-from result_page import Page, duration, number, write_page
-from result_rows import (
+from run_results.combined_runs import combine_seeds, comparison_table, plot_comparison
+from run_results.finished_run import FinishedRun, read_runs, shareable_command
+from run_results.result_page import Page, duration, number, write_page
+from run_results.result_rows import (
     BudgetRow,
     Groups,
     MethodRow,
@@ -34,7 +34,7 @@ from result_rows import (
     one_kl_unit,
     same_bases,
 )
-from step_columns import bases, note_on_steps, with_base_as_it_came
+from run_results.step_columns import bases, note_on_steps, with_base_as_it_came
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.comparison_plots import plot_budget_sweep

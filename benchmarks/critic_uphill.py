@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from finished_run import shareable_command
-from result_page import write_compact_json
+from run_results.finished_run import shareable_command
+from run_results.result_page import write_compact_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
-from uphill_probe import (
+from uphill.probe import (
     ARMS,
     Continuation,
     Decision,
@@ -37,7 +37,7 @@ from uphill_probe import (
     follow,
     meet_decision,
 )
-from uphill_report import StepResult, describe, draw, to_json
+from uphill.report import StepResult, describe, draw, to_json
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
 from vla_trqam.config.parsing import saved_config
@@ -72,7 +72,7 @@ class Subject:
     critic: Critic
 
     def gradient_of(self, observations: np.ndarray, chunks: np.ndarray) -> tuple[Any, Any]:
-        """See `uphill_probe.Gradient`."""
+        """See `uphill.probe.Gradient`."""
         features = self.base.features(self.base.encode(torch.from_numpy(observations)))
         action = torch.from_numpy(chunks.astype(np.float32))
         gradient, value = self.critic.action_gradient(features, action)

@@ -25,8 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from fault_runs import KINDS, Kind, ShortRun
-from run_difference import run_differences
+from failing.runs import KINDS, Kind, ShortRun
+from run_results.run_difference import run_differences
 from tqdm import tqdm
 
 LONGEST = 900.0

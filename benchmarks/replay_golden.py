@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-import golden_baselines
 import numpy as np
 import torch
-from golden_baselines import BASELINES
-from golden_file import GoldenFile
-from golden_weights import Networks, load_initial, named_weights
+from goldens import baselines
+from goldens.baselines import BASELINES
+from goldens.golden_file import GoldenFile
+from goldens.weights import Networks, load_initial, named_weights
 from torch import Tensor
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
@@ -354,12 +354,12 @@ def replay(path: Path, rtol: float = RTOL, atol: float = ATOL) -> Comparison:
 
 def _replay_baseline(golden: GoldenFile, comparison: Comparison) -> None:
     num_updates = golden.num_updates
-    method = golden_baselines.make(golden, *_policy_and_critic(golden))
-    networks = golden_baselines.networks_of(golden, method)
+    method = baselines.make(golden, *_policy_and_critic(golden))
+    networks = baselines.networks_of(golden, method)
     load_initial(golden, networks)
     for update in range(num_updates):
         batch = read_batch(golden, method.policy, update)
-        ours = golden_baselines.replay_update(golden, method, update, batch)
+        ours = baselines.replay_update(golden, method, update, batch)
         for name, value in ours.items():
             key = f"u{update}/{name}"
             if key in golden or name in BASELINES[golden.agent].required:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_difference import run_differences
+from run_results.run_difference import run_differences
 
 QUICK = ("--num_threads=1", "--eval.num_workers=1", "--eval.videos=0", "--eval.episodes=2")
 SHORT = (*QUICK, "--eval.episodes_during_training=2", "--log_freq=5")

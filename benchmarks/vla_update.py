@@ -30,9 +30,16 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
-from step_meter import Parts, clock, counting_work, peak_bytes, peak_bytes_prepared
-from vla_models import POLICIES, Setup, cloning_batch, make_batch, make_observation, make_policy
-from vla_steps import PARTS, REST, Cloning, CloningOnMeta, Sped, Update
+from vla_costs.meter import Parts, clock, counting_work, peak_bytes, peak_bytes_prepared
+from vla_costs.models import (
+    POLICIES,
+    Setup,
+    cloning_batch,
+    make_batch,
+    make_observation,
+    make_policy,
+)
+from vla_costs.steps import PARTS, REST, Cloning, CloningOnMeta, Sped, Update
 from vla_trqam.adapters.fields.evaluations import Evaluations
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from large_dataset import ACTION as ACTION_DIM
 from large_dataset import CAMERAS, STATE, write_filmed
-from real_size import PALIGEMMAS, REAL, real_config, write_real_checkpoint
+from vla_costs.real_size import PALIGEMMAS, REAL, real_config, write_real_checkpoint
 from vla_trqam.adapters.tiny.checkpoints import flow_features
 
 from vla_trqam.errors import UserError

@@ -20,7 +20,7 @@ from pathlib import Path
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
 from claim_page import write_claim
-from claim_runs import ClaimRun, mean_and_spread
+from claim_runs import ClaimRun, from_runs, mean_and_spread
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.figures import CYCLE, new_figure, save
@@ -255,7 +255,7 @@ def tell(groups: Sequence[Group]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no run."""
     about = (__doc__ or "").split("\n")[0]
-    return write_claim("c1", about, arguments, groups_of, tell, draw)
+    return write_claim("c1", about, arguments, from_runs(groups_of), tell, draw)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Self
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
 from claim_page import write_claim
-from claim_runs import ClaimRun, grouped, mean_and_spread
+from claim_runs import ClaimRun, from_runs, grouped, mean_and_spread
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.figures import BUDGET, TUNED, new_figure, save, use_log_axis
@@ -193,7 +193,7 @@ def tell(kept: Sequence[Kept]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no run of the two methods."""
     about = (__doc__ or "").split("\n")[0]
-    return write_claim("c2", about, arguments, kept_of, tell, draw)
+    return write_claim("c2", about, arguments, from_runs(kept_of), tell, draw)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
-from claim_studies import read_table, write_claim
+from claim_page import write_claim
+from claim_studies import from_studies, read_table
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.formats import table
@@ -159,7 +160,7 @@ def _mean(by_seed: Mapping[int, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no study of the claim's."""
     about = (__doc__ or "").split("\n")[0]
-    return write_claim("c4", about, arguments, read_studies, tell)
+    return write_claim("c4", about, arguments, from_studies(read_studies), tell)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import Any
 
 import above  # noqa: F401 (benchmarks/)
 import numpy as np
-from finished_run import read_run
+from claim_page import Source
 from numpy.typing import NDArray
+from run_results.finished_run import read_run
 
 from vla_trqam.config.parsing import read_settings
 from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
@@ -23,6 +24,7 @@ from vla_trqam.report.metrics import (
     json_number,
     read_metrics,
 )
+from vla_trqam.report.page import write_json
 
 REPORT, CONFIG, LINES = "report.json", "config.yaml", "metrics.jsonl"
 TENTH = 1 / 10
@@ -139,6 +141,30 @@ def read_claim_runs(folders: Iterable[Path]) -> list[ClaimRun]:
     if twice:
         raise UserError(f"the run {twice[0]} is given twice")
     return [run for run in map(read_claim_run, found) if run.config["steps"]]
+
+
+def from_runs[T](take: Callable[[Sequence[ClaimRun]], Sequence[T]]) -> Source[T]:
+    """A claim's runs, of each of which a reader keeps command and rates.
+
+    Args:
+        take: what the runs are to the claim.
+    """
+
+    def read(folders: Sequence[Path]) -> Sequence[T]:
+        return take(read_claim_runs(folders))
+
+    def record(folders: Sequence[Path], to: Path) -> str:
+        write_json(to, {"runs": [run.record for run in read_claim_runs(folders)]})
+        return f"recorded {to}"
+
+    return Source(
+        "--runs",
+        "folders of runs",
+        read,
+        "--record",
+        "JSON file for each run's command and rates",
+        record,
+    )
 
 
 def grouped(runs: Sequence[ClaimRun], key: Callable[[ClaimRun], Any]) -> dict[Any, list[ClaimRun]]:

@@ -1,16 +1,13 @@
-"""Studies as the claims read them: the table of runs, copies for a reader, the command line."""
+"""Studies as the claims read them: the table of runs, and copies for a reader."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import above  # noqa: F401 (benchmarks/)
-from marked import put
+from claim_page import Source
 
 from vla_trqam.errors import UserError
 
@@ -45,46 +42,21 @@ def keep(folder: Path, to: Path) -> Path:
     return own
 
 
-def write_claim[T](
-    name: str,
-    about: str,
-    arguments: Sequence[str] | None,
-    read: Callable[[Sequence[Path]], Sequence[T]],
-    tell: Callable[[Sequence[T]], str],
-    draw: Callable[[Path, Sequence[T]], Path] | None = None,
-) -> int:
-    """Command line of a claim that is read from studies.
+def from_studies[T](read: Callable[[Sequence[Path]], Sequence[T]]) -> Source[T]:
+    """A claim's studies, of which a reader keeps the tables and pictures.
 
     Args:
-        name: of the claim, between whose markers its numbers stand.
-        about: a sentence.
-        arguments: the command line; None for the program's.
         read: what the studies' folders are to the claim.
-        tell: its verdict and table.
-        draw: its picture; None where the studies' own are enough.
-
-    Returns:
-        The exit status; 2 for what is no study of the claim's.
     """
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--studies", type=Path, nargs="+", required=True, help="their folders")
-    parser.add_argument("--keep", type=Path, help="folder for copies of what a reader wants")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
-    if draw is not None:
-        parser.add_argument("--output", type=Path, help="PNG to draw")
-    given = parser.parse_args(arguments)
-    try:
-        found = read(given.studies)
-        text = tell(found)
-        if given.page is not None:
-            put(given.page, name, text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    if draw is not None and given.output is not None:
-        print(f"\nwrote {draw(given.output, found)}")
-    if given.keep is not None:
-        for folder in given.studies:
-            print(f"kept {keep(folder, given.keep)}")
-    return 0
+
+    def copied(folders: Sequence[Path], to: Path) -> str:
+        return "\n".join(f"kept {keep(folder, to)}" for folder in folders)
+
+    return Source(
+        "--studies",
+        "their folders",
+        read,
+        "--keep",
+        "folder for copies of what a reader wants",
+        copied,
+    )

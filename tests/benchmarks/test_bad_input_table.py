@@ -5,7 +5,7 @@ from pathlib import Path
 import bad_input
 import pytest
 from bad_input import ROWS, Answer, answer, table
-from bad_input_place import Command, Originals, Place, Row, robomimic
+from bad_inputs.place import Command, Originals, Place, Row, robomimic
 
 LIGHT = {"settings", "file of settings", "hdf5", "resume", "run", "MLP policy"}
 """Areas whose recipes do without LeRobot, whose import alone takes seconds."""

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 from collect_results import main, read_groups
-from finished_run import read_run, shareable_command
 from matplotlib.figure import Figure
+from run_results.finished_run import read_run, shareable_command
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.evaluation import BaseAsItCame, PairedEvaluation

@@ -10,7 +10,7 @@ import pytest
 import torch
 from critic_uphill import examine, load_subject, main
 from safetensors.torch import save_file
-from uphill_probe import (
+from uphill.probe import (
     ARMS,
     Continuation,
     Decision,
@@ -20,7 +20,7 @@ from uphill_probe import (
     meet_decision,
     moves,
 )
-from uphill_report import describe, draw, q_against_returns, to_json, verdict
+from uphill.report import describe, draw, q_against_returns, to_json, verdict
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 
 from vla_trqam.config.parsing import dump_config

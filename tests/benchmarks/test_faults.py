@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fault_hook
 import faults
 import numpy as np
 import pytest
-import run_difference
+from failing import hook
+from run_results import run_difference
 from safetensors.numpy import load_file, save_file
 
 from vla_trqam.data.episode import Episode
@@ -119,7 +119,7 @@ def hooked(tmp_path: Path, **fault: object) -> subprocess.CompletedProcess[str]:
     program, folder = tmp_path / "writes.py", tmp_path / "run"
     program.write_text(WRITES)
     described = json.dumps({"folder": str(folder), **fault})
-    command = [sys.executable, fault_hook.__file__, described, str(program), str(folder)]
+    command = [sys.executable, hook.__file__, described, str(program), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import update_step
-from step_meter import counting_work
 from update_step import AUTHORS_CHAIN, Chain, Size
+from vla_costs.meter import counting_work
 from vla_trqam.recipes.finetune_robomimic import PRESETS
 
 from vla_trqam.config.parsing import parse_config

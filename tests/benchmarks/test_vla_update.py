@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import vla_update
-from step_meter import LiveBytes, Parts, counting_work
-from vla_models import Setup
-from vla_steps import PARTS, REST
+from vla_costs.meter import LiveBytes, Parts, counting_work
+from vla_costs.models import Setup
+from vla_costs.steps import PARTS, REST
 
 from vla_trqam.errors import UserError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_size import SMOLVLM_TEXT, SMOLVLM_VISION
 from transformers import AutoConfig, SmolVLMForConditionalGeneration
+from vla_costs.real_size import SMOLVLM_TEXT, SMOLVLM_VISION
 from whole_run import INPUTS, Told, report, write_inputs
 
 from vla_trqam.errors import UserError

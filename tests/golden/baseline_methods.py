@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_weights import named_weights
+from goldens.weights import named_weights
 from reference_baselines import (
     CRITIC,
     FIELD,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy_images import write_toy_dataset, write_toy_policy
 from update_problems import ACTION, HORIZON, OBSERVATION, STEPS, batch_of, noise_of
-from vla_models import Setup, make_batch, make_observation, make_policy
+from vla_costs.models import Setup, make_batch, make_observation, make_policy
 from vla_trqam.adapters import lerobot_policy
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 

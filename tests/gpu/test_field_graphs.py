@@ -12,7 +12,7 @@ from one_gpu import CUDA, accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_images import write_toy_dataset, write_toy_policy
-from vla_models import Setup, make_batch, make_observation, make_policy
+from vla_costs.models import Setup, make_batch, make_observation, make_policy
 from vla_trqam.adapters import lerobot_policy
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 

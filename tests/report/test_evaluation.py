@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from combined_runs import combine_seeds, pigeonhole_interval
+from run_results.combined_runs import combine_seeds, pigeonhole_interval
 from scipy import stats
 
 from vla_trqam.errors import UserError

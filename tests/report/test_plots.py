@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from combined_runs import plot_comparison
 from matplotlib.figure import Figure
 from PIL import Image
+from run_results.combined_runs import plot_comparison
 from scipy import stats
 
 from vla_trqam.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from combined_runs import comparison_table
+from run_results.combined_runs import comparison_table
 
 from vla_trqam.report import provenance
 from vla_trqam.report.evaluation import BaseAsItCame, PairedEvaluation

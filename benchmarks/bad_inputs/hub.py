@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from bad_input_place import Command, Place, RecipeName, Row, edit_json, hub, replace
+
+from bad_inputs.place import Command, Place, RecipeName, Row, edit_json, hub, replace
 
 Change = Callable[[Path], object]
 Flags = tuple[str, tuple[str, ...], tuple[str, ...]]

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finished_run import FinishedRun, differing_settings
-
+from run_results.finished_run import FinishedRun, differing_settings
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.report.formats import jsonable

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from finished_run import FinishedRun
 
+from run_results.finished_run import FinishedRun
 from vla_trqam.errors import UserError
 from vla_trqam.report.metrics import join_phases, on_same_lines, summarise_trust_region
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from bad_input_place import Command, Place, Row, pi0, robomimic
+from bad_inputs.place import Command, Place, Row, pi0, robomimic
 
 Flags = tuple[tuple[str, ...], str, tuple[str, ...]]
 """The flags, what is wrong with them, and words of the sentence."""

@@ -11,8 +11,9 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_input_place import cut, edit_json, replace
 from PIL import Image
+
+from bad_inputs.place import cut, edit_json, replace
 
 Change = Callable[[Path], object]
 """Spoils a copy of the packed dataset."""

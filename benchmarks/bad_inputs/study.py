@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import yaml
-from bad_input_place import Command, Place, RecipeName, Row
+
+from bad_inputs.place import Command, Place, RecipeName, Row
 
 Settings = dict[str, Any]
 Change = Callable[[Settings], object]
@@ -78,7 +79,7 @@ COMPARED: tuple[tuple[str, Change, tuple[str, ...]], ...] = (
     (
         "trials of a task that has none",
         _entry(trials="cube"),
-        ("those of cube, which is not among --tasks",),
+        ("those of cube, which is no task of the table with trials",),
     ),
     ("known trials that are nowhere", _set(known_trials="no.json"), ("--known_trials=no.json",)),
     ("a seed of trials that is compared", _set(trial_seeds=[0]), ("--trial_seeds has 0",)),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from uphill_probe import ARMS, CONTRASTS, Decision, Outcome, PairedDifference
 
+from uphill.probe import ARMS, CONTRASTS, Decision, Outcome, PairedDifference
 from vla_trqam.report.figures import BUDGET, GAINED, LOST, TUNED, new_figure, save
 from vla_trqam.report.formats import percent, points, points_interval, table
 from vla_trqam.report.plots import rank_correlation

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from golden_file import GoldenFile
 from torch import Tensor, nn
 
+from goldens.golden_file import GoldenFile
 from vla_trqam.critic import CriticEnsemble, EnsembleLayerNorm
 from vla_trqam.methods.parts.entropy import Temperature
 from vla_trqam.networks import MLP, TanhGaussian

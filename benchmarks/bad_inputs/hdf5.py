@@ -10,7 +10,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-from bad_input_place import Command, Place, Row, cut, robomimic
+
+from bad_inputs.place import Command, Place, Row, cut, robomimic
 
 Change = Callable[[h5py.File], object]
 DEMO = "data/demo_1"

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from bad_input_place import Command, Place, Row, cut, edit_json, pi0
-from bad_input_tables import (
+
+from bad_inputs.place import Command, Place, Row, cut, edit_json, pi0
+from bad_inputs.tables import (
     CAMERA,
     DATA,
     EPISODES,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-HOOK = Path(__file__).with_name("fault_hook.py")
+ROOT = Path(__file__).resolve().parents[2]
+HOOK = Path(__file__).with_name("hook.py")
 PACKED = ROOT / "vla_trqam" / "data" / "lift_pi0"
 
 Kind = Literal["state", "image"]
@@ -95,7 +95,7 @@ class ShortRun:
 
         Args:
             flags: beside its settings.
-            fault: see `fault_hook.Fault`; None for none.
+            fault: see `failing.hook.Fault`; None for none.
             launcher: by `accelerate launch`, as users do.
         """
         return self._program([*FLAGS[self.kind], *flags], fault, launcher)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bad_input_place import Command, Place, RecipeName, Row, cut, edit_json, pi0, replace, resumed
-from bad_input_place import robomimic as robomimic_run
+
+from bad_inputs.place import Command, Place, RecipeName, Row, cut, edit_json, pi0, replace, resumed
+from bad_inputs.place import robomimic as robomimic_run
 
 Change = Callable[[Path], object]
 Spoiled = tuple[str, Change, tuple[str, ...]]

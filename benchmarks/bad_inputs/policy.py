@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bad_input_place import Command, Place, Row, cut, edit_json, pi0, replace, robomimic
 from safetensors.numpy import load_file, save
+
+from bad_inputs.place import Command, Place, Row, cut, edit_json, pi0, replace, robomimic
 
 Change = Callable[[Path], object]
 Spoiled = tuple[str, Change, tuple[str, ...]]

@@ -1,6 +1,7 @@
 """A recipe in which a disk or the process itself fails at one chosen file operation.
 
-    python benchmarks/fault_hook.py '{"folder": "out", "area": "replay", "act": "kill", "at": 7}' \
+    python benchmarks/failing/hook.py \
+        '{"folder": "out", "area": "replay", "act": "kill", "at": 7}' \
         recipes/finetune_robomimic.py --output_dir=out
 
 Python tells an audit hook of every file that it opens, makes, renames or removes *before* it does

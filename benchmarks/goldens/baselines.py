@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_file import GoldenFile
-from golden_weights import Networks
 from torch import Tensor
 from vla_trqam.adapters.mlp import MLPFlowPolicy
 
+from goldens.golden_file import GoldenFile
+from goldens.weights import Networks
 from vla_trqam.critic import Critic
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.losses import td_target

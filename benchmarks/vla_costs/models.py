@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from lerobot.policies.factory import get_policy_class
-from real_size import IMAGE_SIDE, PALIGEMMAS, REAL, real_config
 from torch import Tensor
 from vla_trqam.adapters.families.registry import family_of
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.lora import LoRASettings, with_lora
 from vla_trqam.adapters.tiny import checkpoints as tiny
 
+from vla_costs.real_size import IMAGE_SIDE, PALIGEMMAS, REAL, real_config
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 

@@ -11,11 +11,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from step_meter import Parts
 from torch import Tensor, nn
 from vla_trqam.adapters.fields.evaluations import Evaluations
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 
+from vla_costs.meter import Parts
 from vla_trqam.critic import Critic, CriticEnsemble
 from vla_trqam.methods.parts import adjoint_matching
 from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, TRQAMLoss, UpdateNoise

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import gymnasium
 import numpy as np
-from combined_runs import pigeonhole_interval
+from run_results.combined_runs import pigeonhole_interval
 
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.engine.acting import ChunkPolicy

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bad_input_place import ROBOMIMIC, Command, Place, Row
+
+from bad_inputs.place import ROBOMIMIC, Command, Place, Row
 
 MAZE = "pointmaze-medium-navigate-v0"
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"

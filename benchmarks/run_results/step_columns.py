@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finished_run import FinishedRun
-
+from run_results.finished_run import FinishedRun
 from vla_trqam.errors import UserError
 from vla_trqam.report.flow_steps import FlowSteps
 from vla_trqam.report.formats import percent

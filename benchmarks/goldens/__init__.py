@@ -1,0 +1,1 @@
+"""What the authors' recorded updates hold, and how ours replay them."""

@@ -1,0 +1,1 @@
+"""Run folders as a reader's pages and pictures take them."""

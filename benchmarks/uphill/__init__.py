@@ -1,0 +1,1 @@
+"""Whether a critic's gradient leads uphill: what is measured and how it is told."""

@@ -1,0 +1,1 @@
+"""What an update of a full-size VLA takes: models, steps, meter."""
