@@ -355,6 +355,13 @@ class LeRobotFlowPolicy(FlowPolicy):
             self.processors.save_pretrained(directory)
 
     @property
+    def lost_by_merging(self) -> float:
+        """The share of what its adapters change that merged weights have no room for, by norm."""
+        from vla_trqam.adapters.checkpoint.saving import lost_by_merging
+
+        return lost_by_merging(self.model)
+
+    @property
     def lacks_base(self) -> bool:
         """Whether the adapters' base is in no file: loaded adapters are merged into it."""
         return isinstance(self.model, PeftModel) and self.source is None

@@ -28,7 +28,7 @@ from vla_trqam.adapters.checkpoint.policy_gate import (
     check_policy_folder,
     no_foreign_code,
 )
-from vla_trqam.adapters.checkpoint.saving import lost_by_merging
+from vla_trqam.adapters.checkpoint.saving import lost_by_merging, told_of_merging
 from vla_trqam.adapters.checkpoint.weights import NotDrawn, verify_adapters, verify_policy
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.families.registry import check_type, family_of
@@ -47,10 +47,9 @@ NOT_FETCHED = ["training_state/*", "algorithm/*", "checkpoints/*", "*.mp4", "*.p
 NOT_FETCHED += [f"*{suffix}" for suffix in PICKLED]
 
 TOKENIZER = "tokenizer_processor"
-"""LeRobot's name for the step that every supported policy tokenizes with."""
+RENAMING = "rename_observations_processor"
+"""LeRobot's names for the steps by which every supported policy tokenizes, and renames cameras."""
 
-NOTICED_LOSS = 0.01
-"""Of what adapters change, by norm; float32 loses a millionth."""
 AdapterUse = Literal["merge", "continue"]
 
 
@@ -124,12 +123,11 @@ def load_policy(
     if base is not None:
         model = _with_adapters(load_host(base, config), checkpoint, continued=adapter != "merge")
         if adapter == "merge":
-            lost = lost_by_merging(model)
-            if lost > NOTICED_LOSS:
+            told = told_of_merging(lost_by_merging(model))
+            if told is not None:
                 say(
-                    f"{checkpoint.source}: its adapters are merged into weights of half precision, "
-                    f"in which {lost:.0%} of what they change is lost (by norm); "
-                    "--policy.adapter=continue keeps them beside their base"
+                    f"{checkpoint.source}: {told}; --policy.adapter=continue keeps them beside "
+                    "their base"
                 )
             model, base = _merged(model), None
         else:
@@ -171,6 +169,16 @@ def flow_steps_of(path: str | Path, revision: str | None = None) -> int:
     """
     config = read_config(fetch(path, revision))
     return family_of(config).num_flow_steps(config)
+
+
+def adapter_settings(path: str | Path, revision: str | None = None) -> dict[str, Any] | None:
+    """The config of a checkpoint that is an adapter; None for a whole policy.
+
+    Raises:
+        UserError: it cannot be reached or its config read.
+    """
+    config = fetch(path, revision).folder / ADAPTER_CONFIG
+    return read_json(config) if config.is_file() else None
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
@@ -276,7 +284,11 @@ def load_processors(
     Raises:
         UserError: they are missing or cannot be built, or statistics are missing in them.
     """
-    changed = {"device_processor": {"device": str(config.device)}}
+    changed: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
+    if _step(checkpoint, RENAMING) is not None:
+        # As LeRobot's commands do: the map that counts is the one that is given, and by it cameras
+        # have the policy's names before they come here.
+        changed[RENAMING] = {"rename_map": {}}
     changed |= {key: dict(value) for key, value in (overrides or {}).items()}
     if tokenizer is not None:
         changed[TOKENIZER] = {"tokenizer_name": str(_tokenizer_folder(checkpoint, tokenizer))}
@@ -301,18 +313,19 @@ def load_processors(
     return processors
 
 
-def _tokenizer_step(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """As policy_preprocessor.json has it; None where it tokenizes otherwise."""
-    steps = read_json(checkpoint.folder / PREPROCESSOR).get("steps")
+def _step(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    """A step as policy_preprocessor.json has it; None where there is none of the name."""
+    path = checkpoint.folder / PREPROCESSOR
+    steps = read_json(path).get("steps") if path.is_file() else None
     named = [step for step in steps or () if isinstance(step, dict)]
-    return next((step for step in named if step.get("registry_name") == TOKENIZER), None)
+    return next((step for step in named if step.get("registry_name") == name), None)
 
 
 def _tokenizer_folder(checkpoint: Checkpoint, tokenizer: Path) -> Path:
     folder = Path(tokenizer).expanduser()
     if not folder.is_dir():
         raise UserError(f"--policy.tokenizer={tokenizer} is not a folder")
-    if _tokenizer_step(checkpoint) is None:
+    if _step(checkpoint, TOKENIZER) is None:
         raise UserError(
             f"--policy.tokenizer={tokenizer} is for a step {TOKENIZER}, which {checkpoint.source} "
             f"does not have in its {PREPROCESSOR}: leave the flag out"
@@ -325,7 +338,7 @@ def _no_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None, error: Excepti
     reason = str(error).partition("Error: ")[2] or str(error)
     if tokenizer is not None:
         return f"--policy.tokenizer={tokenizer} holds no tokenizer: {_one_line(reason)}"
-    step = _tokenizer_step(checkpoint) or {}
+    step = _step(checkpoint, TOKENIZER) or {}
     name = (step.get("config") or {}).get("tokenizer_name")
     return (
         f"{checkpoint.source}: the tokenizer {name!r} of its {PREPROCESSOR} cannot be had; "

@@ -13,6 +13,9 @@ from vla_trqam.adapters.families.base import FlowFamily
 
 from vla_trqam.errors import UserError
 
+PLAIN_STARTS = (True, False, "gaussian")
+"""Values of ``init_lora_weights`` by which the layer that is adapted stays as it is."""
+
 
 @dataclass(frozen=True)
 class LoRASettings:
@@ -64,7 +67,8 @@ def check_kind(model: PeftModel, *, continued: bool) -> None:
     """Raises a UserError for adapters that are more than ``W + scale B A``.
 
     Biases that were trained can be merged; where the adapters are trained on, the frozen base is
-    the model without them, which trained biases of the base's own layers would move with them.
+    the model without them, which trained biases of the base's own layers would move with them, and
+    which a start by the weights' own singular vectors has taken apart.
     """
     config = model.active_peft_config
     if config.peft_type != PeftType.LORA or config.use_dora:
@@ -73,6 +77,13 @@ def check_kind(model: PeftModel, *, continued: bool) -> None:
     biases = [
         n for n in ("bias", "lora_bias") if getattr(config, n, None) not in ("none", False, None)
     ]
+    start = config.init_lora_weights
+    if continued and start not in PLAIN_STARTS:
+        raise UserError(
+            f"the adapter was begun by init_lora_weights={start}, which changes the base's own "
+            "weights when it is loaded, so there is no base left to go on against: "
+            "--policy.adapter=merge takes all of it into the base"
+        )
     if continued and biases:
         raise UserError(
             f"the adapter trains biases too ({biases[0]}={getattr(config, biases[0])}); only its "

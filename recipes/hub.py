@@ -110,10 +110,15 @@ def _policy(options: argparse.Namespace) -> Iterator[Path | None]:
     saved = find_checkpoint(options.run, options.checkpoint) / PRETRAINED
     if not (saved / "adapter_config.json").is_file():
         raise UserError(f"--merged=true, but {saved} has no adapters: it is a whole policy already")
+    from vla_trqam.adapters.checkpoint.saving import told_of_merging
     from vla_trqam.adapters.loading import load_policy
 
     with TemporaryDirectory() as folder:
-        load_policy(saved, adapter="continue").save_pretrained(Path(folder), merged=True)
+        policy = load_policy(saved, adapter="continue")
+        told = told_of_merging(policy.lost_by_merging)
+        if told is not None:
+            print(f"{saved}: {told}; what is pushed acts otherwise than what was evaluated")
+        policy.save_pretrained(Path(folder), merged=True)
         yield Path(folder)
 
 

@@ -124,7 +124,7 @@ def _chunks_at_decisions(episode: Episode, length: int) -> np.ndarray:
 
 
 def _shrunk(episode: Episode, size: int) -> Episode:
-    images = {camera: shrunk(frames, size) for camera, frames in episode.images.items()}
+    images = {camera: shrunk(np.asarray(frames), size) for camera, frames in episode.images.items()}
     return Episode(**{**vars(episode), "images": images})
 
 

@@ -242,6 +242,12 @@ ADAPTER: tuple[Spoiled, ...] = (
     ),
 )
 
+CONTINUED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("adapters continued in full", ("--peft.method=full",), ("--peft.method=full",)),
+    ("adapters continued with another rank", ("--peft.r=3",), ("--peft.r=3",)),
+    ("adapters continued by who trains none", ("--method.type=ifql",), ("ifql", "merge")),
+)
+
 CRITIC: tuple[Spoiled, ...] = (
     (
         "no algorithm in the checkpoint",
@@ -287,6 +293,14 @@ def _adapter(change: Change, place: Place) -> Command:
     folder = place.adapter()
     change(folder)
     return pi0(place, f"--policy.path={folder}")
+
+
+def _continued(flags: tuple[str, ...], place: Place) -> Command:
+    return pi0(place, f"--policy.path={place.adapter()}", "--policy.adapter=continue", *flags)
+
+
+def _continued_whole(place: Place) -> Command:
+    return pi0(place, f"--policy.path={place.policy()}", "--policy.adapter=continue")
 
 
 def _critic(change: Change, place: Place) -> Command:
@@ -348,6 +362,16 @@ ROWS = (
     Row("policy", "no name of a repository", partial(_elsewhere, "a b/c"), ("a b/c",)),
     Row("policy", "a repository, offline", partial(_elsewhere, "some/one"), ("some/one", "Hub")),
     *(Row("adapter", wrong, partial(_adapter, change), words) for wrong, change, words in ADAPTER),
+    Row(
+        "adapter",
+        "a whole policy that is to be continued",
+        _continued_whole,
+        ("--policy.adapter=continue", "<policy>", "no adapter"),
+    ),
+    *(
+        Row("adapter", wrong, partial(_continued, flags), ("--policy.adapter=continue", *words))
+        for wrong, flags, words in CONTINUED
+    ),
     *(Row("critic", wrong, partial(_critic, change), words) for wrong, change, words in CRITIC),
     *(
         Row("critic", wrong, partial(_trust_region, change), words)

@@ -34,7 +34,7 @@ from vla_trqam.adapters.checkpoint.weights import verify_policy
 from vla_trqam.adapters.families.registry import REFUSED
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.adapters.loading import fetch, load_host, load_policy, read_config
-from vla_trqam.adapters.lora import LoRASettings
+from vla_trqam.adapters.lora import LoRASettings, check_kind
 from vla_trqam.adapters.tiny import checkpoints as tiny
 
 from vla_trqam.errors import UserError
@@ -174,6 +174,57 @@ def test_adapters_with_biases_become_the_base_and_are_not_trained_on(
         load_policy(tmp_path / "adapters", adapter="continue")
     if "bias" in setting:
         assert load_policy(tmp_path / "adapters", lora=LORA).has_adapters
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian"])
+def test_adapters_that_take_the_base_apart_become_the_base_and_are_not_trained_on(
+    start: str, tmp_path: Path
+) -> None:
+    from peft import get_peft_model
+
+    config = moved("tiny_pi0", lora=True).model.peft_config["default"]
+    base = load_policy(checkpoint("tiny_pi0"), lora=None).host
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    settings = dataclasses.replace(config, init_lora_weights=start, inference_mode=False)
+    model = get_peft_model(base, settings)
+    kept = model.get_base_model().state_dict()
+    moves = any(
+        not torch.equal(value, before[name.replace(".base_layer.", ".")])
+        for name, value in kept.items()
+        if ".base_layer." in name
+    )
+    assert moves == (start != "gaussian")
+    config.init_lora_weights = start
+    if moves:
+        with pytest.raises(UserError, match=f"begun by init_lora_weights={start}, which changes"):
+            check_kind(model, continued=True)
+    else:
+        check_kind(model, continued=True)
+    check_kind(model, continued=False)
+
+
+def test_a_map_of_cameras_that_was_saved_is_not_applied_beside_the_one_that_is_given(
+    tmp_path: Path,
+) -> None:
+    """LeRobot's commands put the map of their flag in its place; two swaps would be none."""
+    folder = copied("tiny_pi0", tmp_path)
+    cameras = list(fresh_policy("tiny_pi0", lora=False).host.config.image_features)
+    swapped = dict(zip(cameras, reversed(cameras), strict=True))
+
+    def save(fields: dict[str, Any]) -> None:
+        (step,) = [s for s in fields["steps"] if s["registry_name"].startswith("rename_obs")]
+        step["config"] = {"rename_map": swapped}
+
+    path = folder / "policy_preprocessor.json"
+    fields = json.loads(path.read_text())
+    save(fields)
+    path.write_text(json.dumps(fields))
+    policies = [load_policy(each, lora=None) for each in (checkpoint("tiny_pi0"), folder)]
+    seen = raw_observation(2, 0)
+    one, other = (policy.processors.observe(seen) for policy in policies)
+    for camera in cameras:
+        assert not torch.equal(one[camera], one[swapped[camera]])
+        assert torch.equal(one[camera], other[camera])
 
 
 def test_from_pretrained_is_load_policy() -> None:

@@ -10,6 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vla_trqam.data import episode as module
+from vla_trqam.data.sources.base import create_replay, fill
+from vla_trqam.data.sources.lerobot import pictures
+from vla_trqam.data.sources.lerobot.video import decode_video
 from vla_trqam.errors import UserError
 
 from .lerobot_files import (
@@ -70,7 +74,7 @@ def test_cameras_are_read_as_declared(filmed: Path, shape: list[int], names: Any
     assert reader.cameras == {"front": (HEIGHT, WIDTH, 3)}
     assert reader.features["observation.images.front"]["shape"] == (HEIGHT, WIDTH, 3)
     reader.check_cameras()
-    images = reader.episode(2).images["front"]
+    images = np.asarray(reader.episode(2).images["front"])
     assert images.shape == (LENGTH, HEIGHT, WIDTH, 3)
     assert np.abs(images.mean((1, 2, 3)) - [level(2, t) for t in range(LENGTH)]).max() < 3
 
@@ -99,7 +103,7 @@ def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
         edit_column(root / DATA, "front", setting(row, wrong))
         reader = open_dataset(root, episodes=(row // LENGTH,))
         with pytest.raises(UserError, match=f"32 x 32 x 3 .*{message} shows 16 x 20 x 3"):
-            reader.check_cameras() if row == 0 else list(reader.episodes())
+            reader.check_cameras() if row == 0 else np.asarray(reader.episode(0).images["front"])
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
@@ -110,7 +114,7 @@ def test_images_have_the_declared_channels(tmp_path: Path, mode: str, channels: 
     entry = {"bytes": held.getvalue(), "path": "frame.png"}
     edit_column(root / DATA, "front", lambda _: [entry] * 4 * LENGTH)
     declare(root, "front", shape=[SIDE, SIDE, channels])
-    images = open_dataset(root).episode(0).images["front"]
+    images = np.asarray(open_dataset(root).episode(0).images["front"])
     assert images.shape == (LENGTH, SIDE, SIDE, channels)
     assert (images == 77).all()
     declare(root, "front", shape=[SIDE, SIDE, 4 if channels == 3 else 3])
@@ -204,7 +208,8 @@ def test_episodes_are_found_in_their_own_files(tmp_path: Path) -> None:
     for number, episode in enumerate(reader.episodes()):
         assert np.array_equal(episode.observations, whole[number].observations)
         assert np.array_equal(episode.images["wrist"], whole[number].images["wrist"])
-        difference = episode.images["front"].astype(int) - whole[number].images["front"]
+        shown = np.asarray(episode.images["front"], int)
+        difference = shown - whole[number].images["front"]
         assert np.abs(difference).max() < 3
     (root / VIDEO.format("front")).unlink()
     (root / DATA).unlink()
@@ -256,7 +261,7 @@ def test_a_frame_that_the_video_lacks_is_named_with_its_episode(filmed: Path) ->
     reader = open_dataset(filmed, cameras=("front",))
     message = r"Episode 3 of .*file-000.mp4 has no frame of the camera front at 1.8300 s: the near"
     with pytest.raises(UserError, match=message):
-        reader.episode(3)
+        np.asarray(reader.episode(3).images["front"])
 
 
 def test_a_dataset_without_a_path_of_its_videos_is_refused(filmed: Path) -> None:
@@ -265,3 +270,23 @@ def test_a_dataset_without_a_path_of_its_videos_is_refused(filmed: Path) -> None
         UserError, match=r"has the video 'front'; its meta/info.json has no video_p"
     ):
         open_dataset(filmed).check_cameras()
+
+
+def test_a_long_episode_is_decoded_a_few_frames_at_a_time(
+    filmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied into a replay it never lies in memory as a whole."""
+    at_once: list[int] = []
+
+    def counted(path: Path, times: np.ndarray, **settings: Any) -> np.ndarray:
+        at_once.append(len(times))
+        return decode_video(path, times, **settings)
+
+    reader = open_dataset(filmed, cameras=("front",))
+    whole = np.concatenate([episode.images["front"] for episode in reader.episodes()])
+    monkeypatch.setattr(pictures, "decode_video", counted)
+    monkeypatch.setattr(module, "AT_A_TIME", 4)
+    replay = create_replay(tmp_path / "replay", [reader])
+    fill(replay, reader, "dataset", lambda _: None)
+    assert set(at_once) == {4, LENGTH % 4}
+    assert np.array_equal(replay.images("front"), whole)

@@ -154,6 +154,10 @@ def test_two_further_datasets_are_compared_with_each_other(tmp_path: Path) -> No
             lambda info: info["features"]["observation.state"].update(names=["y", "x"]),
             r"names of a state's numbers are \['x', 'y'\] in the first and \['y', 'x'\] in the sec",
         ),
+        (
+            lambda info: info["features"]["action"].update(names=["r", "l"]),
+            r"names of an action's numbers are \['l', 'r'\] in the first and \['r', 'l'\] in",
+        ),
     ],
 )
 def test_datasets_that_are_not_of_one_robot_are_refused(
@@ -162,6 +166,7 @@ def test_datasets_that_are_not_of_one_robot_are_refused(
     configs = [config_of(tmp_path / name, ONCE, "sparse", tolerance_s=0.04) for name in "ab"]
     for root in (tmp_path / "a", tmp_path / "b"):
         edit_info(root, lambda i: i["features"]["observation.state"].update(names=["x", "y"]))
+        edit_info(root, lambda i: i["features"]["action"].update(names={"motors": ["l", "r"]}))
     opened(*configs)
     edit_info(tmp_path / "b", edit)
     with pytest.raises(UserError, match=f"/a and the dataset .*/b cannot be learned .*{message}"):

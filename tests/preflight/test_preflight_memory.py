@@ -230,7 +230,9 @@ def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_pa
     assert plan.next_action_bytes(policy) == chunks
     needs = memory.measure_memory(policy, None, dry, chunks)
 
-    def needed(count: int, processes: int = 1, plan: disk.ReplayPlan = plan) -> disk.Disk:
+    def needed(
+        count: int, processes: int = 1, plan: disk.ReplayPlan = plan, merged: bool = False
+    ) -> disk.Disk:
         return disk.measure_disk(
             policy,
             plan,
@@ -238,6 +240,7 @@ def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_pa
             needs,
             frame_bytes=dry.prefix,
             num_checkpoints=count,
+            merged=merged,
             processes=processes,
         )
 
@@ -249,7 +252,10 @@ def test_disk_counts_checkpoints_the_replay_and_next_actions(policy: Any, tmp_pa
     assert needed(0).checkpoints == whole
     policy.source = None  # adapters were merged into it: the run's folder gets the base
     assert needed(0).checkpoints == whole * (2 if policy.has_adapters else 1)
+    assert needed(0, merged=True).checkpoints == whole  # it is in every checkpoint
     policy.source = "somewhere"
+    each = needed(3, merged=True).checkpoints - needed(2, merged=True).checkpoints
+    assert each == whole + trained * 3 + chunks
     assert needed(0, 3).replay == 3 * needed(0).replay
     frame = 32 * 32 * 3 + dry.prefix
     assert needed(0).replay == plan.frames * frame + plan.steps * 4 * (STATE + ACTION + 1)

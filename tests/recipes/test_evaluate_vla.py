@@ -1,12 +1,13 @@
 """evaluate.py on runs of a tiny π0: adapters, whole experts, methods that act beside the policy."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_images import ImageToyPool, image_family
+from toy_images import CHUNK, ImageToyPool, image_family
 from vla_runs import TINY, files, forgetful_pool, main, without_simulator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import evaluate
@@ -23,6 +24,7 @@ METHODS = {
     "full": ["--peft.method=full"],
     "merged": ["--policy.merged=true"],
     "fewer_steps": ["--policy.tuned_flow_steps=2"],
+    "first_actions": ["--policy.path={long}", f"--policy.n_action_steps={CHUNK}"],
     "fql": ["--method.type=fql", "--method.hidden_dims=[16]"],
     "dsrl": ["--method.type=dsrl", "--method.hidden_dims=[16]", "--peft.method=full"],
 }
@@ -52,11 +54,17 @@ def last_actions():
 def runs(tmp_path_factory, files, without_simulator):
     """Finished runs, by name."""
     root, found = tmp_path_factory.mktemp("runs"), {}
+    # Chunks of twice as many actions, all of which it would execute.
+    long = shutil.copytree(files.policy, root / "long_chunks")
+    config = json.loads((long / "config.json").read_text())
+    config |= {"chunk_size": 2 * CHUNK, "n_action_steps": 2 * CHUNK}
+    (long / "config.json").write_text(json.dumps(config))
     short = ["--steps=2", "--online.steps=0", "--evaluate_every=0", "--critic.warmup_steps=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(showcase, "write_plots", lambda *_, **__: [])
         for name, flags in METHODS.items():
-            given = [*files.flags(), *short, *flags, f"--eval.episodes={STATES}"]
+            own = [flag.format(long=long) for flag in flags]
+            given = [*files.flags(), *short, *own, f"--eval.episodes={STATES}"]
             assert main(*given, f"--output_dir={root / name}") == 0
             found[name] = Finished(root / name, *last_actions())
     return found

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from toy_deaths import dies_at_update
@@ -27,7 +28,7 @@ from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.folder.pins import read_pins
 from vla_trqam.jobs import vla
-from vla_trqam.jobs.vla_pins import take_pinned_commits
+from vla_trqam.jobs.vla_pins import take_pins
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without_simulator"]
 pytestmark = pytest.mark.slow
@@ -133,5 +134,37 @@ def test_a_resumed_run_takes_the_commits_of_its_beginning(tiny, no_conclusion, t
     pins["base"] = pins["policy"] | {"commit": commit[1:] + "0"}
     path.write_text(json.dumps(pins))
     saved.resume = True
-    assert take_pinned_commits(saved) == commit[1:] + "0"
+    assert take_pins(saved) == commit[1:] + "0"
     assert (saved.policy.revision, saved.dataset.revision) == (commit, commit[::-1])
+
+
+def test_a_resumed_run_takes_the_files_of_its_beginning_where_a_link_has_moved(
+    tiny, no_conclusion, files, tmp_path
+):
+    """As `checkpoints/last` of an earlier run does when that one is given more steps."""
+    folder, last, asked = tmp_path / "run", tmp_path / "last", []
+    first, second = (Path(shutil.copytree(files.policy, tmp_path / n)) for n in ("first", "second"))
+    last.symlink_to(first)
+    with killed(lambda patch: dies_at_update(patch, Cached, 3)):
+        tiny(folder, f"--policy.path={last}")
+    last.unlink()
+    last.symlink_to(second)
+
+    def load(path, **settings):
+        asked.append(path)
+        return load_policy(path, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vla_trqam.jobs.vla_inputs.load_policy", load)
+        assert resume(folder) == 0
+    assert asked == [str(first)]
+    pins = json.loads((folder / "inputs.json").read_text())
+    data = Path(pins["dataset"]["folder"])
+    pins["success labels"] = {"asked": "x", "folder": str(tmp_path), "commit": None, "files": {}}
+    (folder / "inputs.json").write_text(json.dumps(pins))
+    saved = saved_config(FinetuneVLAConfig, folder / "config.yaml")
+    saved.resume, saved.dataset.root = True, Path("elsewhere")
+    saved.dataset.success_labels = Path("elsewhere/labels.json")
+    take_pins(saved)
+    assert saved.dataset.root == data
+    assert saved.dataset.success_labels == tmp_path / "labels.json"

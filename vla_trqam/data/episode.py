@@ -2,10 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+AT_A_TIME = 128
+"""Frames: bounds the memory that a long episode's pictures take."""
+
+
+class LazyImages:
+    """An episode's pictures that are decoded as they are asked for: (F, H, W, C) uint8.
+
+    A part of the frames is an array, and so is the whole to NumPy; a long episode of large pictures
+    need not lie in memory.
+
+    Attributes:
+        shape: as an array's.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], decode: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        """Frames of this shape; ``decode`` takes the numbers of some, increasing."""
+        self.shape, self._decode = shape, decode
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        if isinstance(part, slice):
+            return self._decode(np.arange(len(self))[part])
+        whole: np.ndarray = np.asarray(self)[part]
+        return whole
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = np.empty(self.shape, np.uint8)
+        for part in in_parts(len(self)):
+            whole[part] = self[part]
+        return whole if dtype is None else whole.astype(dtype)
+
+
+Images = np.ndarray | LazyImages
+
+
+def in_parts(count: int) -> Iterator[slice]:
+    """So many frames, a few at a time."""
+    for first in range(0, count, AT_A_TIME):
+        yield slice(first, min(first + AT_A_TIME, count))
 
 
 @dataclass(frozen=True)
@@ -37,7 +84,7 @@ class Episode:
     truncated: bool
     success: bool
     task: str | tuple[str, ...] = ""
-    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    images: Mapping[str, Images] = field(default_factory=dict)
     observed: np.ndarray | None = None
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     seed: int | None = None

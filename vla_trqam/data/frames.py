@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from vla_trqam.data.episode import Episode
+from vla_trqam.data.episode import Episode, Images, in_parts
 from vla_trqam.data.frame_files import (
     FRAMES_NAME,
     FrameHeader,
@@ -168,7 +168,9 @@ class Frames:
         ids = self._task_ids(episode.task)
         observed = episode.where_observed
         for camera, images in episode.images.items():
-            self._columns[image_array(camera)].write(first_frame, images)
+            for part in in_parts(len(images)):
+                column = self._columns[image_array(camera)]
+                column.write(first_frame + part.start, images[part])
         self._columns["frame_rows"].write(first_row, FrameIndex.number(observed, first_frame))
         self._columns["episode_tasks"].write(number, ids[:1])
         if self.header.tasks_of_rows:
@@ -215,7 +217,7 @@ class Frames:
                 "Create it with a larger frame_capacity."
             )
 
-    def _check_images(self, where: str, images: Mapping[str, np.ndarray], frames: int) -> None:
+    def _check_images(self, where: str, images: Mapping[str, Images], frames: int) -> None:
         check_cameras(where, images, self.header.cameras)
         for camera, seen in images.items():
             expected = (frames, *self.header.cameras[camera])
@@ -267,7 +269,7 @@ class FrameObserver(Observer[FrameObservation]):
         return self._replay.observation_at(rows, image_dtype=self._image_dtype)
 
 
-def check_lent(where: str, images: Mapping[str, np.ndarray], end: int, lent: int) -> None:
+def check_lent(where: str, images: Mapping[str, Images], end: int, lent: int) -> None:
     """Whether an episode whose frames lie elsewhere brings none, and lies among these.
 
     Raises:
@@ -281,7 +283,7 @@ def check_lent(where: str, images: Mapping[str, np.ndarray], end: int, lent: int
 
 
 def check_cameras(
-    where: str, images: Mapping[str, np.ndarray], cameras: Mapping[str, ImageShape]
+    where: str, images: Mapping[str, Images], cameras: Mapping[str, ImageShape]
 ) -> None:
     """Whether an episode was seen by a replay's cameras.
 

@@ -175,7 +175,7 @@ class Column:
         """Write rows from `row` on; `values` has the shape of that many rows."""
         with open(self.path, "r+b") as file:
             file.seek(self._offset + row * self._row_bytes)
-            file.write(np.ascontiguousarray(values, dtype=self.rows.dtype).tobytes())
+            file.write(np.ascontiguousarray(values, dtype=self.rows.dtype).data)
 
     def sync(self) -> None:
         """Wait until the disk itself has everything written."""

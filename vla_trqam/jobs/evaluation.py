@@ -233,6 +233,10 @@ def _facts(match: _Match, family: EnvFamily) -> dict[str, Any]:
     """What a reader of the numbers must know beside them."""
     return {
         "policies": {"base": match.base.what, "tuned": match.tuned.what},
+        "executed_actions": {
+            "base": match.base.policy.executed_length,
+            "tuned": match.tuned.policy.executed_length,
+        },
         "simulator": {
             "name": family.name,
             "task": family.task,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -35,6 +36,9 @@ from vla_trqam.jobs.kinds import settings_of_run
 from vla_trqam.methods.base import Actor, FlowActor
 from vla_trqam.methods.registry import make_method, name_of, requirements_of
 from vla_trqam.policy import FlowPolicy
+
+if TYPE_CHECKING:
+    from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
 POLICY_CONFIG = "config.json"
 # A checkpoint's folder lies in its run's, and a policy's in a checkpoint's.
@@ -161,13 +165,16 @@ class Loading:
             revision = given.commit or revision
         if path is None:
             raise UserError(f"{run} does not say which policy it began with: name one by --b")
-        return self._lerobot(
+        policy = self._lerobot(
             path,
             settings,
             adapter=knobs.adapter,
             revision=revision,
             base_revision=None if below is None else below.commit,
         )
+        if knobs.n_action_steps is not None:
+            policy.take_executed_length(knobs.n_action_steps)
+        return policy
 
     def policy(self, folder: Path, settings: RunSettings | None) -> FlowPolicy:
         """A saved policy; adapters are on their base.
@@ -189,7 +196,7 @@ class Loading:
         adapter: str,
         revision: str | None = None,
         base_revision: str | None = None,
-    ) -> FlowPolicy:
+    ) -> LeRobotFlowPolicy:
         from vla_trqam.adapters.critic_features import CriticFeatures
         from vla_trqam.adapters.loading import load_policy
 

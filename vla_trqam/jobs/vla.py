@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from vla_trqam.adapters.checkpoint.saving import told_of_merging
 from vla_trqam.adapters.lerobot_policy import PACKED, LeRobotFlowPolicy
 from vla_trqam.config.parsing import given_flags
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
@@ -260,7 +261,11 @@ class VLAJob(Job[FinetuneVLAConfig]):
 
     def save_policy(self, folder: Path) -> None:
         """In LeRobot's own format."""
-        self.policy.save_pretrained(folder, merged=self.config.policy.merged)
+        merged = self.config.policy.merged
+        self.policy.save_pretrained(folder, merged=merged)
+        told = told_of_merging(self.policy.lost_by_merging) if merged else None
+        if told is not None:
+            print(f"{folder}: {told}; without --policy.merged=true they are saved by themselves")
 
     def publish(self) -> None:
         """The last checkpoint goes to the Hub, where that is wanted."""

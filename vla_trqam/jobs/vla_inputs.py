@@ -14,9 +14,14 @@ import torch
 from vla_trqam.adapters.critic_features import CriticFeatures
 from vla_trqam.adapters.dataset_check import check_against_dataset
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
-from vla_trqam.adapters.loading import camera_names, flow_steps_of, load_policy
+from vla_trqam.adapters.loading import (
+    adapter_settings,
+    camera_names,
+    flow_steps_of,
+    load_policy,
+)
 from vla_trqam.adapters.lora import LoRASettings
-from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig
+from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig, PeftConfig
 from vla_trqam.data.frames import IMAGE_PREFIX, image_key
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind, RewardSpec
@@ -33,8 +38,8 @@ from vla_trqam.errors import UserError
 from vla_trqam.files import written_durably
 from vla_trqam.hub.access import check_push
 from vla_trqam.hub.push import push_checkpoint
-from vla_trqam.jobs.vla_pins import sources_of, take_pinned_commits
-from vla_trqam.methods.registry import check_pushed, name_of
+from vla_trqam.jobs.vla_pins import sources_of, take_pins
+from vla_trqam.methods.registry import check_pushed, name_of, requirements_of
 from vla_trqam.report.flow_steps import check_own_steps
 
 NO_PACKED = "give --policy.path and --dataset.repo_id: this recipe has no packed ones"
@@ -56,9 +61,10 @@ def checked_inputs(
     _check_sizes(config, team)
     if team.is_main:
         _check_push(config)
-    base_revision = take_pinned_commits(config)
+    base_revision = take_pins(config)
     say = print if team.is_main else lambda _: None
     given = _given_policy(config, packed)
+    _check_continued(config, given)
     check_own_steps(flow_steps_of(*given), config.policy.tuned_flow_steps, config.method)
     seen = _looked_through(config, given)
     configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
@@ -125,6 +131,36 @@ def _given_policy(config: FinetuneVLAConfig, packed: Path | None) -> tuple[str, 
     if packed is None:
         raise UserError(NO_PACKED)
     return str(packed / "policy"), None
+
+
+def _check_continued(config: FinetuneVLAConfig, given: tuple[str, str | None]) -> None:
+    """What goes on are adapters, as they are."""
+    if config.policy.adapter != "continue" or config.resume:
+        return
+    flag, peft = "--policy.adapter=continue", config.peft
+    own = adapter_settings(*given)
+    if own is None:
+        raise UserError(
+            f"{flag}: {given[0]} is a whole policy and no adapter, so there is no other base that "
+            "it could go on against; leave it out, and the policy is the base"
+        )
+    if not requirements_of(config.method).trains_field:
+        raise UserError(
+            f"{flag}: {name_of(config.method)} trains nothing of the policy and acts by its base, "
+            "so what the adapters learnt would be lost; --policy.adapter=merge makes it part of it"
+        )
+    if peft.method != "lora":
+        raise UserError(
+            f"{flag} and --peft.method={peft.method} do not go together: what goes on are the "
+            "adapters of the checkpoint; leave one out"
+        )
+    for name in ("r", "lora_alpha", "target_modules"):
+        value = getattr(peft, name)
+        if value not in (getattr(PeftConfig(), name), own.get(name)):
+            raise UserError(
+                f"--peft.{name}={value}: the adapters that {flag} goes on with have "
+                f"{own.get(name)}; leave it out"
+            )
 
 
 def _looked_through(config: FinetuneVLAConfig, given: tuple[str, str | None]) -> tuple[str, ...]:
@@ -301,7 +337,7 @@ def _load_policy(
     policy = load_policy(
         path,
         lora=lora if peft.method == "lora" else None,
-        in_float32=True,
+        in_float32=requirements_of(config.method).trains_field,
         adapter=knobs.adapter,
         features=CriticFeatures(layer=knobs.critic_layer),
         limits=None if family is None else family.action_limits,

@@ -11,30 +11,50 @@ from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
-from vla_trqam.engine.folder.pins import Input, read_pins
+from vla_trqam.engine.folder.pins import Input, Pin, read_pins
 
 # Weights, configs, processors with their statistics, tokenizers; not the card.
 OF_A_POLICY = (".json", ".safetensors", ".model", ".txt", ".jinja")
 INFO = "meta/info.json"
 
 
-def take_pinned_commits(config: FinetuneVLAConfig) -> str | None:
-    """A resumed run takes the commits of its beginning, wherever a branch has moved.
+def take_pins(config: FinetuneVLAConfig) -> str | None:
+    """A resumed run takes what it began with, wherever a branch or a link has moved since.
 
     Returns:
-        That of an adapter's base, which no setting names.
+        The commit of an adapter's base, which no setting names.
     """
     if not config.resume:
         return None
     assert config.output_dir is not None
-    commits = {name: pin.commit for name, pin in read_pins(config.output_dir).items()}
-    if commits.get("policy"):
-        config.policy.revision = commits["policy"]
+    pins, policy = read_pins(config.output_dir), config.policy
+    if "policy" in pins and policy.path is not None:
+        policy.revision = pins["policy"].commit or policy.revision
+        policy.path = str(_place(pins["policy"], Path(policy.path)))
+    if "tokenizer" in pins and policy.tokenizer is not None:
+        policy.tokenizer = _place(pins["tokenizer"], policy.tokenizer)
     datasets: list[OneDatasetConfig] = [config.dataset, *config.dataset.more]
     for name, data in zip(source_names(len(datasets)), datasets, strict=True):
-        if commits.get(name):
-            data.revision = commits[name]
-    return commits.get("base")
+        if name in pins:
+            data.revision = pins[name].commit or data.revision
+        if name in pins and data.root is not None:
+            data.root = _place(pins[name], data.root)
+        labels = pins.get(_labels_of(name))
+        if labels is not None and data.success_labels is not None:
+            data.success_labels = _place(labels, data.success_labels, data.success_labels.name)
+    return pins["base"].commit if "base" in pins else None
+
+
+def _place(pin: Pin, asked: Path, file: str = "") -> Path:
+    """Where the files of the beginning lie; a link, or what a path is relative to, may move."""
+    if pin.folder is None or pin.commit is not None:
+        return asked
+    began = Path(pin.folder) / file
+    return asked if asked.expanduser().resolve() == began else began
+
+
+def _labels_of(dataset: str) -> str:
+    return dataset.replace("dataset", "success labels")
 
 
 def sources_of(
@@ -79,8 +99,7 @@ def _datasets(
         yield _dataset(name, asked, _local_dataset(data), reader)
         labels = data.success_labels
         if labels is not None:
-            whose = name.replace("dataset", "success labels")
-            yield Input(whose, str(labels), labels.parent, (labels.name,))
+            yield Input(_labels_of(name), str(labels), labels.parent, (labels.name,))
 
 
 def _dataset(name: str, asked: str, root: Path | None, reader: LeRobotReader) -> Input:

@@ -70,6 +70,7 @@ def check_machine(
         ),
         output_dir=output_dir,
         num_checkpoints=max(1, whole - len(all_checkpoints(output_dir))),
+        merged=config.policy.merged,
         prefixes=prefixes,
     )
     _tell(report, team)

@@ -52,11 +52,13 @@ def preflight_machine(
     share: Share,
     output_dir: Path,
     num_checkpoints: int,
+    merged: bool = False,
     prefixes: Callable[[], PrefixPlan],
 ) -> PreflightReport:
     """Looks at policy, tables and machine before anything is decoded; changes nothing.
 
-    The readers go by their datasets' names in the replay, and checkpoints are those still to come.
+    The readers go by their datasets' names in the replay, and checkpoints are those still to come,
+    with the adapters ``merged`` into whole weights or alone.
     ``prefixes`` is asked once the policy was seen to take an observation.
 
     Returns:
@@ -71,6 +73,7 @@ def preflight_machine(
         share,
         output_dir,
         num_checkpoints,
+        merged,
         prefixes,
     )
     takes = ("observation",)
@@ -185,6 +188,7 @@ class _Machine:
     share: Share
     output_dir: Path
     num_checkpoints: int
+    merged: bool
     prefixes: Callable[[], PrefixPlan]
 
     @property
@@ -228,6 +232,7 @@ class _Machine:
             self.memory,
             frame_bytes=self.prefixes().frame_bytes,
             num_checkpoints=self.num_checkpoints,
+            merged=self.merged,
             processes=self.share.processes,
         )
         return disk.check_disk(needs, self.plan.path, self.output_dir)

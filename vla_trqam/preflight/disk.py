@@ -86,20 +86,21 @@ def measure_disk(
     *,
     frame_bytes: int,
     num_checkpoints: int,
+    merged: bool = False,
     processes: int = 1,
 ) -> Disk:
     """Each process has a replay like this one, and next actions of its own in every checkpoint.
 
-    A checkpoint holds the policy as the host loads it (adapters without their base), what is
-    trained of it (and its average), Adam's moments and the critic; a base that is in no file yet is
-    written once.
+    A checkpoint holds the policy as the host loads it (adapters without their base, unless they
+    are ``merged``), what is trained of it (and its average), Adam's moments and the critic; a base
+    that adapters alone need and that is in no file yet is written once.
     """
     whole, trained = module_bytes(policy.model), tensor_bytes(policy.trainable_parameters())
-    saved = trained if policy.has_adapters else whole
+    saved = trained if policy.has_adapters and not merged else whole
     critics = 0 if critic is None else module_bytes(critic)
     moving = trained + memory.average + critics + memory.optimizer
     one = saved + moving + processes * memory.next_actions
-    base = whole if policy.lacks_base else 0
+    base = whole if policy.lacks_base and not merged else 0
     room = max(0, plan.bytes_with(frame_bytes) - plan.there)
     return Disk(num_checkpoints * one + whole + base, processes * room)
 

@@ -22,8 +22,6 @@ from vla_trqam.data.sources.lerobot.video import (
 )
 from vla_trqam.errors import UserError
 
-_DECODED_AT_A_TIME = 128  # frames: bounds the memory that a long episode takes
-
 
 class Pictures:
     """The cameras that show colours. Only what is asked for is opened.
@@ -140,15 +138,9 @@ class Pictures:
         Raises:
             UserError: they cannot be decoded.
         """
-        frames = np.empty((len(taken), *shape), np.uint8)
-        for first in range(0, len(taken), _DECODED_AT_A_TIME):
-            some = taken[first : first + _DECODED_AT_A_TIME]
-            if self.feature(camera).dtype == "image":
-                block = self._decode_images(camera, shape, episode, some)
-            else:
-                block = self._decode_video(camera, shape, episode, some, tolerance)
-            frames[first : first + len(some)] = block
-        return frames
+        if self.feature(camera).dtype == "image":
+            return self._decode_images(camera, shape, episode, taken)
+        return self._decode_video(camera, shape, episode, taken, tolerance)
 
     def _part(self, camera: str, episode: EpisodeRows) -> VideoPart:
         if self._info.video_path is None:

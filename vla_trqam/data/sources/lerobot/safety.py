@@ -263,6 +263,9 @@ def _feature(path: Path, name: str, value: Any) -> Feature:
     if not name.isprintable() or set("/\\") & set(name) or name in ("", ".", ".."):
         raise UserError(f"{path} has the feature {_short(name)}, a name that no folder can bear.")
     shape, names = value.get("shape") or [], value.get("names") or []
+    if isinstance(names, dict):  # LeRobot's older robots: {"motors": [...]}
+        parts = [part if isinstance(part, list) else [part] for part in names.values()]
+        names = [name for part in parts for name in part]
     known = isinstance(shape, list) and all(_is_whole(size) for size in shape)
     named = isinstance(names, list) and all(isinstance(side, str) for side in names)
     # LeRobot has put the mark in either place, under either name.

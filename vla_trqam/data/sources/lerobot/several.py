@@ -90,16 +90,19 @@ def check_agree(named: Mapping[str, LeRobotReader]) -> None:
 
 
 def _differences(first: LeRobotReader, other: LeRobotReader) -> Iterator[tuple[str, Any, Any]]:
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "frames per second are": (f"{first.fps:g}", f"{other.fps:g}"),
         "the numbers of an action are": (first.action_dim, other.action_dim),
         "the numbers of a state are": (first.state_dim, other.state_dim),
         "the cameras are": (_cameras(first), _cameras(other)),
         "the further columns are": (first.columns, other.columns),
     }
-    if first.state_names and other.state_names:
-        names = [list(reader.state_names) for reader in (first, other)]
-        pairs["the names of a state's numbers are"] = names[0], names[1]
+    for whose, names in (
+        ("a state's", (first.state_names, other.state_names)),
+        ("an action's", (first.action_names, other.action_names)),
+    ):
+        if all(names):
+            pairs[f"the names of {whose} numbers are"] = list(names[0]), list(names[1])
     for what, (mine, theirs) in pairs.items():
         if mine != theirs:
             yield what, mine, theirs

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vla_trqam.data.episode import Episode
+from vla_trqam.data.episode import Episode, LazyImages
 from vla_trqam.data.frames import STATE_KEY, TASK_KEY, FrameObservation, image_key
 from vla_trqam.data.replay_files import ColumnSpec
 from vla_trqam.data.sampling import RewardKind
@@ -171,6 +171,11 @@ class LeRobotReader:
         return self._info.features[STATE_KEY].names
 
     @property
+    def action_names(self) -> tuple[str, ...]:
+        """Of the action's numbers, where the dataset has any."""
+        return self._info.features["action"].names
+
+    @property
     def num_episodes(self) -> int:
         """Episodes to read."""
         return len(self._rows)
@@ -315,10 +320,9 @@ class LeRobotReader:
         return notes
 
     def episode(self, number: int) -> Episode:
-        """Decode one; they are counted from 0 in the order of their numbers in the dataset.
+        """Read one; they are counted from 0 in the order of their numbers in the dataset.
 
-        Raises:
-            UserError: its frames cannot be decoded.
+        Its pictures are decoded as they are asked for, which raises a UserError where they cannot.
         """
         rows = self._rows[number]
         outcome = self._outcome(rows)
@@ -330,7 +334,7 @@ class LeRobotReader:
         return Episode(
             observations=rows.columns[STATE_KEY].astype(np.float32)[seen],
             images={
-                name: self.pictures(name, number, taken)
+                name: self._pictures_of(name, number, taken)
                 for name in (self.cameras if self._shows else ())
             },
             observed=observed,
@@ -346,6 +350,14 @@ class LeRobotReader:
                 if name not in self._lacks
             },
         )
+
+    def _pictures_of(self, camera: str, number: int, taken: np.ndarray) -> LazyImages:
+        height, width, channels = self.cameras[camera]
+
+        def decode(frames: np.ndarray) -> np.ndarray:
+            return self.pictures(camera, number, taken[frames])
+
+        return LazyImages((len(taken), height, width, channels), decode)
 
     def _outcome(self, rows: EpisodeRows) -> Outcome:
         return self.plan.outcome(rows.columns, rows.position)
