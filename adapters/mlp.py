@@ -223,3 +223,5 @@ def _check_weights(path: Path, tensors: dict[str, Tensor], expected: dict[str, t
             )
         if not bool(torch.isfinite(tensors[key]).all()):
             raise UserError(f"{path}: {key} has a number that is not finite")
+    if not bool((tensors["observation_std"] > 0).all()):
+        raise UserError(f"{path}: observation_std has a number that is not positive")

@@ -55,8 +55,14 @@ def _row(name: str, folder: Path) -> list[str]:
         page,
         ", ".join(own) or "none",
         _first_sentence(method.actor()),
-        *("yes" if getattr(asks, field.name) else "no" for field in fields(Requirements)),
+        *(_told(getattr(asks, field.name)) for field in fields(Requirements)),
     ]
+
+
+def _told(value: bool | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_code, value)) or "none"
+    return "yes" if value else "no"
 
 
 def _first_sentence(actor: Any) -> str:

@@ -84,13 +84,15 @@ class TrustRegionConfig:
                 f"kl_budget is {self.kl_budget}; the KL budget must be a positive, finite number "
                 "of nats"
             )
-        if not 0.0 < self.lam_min <= self.lam_init <= self.lam_max:
+        if not 0.0 < self.lam_min <= self.lam_init <= self.lam_max < math.inf:
             raise UserError(
                 f"lam_min, lam_init, lam_max are {self.lam_min}, {self.lam_init}, {self.lam_max}; "
-                "they must satisfy 0 < lam_min <= lam_init <= lam_max"
+                "they must satisfy 0 < lam_min <= lam_init <= lam_max, and be finite"
             )
-        if not self.dual_step_size >= 0.0:
-            raise UserError(f"dual_step_size is {self.dual_step_size}; it must not be negative")
+        if not 0.0 <= self.dual_step_size < math.inf:
+            raise UserError(
+                f"dual_step_size is {self.dual_step_size}; it must be finite and not negative"
+            )
         if self.dual_steps not in get_args(DualSteps):
             known = " or ".join(map(repr, get_args(DualSteps)))
             raise UserError(f"dual_steps is {self.dual_steps!r}; it must be {known}")
@@ -152,7 +154,17 @@ class TrustRegion:
         return {"lam": self.lam, "kl_ema": self.kl_ema}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores :meth:`state_dict`; a lambda that no dual moves is a setting, not a state."""
+        """Restores :meth:`state_dict`; a lambda that no dual moves is a setting, not a state.
+
+        Raises:
+            UserError: lambda is not within the bounds.
+        """
+        lam, config = float(state["lam"]), self.config
+        if config.dual_step_size > 0.0:
+            if not config.lam_min <= lam <= config.lam_max:
+                raise UserError(
+                    f"lambda there is {lam:g}, and --method.lam_min={config.lam_min:g} and "
+                    f"--method.lam_max={config.lam_max:g} do not hold it"
+                )
+            self.lam = lam
         self.kl_ema = float(state["kl_ema"])
-        if self.config.dual_step_size > 0.0:
-            self.lam = float(state["lam"])

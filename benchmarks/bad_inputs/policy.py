@@ -353,6 +353,11 @@ MLP: tuple[Spoiled, ...] = (
     ("a weight is missing", tensors(WEIGHTS, lambda w: w.pop(min(w))), ("<policy>", WEIGHTS)),
     ("a weight of another shape", tensors(WEIGHTS, first(lambda w: w[:1])), ("<policy>",)),
     ("a weight is NaN", tensors(WEIGHTS, first(with_nan)), ("<policy>", "finite")),
+    (
+        "a negative spread",
+        tensors(WEIGHTS, lambda w: w.update(observation_std=-w["observation_std"])),
+        ("<policy>", "observation_std", "positive"),
+    ),
 )
 
 ROWS = (

@@ -160,3 +160,28 @@ def test_a_trust_region_goes_on_in_its_own_scheme_alone():
         with pytest.raises(UserError, match="of the shifted_euler scheme and this run is of post"):
             begun.load_scalars(theirs)
     assert begun.trust_region.lam == begun.config.lam_init, "nothing was taken"
+
+
+def test_a_trust_region_goes_on_in_its_own_unit_alone():
+    saved, steps = make_off_policy().scalars(), make_policy().num_flow_steps
+    assert saved["unit"] == f"nats per action of {steps} flow steps"
+    make_off_policy().load_scalars(saved)
+    per_chunk = make_off_policy(kl_per_action=False)
+    with pytest.raises(
+        UserError, match=r"of nats per action of .*, and this run's of nats per chu"
+    ):
+        per_chunk.load_scalars(saved)
+    fewer = saved | {"unit": f"nats per action of {steps - 1} flow steps"}
+    ten = saved | {"unit": f"nats per action of {steps} flow steps, an adjoint times 10"}
+    for other in (fewer, ten):
+        with pytest.raises(UserError, match="and this run's of nats per action"):
+            make_off_policy().load_scalars(other)
+    make_off_policy(dual_step_size=0.0).load_scalars(ten)  # nothing but the log's average
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-3, 1e4])
+def test_a_lambda_outside_its_bounds_is_refused(lam):
+    begun = make_off_policy()
+    with pytest.raises(UserError, match=f"lambda there is {lam:g}, and --method.lam_min=0.03"):
+        begun.load_scalars(begun.scalars() | {"lam": lam, "kl_ema": 0.5})
+    assert begun.trust_region.state_dict() == {"lam": begun.config.lam_init, "kl_ema": 0.0}

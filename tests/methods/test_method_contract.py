@@ -118,6 +118,20 @@ def test_micro_batches_make_the_same_update_in_less_memory(name: str) -> None:
         updated(method_of(name), 1, num_parts=BATCH + 1)
 
 
+def test_the_size_of_q_that_fql_may_divide_by_is_the_joint_batchs() -> None:
+    knobs = {"normalize_q_loss": True, "alpha": 0.1}
+    whole = updated(method_of("fql", **knobs), 1)
+    parts = updated(method_of("fql", **knobs), 1, num_parts=BATCH)
+    plain = updated(method_of("fql", alpha=0.1), 1)
+    expected, found = (
+        {n: p.grad for n, p in method.own.named_parameters()} for method in (whole, parts)
+    )
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-6), key
+    others = {n: p.grad for n, p in plain.own.named_parameters()}
+    assert any(not torch.allclose(others[key], value, rtol=0.1) for key, value in expected.items())
+
+
 def test_a_loss_that_is_not_finite_moves_nothing(name: str) -> None:
     method = updated(method_of(name), 2)
     before, scalars = state_of(method), method.scalars()

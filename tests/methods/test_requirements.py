@@ -13,6 +13,7 @@ from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig
+from vla_trqam.methods.best_of_n import BestOfNConfig
 from vla_trqam.methods.cgql import CGQLConfig, CGQLLConfig
 from vla_trqam.methods.dsrl import DSRLConfig
 from vla_trqam.methods.external_kl import ExternalKLConfig
@@ -84,6 +85,11 @@ BAD_KNOBS: list[tuple[type[MethodConfig], dict[str, Any], str]] = [
     (SACFlowConfig, {"num_steps": 0}, "num_steps is 0; it must be at least 1"),
     (SACFlowConfig, {"bc_weight": -1.0}, "bc_weight is -1.0; it must be finite, not negative"),
     (SACFlowConfig, {"target_entropy": float("inf")}, "target_entropy is inf; it must be finite"),
+    (DSRLConfig, {"target_entropy": float("nan")}, "target_entropy is nan; it must be finite"),
+    (ResidualConfig, {"target_entropy": float("inf")}, "target_entropy is inf; it must be finite"),
+    (QAMConfig, {"inverse_temperature": float("inf")}, "inverse_temperature is inf; QAM's beta"),
+    (TRQAMConfig, {"lam_max": float("inf")}, "lam_min, lam_init, lam_max are 0.03, 3.0, inf;"),
+    (TRQAMConfig, {"dual_step_size": float("inf")}, "dual_step_size is inf; it must be finite"),
 ]
 
 
@@ -103,6 +109,7 @@ def test_a_knob_beyond_its_range_is_refused(
         (ResidualConfig(), "--critic.clip_actions"),
         (FQLConfig(), "--critic.gradient_noise"),
         (IFQLConfig(), "--critic.redraws"),
+        (IFQLConfig(), "--critic.next_actions"),
         (ResidualConfig(), "--policy.cuda_graphs"),
         (IFQLConfig(), "--policy.compile"),
     ],
@@ -116,6 +123,11 @@ def test_a_flag_that_the_method_does_not_read_is_refused(
         refuse_idle_knobs(settings(method=method), {flag, "--seed"})
     refuse_idle_knobs(settings(), {flag, "--seed"})
     refuse_idle_knobs(settings(method=method), {"--critic.pessimism", "--seed"})
+
+
+def test_a_judge_of_the_least_head_has_no_use_for_pessimism() -> None:
+    with pytest.raises(UserError, match=r"best_of_n has no use for --critic\.pessimism: leave"):
+        refuse_idle_knobs(vla(method=BestOfNConfig()), {"--critic.pessimism"})
 
 
 @pytest.mark.parametrize("recipe", [finetune_robomimic, finetune_ogbench])

@@ -406,3 +406,11 @@ def test_a_policy_of_ones_own_gets_the_preset_made_for_it(files):
     assert read_config(PI0, packed, own).env.type is None
     assert read_config(PI0, packed, []).env.type == "robomimic"
     assert read_config(PI0, packed, [*own, "--preset=default"]).env.type == "robomimic"
+
+
+def test_the_bases_episodes_come_before_the_first_update_whichever_phase_has_it(tiny, tmp_path):
+    rounds = ("--online.steps=2", "--online.episodes_per_round=1", "--online.updates_per_round=1")
+    flags = ("--steps=0", "--critic.warmup_steps=0", "--base_episodes=2", *rounds)
+    assert tiny(tmp_path / "run", *flags) == 0
+    replay = Replay.open(tmp_path / "run/replay")
+    assert (replay.episodes().source == "online").sum() == 2 + 2

@@ -52,8 +52,10 @@ def _wanted(job: Job[Any]) -> list[Phase]:
     phases = job.first_phases()
     if config.base_alone:
         return phases
-    if warms_up := _warms_up(job):
-        phases.append(_warm_up(job))
+    base_seeds = config.base_seeds()  # before the first update of all
+    if _warms_up(job):
+        phases.append(replace(_warm_up(job), base_episodes=base_seeds))
+        base_seeds = ()
     moving = partial(
         Phase,
         make_method=job.method,
@@ -67,15 +69,17 @@ def _wanted(job: Job[Any]) -> list[Phase]:
                 name=OFFLINE,
                 num_steps=config.steps,
                 sampler=job.draw(),
-                base_episodes=() if warms_up else config.base_seeds(),
+                base_episodes=base_seeds,
             )
         )
+        base_seeds = ()
     if config.online.steps:
         phases.append(
             moving(
                 name=ONLINE,
                 num_steps=config.online.steps,
                 sampler=_online_sampler(job),
+                base_episodes=base_seeds,
                 episodes_before=config.round_seeds,
             )
         )
@@ -100,7 +104,6 @@ def _warm_up(job: Job[Any]) -> Phase:
         make_method=lambda: CriticOnly(job.method()),
         sampler=job.draw(for_critic=True),
         batch_size=config.warmup_batch_size,
-        base_episodes=config.base_seeds(),
         moves_policy=False,
         renew=job.renew,
     )

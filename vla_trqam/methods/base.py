@@ -173,6 +173,7 @@ class Requirements:
         own_field: what acts is a velocity field of the method's own, in which nothing of the
             pretrained one is used.
         can_shard: of several processes, each can keep a part of what is trained.
+        idle: further flags of the critic that have no effect.
     """
 
     trains_field: bool
@@ -183,6 +184,7 @@ class Requirements:
     learns_critic: bool = True
     own_field: bool = False
     can_shard: bool = False
+    idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ The base's policy is never trained for it, so n = 1 acts as the base does, by th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class BestOfNConfig(IFQLConfig):
 class BestOfNMethod(IFQL):
     """See the module."""
 
+    requirements = replace(IFQL.requirements, idle=("--critic.pessimism",))
     config: BestOfNConfig
 
     @property

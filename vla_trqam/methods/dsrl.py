@@ -21,7 +21,13 @@ from vla_trqam.critic import CriticEnsemble
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
-from vla_trqam.methods.parts.entropy import TEMPERATURE, Temperature, entropy_target, entropy_terms
+from vla_trqam.methods.parts.entropy import (
+    TEMPERATURE,
+    Temperature,
+    check_entropy_target,
+    entropy_target,
+    entropy_terms,
+)
 from vla_trqam.methods.parts.off_policy import (
     Draws,
     Losses,
@@ -53,6 +59,7 @@ class DSRLConfig(OffPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_entropy_target(self.target_entropy)
         if not 0.0 < self.noise_scale < float("inf"):
             raise UserError(f"noise_scale is {self.noise_scale}; it must be positive and finite")
 

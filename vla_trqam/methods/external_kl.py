@@ -3,7 +3,7 @@ r"""TRQAM with external KL, the ablation: the trust region as a penalty beside Q
 ``L = L_QAM(beta = 1) + lambda D(theta)``. Chain, noise and adjoint are QAM's, lambda is a number
 that TRQAM's dual moves, and ``D`` is the path KL in the budget's unit, whose gradient flows through
 the tuned field. Every step's minimiser is ``v_tuned - v_base = -(2 V / B) a / (2 + c h lambda)``
-with ``c = 1``, or ``1 / H`` where the KL is per action; TRQAM's own is ``-(V / B) a / lambda``.
+with ``c = 1``, or ``1 / n`` where the KL is per action; TRQAM's own is ``-(V / B) a / lambda``.
 So the penalty is TRQAM at the temperature ``1 + c h lambda / 2``: it can weaken QAM's correction
 and never strengthen it, and lambda works in other units, ``2 / (c h)`` of them for one of TRQAM's.
 At the authors' ``K = 10`` it takes ``lambda = 20`` to halve the correction (100 per action of a

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from vla_trqam.data.transitions import TransitionBatch
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
+from vla_trqam.methods.parts.finite import measured
 from vla_trqam.methods.parts.off_policy import (
     Draws,
     Losses,
     OffPolicyConfig,
     SummedLosses,
     draw_cloning,
+    rows_of,
+    slices,
 )
 from vla_trqam.networks import MLP
 from vla_trqam.policy import Context, FlowPolicy
@@ -102,6 +105,8 @@ class FQL(SummedLosses):
 
     requirements = Requirements(trains_field=False, next_actions=True, host_acts=False)
     config: FQLConfig
+    _joint_size: float | None = None
+    """``|Q|`` of the update that is being made, where it has several parts."""
 
     def make_networks(self) -> dict[str, nn.Module]:
         """The one-step network."""
@@ -144,17 +149,46 @@ class FQL(SummedLosses):
             next_action = self._next_action(next_context, draws)
         td, logged = self._td(batch, features, next_context, next_action)
         distilled = self._flow_action(context, draws["distill"])
-        action = self.one_step(features, policy.executed(draws["distill"], clip=False))
+        action, q = self._value_of(features, draws["distill"])
         distill = (action - distilled).square().mean()
-        q = self.critic.online(features, policy.within_limits(action), frozen=True)
         value = q.mean()
-        scale = q.detach().abs().mean() if self.config.normalize_q_loss else 1.0
+        scale = self._size_of(q)
         loss = td + self.config.alpha * distill - value / scale
         bc = self.behaviour_cloning(batch, draws, context)
         terms = {"distill_loss": distill.detach(), "actor_q": value.detach()}
         if bc is not None:
             loss, terms["bc_loss"] = loss + bc, bc.detach()
         return Losses(loss, logged | terms, next_action)
+
+    def update_from(self, batch: TransitionBatch[Any], draws: Draws, *, num_parts: int = 1) -> None:
+        """See :meth:`SummedLosses.update_from`; of several parts ``|Q|`` is the joint batch's."""
+        several = num_parts > 1 or self.ranks.count > 1
+        joint = several and self.config.normalize_q_loss
+        self._joint_size = self._measured_size(batch, draws, num_parts) if joint else None
+        super().update_from(batch, draws, num_parts=num_parts)
+
+    @torch.no_grad()
+    def _measured_size(self, batch: TransitionBatch[Any], draws: Draws, num_parts: int) -> float:
+        sizes, parts = [], slices(len(batch), num_parts)
+        for rows in parts:
+            with self.ranks.autocast():
+                part = rows_of(batch, rows)
+                features = self.policy.features(self.policy.encode(part.observation))
+                q = self._value_of(features, draws["distill"][rows])[1]
+            sizes.append(q.abs().mean())
+        shares = self.ranks.shares([rows.stop - rows.start for rows in parts])
+        return measured(self.ranks, {"|Q|": (sizes, shares)})["|Q|"]
+
+    def _size_of(self, q: Tensor) -> Tensor | float:
+        if not self.config.normalize_q_loss:
+            return 1.0
+        return q.detach().abs().mean() if self._joint_size is None else self._joint_size
+
+    def _value_of(self, features: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        """The one-step network's chunks at this noise, as executed but for the limits, and Q."""
+        action = self.one_step(features, self.policy.executed(x_0, clip=False))
+        q = self.critic.online(features, self.policy.within_limits(action), frozen=True)
+        return action, q
 
     def critic_losses(self, batch: TransitionBatch[Any], draws: Draws) -> Losses:
         """The TD loss, at the flow's chunks."""

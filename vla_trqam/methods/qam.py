@@ -6,6 +6,7 @@ but the size of the critic's gradient.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from vla_trqam.errors import UserError
@@ -30,9 +31,10 @@ class QAMConfig(TRQAMConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.inverse_temperature > 0.0:
+        if not 0.0 < self.inverse_temperature < math.inf:
             raise UserError(
-                f"inverse_temperature is {self.inverse_temperature}; QAM's beta must be positive"
+                f"inverse_temperature is {self.inverse_temperature}; QAM's beta must be positive "
+                "and finite"
             )
         for name, only in DUAL_OFF.items():
             if getattr(self, name) != only:

@@ -125,8 +125,8 @@ def idle_knobs(config: MethodConfig) -> set[str]:
     if not wants.adjoint:
         idle |= {"--critic.adjoint_pessimism", "--critic.clip_actions", "--critic.gradient_noise"}
     if not wants.next_actions:
-        idle.add("--critic.redraws")
-    return idle
+        idle |= {"--critic.redraws", "--critic.next_actions"}
+    return idle | set(wants.idle)
 
 
 def make_method(

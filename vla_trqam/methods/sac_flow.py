@@ -32,6 +32,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.losses import flow_matching_loss, flow_matching_target
 from vla_trqam.methods.base import Actor, FlowActor, Noise, Requirements, Which
 from vla_trqam.methods.dsrl import Temperature
+from vla_trqam.methods.parts.entropy import check_entropy_target
 from vla_trqam.methods.parts.off_policy import (
     Draws,
     Losses,
@@ -96,8 +97,7 @@ class SACFlowConfig(OffPolicyConfig):
         for name in ("bc_weight", "cloning_weight"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite, not negative")
-        if not math.isfinite(self.target_entropy):
-            raise UserError(f"target_entropy is {self.target_entropy}; it must be finite")
+        check_entropy_target(self.target_entropy)
         if self.train_base:
             raise UserError("train_base is true, but sac_flow has no use for the policy's base")
 

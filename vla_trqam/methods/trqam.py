@@ -53,9 +53,11 @@ __all__ = [
 ]
 
 
-SCHEME, LAMBDA = "scheme", "lambda"
+SCHEME, LAMBDA, UNIT = "scheme", "lambda", "unit"
 """What a trust region's state belongs to: the chain, and what lambda is."""
 INSIDE = "TRQAM's own"
+ACTOR_NORM, CRITIC_NORM = "the actor's gradient norm", "the critic's gradient norm"
+JOINT_NORM = "the joint gradient norm of actor and critic"
 
 
 class TRQAM(OffPolicyMethod):
@@ -106,7 +108,8 @@ class TRQAM(OffPolicyMethod):
         actor = [*policy.trainable_parameters(), *policy.behaviour_parameters()]
         actor += self.loss.own.parameters()
         critics = list(critic.online.parameters())
-        self._clip_groups = [actor + critics] if config.shared_optimizer else [actor, critics]
+        apart = {ACTOR_NORM: actor, CRITIC_NORM: critics}
+        self._clip_groups = {JOINT_NORM: actor + critics} if config.shared_optimizer else apart
         self.optimizer = torch.optim.Adam(
             [{"params": actor, "lr": config.actor_lr}, {"params": critics, "lr": config.critic_lr}],
             fused=True,
@@ -209,16 +212,25 @@ class TRQAM(OffPolicyMethod):
         return {"policy": self.policy, "critic": self.critic, **own, **average}
 
     def scalars(self) -> Scalars:
-        """The trust region's state, and the scheme in whose units it is."""
+        """The trust region's state, and the chain and unit that it is of."""
         state = self.trust_region.state_dict()
         kind: Scalars = {} if self.lambda_is == INSIDE else {LAMBDA: self.lambda_is}
-        return state | super().scalars() | {SCHEME: self.config.scheme} | kind
+        of: Scalars = {SCHEME: self.config.scheme, UNIT: self._unit}
+        return state | super().scalars() | of | kind
+
+    @property
+    def _unit(self) -> str:
+        """What a nat and a lambda are, beside the scheme."""
+        scale = self.config.adjoint_scale
+        times = "" if scale == 1.0 else f", an adjoint times {scale:g}"
+        return f"{self.kl_unit} of {self.policy.num_flow_steps} flow steps{times}"
 
     def load_scalars(self, values: Mapping[str, float | str]) -> None:
         """Restores :meth:`scalars`.
 
         Raises:
-            UserError: they are of another scheme, whose KL is in other units, or of another lambda.
+            UserError: they are of another scheme or of another number of flow steps, whose KL is in
+                other units, or of another lambda.
         """
         state = {name: float(values[name]) for name in self.trust_region.state_dict()}
         theirs, own = values.get(SCHEME, FORMER_SCHEME), self.config.scheme
@@ -232,6 +244,12 @@ class TRQAM(OffPolicyMethod):
             raise UserError(
                 f"lambda there is {found} and this run's is {self.lambda_is}, which has other "
                 "units: take a run of the same method"
+            )
+        unit = values.get(UNIT, self._unit)  # older checkpoints say none
+        if unit != self._unit and self.config.dual_step_size > 0.0:
+            raise UserError(
+                f"lambda and its KL are of {unit}, and this run's of {self._unit}: take the same, "
+                "or leave out --critic.path"
             )
         self.trust_region.load_state_dict(state)
         super().load_scalars(values)
@@ -260,7 +278,7 @@ class TRQAM(OffPolicyMethod):
         parameters = list(self.critic.online.parameters())
         self.ranks.average_gradients(parameters)
         norm = clipped(parameters, self.config.max_grad_norm)
-        self._checked({"the loss": ([output.loss], [share])}, [norm])
+        self._checked({"the loss": ([output.loss], [share])}, {CRITIC_NORM: norm})
         self.critic.update_target()
         # Adam leaves alone what has no gradient.
         self.optimizer.step()
@@ -292,8 +310,9 @@ class TRQAM(OffPolicyMethod):
             self._backward(batch, noise, lam, share, last=number == len(parts))
             for number, ((batch, noise), share) in enumerate(zip(parts, shares, strict=True), 1)
         ]
-        self.ranks.average_gradients(p for group in self._clip_groups for p in group)
-        norms = [clipped(group, self.config.max_grad_norm) for group in self._clip_groups]
+        groups, most = self._clip_groups, self.config.max_grad_norm
+        self.ranks.average_gradients(p for group in groups.values() for p in group)
+        norms = {name: clipped(group, most) for name, group in groups.items()}
         # Averaged over ranks before lambda moves: it is the same on every rank, to the bit.
         found = self._checked(
             {
@@ -310,12 +329,13 @@ class TRQAM(OffPolicyMethod):
             self.average.follow()
         kl = self.trust_region.in_budget_units(found["the path KL"])
         self.trust_region.update(kl)
-        return UpdateResult(outputs, shares, lam, kl, norms, self.policy.executed, self.ranks)
+        return UpdateResult(
+            outputs, shares, lam, kl, [*norms.values()], self.policy.executed, self.ranks
+        )
 
-    def _checked(self, sums: Mapping[str, Terms], norms: Sequence[Tensor]) -> dict[str, float]:
+    def _checked(self, sums: Mapping[str, Terms], norms: Mapping[str, Tensor]) -> dict[str, float]:
         """The numbers of an update, all finite, before anything has moved."""
-        names = ["the actor's gradient norm", "the critic's gradient norm"][-len(norms) :]
-        terms = {name: ([norm], [1.0]) for name, norm in zip(names, norms, strict=True)}
+        terms = {name: ([norm], [1.0]) for name, norm in norms.items()}
         found = measured(self.ranks, {**sums, **terms})
         check_finite(found, f"at lambda {self.trust_region.lam:.3g}")
         return found

@@ -14,6 +14,7 @@ from vla_trqam.engine.folder.checkpoints import CHECKPOINTS, LAST, last_checkpoi
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.errors import UserError
 from vla_trqam.launched import launcher
+from vla_trqam.methods.registry import name_of, requirements_of
 
 Restart = Callable[[Any, Path], Sequence[str]]
 """From settings and a checkpoint's folder to the flags of a new run that begins there."""
@@ -47,10 +48,15 @@ def check_resumed(asked: Any, saved: Any, wanted: Mapping[str, int], *, restart:
             )
         own = saved.GROWING[flag]
         if count > begun and reached in phases and phases.index(reached) > phases.index(own):
+            late = f"--{flag}={count} comes too late: the run in {folder} is past its {own} updates"
+            if not requirements_of(saved.method).host_acts:
+                raise UserError(
+                    f"{late}, and no other run can begin with what {name_of(saved.method)} learns "
+                    "beside the policy: begin one anew with as many"
+                )
             flags = [*restart(saved, folder / CHECKPOINTS / LAST), f"--{flag}={count - begun}"]
             raise UserError(
-                f"--{flag}={count} comes too late: the run in {folder} is past its {own} updates; "
-                f"a new run goes on from its checkpoint: {_new_run(folder, flags)}"
+                f"{late}; a new run goes on from its checkpoint: {_new_run(folder, flags)}"
             )
 
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from vla_trqam.critic import CriticEnsemble
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import Actor, Noise
-from vla_trqam.methods.parts.entropy import TEMPERATURE, Temperature, entropy_target, entropy_terms
+from vla_trqam.methods.parts.entropy import (
+    TEMPERATURE,
+    Temperature,
+    check_entropy_target,
+    entropy_target,
+    entropy_terms,
+)
 from vla_trqam.methods.parts.off_policy import Losses
 from vla_trqam.networks import TanhGaussian
 from vla_trqam.policy import Context, FlowPolicy
@@ -44,8 +50,10 @@ def check_edit(knobs: EditKnobs) -> None:
     """Refuses an edit's knobs that mean nothing.
 
     Raises:
-        UserError: the scale is negative or not finite, or a width is not positive.
+        UserError: the scale is negative or not finite, so is the entropy's target, or a width is
+            not positive.
     """
+    check_entropy_target(knobs.target_entropy)
     if not 0.0 <= knobs.edit_scale < float("inf"):
         raise UserError(f"edit_scale is {knobs.edit_scale}; it must be finite and not negative")
     if min(knobs.edit_hidden_dims, default=1) < 1:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from vla_trqam.errors import UserError
 
 TEMPERATURE = "temperature"
 
@@ -46,6 +50,16 @@ def entropy_terms(
         "temperature": alpha.detach(),
     }
     return actor + alpha * (entropy - target), logged
+
+
+def check_entropy_target(wanted: float | None) -> None:
+    """Refuses one that no temperature could reach.
+
+    Raises:
+        UserError: it is NaN or infinite.
+    """
+    if wanted is not None and not math.isfinite(wanted):
+        raise UserError(f"target_entropy is {wanted}; it must be finite")
 
 
 def entropy_target(wanted: float | None, size: int) -> float:
