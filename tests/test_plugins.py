@@ -47,3 +47,19 @@ def test_a_plugin_brings_no_dependency_of_its_own(name: str) -> None:
     project = tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]
     assert project["name"] == name
     assert project["dependencies"] == []
+
+
+def test_the_wheel_has_every_package() -> None:
+    """The list is by hand, for two folders of the root are installed below the package."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    below = {
+        "vla_trqam": "vla_trqam",
+        "adapters": "vla_trqam.adapters",
+        "recipes": "vla_trqam.recipes",
+    }
+    found = {
+        ".".join([package, *file.parent.relative_to(ROOT / folder).parts])
+        for folder, package in below.items()
+        for file in (ROOT / folder).rglob("__init__.py")
+    }
+    assert sorted(listed) == sorted(found)
