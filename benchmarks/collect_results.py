@@ -21,7 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from run_results.combined_runs import combine_seeds, comparison_table, plot_comparison
+from run_results.combined_runs import (
+    CombinedEvaluation,
+    combine_seeds,
+    comparison_table,
+    plot_comparison,
+)
 from run_results.finished_run import FinishedRun, read_runs, shareable_command
 from run_results.result_page import Page, duration, number, write_page
 from run_results.result_rows import (
@@ -44,6 +49,17 @@ from vla_trqam.report.plots import plot_episodes, plot_success
 from vla_trqam.report.provenance import command_line
 
 
+def mean_gain(combined: CombinedEvaluation) -> str:
+    """The mean over the seeds with both of its intervals; of one seed there is but one."""
+    words = (
+        f"Mean gain {points(combined.difference)} points (95% interval "
+        f"{points_interval(combined.difference_interval)} of these seeds and states"
+    )
+    if len(combined.base_rates) > 1:
+        words += f", {points_interval(combined.seeds_interval)} over the seeds by Student's t"
+    return f"{words})"
+
+
 def seeds_page(runs: Sequence[FinishedRun]) -> Page:
     """Several training seeds of one setting: does tuning help, and does it always?"""
     one_kl_unit(runs)
@@ -53,8 +69,7 @@ def seeds_page(runs: Sequence[FinishedRun]) -> Page:
     headline = (
         f"**{runs[0].title}, {_count(runs)}, {len(runs[0].evaluation)} initial states: "
         f"{bases(runs)}; tuned median {percent(combined.median_tuned_rate)}.** "
-        f"Mean gain {points(combined.difference)} points "
-        f"(95% interval {points_interval(combined.difference_interval)}); the least gain is seed "
+        f"{mean_gain(combined)}; the least gain is seed "
         f"{worst.seed}'s, {points(combined.worst_difference)}; below their base: "
         f"{', '.join(f'seed {seed}' for seed in below) or 'none'}."
     )
@@ -75,7 +90,7 @@ def seeds_page(runs: Sequence[FinishedRun]) -> Page:
         notes=[
             "Base and tuned policy meet the same initial states with the same noise. Intervals: "
             "paired difference by Newcombe's method 10; mean gain by a bootstrap over seeds and "
-            "initial states.",
+            "initial states, and over the seeds alone by Student's t.",
             f"Final KL ({runs[0].kl_unit}): mean estimate over the last tenth of the logged "
             "updates, without the clip that the moving average has.",
             *note_on_steps(runs),

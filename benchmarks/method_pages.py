@@ -3,12 +3,14 @@
     python benchmarks/method_pages.py --folder docs/methods
 
 ``README.md`` gets one row a method of the registry, from its `Requirements` and what it acts by; a
-method's own page its knobs, from the dataclass that owns them, where the page has a place for them.
+method's own page its knobs, from the dataclass that owns them, and its success in the recorded
+comparison, where the page has a place for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields
@@ -23,9 +25,13 @@ from vla_trqam.methods.base import Requirements
 from vla_trqam.methods.bc import BehaviourCloningConfig
 from vla_trqam.methods.registry import METHODS
 from vla_trqam.report.formats import table
+from vla_trqam.study.tables import mean_sd
 
-INDEX, ALL, KNOBS = "README.md", "methods", "knobs"
+INDEX, ALL, KNOBS, COMPARED = "README.md", "methods", "knobs", "compared"
+STUDIES = Path(__file__).resolve().parents[1] / "docs/results/claims_c4"
+"""Of the comparison: a folder a study, with its table of runs."""
 SHARED = ("policy", "critic")
+STAGES = ("base", "after_offline", "after_online")
 OWNERS: dict[str, type] = {
     **{name: entry.config for name, entry in METHODS.items()},
     "bc": BehaviourCloningConfig,
@@ -79,18 +85,35 @@ def knobs_table(config: type) -> str:
     return table(("knob", "default", "what it is"), [[_cell(c) for c in row] for row in rows])
 
 
+def success_table(method: str) -> str:
+    """A row a task of the comparison, means over its seeds."""
+    rows = []
+    for path in sorted(STUDIES.glob("*/table.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            runs = [row for row in csv.DictReader(file) if row["method"] == method]
+        for task in dict.fromkeys(run["task"] for run in runs):
+            own = [run for run in runs if run["task"] == task]
+            rates = [mean_sd([float(run[column]) for run in own]) for column in STAGES]
+            page = f"[{task}](../results/claims_c4/{path.parent.name}/table.md)"
+            rows.append([page, str(len(own)), *rates])
+    return table(("task", "seeds", "base", "after offline", "after online"), rows)
+
+
 def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
 def write(folder: Path) -> list[Path]:
     """Writes into every page that there is; returns those that changed."""
-    pages = {folder / INDEX: (ALL, methods_table(folder))}
+    parts = [(folder / INDEX, ALL, methods_table(folder))]
     for name, config in OWNERS.items():
         page = folder / f"{name}.md"
-        if page.is_file() and begin_of(KNOBS) in page.read_text(encoding="utf-8"):
-            pages[page] = (KNOBS, knobs_table(config))
-    return [page for page, (name, text) in pages.items() if put(page, name, text)]
+        there = page.read_text(encoding="utf-8") if page.is_file() else ""
+        if begin_of(KNOBS) in there:
+            parts.append((page, KNOBS, knobs_table(config)))
+        if begin_of(COMPARED) in there:
+            parts.append((page, COMPARED, success_table(name)))
+    return list(dict.fromkeys(page for page, name, text in parts if put(page, name, text)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ than 20 points; the claim holds where both are so on all tasks.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from claim_studies import from_studies, read_table
 from vla_trqam.errors import UserError
 from vla_trqam.report.figures import BASE, new_figure, save
 from vla_trqam.report.formats import table
-from vla_trqam.study.statistics import Estimate, rank_correlation
+from vla_trqam.study.statistics import Estimate, rank_correlation, spearman
 from vla_trqam.study.tables import mean_sd
 
 LARGEST_STEP = 0.2
@@ -85,6 +86,15 @@ class Task:
         return rank_correlation(pairs[:, 0], pairs[:, 1])
 
     @property
+    def correlations_of_seeds(self) -> list[float]:
+        """The same of each seed's runs, whose base and data they share."""
+        found = []
+        for seed in sorted({ran.seed for ran in self.runs}):
+            pairs = np.array([(r.budget, r.success) for r in self.runs if r.seed == seed])
+            found.append(spearman(pairs[:, 0], pairs[:, 1]))
+        return found
+
+    @property
     def in_order(self) -> bool:
         """Whether the interval of the correlation excludes zero."""
         interval = self.correlation.interval
@@ -96,9 +106,21 @@ class Task:
         return max(abs(b - a) for a, b in pairwise(self.means))
 
     @property
+    def error_of_step(self) -> float:
+        """The standard error of this step, by the seeds' scatter; NaN of one seed."""
+        groups = [[r.success for r in runs] for runs in self.by_budget.values()]
+        steps = [abs(float(np.mean(b) - np.mean(a))) for a, b in pairwise(groups)]
+        one, other = list(pairwise(groups))[int(np.argmax(steps))]
+        return math.sqrt(sum(_variance(each) / len(each) for each in (one, other)))
+
+    @property
     def smooth(self) -> bool:
         """Whether no step is larger than the rule's."""
         return self.largest_step <= LARGEST_STEP
+
+
+def _variance(values: Sequence[float]) -> float:
+    return float(np.var(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def read_studies(folders: Sequence[Path]) -> list[Task]:
@@ -147,7 +169,11 @@ def tell(tasks: Sequence[Task]) -> str:
     rows += [
         ["the base", *(mean_sd(list({r.seed: r.base for r in t.runs}.values())) for t in tasks)],
         ["rank correlation (95%)", *(_interval(task.correlation) for task in tasks)],
-        ["largest step, points", *(f"{100 * task.largest_step:.0f}" for task in tasks)],
+        ["of each seed alone", *(_of_seeds(task) for task in tasks)],
+        [
+            "largest step ± standard error, points",
+            *(f"{100 * task.largest_step:.0f} ± {100 * task.error_of_step:.0f}" for task in tasks),
+        ],
     ]
     return f"{verdict}\n\n{table(header, rows)}"
 
@@ -156,6 +182,10 @@ def _cell(runs: Sequence[Ran]) -> str:
     if not runs:
         return ""
     return f"{mean_sd([r.success for r in runs])}: {np.mean([r.kl for r in runs]):.3g}"
+
+
+def _of_seeds(task: Task) -> str:
+    return ", ".join(f"{value:+.2f}" for value in task.correlations_of_seeds)
 
 
 def _interval(found: Estimate) -> str:

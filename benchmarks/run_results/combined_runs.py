@@ -6,7 +6,7 @@ The interval of the pooled gain is a bootstrap over both training runs and initi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from vla_trqam.report.figures import (
     use_log_axis,
 )
 from vla_trqam.report.formats import percent, points, points_interval, table
-from vla_trqam.report.metrics import Metrics, join_phases
+from vla_trqam.report.metrics import Metrics, join_phases, json_number
+from vla_trqam.study.statistics import mean_interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class CombinedEvaluation:
         tuned_rates: (R,) success rate of each run's tuned policy.
         difference: Tuned minus base success rate, over all runs and initial states.
         difference_interval: Its bootstrap interval.
+        seeds_interval: Student's over the runs alone; NaN of one.
         confidence: Coverage of the interval.
         replicates: Bootstrap replicates behind it.
     """
@@ -46,6 +48,7 @@ class CombinedEvaluation:
     tuned_rates: NDArray[np.float64]
     difference: float
     difference_interval: Interval
+    seeds_interval: Interval
     confidence: float
     replicates: int
 
@@ -74,6 +77,7 @@ class CombinedEvaluation:
             "worst_difference": self.worst_difference,
             "difference": self.difference,
             "difference_interval": [self.difference_interval.low, self.difference_interval.high],
+            "seeds_interval": [json_number(end) for end in astuple(self.seeds_interval)],
             "confidence": self.confidence,
             "bootstrap_replicates": self.replicates,
         }
@@ -89,8 +93,9 @@ def combine_seeds(
     """Combine training runs that were evaluated on the same initial states.
 
     The interval is a bootstrap over training runs and over initial states (`pigeonhole_interval`):
-    neither the N episodes of a run nor the R runs on a state are independent. Three runs say little
-    about other runs, and the interval shows it; a single run gives no more than its own states.
+    neither the N episodes of a run nor the R runs on a state are independent. Three runs drawn anew
+    are still the same three, so what it says of other runs is too narrow: Student's interval over
+    the runs stands beside it. A single run gives no more than its own states.
 
     Args:
         evaluations: R paired evaluations; the same seeds in the same order.
@@ -120,6 +125,7 @@ def combine_seeds(
         difference_interval=pigeonhole_interval(
             gains, confidence=confidence, replicates=replicates, seed=bootstrap_seed
         ),
+        seeds_interval=mean_interval(gains.mean(axis=1, keepdims=True)),
         confidence=confidence,
         replicates=replicates,
     )

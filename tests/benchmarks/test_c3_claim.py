@@ -6,6 +6,7 @@ from pathlib import Path
 
 import c3_response
 import claim_studies
+import numpy as np
 import pytest
 from marked import marked
 
@@ -50,7 +51,10 @@ def test_it_holds_where_success_rises_by_small_steps(tmp_path: Path) -> None:
     in_order = "success is in order on lift (rising), maze (rising), "
     assert text.startswith(f"**Claim 3 holds** on lift, maze: {in_order}")
     assert "and smooth on lift, maze." in text
-    assert "| largest step, points | 10 | 10 |" in text
+    # The error of a difference of two means of three seeds, which scatter by 1 point.
+    error = 100 * np.sqrt(2 * 0.01**2 / 3)
+    assert f"| largest step ± standard error, points | 10 ± {error:.0f} | 10 ± {error:.0f} |" in text
+    assert "| of each seed alone | +1.00, +1.00, +1.00 | +1.00, +1.00, +1.00 |" in text
     # Budgets with their KL, the mean of three seeds and their standard deviation, 1 point.
     assert "| 0.5 | 61.0% ± 1.0: 0.45 | 61.0% ± 1.0: 0.45 |" in text
     assert "| the base | 25.0% ± 0.0 | 25.0% ± 0.0 |" in text

@@ -12,6 +12,7 @@ from vla_trqam.study.statistics import (
     improvements,
     interquartile_means,
     mean_interval,
+    mean_p,
     performance_profiles,
     rank_correlation,
     rate_interval,
@@ -139,3 +140,12 @@ def test_the_rank_correlation_is_spearmans_and_its_interval_holds_it():
     assert rank_correlation(budget[::-1], effect[::-1], replicates=300) == found
     assert rank_correlation(budget, budget, replicates=50).interval.low == pytest.approx(1.0)
     assert spearman(budget, np.zeros(12)) == 0.0
+
+
+def test_the_test_of_a_mean_agrees_with_students_and_with_its_interval():
+    one = RNG.normal(0.2, 0.1, 4)
+    assert mean_p(one[:, None]) == pytest.approx(stats.ttest_1samp(one, 0.0).pvalue)
+    for values in RNG.normal(0.1, 0.1, (50, 3, 2)):
+        assert (mean_p(values) < 0.05) == (0.0 not in mean_interval(values))
+    assert mean_p(np.zeros((3, 2))) == mean_p(np.array([[0.5, 0.7]])) == 1.0
+    assert mean_p(np.full((3, 1), 0.25)) == 0.0

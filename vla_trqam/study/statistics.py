@@ -188,6 +188,24 @@ def mean_interval(values: NDArray[np.float64]) -> Interval:
     return Interval(mean - reach, mean + reach)
 
 
+def mean_p(values: NDArray[np.float64]) -> float:
+    """Two-sided p-value of a mean of 0, by the same Student's t as :func:`mean_interval`.
+
+    Args:
+        values: (R, M), the R of each column around its own mean.
+
+    Returns:
+        1 where R is 1, or where nothing differs from 0.
+    """
+    rows, columns = values.shape
+    if rows < 2 or not np.any(values):
+        return 1.0
+    error = math.sqrt(float(values.var(axis=0, ddof=1).mean()) / values.size)
+    if error == 0.0:
+        return 0.0
+    return float(2 * stats.t.sf(abs(values.mean()) / error, columns * (rows - 1)))
+
+
 def rate_interval(
     rates: NDArray[np.float64], episodes: int, replicates: int = REPLICATES
 ) -> Interval:
