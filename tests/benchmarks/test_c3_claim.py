@@ -53,7 +53,9 @@ def test_it_holds_where_success_rises_by_small_steps(tmp_path: Path) -> None:
     assert "and smooth on lift, maze." in text
     # The error of a difference of two means of three seeds, which scatter by 1 point.
     error = 100 * np.sqrt(2 * 0.01**2 / 3)
-    assert f"| largest step ± standard error, points | 10 ± {error:.0f} | 10 ± {error:.0f} |" in text
+    assert (
+        f"| largest step ± standard error, points | 10 ± {error:.0f} | 10 ± {error:.0f} |" in text
+    )
     assert "| of each seed alone | +1.00, +1.00, +1.00 | +1.00, +1.00, +1.00 |" in text
     # Budgets with their KL, the mean of three seeds and their standard deviation, 1 point.
     assert "| 0.5 | 61.0% ± 1.0: 0.45 | 61.0% ± 1.0: 0.45 |" in text
