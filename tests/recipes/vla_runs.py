@@ -62,6 +62,10 @@ TINY = [
 ]
 
 
+WITHOUT_NEXT_ACTIONS = {"--method.type=ifql", "--method.type=best_of_n"}
+"""Methods that refuse a flag of TINY which would do nothing."""
+
+
 @dataclass
 class Files:
     """What runs are given.
@@ -143,7 +147,10 @@ def tiny(files: Files) -> Callable[..., int]:
     """Runs the recipe with tiny settings; later flags win."""
 
     def run(folder: Path, *flags: str) -> int:
-        return main(*files.flags(), f"--output_dir={folder}", *flags)
+        own = files.flags()
+        if WITHOUT_NEXT_ACTIONS & set(flags):
+            own = [flag for flag in own if not flag.startswith("--critic.next_actions")]
+        return main(*own, f"--output_dir={folder}", *flags)
 
     return run
 
