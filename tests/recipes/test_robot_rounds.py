@@ -16,10 +16,11 @@ pytestmark = pytest.mark.long
 EPISODES, ROUNDS = 40, 3
 TUNING = [
     *("--env.type=null", "--online.steps=0", "--base_episodes=0", "--evaluate_every=0"),
-    *("--peft.r=8", "--batch_size=32", "--steps=150", "--critic.warmup_steps=600"),
+    *("--peft.method=lora", "--peft.r=8", "--policy.merged=false"),
+    *("--batch_size=32", "--steps=300", "--critic.warmup_steps=600"),
     *("--critic.batch_size=64", "--critic.hidden_dims=[64,64]", "--critic.ensemble_size=4"),
     *("--critic.updates_per_step=3", "--method.actor_lr=2e-3", "--method.critic_lr=1e-3"),
-    *("--method.kl_budget=0.5", "--policy.tuned_flow_steps=null", "--save_freq=1000"),
+    *("--method.kl_budget=1", "--policy.tuned_flow_steps=null", "--save_freq=1000"),
     *("--num_threads=1", "--eval.videos=0", "--dataset.reward=success"),
 ]
 
