@@ -219,6 +219,9 @@ def _gone_data(run: Path) -> None:
     settings = yaml.safe_load((run / CONFIG).read_text())
     settings["dataset"]["root"] = "/nowhere"
     replace(run / CONFIG, yaml.safe_dump(settings))
+    pins = json.loads((run / "inputs.json").read_text())
+    pins["dataset"]["folder"] = "/nowhere"
+    replace(run / "inputs.json", json.dumps(pins))
 
 
 VLA: tuple[Spoiled, ...] = (

@@ -245,7 +245,7 @@ ADAPTER: tuple[Spoiled, ...] = (
 CONTINUED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("adapters continued in full", ("--peft.method=full",), ("--peft.method=full",)),
     ("adapters continued with another rank", ("--peft.r=3",), ("--peft.r=3",)),
-    ("adapters continued by who trains none", ("--method.type=ifql",), ("ifql", "merge")),
+    ("adapters continued by who trains none", ("--method.type=fql",), ("fql", "merge")),
 )
 
 CRITIC: tuple[Spoiled, ...] = (

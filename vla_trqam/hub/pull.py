@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -119,11 +120,22 @@ def load_algorithm(algorithm: Path, method: OffPolicyMethod, *, trust_region: bo
         tensors = load_file(algorithm / "networks.safetensors")
         critic = {k.removeprefix(CRITIC): v for k, v in tensors.items() if k.startswith(CRITIC)}
         _check_finite(critic)
+        _check_shapes(critic, method.critic.state_dict())
         method.critic.load_state_dict(critic)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{algorithm} does not fit this run's critic: {one_line(error)}") from None
     if trust_region:
         _load_trust_region(algorithm / "scalars.json", method)
+
+
+def _check_shapes(critic: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for name, value in critic.items():
+        mine = list(own[name].shape) if name in own else list(value.shape)
+        if mine != list(value.shape):
+            raise ValueError(
+                f"its {name} has the shape {list(value.shape)}, this run's {mine}; take that run's "
+                "--critic.hidden_dims and --critic.ensemble_size"
+            )
 
 
 def _check_finite(critic: dict[str, Tensor]) -> None:
