@@ -105,6 +105,13 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     method.update_with(batch_of(1), noise_of(1))
 
 
+def test_a_joint_gradient_norm_is_not_called_the_critics() -> None:
+    method = started(TRQAMConfig(shared_optimizer=True))
+    spoil_gradient(next(method.policy.trainable_parameters()), math.nan)
+    with pytest.raises(DivergenceError, match="the joint gradient norm of actor and critic is nan"):
+        method.update_with(batch_of(1), noise_of(1))
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_path_kl_that_is_not_finite_moves_nothing_though_the_loss_is(
     value: float, monkeypatch: pytest.MonkeyPatch

@@ -193,6 +193,18 @@ def test_a_run_without_online_updates_can_be_given_some(
     assert differences(more, without_times(uninterrupted[0])) == []
 
 
+def test_what_a_method_learnt_beside_the_policy_is_not_offered_to_be_thrown_away(
+    tiny, no_conclusion, tmp_path, capsys
+):
+    assert tiny(tmp_path / "run", "--method.type=fql", "--method.hidden_dims=[8]") == 0
+    capsys.readouterr()
+    assert go_on(tmp_path / "run", "--steps=9") == 2
+    said = capsys.readouterr().err
+    assert "comes too late" in said
+    assert "no other run can begin with what fql learns beside the policy" in said
+    assert "--policy.path" not in said
+
+
 def test_updates_do_not_shrink_and_do_not_grow_in_a_phase_that_is_over(
     tiny, no_conclusion, tmp_path, capsys, monkeypatch
 ):
