@@ -57,7 +57,7 @@ def test_frames_are_the_episodes_own_where_others_were_deleted(tmp_path: Path, k
     for number, episode in zip((0, 2, 3), left, strict=True):
         assert np.array_equal(episode.images["front"], whole[number].images["front"])
         assert episode.observations[:, 0].tolist() == [number] * (LENGTH + 1)
-        grey = episode.images["front"].mean(axis=(1, 2, 3))
+        grey = np.mean(episode.images["front"], axis=(1, 2, 3))
         assert np.abs(grey - [level(number, t) for t in range(LENGTH)]).max() < 3
     (last,) = open_dataset(root, episodes=(3,)).episodes()
     assert np.array_equal(last.images["front"], whole[3].images["front"])
