@@ -57,7 +57,7 @@ def pretraining_demos(config: FinetuneRobomimicConfig, file: RobomimicFile) -> l
         known = sorted({key for demo in file.demos for key in demo.filter_keys})
         raise UserError(
             f"--pretrain.filter_key={key} selects no demo of {file.path}; "
-            f"there are {', '.join(known) or 'no filter keys'}"
+            f"there are {', '.join(known) or 'no filter keys'}; null takes all demos"
         )
     count = config.pretrain.num_demos
     if count is not None and count > len(names):
