@@ -28,7 +28,7 @@ from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.columns import OBJECT_POSITIONS
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.envs.base import EnvFamily
-from vla_trqam.envs.lerobot import lerobot_family
+from vla_trqam.envs.lerobot.family import lerobot_family
 from vla_trqam.envs.metaworld.demonstrators import (
     POSES,
     QUALITIES,

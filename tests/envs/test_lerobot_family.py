@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from family_contract import FamilyContract, assert_pictures
 
-from vla_trqam.envs.lerobot import lerobot_family
+from vla_trqam.envs.lerobot.family import lerobot_family
+from vla_trqam.envs.worker import FrameRecorder, FrameSettings
 from vla_trqam.errors import UserError
 
 # Importing LeRobot takes ten seconds and more, here and in each simulator process.
@@ -178,8 +179,25 @@ class Counter(gymnasium.Env):
         return {"agent_pos": np.array([self.start + self.steps]), "pixels": {"top": image}}
 
 
-@pytest.fixture
-def suite(monkeypatch):
+class Restless(Counter):
+    """Names its task when it starts, and starts again when it has succeeded, as some of theirs."""
+
+    def reset(self, *, seed=None, options=None):
+        started = super().reset(seed=seed, options=options)
+        self.task_description = f"bring the {'apple' if seed % 4 < 2 else 'mug'}"
+        return started
+
+    def step(self, action):
+        seen, *rest = super().step(action)
+        if self.steps == 3:
+            self.reset()
+        return seen, *rest
+
+    def render(self):
+        return self.seen()["pixels"]["top"]
+
+
+def suite_of(kind, monkeypatch):
     """A type of two tasks, as a plugin would bring it."""
     from lerobot.envs.configs import EnvConfig
 
@@ -189,10 +207,20 @@ def suite(monkeypatch):
 
         def create_envs(self, n_envs, use_async_envs=False):
             make = gymnasium.vector.SyncVectorEnv
-            return {"suite": {k: make([lambda k=k: Counter(f"task {k}")]) for k in range(2)}}
+            return {"suite": {k: make([lambda k=k: kind(f"task {k}")]) for k in range(2)}}
 
     monkeypatch.setitem(EnvConfig._choice_registry, "suite", SuiteConfig)
     return lerobot_family("suite", max_episode_steps=5)
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    return suite_of(Counter, monkeypatch)
+
+
+@pytest.fixture
+def restless(monkeypatch):
+    return suite_of(Restless, monkeypatch)
 
 
 def test_of_a_suite_the_seed_decides_the_task(suite):
@@ -201,6 +229,26 @@ def test_of_a_suite_the_seed_decides_the_task(suite):
     for seed in (4, 7, 8):
         env.reset(seed=seed)
         assert env.task_text == f"task {seed % 2}"
+
+
+def test_a_task_that_is_named_when_an_episode_starts_is_what_the_policy_is_told(restless):
+    env = restless.make(False)
+    told = []
+    for seed in (0, 1, 2, 3):
+        env.reset(seed=seed)
+        told.append(env.task_text)
+    assert told == ["bring the apple"] * 2 + ["bring the mug"] * 2
+
+
+def test_an_environment_that_starts_again_by_itself_is_left_as_it_ended(restless):
+    """So that a film's last frame is of the episode."""
+    env = FrameRecorder(restless.make(True))
+    env.configure(FrameSettings(every=1, height=8, width=9))
+    for _ in range(2):
+        env.reset(seed=1)
+        while not env.step(np.array([2.0], np.float32))[2]:
+            pass
+        assert [int(frame.max()) for frame in env.frames] == [0, 1, 2, 3]
 
 
 def test_success_that_ends_no_episode_there_ends_it_here(suite):

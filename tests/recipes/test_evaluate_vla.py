@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from toy_images import CHUNK, ImageToyPool, image_family
 from vla_runs import TINY, files, forgetful_pool, main, without_simulator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
@@ -26,6 +27,7 @@ METHODS = {
     "fewer_steps": ["--policy.tuned_flow_steps=2"],
     "first_actions": ["--policy.path={long}", f"--policy.n_action_steps={CHUNK}"],
     "fql": ["--method.type=fql", "--method.hidden_dims=[16]"],
+    "bfloat16": [],
     "dsrl": ["--method.type=dsrl", "--method.hidden_dims=[16]", "--peft.method=full"],
 }
 STATES = 8
@@ -44,6 +46,12 @@ class Finished:
     folder: Path
     base: list[np.ndarray]
     tuned: list[np.ndarray]
+
+
+def launched_in(precision, patch):
+    """As ``accelerate launch --mixed_precision`` tells its processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    patch.setenv("ACCELERATE_MIXED_PRECISION", precision)
 
 
 def last_actions():
@@ -65,6 +73,7 @@ def runs(tmp_path_factory, files, without_simulator):
         for name, flags in METHODS.items():
             own = [flag.format(long=long) for flag in flags]
             given = [*files.flags(), *short, *own, f"--eval.episodes={STATES}"]
+            launched_in("bf16" if name == "bfloat16" else "no", patch)
             assert main(*given, f"--output_dir={root / name}") == 0
             found[name] = Finished(root / name, *last_actions())
     return found

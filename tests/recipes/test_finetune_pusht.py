@@ -18,7 +18,7 @@ from vla_trqam.recipes import finetune_pi0
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
-from vla_trqam.envs.lerobot import lerobot_family
+from vla_trqam.envs.lerobot.family import lerobot_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.jobs import vla
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from vla_trqam.envs.base import EnvFamily
-from vla_trqam.envs.lerobot import lerobot_family
+from vla_trqam.envs.lerobot.family import lerobot_family
 from vla_trqam.envs.ogbench.family import ogbench_family
 from vla_trqam.envs.robomimic.env_meta import Task, env_meta_for
 from vla_trqam.envs.robomimic.family import robomimic_family

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vla_trqam.jobs.kinds import kind_of
 from vla_trqam.jobs.saved_policies import Contestant, Loading, Place
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.policy import FlowPolicy
+from vla_trqam.precision import networks_precision
 from vla_trqam.report.evaluation import Outcome, PairedEvaluation
 from vla_trqam.report.flow_steps import FlowSteps
 from vla_trqam.report.page import write_json
@@ -83,7 +85,8 @@ def evaluate(config: EvaluateConfig) -> None:
         with own_folder(RunSettings(output_dir=config.output_dir)):
             accelerator = prepare_process(config.num_threads or threads)
             family = _family(config, a, b, knobs)
-            loading = Loading(family, own_device("device", config.device, accelerator), home)
+            device = own_device("device", config.device, accelerator)
+            loading = Loading(family, device, home, str(accelerator.mixed_precision))
             match = _match(loading, a, b)
             _check_fit(match, family)
             table = _Table(config, knobs, family, stack)
@@ -141,7 +144,7 @@ def _match(loading: Loading, a: Place, b: Place | None) -> _Match:
     steps = FlowSteps.of(tuned.policy, policy)
     what = f"the base of the run in {a.run}"
     own, same = (
-        Contestant(what, policy, FlowActor(policy, "base", count))
+        Contestant(what, policy, FlowActor(policy, "base", count), loading.precision_of(a))
         for count in (steps.own, steps.tuned)
     )
     return _Match(same, tuned, own if steps.differ else None, steps, OF_A_RUN)
@@ -214,7 +217,9 @@ class _Table:
                 chunk_deadline=self._deadline,
             )
             self._pools[length] = self._stack.enter_context(pool)
-        acts = chunk_policy(policy, contestant.actor, EVALUATION_NOISE)
+        device = next(policy.trainable_parameters()).device
+        precision = partial(networks_precision, contestant.precision, device)
+        acts = chunk_policy(policy, contestant.actor, EVALUATION_NOISE, precision)
         return Player(name, self._pools[length], acts)
 
 
@@ -233,6 +238,7 @@ def _facts(match: _Match, family: EnvFamily) -> dict[str, Any]:
     """What a reader of the numbers must know beside them."""
     return {
         "policies": {"base": match.base.what, "tuned": match.tuned.what},
+        "mixed_precision": {"base": match.base.precision, "tuned": match.tuned.precision},
         "executed_actions": {
             "base": match.base.policy.executed_length,
             "tuned": match.tuned.policy.executed_length,

@@ -90,14 +90,28 @@ class Place:
         settings = None if run is None else settings_of_run(run)
         return cls(flag, policy, checkpoint, run, settings)
 
+    @property
+    def precision(self) -> str | None:
+        """What the run's networks compute in; None where no run's checkpoint says so."""
+        saved = self.checkpoint or (None if self.run is None else last_checkpoint(self.run))
+        return None if saved is None else read_position(saved).precision
+
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is evaluated."""
+    """What is evaluated.
+
+    Attributes:
+        what: in words.
+        policy: which sees the observations.
+        actor: whose chunks.
+        precision: what the networks compute in, see :func:`networks_precision`.
+    """
 
     what: str
     policy: FlowPolicy
     actor: Actor
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -108,11 +122,13 @@ class Loading:
         family: the simulator that they will act in.
         device: where to.
         settings: of a run, for what belongs to none.
+        precision: the launcher's, for what belongs to none.
     """
 
     family: EnvFamily
     device: torch.device
     settings: RunSettings | None
+    precision: str
 
     def contestant(self, place: Place) -> Contestant:
         """What acts there.
@@ -122,12 +138,18 @@ class Loading:
         """
         policy = self.policy(place.policy, place.settings)
         method = None if place.checkpoint is None else acting_method(place.checkpoint, place)
+        precision = self.precision_of(place)
         if method is None:
             kind = "policy" if place.checkpoint is None else "saved policy"
-            return Contestant(f"the {kind} in {place.policy}", policy, FlowActor(policy))
+            return Contestant(f"the {kind} in {place.policy}", policy, FlowActor(policy), precision)
         assert place.checkpoint is not None
         what = f"{method.upper()}'s networks in {place.checkpoint}"
-        return Contestant(what, policy, self._actor(place.checkpoint, place.settings, policy))
+        actor = self._actor(place.checkpoint, place.settings, policy)
+        return Contestant(what, policy, actor, precision)
+
+    def precision_of(self, place: Place) -> str:
+        """What the networks of a run computed in; of no run, the launcher's."""
+        return place.precision or self.precision
 
     def _actor(self, checkpoint: Path, settings: RunSettings | None, policy: FlowPolicy) -> Actor:
         assert settings is not None, "a method is known by the settings of its run"

@@ -15,9 +15,9 @@ import numpy as np
 
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.sources.lerobot.columns import OBJECT_POSITIONS
-from vla_trqam.envs.lerobot import LeRobotTaskEnv, lerobot_family
+from vla_trqam.envs.lerobot.family import LeRobotTaskEnv, lerobot_family
+from vla_trqam.envs.lerobot.sight import SightByFormat
 from vla_trqam.envs.processes import in_processes
-from vla_trqam.envs.sight import SightByFormat
 from vla_trqam.errors import UserError
 
 OBJECT = slice(4, 7)

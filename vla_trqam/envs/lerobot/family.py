@@ -3,7 +3,7 @@
 Observations are what stock `lerobot-eval` gives a policy: they go through LeRobot's
 `preprocess_observation` and the environment's own processor. A suite of several tasks plays task
 `seed % n`, so that the seed alone decides task and initial state. Success at any step ends the
-episode.
+episode, and it is left as it ended.
 """
 
 from __future__ import annotations
@@ -22,17 +22,9 @@ import numpy as np
 
 from vla_trqam.data.frames import IMAGE_PREFIX, STATE_KEY
 from vla_trqam.envs.base import EnvFamily, SeededTaskEnv
-from vla_trqam.envs.sight import SIGHTS, Sight, SightByType
+from vla_trqam.envs.lerobot.sight import Sight, SightByType
+from vla_trqam.envs.lerobot.types import facts_of
 from vla_trqam.errors import UserError, one_line
-
-INSTALL = {
-    "pusht": "uv sync --extra pusht",
-    "metaworld": "uv sync --extra metaworld",
-    "libero": "uv sync --no-group simulators --extra libero",
-}
-"""By this project's own extras; LIBERO's robosuite is not Robomimic's."""
-TASK_TEXTS = {"pusht": "Push the T-shaped block onto the T-shaped target."}
-"""Of environments that have none, as LeRobot's datasets of them say it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +59,12 @@ def lerobot_family(
         UserError: there is no such type, it is not installed, it does not take an option, or its
             environments have other observations than a policy's or end earlier.
     """
+    facts = facts_of(env_type)
+    if facts.refused is not None:
+        raise UserError(
+            f"--env.type={env_type} is not played: {facts.refused}, so no two policies could be "
+            "compared on the same initial states"
+        )
     choice = _choice(env_type, max_episode_steps, task, instruction, options or {})
     config = _config(choice)
     envs, texts = _environments(choice)
@@ -76,6 +74,7 @@ def lerobot_family(
     if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
         raise UserError(f"--env.type={env_type} takes {action} for actions, not a row of numbers")
     _check_limit(first, max_episode_steps, env_type)
+    box = _executed(action, choice)
     state, images = seen.parts(first.observation_space.sample())
     for env in envs:
         env.close()
@@ -86,8 +85,8 @@ def lerobot_family(
         max_episode_steps=max_episode_steps,
         control_rate=config.fps,
         task_texts=tuple(texts),
-        action_low=tuple(map(float, action.low)),
-        action_high=tuple(map(float, action.high)),
+        action_low=tuple(map(float, box.low)),
+        action_high=tuple(map(float, box.high)),
         state_size=len(state),
         cameras={name: image.shape for name, image in images.items()},
     )
@@ -121,14 +120,15 @@ class LeRobotTaskEnv(SeededTaskEnv):
 
     def __init__(self, choice: _Choice, max_episode_steps: int) -> None:
         """Make them all; most of LeRobot's build their simulator at the first reset."""
-        self._envs, self._texts = _environments(choice)
+        self._envs, texts = _environments(choice)
         super().__init__(self._envs[0], max_episode_steps)
         self._seen = _Seen(_config(choice))
-        self._type = choice.env_type
-        close = SIGHTS.get(choice.env_type)
+        self._choice, self._facts = choice, facts_of(choice.env_type)
+        close = self._facts.sight
         self._sights = [None if close is None else close(env.unwrapped) for env in self._envs]
+        self.action_space = _executed(self._envs[0].action_space, choice)
         self.sight: Sight | None = None
-        self.task_text = self._texts[0]
+        self.task_text = texts[0]
         self._observation: Any = None
 
     def reset(
@@ -136,13 +136,21 @@ class LeRobotTaskEnv(SeededTaskEnv):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start the episode of a seed, which has the task of that seed."""
         assert seed is not None, "an episode is a function of its seed"
-        number = seed % len(self._envs)
-        self.env, self.task_text = self._envs[number], self._texts[number]
-        self.sight = self._sights[number]
+        state, number = divmod(seed, len(self._envs))
+        self.env, self.sight = self._envs[number], self._sights[number]
+        if self._facts.start is not None:
+            self._facts.start(self.env.unwrapped, state)
         try:
-            return super().reset(seed=seed, options=options)
+            started = super().reset(seed=seed, options=options)
         except ImportError as error:  # of a simulator that is built now
-            raise UserError(_not_installed(self._type, error)) from None
+            raise UserError(_not_installed(self._choice.env_type, error)) from None
+        self.task_text = _text(self.env, self._choice)  # some write it when they start
+        return started
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Execute one control step."""
+        with _left_as_it_ended(self.env.unwrapped):
+            return super().step(action)
 
     def state_of(self, observation: Any) -> np.ndarray:
         """What LeRobot calls `observation.state`."""
@@ -280,7 +288,7 @@ def _environments(
 
 def _text(env: gymnasium.Env[Any, np.ndarray], choice: _Choice) -> str:
     own = getattr(env.unwrapped, "task_description", None) or getattr(env.unwrapped, "task", None)
-    text = choice.instruction or own or TASK_TEXTS.get(choice.env_type)
+    text = choice.instruction or own or facts_of(choice.env_type).text
     if not text:
         raise UserError(
             f"--env.type={choice.env_type} does not say what its task is; tell the policy by "
@@ -290,7 +298,7 @@ def _text(env: gymnasium.Env[Any, np.ndarray], choice: _Choice) -> str:
 
 
 def _not_installed(env_type: str, error: ImportError) -> str:
-    how = INSTALL.get(env_type, f"uv pip install 'lerobot[{env_type}]==0.6.1'")
+    how = facts_of(env_type).install or f"uv pip install 'lerobot[{env_type}]==0.6.1'"
     reason = one_line(error)
     return f"--env.type={env_type} needs a simulator that is not here ({reason}): {how}"
 
@@ -308,6 +316,27 @@ def _one_of_all(
                 "one of them by --env.task"
             )
     return first
+
+
+def _executed(space: gymnasium.spaces.Space[np.ndarray], choice: _Choice) -> gymnasium.spaces.Box:
+    """The box of what is executed as it is asked for: all numbers where its own is a formality."""
+    assert isinstance(space, gymnasium.spaces.Box)
+    if not facts_of(choice.env_type).nominal_box(choice.options):
+        return space
+    return gymnasium.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+
+
+@contextlib.contextmanager
+def _left_as_it_ended(env: Any) -> Iterator[None]:
+    """Some of LeRobot's environments reset themselves in the step that ends an episode.
+
+    That takes as long as any reset, and shows the next scene in the last frame of a film.
+    """
+    env.reset = lambda **_: (None, {})
+    try:
+        yield
+    finally:
+        del env.reset
 
 
 def _check_limit(env: gymnasium.Env[Any, np.ndarray], asked: int, env_type: str) -> None:

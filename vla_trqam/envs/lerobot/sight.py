@@ -67,7 +67,3 @@ class SightByFormat(Sight):
     def _keep(self, raw: np.ndarray) -> dict[str, np.ndarray]:
         self.numbers = raw
         return {"pixels": self._dark, "agent_pos": raw[:4]}
-
-
-SIGHTS: dict[str, type[Sight]] = {"pusht": SightByType, "metaworld": SightByFormat}
-"""By LeRobot's names of the types; all others render at every step."""

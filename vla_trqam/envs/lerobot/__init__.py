@@ -1,0 +1,1 @@
+"""LeRobot's simulators: what its factory makes, as families."""
