@@ -349,6 +349,7 @@ def test_the_report_that_the_recipe_writes_is_read(tmp_path: Path) -> None:
         config={"seed": 0},
         evaluation=outcomes(10, 16),
         metrics_path=folder / "metrics.jsonl",
+        step=100,
         wall_clock={"offline": 8.0},
         title="QAM on Can",
         command=f"accelerate launch {MACHINE}/recipes/finetune_robomimic.py",

@@ -1,5 +1,6 @@
 import timeit
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,56 @@ def test_every_chunk_equals_the_naive_reading_of_the_episodes(
         assert tensor.shape == values.shape, name
         assert tensor.dtype == (torch.bool if values.dtype == bool else torch.float32), name
         np.testing.assert_allclose(tensor.numpy(), values, rtol=1e-6, err_msg=name)
+
+
+def failing(length: int, cut: bool = False) -> Episode:
+    """Ended by the simulator without success: something broke."""
+    made = make_episode(1, length, terminated=False, truncated=True)
+    return replace(made, terminated=not cut, truncated=cut)
+
+
+@pytest.mark.parametrize("short_chunks", ["drop", "pad"])
+def test_after_a_failure_that_ends_an_episode_every_step_would_cost_one(
+    new_buffer: Callable[..., Replay], short_chunks: str
+) -> None:
+    """As if it went on for ten thousand steps, none of which succeeds."""
+    buffer = new_buffer()
+    buffer.add(failing(8), source="rollouts")
+    buffer.add(failing(8, cut=True), source="rollouts")
+    sampler = sampler_of(buffer, short_chunks, chunk_length=3)
+    batch = sampler.gather(np.arange(sampler.num_starts))
+    whole = -sum(GAMMA**i for i in range(10_000))
+    ended = batch.terminated.numpy()
+    assert ended.sum() == (3 if short_chunks == "pad" else 1)
+    np.testing.assert_allclose(batch.chunk_return.numpy()[ended], whole, rtol=1e-6)
+    steps = -sum(GAMMA**i for i in range(3))
+    np.testing.assert_allclose(batch.chunk_return.numpy()[~ended], steps, rtol=1e-6)
+    returns = buffer.returns_to_go(GAMMA, RewardSpec("success_minus_one"))
+    np.testing.assert_allclose(returns[:8], whole, rtol=1e-9)
+    assert np.isnan(returns[8:]).all()
+
+
+def test_other_rewards_end_with_a_failure(new_buffer: Callable[..., Replay]) -> None:
+    buffer = new_buffer()
+    buffer.add(failing(8), source="first")
+    buffer.add(failing(8), source="second")
+    for reward in (RewardSpec("sparse"), RewardSpec("column")):
+        sampler = sampler_of(buffer, chunk_length=3, reward=reward, discount=1.0)
+        assert not sampler.gather(np.arange(sampler.num_starts)).chunk_return.any()
+        assert not buffer.returns_to_go(1.0, reward).any()
+    own = RewardSpec("success_minus_one", {"second": "column"})
+    sampler = sampler_of(buffer, chunk_length=3, reward=own)
+    batch = sampler.gather(np.arange(sampler.num_starts))
+    found = batch.chunk_return.numpy()[batch.terminated.numpy()]
+    np.testing.assert_allclose(found, [-1 / (1 - GAMMA), 0], rtol=1e-6)
+
+
+def test_a_failure_for_ever_wants_a_discount(new_buffer: Callable[..., Replay]) -> None:
+    buffer = new_buffer()
+    sampler_of(buffer, discount=1.0)
+    buffer.add(failing(8), source="rollouts")
+    with pytest.raises(UserError, match="at -1 a step for ever: that wants a discount below 1"):
+        sampler_of(buffer, discount=1.0)
 
 
 def test_sampled_rows_are_chunks_of_the_replay(buffer: Replay, episodes: list[Episode]) -> None:

@@ -90,6 +90,7 @@ def _report(folder: Path, config: dict[str, Any]) -> None:
         config=config,
         evaluation=evaluation(),
         metrics_path=folder / "metrics.jsonl",
+        step=100,
         wall_clock={"offline": 60.0},
         title="TRQAM of pi0 on Lift",
         seeds={"training": 3},

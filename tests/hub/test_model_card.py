@@ -134,6 +134,26 @@ def test_an_older_checkpoint_is_told_by_its_own_numbers(run: Path):
     assert "model-index" not in metadata(card)
 
 
+def test_what_was_evaluated_before_a_run_went_on_is_not_told_of_its_new_policy(run: Path):
+    write_checkpoint(run / "checkpoints/000250", 250)
+    (run / "checkpoints/last").unlink()
+    (run / "checkpoints/last").symlink_to("000250")
+    card = card_of(run)
+    assert "updates of the policy: 250" in card
+    assert "**Not evaluated.** The run compared the policy of 100 updates" in card
+    assert "model-index" not in metadata(card)
+    assert "plots/" not in card
+    facts = read_facts(run, find_checkpoint(run))
+    assert (facts.plots, facts.outdated) == ((), True)
+
+
+def test_the_card_names_the_simulator_that_was_played(run: Path):
+    played = {"name": "ogbench", "task": "scene-play-singletask-task1-v0"}
+    rewrite_report(run, simulator=played)
+    (result,) = metadata(card_of(run))["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "ogbench", "name": f"OGBench {played['task']}"}
+
+
 def test_a_run_without_evaluation_says_so(run: Path, tmp_path: Path):
     card = card_of(write_run(tmp_path / "unfinished", finished=False))
     assert "**Not evaluated.** The run was pushed before its end" in card

@@ -125,6 +125,7 @@ def run_at_home(home: Path, command: str | None) -> Path:
         config=config,
         evaluation=evaluation(),
         metrics_path=run / "metrics.jsonl",
+        step=100,
         wall_clock={"offline": 60.0},
         title="TRQAM of pi0 on Lift",
         seeds={"training": 3},

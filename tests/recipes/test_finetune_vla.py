@@ -49,7 +49,7 @@ from vla_trqam.data.replay import Replay
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.playing import EVALUATION_NOISE
-from vla_trqam.jobs import vla
+from vla_trqam.jobs import vla, vla_preflight
 from vla_trqam.jobs.vla import read_config
 from vla_trqam.methods.base import FlowActor
 
@@ -290,6 +290,23 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         return errors
 
     return run
+
+
+@pytest.mark.parametrize(("method", "kept"), [("trqam", 3), ("best_of_n", 0), ("ifql", 0)])
+def test_room_is_asked_for_the_next_actions_that_a_method_keeps(
+    method, kept, tiny, monkeypatch, tmp_path
+):
+    plans = []
+
+    def measured(policy, readers, plan, **settings):
+        plans.append(plan)
+        raise Killed
+
+    monkeypatch.setattr(vla_preflight, "preflight_machine", measured)
+    own = [] if kept == 0 else [f"--critic.next_actions={kept}"]
+    with pytest.raises(Killed):
+        tiny(tmp_path / "run", f"--method.type={method}", *own)
+    assert [plan.next_actions for plan in plans] == [kept]
 
 
 def test_a_critic_from_a_folder_without_one_is_refused(refused, files, tmp_path):

@@ -133,6 +133,9 @@ def test_a_damaged_last_checkpoint_names_the_flag_with_which_the_run_goes_on_to_
     assert (folder / "checkpoints" / "last").resolve().name == "000004"
     aside = sorted(path.name for path in (folder / "before_restart_1" / "checkpoints").iterdir())
     assert aside == ["000006", "000010", "000012"]
+    assert go_on(folder, "--checkpoint=000999") == 2
+    assert "--checkpoint=000999 is not in " in (said := capsys.readouterr().err)
+    assert "checkpoints: there are 000004" in said
     assert resume(folder) == 0
     assert differences(final_state(folder), uninterrupted[0]) == []
     saved = saved_config(FinetuneRobomimicConfig, folder / "config.yaml")

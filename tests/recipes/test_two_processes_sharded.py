@@ -140,3 +140,10 @@ def test_what_cannot_be_kept_in_parts_is_refused_before_anything_is_read(
     nowhere = ("--policy.path=nowhere", "--dataset.repo_id=local/none", "--dataset.root=nowhere")
     assert main(*nowhere, *flags, f"--output_dir={tmp_path / 'run'}") == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_in_parts_begins_with_the_critic_of_another(sharded, files, tmp_path):
+    former = sharded.folder / "checkpoints/last"
+    flags = (f"--critic.path={former}", "--critic.warmup_steps=0")
+    found = two_run(tmp_path / "run", *files.flags(), *SHARD, *flags)
+    assert [found.status(0), found.status(1)] == [0, 0], found.said(0)

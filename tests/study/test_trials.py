@@ -85,11 +85,12 @@ def test_trials_are_runs_like_the_others_on_seeds_and_states_of_their_own(tmp_pa
 def test_of_equal_trials_the_first_is_taken_and_a_failed_one_never(tmp_path, tried):
     settings = config(tmp_path)
     trials, _ = tried(settings, rates(trqam_trial0=0.5, trqam_trial1=0.5, qam_trial1=0.0))
-    assert trials.chosen("lift", "trqam") == {"kl_budget": 0.1}
-    assert trials.chosen("lift", "qam") == {"inverse_temperature": 10.0}
+    lift = settings.task("lift")
+    assert trials.chosen(lift, "trqam") == {"kl_budget": 0.1}
+    assert trials.chosen(lift, "qam") == {"inverse_temperature": 10.0}
     assert trials.text(settings.task("lift"), "qam").startswith("inverse_temperature 1.0: failed; ")
     nothing, _ = tried(settings, {})
-    assert nothing.chosen("lift", "qam") == {}
+    assert nothing.chosen(lift, "qam") == {}
 
 
 @pytest.mark.parametrize("diverged", [True, False])
@@ -178,7 +179,7 @@ def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
     settings = config(tmp_path / "three", known_trials=path, trials=other)
     found, (plan,) = tried(settings, rates(trqam_trial0=0.25, trqam_trial1=0.75))
     assert {run.config.method.kl_budget for run in plan.runs} == {0.1, 2.0}
-    assert found.chosen("lift", "trqam") == {"kl_budget": 2.0}
+    assert found.chosen(settings.task("lift"), "trqam") == {"kl_budget": 2.0}
     assert found.found["lift", "qam"] == first.found["lift", "qam"]
     # With other settings, other seeds or one that diverged, all are made anew.
     for changes in (
@@ -193,6 +194,22 @@ def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
     path.write_text(json.dumps({"trials": records}))
     _, (plan,) = tried(config(tmp_path / "five", known_trials=path), {})
     assert {run.config.method.kl_budget for run in plan.runs} == {0.1, 1.0}
+
+
+def test_known_trials_are_nothing_to_a_task_whose_table_asks_for_none(tmp_path, tried):
+    ends = rates(trqam_trial0=0.25, trqam_trial1=0.5, qam_trial0=0.5, qam_trial1=0.25)
+    first, _ = tried(config(tmp_path / "one"), ends)
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"trials": first.records()}))
+    flags = {**FLAGS, "method.kl_budget": 0.3}
+    table = {"lift": {"recipe": "finetune_robomimic", "flags": flags}}
+    changes = {"methods": ("trqam",), "tasks": ("lift",), "table": table}
+    settings = config(tmp_path / "two", known_trials=path, **changes)
+    trials, plans = tried(settings, {})
+    lift = settings.task("lift")
+    assert plans == []
+    assert [variant.knobs for variant in trials.variants_in(lift, ("trqam",))] == [{}]
+    assert trials.text(lift, "trqam") == "this value alone"
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"trials": [{"task": "lift"}]}', "[]"])

@@ -223,11 +223,15 @@ class RecordedEpisodes:
     def returns_to_go(self, discount: float, reward: RewardSpec) -> np.ndarray:
         """Exact Monte-Carlo return of every step, (num_steps,) float64.
 
-        G_t = sum over i of γ^i r_{t+i} up to the end of the episode; NaN in episodes that did not
-        terminate, whose return is unknown.
+        G_t = sum over i of γ^i r_{t+i} up to the end of the episode, and after a failure beyond it
+        (:meth:`RewardSpec.after_failure`); NaN in episodes that did not terminate, whose return is
+        unknown.
         """
         returns = self.rewards_as(reward).astype(np.float64)
         episodes = self.episodes()
+        failed = np.flatnonzero(episodes.terminated & ~episodes.success)
+        last = episodes.first_step[failed] + episodes.num_steps[failed] - 1
+        returns[last] += discount * reward.after_failure(discount, episodes.source[failed])
         remaining = np.concatenate(
             [np.arange(n, 0, -1) for n in episodes.num_steps] or [np.empty(0, np.int64)]
         )

@@ -23,7 +23,8 @@ ShortChunks = Literal["drop", "pad"]
 Generator = np.random.Generator | torch.Generator
 
 _DESCRIPTIONS: dict[str, str] = {
-    "success_minus_one": "-1 on every step until success, 0 on the step that succeeds",
+    "success_minus_one": "-1 on every step until success, 0 on the step that succeeds, and "
+    "-1 for ever after a failure that ends an episode",
     "sparse": "1 on the step that succeeds, 0 on every other",
     "column": "the reward column as it is stored",
     "dense": "minus the number of the task's parts that are not yet right",
@@ -92,6 +93,28 @@ class RewardSpec:
                 "from a success reward of 0 or 1: use the reward 'column'."
             )
         return stored - 1 if self.kind == "success_minus_one" else stored
+
+    def after_failure(self, discount: float, source: np.ndarray) -> np.ndarray:
+        """(N,) the return of all steps after a failure that ended an episode.
+
+        `success_minus_one` goes on at -1 in a failure that no action ends: -1 / (1 - γ). Without
+        that it would pay to fail early. Other kinds get nothing any more.
+
+        Args:
+            discount: γ.
+            source: (N,) names of where the episodes come from.
+
+        Raises:
+            UserError: the return is infinite.
+        """
+        kinds = np.array([self.of_sources.get(str(name), self.kind) for name in source], np.str_)
+        goes_on = kinds == "success_minus_one"
+        if goes_on.any() and discount == 1:
+            raise UserError(
+                "An episode ends in failure, which the reward 'success_minus_one' counts at -1 a "
+                "step for ever: that wants a discount below 1."
+            )
+        return np.where(goes_on, -1 / (1 - discount) if discount < 1 else 0.0, 0.0)
 
 
 # One row for every admissible start of a chunk, with what needs no observation. One packed table
@@ -298,7 +321,11 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         starts["num_steps"] = np.minimum(remaining, self.chunk_length)
         starts["num_actions"] = np.minimum(remaining, self.flow_length)
         source = episodes.source[row] if self.reward.of_sources else None
-        starts["chunk_return"] = self._chunk_returns(starts, source)
+        returns = self._chunk_returns(starts, source)
+        failed = at_end & (episodes.terminated & ~episodes.success)[row]
+        after = self.reward.after_failure(self.discount, episodes.source[row[failed]])
+        returns[failed] += self.discount ** starts["num_steps"][failed] * after
+        starts["chunk_return"] = returns
         # Success on the last step that was allowed is a success.
         starts["terminated"] = at_end & episodes.terminated[row]
         starts["truncated"] = at_end & ~episodes.terminated[row]
@@ -311,7 +338,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         return self.observer.known(first) & after
 
     def _chunk_returns(self, starts: np.ndarray, source: np.ndarray | None) -> np.ndarray:
-        """(N,) float32, summed in float64."""
+        """(N,) float64, of their own steps."""
         num_steps = starts["num_steps"]
         offset = self._offset_of[num_steps, : self.chunk_length]
         rewards = self.buffer.rewards[starts["step"][:, None] + offset]
@@ -320,7 +347,8 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
             self.discount,
             torch.from_numpy(num_steps),
         )
-        return returns.numpy().astype(np.float32)
+        found: np.ndarray = returns.numpy()
+        return found
 
 
 class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)

@@ -120,6 +120,9 @@ def conclude(
     facts: dict[str, Any] = {"config": config, "title": title, "seeds": seeds}
     facts["kl_unit"] = method.kl_unit
     facts["flow_steps"] = flow_steps
+    if run.pool is not None:
+        family = run.pool.family
+        facts["simulator"] = {"name": family.name, "task": family.task}
     run.team.on_main(tell)
     return evaluation
 
@@ -142,6 +145,7 @@ def _tell(
             run.output_dir,
             evaluation=evaluation,
             metrics_path=run.output_dir / METRICS_NAME,
+            step=run.step,
             wall_clock=run.wall_clock,
             plots=plots,
             videos=videos,

@@ -58,7 +58,9 @@ class RunFacts:
         not_evaluated: why there is none, a sentence.
         provenance: command, seeds, versions, commit and machine; None where no report is.
         title: of the report; None where no report is.
+        simulator: its name, and the task there; None where no report says so.
         plots: the figures.
+        outdated: the report is of fewer updates than the run has made since.
         base: Hub repository of the base policy; None where it is not known to be on the Hub.
         dataset: Hub repository of the dataset; likewise.
     """
@@ -75,7 +77,9 @@ class RunFacts:
     not_evaluated: str
     provenance: dict[str, Any] | None
     title: str | None
+    simulator: dict[str, str] | None
     plots: tuple[Path, ...]
+    outdated: bool
     base: str | None
     dataset: str | None
 
@@ -161,7 +165,9 @@ def read_facts(run: Path, checkpoint: Path, policy: Path | None = None) -> RunFa
     metrics = _until(read_metrics(run / METRICS), position.step)
     kl = join_phases(metrics, "kl_ema").value
     trust_region = summarise_trust_region(metrics)
-    evaluation, not_evaluated = _evaluation(run, checkpoint, report)
+    last = read_position(find_checkpoint(run)).step
+    reported = (report or {}).get("step", last)  # earlier versions did not say
+    evaluation, not_evaluated = _evaluation(run, checkpoint, report, reported, last)
     policy_config = _read(policy / POLICY_CONFIG)
     if "type" not in policy_config:
         raise UserError(f'{policy / POLICY_CONFIG} has no "type": it is not the config of a policy')
@@ -178,21 +184,24 @@ def read_facts(run: Path, checkpoint: Path, policy: Path | None = None) -> RunFa
         not_evaluated=not_evaluated,
         provenance=None if report is None else without_paths(report.get("provenance")),
         title=None if report is None else report.get("title"),
-        plots=tuple(sorted((run / "plots").glob("*.png"))),
+        simulator=None if report is None else report.get("simulator"),
+        plots=() if reported != last else tuple(sorted((run / "plots").glob("*.png"))),
+        outdated=reported != last,
         base=_base(config, policy),
         dataset=_dataset(config),
     )
 
 
 def _evaluation(
-    run: Path, checkpoint: Path, report: dict[str, Any] | None
+    run: Path, checkpoint: Path, report: dict[str, Any] | None, reported: int, last: int
 ) -> tuple[PairedEvaluation | None, str]:
     if report is None:
         return None, "The run was pushed before its end, so base and tuned policy were not compared"
     if not report.get("evaluation"):
         return None, "The run had no simulator to compare base and tuned policy in"
-    final = last_checkpoint(run)
-    assert final is not None, "find_checkpoint refused such a run"
+    if reported != last:
+        return None, f"The run compared the policy of {reported} updates with the base, not this"
+    final = find_checkpoint(run)
     if checkpoint.resolve() != final.resolve():
         return None, f"The run compared its last checkpoint, {final.name}, with the base, not this"
     return PairedEvaluation.from_json(report["evaluation"]), ""

@@ -17,6 +17,7 @@ from vla_trqam.report.success import differences, effect_of_steps, success_table
 PLOTS = "plots"
 TINY = "tiny_"
 BASE_TAGS = ("robotics", "reinforcement-learning", "off-policy-rl", "flow-matching", "vla_trqam")
+OWN_NAMES = {"robomimic": "Robomimic", "ogbench": "OGBench"}
 OF_ROBOMIMIC = ("env.cameras", "env.image_size", "env.shadows")
 """Settings that LeRobot's other environments do not have."""
 
@@ -63,7 +64,7 @@ def _results(facts: RunFacts) -> list[EvalResult]:
         EvalResult(
             task_type="robotics",
             task_name="Robot control",
-            dataset_type=str(facts.setting("env.type") or "robomimic"),
+            dataset_type=_simulator(facts)["name"],
             dataset_name=_where(facts),
             metric_type="success_rate",
             metric_name=f"Success rate on {len(facts.evaluation)} initial states",
@@ -73,10 +74,18 @@ def _results(facts: RunFacts) -> list[EvalResult]:
 
 
 def _where(facts: RunFacts) -> str:
-    # The recipe for state observations has no setting for it: the file it learns from decides.
+    simulator = _simulator(facts)
+    name = OWN_NAMES.get(simulator["name"], simulator["name"])
+    return f"{name} {simulator['task']}".strip()
+
+
+def _simulator(facts: RunFacts) -> dict[str, str]:
+    """What was played, and the task there."""
+    if facts.simulator is not None:
+        return facts.simulator
+    # Of a run that said so in its settings alone, and of Robomimic's states nowhere.
     task = facts.setting("env.task") or (facts.title or "").rpartition(" on ")[2]
-    simulator = str(facts.setting("env.type") or "robomimic").replace("robomimic", "Robomimic")
-    return f"{simulator} {task}".strip()
+    return {"name": str(facts.setting("env.type") or "robomimic"), "task": str(task)}
 
 
 def _introduction(facts: RunFacts, license_name: str | None) -> str:

@@ -21,6 +21,7 @@ from vla_trqam.hub.access import check_repo_id, connect, one_sentence
 from vla_trqam.hub.model_card import PLOTS
 from vla_trqam.hub.push import RUN
 from vla_trqam.methods.base import OffPolicyMethod
+from vla_trqam.methods.parts.parallel import shard_like
 
 # All that a checkpoint is made of.
 FETCHED = [".json", ".safetensors"]
@@ -120,8 +121,10 @@ def load_algorithm(algorithm: Path, method: OffPolicyMethod, *, trust_region: bo
         tensors = load_file(algorithm / "networks.safetensors")
         critic = {k.removeprefix(CRITIC): v for k, v in tensors.items() if k.startswith(CRITIC)}
         _check_finite(critic)
-        _check_shapes(critic, method.critic.state_dict())
-        method.critic.load_state_dict(critic)
+        own = method.critic.state_dict()
+        _check_shapes(critic, own)
+        parts = {name: shard_like(own[name], value) for name, value in critic.items()}
+        method.critic.load_state_dict(parts)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{algorithm} does not fit this run's critic: {one_line(error)}") from None
     if trust_region:

@@ -200,7 +200,8 @@ def _files(run: Path, facts: RunFacts) -> dict[str, Path]:
     files = {path.name: path for path in facts.policy.iterdir() if path.is_file()}
     files |= {f"{ALGORITHM}/{p.name}": p for p in (facts.checkpoint / ALGORITHM).iterdir()}
     files |= {f"{PLOTS}/{plot.name}": plot for plot in facts.plots}
-    written = (run / name for name in (CONFIG_NAME, METRICS, REPORT))
+    names = (CONFIG_NAME, METRICS) if facts.outdated else (CONFIG_NAME, METRICS, REPORT)
+    written = (run / name for name in names)
     files |= {f"{RUN}/{path.name}": path for path in written if path.is_file()}
     files.pop(CARD, None)
     _check_own(files, (run, facts.policy))

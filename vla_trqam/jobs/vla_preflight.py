@@ -51,7 +51,7 @@ def check_machine(
         state_dim=datasets.first.state_dim,
         action_dim=datasets.first.action_dim,
         cameras=datasets.first.cameras,
-        next_actions=config.critic.next_actions,
+        next_actions=_kept_next_actions(config),
         lent=datasets.num_frames if config.replay.frames == "dataset" else 0,
     )
     whole = -(-(config.steps + config.online.steps) // config.save_freq) + 1
@@ -76,6 +76,11 @@ def check_machine(
     _tell(report, team)
 
 
+def _kept_next_actions(config: FinetuneVLAConfig) -> int:
+    """M, the chunks of the policy kept at every frame; 0 for a method that has none."""
+    return config.critic.next_actions if requirements_of(config.method).next_actions else 0
+
+
 def planned_prefixes(
     config: FinetuneVLAConfig,
     datasets: LeRobotDatasets,
@@ -89,8 +94,7 @@ def planned_prefixes(
     batch_size, replay = config.batch_size, replay_path(config.output_dir, team)
     wanted, budget = config.prefix_cache, config.prefix_cache_gib
     draw_next = config.critic.draw_next
-    needs = requirements_of(config.method).next_actions
-    chunks = config.critic.next_actions * policy.executed_size * NUMBER if needs else 0
+    chunks = _kept_next_actions(config) * policy.executed_size * NUMBER
 
     @cache
     def plan() -> PrefixPlan:

@@ -44,10 +44,12 @@ def write_report(
     config: Mapping[str, Any],
     evaluation: PairedEvaluation | None,
     metrics_path: Path,
+    step: int,
     wall_clock: Mapping[str, float],
     plots: Sequence[Path] = (),
     videos: Sequence[Path] = (),
     title: str = "Run",
+    simulator: Mapping[str, str] | None = None,
     seeds: Mapping[str, int] | None = None,
     command: str | None = None,
     kl_unit: str = "nats",
@@ -61,10 +63,12 @@ def write_report(
         evaluation: Base and tuned policy on the same initial states; None for a run without a
             simulator, of which the report says so.
         metrics_path: The run's `metrics.jsonl`.
+        step: Updates of the policy that is reported on.
         wall_clock: Seconds by phase.
         plots: Figures to show; a missing file is a ValueError.
         videos: Videos to link; likewise.
         title: What was run, for instance "TRQAM on Lift".
+        simulator: ``name`` and ``task`` of what was played; None for a run without.
         seeds: The run's random seeds by purpose; those of the initial states are in `evaluation`.
         command: Command line to record; this process's own unless given.
         kl_unit: Unit of the KL and its budget.
@@ -76,6 +80,8 @@ def write_report(
     provenance = _provenance(command, seeds)
     raw = {
         "title": title,
+        "simulator": None if simulator is None else dict(simulator),
+        "step": step,
         "evaluation": None if evaluation is None else evaluation.to_json(),
         "flow_steps": None if flow_steps is None else asdict(flow_steps),
         "trust_region": None if trust_region is None else asdict(trust_region),

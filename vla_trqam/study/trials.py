@@ -49,15 +49,21 @@ class Trials:
 
     found: Mapping[tuple[str, str], Sequence[Trial]]
 
-    def chosen(self, task: str, method: str) -> Mapping[str, Any]:
+    def of(self, task: StudyTask, method: str) -> Sequence[Trial]:
+        """Those by which a task's knobs are found; none where its table asks for none."""
+        if task.tried_in == task.name and not task.trials.get(method):
+            return ()  # known trials may be of a task of the same name in another table
+        return self.found.get((task.tried_in, method), ())
+
+    def chosen(self, task: StudyTask, method: str) -> Mapping[str, Any]:
         """The knobs of the best trial, of equal ones the first; none where nothing went well."""
-        good = [t for t in self.found.get((task, method), ()) if t.rate is not None]
+        good = [trial for trial in self.of(task, method) if trial.rate is not None]
         best = max(good, key=lambda trial: trial.rate or 0.0, default=None)
         return {} if best is None else best.knobs
 
     def text(self, task: StudyTask, method: str) -> str:
         """For a table."""
-        tried = self.found.get((task.tried_in, method), ())
+        tried = self.of(task, method)
         if tried and task.tried_in != task.name:
             return f"in {task.tried_in}"
         return "; ".join(trial.text() for trial in tried) or "this value alone"
@@ -86,7 +92,7 @@ class Trials:
 
     def variants_in(self, task: StudyTask, methods: Sequence[str]) -> list[Variant]:
         """Each method as it is compared."""
-        return [Variant(name, name, self.chosen(task.tried_in, name)) for name in methods]
+        return [Variant(name, name, self.chosen(task, name)) for name in methods]
 
 
 def known_trials(path: Path) -> Trials:

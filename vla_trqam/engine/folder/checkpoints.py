@@ -189,16 +189,26 @@ def take_checkpoint(output_dir: Path, name: str) -> list[Path]:
     Raises:
         UserError: there is none of that name, or it is damaged.
     """
+    taken = named_checkpoint(output_dir, name)
+    check_whole(taken)
+    own = _age(taken)
+    _point(output_dir / CHECKPOINTS / LAST, name)
+    return [p for p in all_checkpoints(output_dir) if not _is_good(p) or _age(p) > own]
+
+
+def named_checkpoint(output_dir: Path, name: str) -> Path:
+    """The one of ``--checkpoint``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     known = {path.name: path for path in all_checkpoints(output_dir)}
     if name not in known:
         there = ", ".join(known) or "none"
         raise UserError(
             f"--checkpoint={name} is not in {output_dir / CHECKPOINTS}: there are {there}"
         )
-    check_whole(known[name])
-    own = _age(known[name])
-    _point(output_dir / CHECKPOINTS / LAST, name)
-    return [path for path in known.values() if not _is_good(path) or _age(path) > own]
+    return known[name]
 
 
 def read_position(checkpoint: Path) -> Position:

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vla_trqam.config.parsing import dump_config, saved_config, with_settings
-from vla_trqam.engine.folder.checkpoints import CHECKPOINTS, LAST, last_checkpoint, read_position
+from vla_trqam.engine.folder.checkpoints import (
+    CHECKPOINTS,
+    LAST,
+    last_checkpoint,
+    named_checkpoint,
+    read_position,
+)
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.errors import UserError
 from vla_trqam.launched import launcher
@@ -29,14 +35,14 @@ def check_resumed(asked: Any, saved: Any, wanted: Mapping[str, int], *, restart:
     """Refuses numbers of updates that a run cannot be gone on with.
 
     Raises:
-        UserError: a number shrinks, or grows in a phase that is over: then with the command that
-            starts a new run from the checkpoint.
+        UserError: there is no such checkpoint; a number shrinks, or grows in a phase that is over:
+            then with the command that starts a new run from the checkpoint.
     """
     folder, phases = asked.output_dir, list(saved.GROWING.values())
     checkpoint = (
         last_checkpoint(folder)
         if asked.checkpoint is None
-        else folder / CHECKPOINTS / asked.checkpoint
+        else named_checkpoint(folder, asked.checkpoint)
     )
     reached = None if checkpoint is None else read_position(checkpoint).phase
     for flag, count in wanted.items():
