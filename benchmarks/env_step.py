@@ -49,7 +49,8 @@ class Ours:
     """`RobomimicEnv` with its fast step."""
 
     def __init__(self, task: Task) -> None:
-        self._env = RobomimicEnv(env_meta_for(task), max_episode_steps=EPISODE_STEPS)
+        meta = env_meta_for(task)
+        self._env = RobomimicEnv(meta, max_episode_steps=EPISODE_STEPS, fast_step=True)
 
     def reset(self, seed: int) -> np.ndarray:
         """See `Stepper`."""

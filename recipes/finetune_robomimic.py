@@ -47,6 +47,7 @@ def open_task(config: FinetuneRobomimicConfig) -> StateTask:
             file.env_args,
             max_episode_steps=config.eval.max_episode_steps,
             obs_keys=config.dataset.obs_keys,
+            action_size=file.action_dim,
         ),
     )
 

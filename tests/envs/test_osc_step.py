@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from vla_trqam.envs.robomimic.env import RobomimicEnv, env_meta_for
+from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.errors import UserError
 
 
@@ -19,7 +20,7 @@ def test_fast_step_equals_the_stock_step_over_150_steps(
     env_meta = env_meta_for(task)
     env_meta["env_kwargs"]["lite_physics"] = lite_physics
     arm_settings(env_meta)["input_ref_frame"] = frame
-    fast = RobomimicEnv(env_meta, max_episode_steps=150)
+    fast = RobomimicEnv(env_meta, max_episode_steps=150, fast_step=True)
     stock = RobomimicEnv(env_meta, max_episode_steps=150, fast_step=False)
     first, _ = fast.reset(seed=5)
     np.testing.assert_array_equal(first, stock.reset(seed=5)[0])
@@ -77,8 +78,29 @@ def test_another_controller_is_refused_by_the_fast_step_and_runs_in_the_stock_on
     env_meta = env_meta_for("Lift")
     arm_settings(env_meta)["impedance_mode"] = "variable_kp"
     with pytest.raises(UserError, match=r"impedance_mode 'fixed'.*fast_step=False"):
-        RobomimicEnv(env_meta, max_episode_steps=9)
-    env = RobomimicEnv(env_meta, max_episode_steps=9, fast_step=False)
-    env.reset(seed=0)
-    env.step(np.zeros(13))
+        RobomimicEnv(env_meta, max_episode_steps=9, fast_step=True)
+    states = []
+    for choice in (None, False):  # a run asks for neither
+        env = RobomimicEnv(env_meta, max_episode_steps=9, fast_step=choice)
+        env.reset(seed=0)
+        states.append(env.step(np.full(13, 0.1))[0])
+        env.close()
+    np.testing.assert_array_equal(*states)
+
+
+def test_two_arms_act_where_the_file_says_that_an_action_is_of_both():
+    two = env_meta_for("Lift")
+    two["env_name"] = "TwoArmLift"
+    two["env_kwargs"]["robots"] = ["Panda", "Panda"]
+    keys = ("robot0_eef_pos", "robot1_eef_pos")
+    family = robomimic_family(two, max_episode_steps=9, obs_keys=keys, action_size=14)
+    env = family.make(False)
+    start, _ = env.reset(seed=0)
+    assert env.action_space.shape == (family.action_size,) == (14,)
+    action = np.zeros(14)
+    action[7:10] = 1.0  # of the second arm alone
+    for _ in range(5):
+        state, *_ = env.step(action)
+    moved = np.abs(state - start)
+    assert moved[:3].max() < 0.01 < moved[3:].max()
     env.close()

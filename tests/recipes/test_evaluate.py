@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from toy_settings import TINY
-from toy_task import ToyPool, toy_family
+from toy_task import ACTION_DIM, ToyPool, toy_family
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import evaluate, finetune_robomimic
 
@@ -42,8 +42,9 @@ def runs(tmp_path_factory, toy_file):
     return {name: root / name for name in METHODS}
 
 
-def stand_in(env_args, *, max_episode_steps, obs_keys):
+def stand_in(env_args, *, max_episode_steps, obs_keys, action_size):
     """Stands in for `robomimic_family`, which knows the size of no chosen observations either."""
+    assert action_size == ACTION_DIM
     return toy_family(max_episode_steps, task=env_args["env_name"], state_size=None)
 
 

@@ -16,6 +16,7 @@ from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.folder import own_folder
 from vla_trqam.jobs import states
+from vla_trqam.jobs.kinds import settings_of_run
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.trqam import TRQAM
 
@@ -140,6 +141,21 @@ def test_a_damaged_last_checkpoint_names_the_flag_with_which_the_run_goes_on_to_
     assert differences(final_state(folder), uninterrupted[0]) == []
     saved = saved_config(FinetuneRobomimicConfig, folder / "config.yaml")
     assert saved.checkpoint is None
+
+
+def test_a_run_is_gone_on_with_from_another_folder_than_it_was_begun_in(
+    tiny, resume, no_conclusion, uninterrupted, toy_file, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    monkeypatch.chdir(toy_file.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at_update(patch, TRQAM, 4)
+        with pytest.raises(Killed):
+            tiny(folder, f"--dataset.path={toy_file.name}")
+    monkeypatch.chdir(tmp_path)
+    assert settings_of_run(folder).dataset.path == toy_file.resolve()  # what evaluate.py reads
+    assert resume(folder) == 0
+    assert differences(final_state(folder), uninterrupted[0]) == []
 
 
 def test_a_checkpoint_is_for_a_resumed_run(tiny, tmp_path, capsys):

@@ -10,15 +10,16 @@ from typing import Any
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import read_settings, saved_config
 from vla_trqam.config.settings import RunSettings
-from vla_trqam.config.state_settings import FinetuneRobomimicConfig
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig, StateRunConfig
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
-from vla_trqam.data.sources.robomimic.hdf5 import read_env_args
+from vla_trqam.data.sources.robomimic.hdf5 import read_action_size, read_env_args
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.ogbench.family import ogbench_family
 from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.robomimic.family import robomimic_family
 from vla_trqam.jobs.robomimic_data import dataset_path
+from vla_trqam.jobs.state_pins import take_dataset
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ def _of_ogbench(settings: FinetuneOGBenchConfig, steps: int) -> EnvFamily:
 
 
 def _of_robomimic(settings: FinetuneRobomimicConfig, steps: int) -> EnvFamily:
+    path = dataset_path(settings.dataset)
     return robomimic_family(
-        read_env_args(dataset_path(settings.dataset)),
+        read_env_args(path),
         max_episode_steps=steps,
         obs_keys=settings.dataset.obs_keys,
+        action_size=read_action_size(path),
     )
 
 
@@ -74,11 +77,14 @@ def kind_of(settings: RunSettings) -> Kind:
 
 
 def settings_of_run(run: Path) -> RunSettings:
-    """What the ``config.yaml`` in a run's folder says.
+    """What the ``config.yaml`` in a run's folder says, wherever it is asked from.
 
     Raises:
         UserError: it is damaged.
     """
     path = run / CONFIG_NAME
     sections = read_settings(path).keys()
-    return saved_config(next(kind for kind in KINDS if kind.has(sections)).settings, path)
+    settings = saved_config(next(kind for kind in KINDS if kind.has(sections)).settings, path)
+    if isinstance(settings, StateRunConfig):
+        take_dataset(settings, run)
+    return settings

@@ -37,6 +37,7 @@ from vla_trqam.engine.run import Phase
 from vla_trqam.envs.base import EnvFamily
 from vla_trqam.errors import UserError
 from vla_trqam.files import set_aside, written_durably
+from vla_trqam.jobs.state_pins import take_dataset
 from vla_trqam.methods.base import Method, OffPolicyMethod
 from vla_trqam.methods.bc import BehaviourCloning
 from vla_trqam.methods.registry import make_method, name_of
@@ -145,6 +146,9 @@ def finetune[C: StateRunConfig](config: C, open_task: Callable[[C], StateTask]) 
     """The whole run; see :func:`vla_trqam.engine.finetune.finetune`."""
 
     def open_job(config: C, accelerator: Accelerator, team: Team) -> StateJob:
+        if config.resume:
+            assert config.output_dir is not None
+            take_dataset(config, config.output_dir)
         _check_given_policy(config)
         return StateJob.opened(config, open_task(config), accelerator.device, team)
 

@@ -11,7 +11,7 @@ from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
-from vla_trqam.engine.folder.pins import Input, Pin, read_pins
+from vla_trqam.engine.folder.pins import Input, began_at, read_pins
 
 # Weights, configs, processors with their statistics, tokenizers; not the card.
 OF_A_POLICY = (".json", ".safetensors", ".model", ".txt", ".jinja")
@@ -30,27 +30,19 @@ def take_pins(config: FinetuneVLAConfig) -> str | None:
     pins, policy = read_pins(config.output_dir), config.policy
     if "policy" in pins and policy.path is not None:
         policy.revision = pins["policy"].commit or policy.revision
-        policy.path = str(_place(pins["policy"], Path(policy.path)))
+        policy.path = str(began_at(pins["policy"], Path(policy.path)))
     if "tokenizer" in pins and policy.tokenizer is not None:
-        policy.tokenizer = _place(pins["tokenizer"], policy.tokenizer)
+        policy.tokenizer = began_at(pins["tokenizer"], policy.tokenizer)
     datasets: list[OneDatasetConfig] = [config.dataset, *config.dataset.more]
     for name, data in zip(source_names(len(datasets)), datasets, strict=True):
         if name in pins:
             data.revision = pins[name].commit or data.revision
         if name in pins and data.root is not None:
-            data.root = _place(pins[name], data.root)
+            data.root = began_at(pins[name], data.root)
         labels = pins.get(_labels_of(name))
         if labels is not None and data.success_labels is not None:
-            data.success_labels = _place(labels, data.success_labels, data.success_labels.name)
+            data.success_labels = began_at(labels, data.success_labels, data.success_labels.name)
     return pins["base"].commit if "base" in pins else None
-
-
-def _place(pin: Pin, asked: Path, file: str = "") -> Path:
-    """Where the files of the beginning lie; a link, or what a path is relative to, may move."""
-    if pin.folder is None or pin.commit is not None:
-        return asked
-    began = Path(pin.folder) / file
-    return asked if asked.expanduser().resolve() == began else began
 
 
 def _labels_of(dataset: str) -> str:

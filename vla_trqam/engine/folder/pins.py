@@ -105,6 +105,20 @@ def read_pins(output_dir: Path) -> dict[str, Pin]:
         ) from None
 
 
+def began_at(pin: Pin, asked: Path, file: str = "") -> Path:
+    """Where the files of a run's beginning lie; a link, or what a path is relative to, may move.
+
+    Args:
+        pin: of the source.
+        asked: what the settings say.
+        file: of the source's folder; the folder itself unless given.
+    """
+    if pin.folder is None or pin.commit is not None:
+        return asked
+    began = Path(pin.folder) / file
+    return asked if asked.expanduser().resolve() == began else began
+
+
 def _read(values: dict[str, Any]) -> Pin:
     files = {name: PinnedFile(**facts) for name, facts in values.pop("files").items()}
     return Pin(**values, files=files)

@@ -170,7 +170,7 @@ class RobomimicEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         *,
         max_episode_steps: int,
         obs_keys: Sequence[str] = LOW_DIM_KEYS,
-        fast_step: bool = True,
+        fast_step: bool | None = None,
         render_offscreen: bool = False,
     ) -> None:
         """Build the simulator.
@@ -179,7 +179,8 @@ class RobomimicEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             env_meta: a file's `env_args`, see `env_meta_for`.
             max_episode_steps: control steps after which an episode is truncated.
             obs_keys: robomimic observation keys, in the order of concatenation.
-            fast_step: use `osc_step.OscStep`, equal to the stock step and several times as fast.
+            fast_step: use `osc_step.OscStep`, equal to the stock step and several times as fast;
+                None where the robot and its controller are of the kind that it does.
             render_offscreen: make `render` available.
 
         Raises:
@@ -199,7 +200,7 @@ class RobomimicEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.render_height, self.render_width, self.render_camera = 256, 256, "agentview"
         self._max_episode_steps = max_episode_steps
         self._steps = 0
-        self._fast: OscStep | None = self._make_fast_step() if fast_step else None
+        self._fast = None if fast_step is False else self._make_fast_step(needed=bool(fast_step))
         first_observation = self._vector(self._reset_scene(0))
         self.observation_space = gymnasium.spaces.Box(
             -np.inf, np.inf, first_observation.shape, np.float32
@@ -281,11 +282,16 @@ class RobomimicEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if self.robosuite.sim is not None:
             self.robosuite.close()
 
-    def _make_fast_step(self) -> "OscStep":
+    def _make_fast_step(self, *, needed: bool) -> "OscStep | None":
         with _quiet():
-            from vla_trqam.envs.robomimic.osc_step import OscStep
+            from vla_trqam.envs.robomimic.osc_step import OscStep, UnsupportedError
 
-        return OscStep(self.robosuite, self.obs_keys)
+        try:
+            return OscStep(self.robosuite, self.obs_keys)
+        except UnsupportedError:
+            if needed:
+                raise
+            return None
 
     def _reset_scene(self, seed: int) -> dict[str, np.ndarray]:
         with global_seed(seed):

@@ -34,9 +34,12 @@ def robomimic_family(
     max_episode_steps: int,
     obs_keys: Sequence[str] = LOW_DIM_KEYS,
     cameras: CameraSettings | None = None,
-    fast_step: bool = True,
+    action_size: int = ACTION_DIM,
+    fast_step: bool | None = None,
 ) -> EnvFamily:
     """A task of robomimic's, arguments as `RobomimicEnv`'s; `cameras` None is for states alone.
+
+    The size of an action is that of one arm and its gripper unless another is given.
 
     Raises:
         UserError: a number below 1, `env_meta` cannot be honoured, or robosuite is not installed.
@@ -59,8 +62,8 @@ def robomimic_family(
         max_episode_steps=max_episode_steps,
         control_rate=env_meta["env_kwargs"].get("control_freq", DEFAULT_CONTROL_RATE),
         task_texts=(TASK_DESCRIPTIONS.get(task, task),),
-        action_low=(-1.0,) * ACTION_DIM,
-        action_high=(1.0,) * ACTION_DIM,
+        action_low=(-1.0,) * action_size,
+        action_high=(1.0,) * action_size,
         state_size=STATE_DIM if tuple(obs_keys) == STATE_KEYS else None,
         cameras={} if cameras is None else dict.fromkeys(cameras.names, (size, size, 3)),
     )

@@ -97,7 +97,7 @@ class RobomimicImageEnv(gymnasium.Wrapper[ImageObservation, np.ndarray, Any, np.
         image_size: int = 64,
         render_every: int = 1,
         state_keys: Sequence[str] = STATE_KEYS,
-        fast_step: bool = True,
+        fast_step: bool | None = None,
         video_size: int | None = None,
         shadows: bool = True,
     ) -> None:

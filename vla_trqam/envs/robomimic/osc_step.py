@@ -93,6 +93,10 @@ def osc_torques(
     return np.minimum(np.maximum(torques, limit_low), limit_high)
 
 
+class UnsupportedError(UserError):
+    """A robot, controller or sensor of another kind than is done here: robosuite's step does it."""
+
+
 class SampleClock:
     """When robosuite's sensors sample: once a control step, at a substep that resets shift.
 
@@ -129,7 +133,8 @@ class OscStep:
         """Bind to `env`'s simulator, which must outlive this object (no hard resets).
 
         Raises:
-            UserError: the robot, controller or sensors are not the supported kind.
+            UnsupportedError: the robot, controller or sensors are not the supported kind.
+            UserError: a key names no sensor.
         """
         self._env = env
         self._robot, self._arm, self._grip = _supported_controllers(env)
@@ -274,7 +279,7 @@ def _supported_controllers(env: Any) -> tuple[Any, Any, Any]:
         ("observations without camera images", not env.use_camera_obs),
     ):
         if not holds:
-            raise UserError(
+            raise UnsupportedError(
                 f"fast_step supports fixed-impedance OSC_POSE on one arm and needs {wanted}; "
                 f"this task's env_args have another controller: pass fast_step=False."
             )
@@ -303,7 +308,8 @@ def _needed_sensors(env: Any, obs_keys: Sequence[str]) -> list[Observable]:
     `object` is wanted.
 
     Raises:
-        UserError: a key names no sensor, or a sensor has noise, a filter or a delay.
+        UserError: a key names no sensor.
+        UnsupportedError: a sensor has noise, a filter or a delay.
     """
     enabled = {name: s for name, s in env._observables.items() if s.is_enabled()}
     unknown = [key for key in obs_keys if key != "object" and key not in enabled]
@@ -320,5 +326,7 @@ def _needed_sensors(env: Any, obs_keys: Sequence[str]) -> list[Observable]:
     sensors = [s for name, s in enabled.items() if name in names]
     for s in sensors:
         if (s._corrupter, s._filter, s._delayer) != (NO_CORRUPTION, NO_FILTER, NO_DELAY):
-            raise UserError(f"fast_step supports no noise, filter or delay on sensor {s.name}.")
+            raise UnsupportedError(
+                f"fast_step supports no noise, filter or delay on sensor {s.name}."
+            )
     return sensors

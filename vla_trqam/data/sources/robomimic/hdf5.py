@@ -117,6 +117,22 @@ def read_env_args(path: Path) -> dict[str, Any]:
         return _read_env_args(require_group(file, "data", str(path)), path)
 
 
+def read_action_size(path: Path) -> int:
+    """A, of the first demo; nothing else is read.
+
+    Raises:
+        UserError: the file is missing or damaged, or has no demo with rows of actions.
+    """
+    with _opened(path) as file:
+        data = require_group(file, "data", str(path))
+        actions = next(
+            (data[f"{name}/actions"] for name in data if f"{name}/actions" in data), None
+        )
+        if not isinstance(actions, h5py.Dataset) or len(actions.shape) != 2:
+            raise UserError(f"{path} has no demo with rows of actions")
+        return int(actions.shape[1])
+
+
 def read_robomimic(
     path: str | Path,
     *,
