@@ -248,6 +248,7 @@ PI0_FLAGS: tuple[Flags, ...] = (
     (("--dataset.reward=great",), "an unknown reward", ("dataset.reward", "great")),
     (("--dataset.kind=great",), "an unknown kind of reward", ("dataset.kind", "great", "sparse")),
     (("--env.type=atari",), "an unknown simulator", ("env.type", "atari", "robomimic")),
+    (("--env.type=robomme",), "a simulator that no seed moves", ("env.type=robomme", "every seed")),
     (("--env.task=Tennis",), "an unknown task", ("env.task", "Tennis", "Lift")),
     (
         ("--env.type=robomimic", "--env.cameras=[front]"),

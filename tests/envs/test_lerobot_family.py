@@ -9,7 +9,7 @@ import pytest
 from family_contract import FamilyContract, assert_pictures
 
 from vla_trqam.envs.lerobot.family import lerobot_family
-from vla_trqam.envs.worker import FrameRecorder, FrameSettings
+from vla_trqam.envs.worker import EnvServer, FrameRecorder, FrameSettings, WorkerSettings
 from vla_trqam.errors import UserError
 
 # Importing LeRobot takes ten seconds and more, here and in each simulator process.
@@ -264,6 +264,16 @@ def test_cameras_have_lerobots_names_and_show_the_last_step(suite):
     env.step(np.array([2.0], np.float32))
     assert suite.cameras == {"top": (8, 9, 3)}
     np.testing.assert_array_equal(env.look()["top"], np.ones((8, 9, 3), np.uint8))
+
+
+@pytest.mark.parametrize("shown", [["top"], []])
+def test_a_worker_hands_on_the_cameras_that_are_asked_for(suite, shown):
+    cameras = tuple(suite.showing([*shown, "wrist"]).cameras)
+    server = EnvServer(WorkerSettings(suite.make, False, 2, cameras))
+    *_, images, text = server.answer(("reset", 1, None))
+    assert (list(images), text) == (shown, "task 1")
+    _, _, images, *_ = server.answer(("chunk", np.zeros((2, 1), np.float32)))
+    assert list(images) == shown
 
 
 def test_a_limit_beyond_the_environments_own_is_refused(suite):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from toy_files import metrics_lines
 from toy_images import (
+    CAMERA,
     CHUNK,
     MAX_STEPS,
     SIZE,
@@ -399,6 +400,21 @@ def test_another_simulators_cameras_are_named_and_what_may_be_done(refused, file
         "--env.type=pusht has the cameras [observation.image], the dataset [agentview]: name the "
         "dataset's like the simulator's by --rename_map"
     ) in refused(*files.flags())
+
+
+def test_a_camera_more_and_another_rate_of_the_simulator_are_no_obstacle(
+    tiny, no_conclusion, monkeypatch, tmp_path, capsys
+):
+    def family(config, **settings):
+        found = image_family(config, **settings)
+        more = {"wrist": (2 * SIZE, SIZE, 3)}
+        return replace(found, cameras=more | dict(found.cameras), control_rate=10.0)
+
+    monkeypatch.setattr(vla, "make_family", family)
+    assert tiny(tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "the dataset has 20 rows a second and the simulator 10 control steps" in said
+    assert tuple(Replay.open(tmp_path / "run/replay").cameras) == (CAMERA,)
 
 
 @pytest.mark.parametrize("method", ["trqam", "fql"])

@@ -7,8 +7,8 @@ A simulator comes in by one function that turns settings into an `EnvFamily`, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
@@ -62,7 +62,8 @@ class EnvFamily:
         action_low: least action that is executed, of each dimension.
         action_high: largest.
         state_size: O; None where only the made environment knows it.
-        cameras: name -> (height, width, 3) of the images; {} where states are all there is.
+        cameras: name -> (height, width, 3) of the images that are handed on; {} where states are
+            all there is.
     """
 
     name: str
@@ -81,6 +82,11 @@ class EnvFamily:
             raise UserError(
                 f"max_episode_steps is {self.max_episode_steps}; it must be at least 1."
             )
+
+    def showing(self, cameras: Collection[str]) -> EnvFamily:
+        """Of what it shows, these cameras alone; those that it lacks are for others to miss."""
+        shown = {name: shape for name, shape in self.cameras.items() if name in cameras}
+        return replace(self, cameras=shown)
 
     @property
     def action_size(self) -> int:

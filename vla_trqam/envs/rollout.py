@@ -237,7 +237,12 @@ class RolloutPool:
         self.family = family
         self._deadlines = Deadlines(chunk_deadline)
         self._num_workers = num_workers
-        self._settings = WorkerSettings(family.make, rendering=False, chunk_length=chunk_length)
+        self._settings = WorkerSettings(
+            family.make,
+            rendering=False,
+            chunk_length=chunk_length,
+            cameras=tuple(family.cameras),
+        )
         self._workers = self._start(num_workers)
         self._recorders: _Crew = []
 

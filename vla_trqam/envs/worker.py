@@ -29,11 +29,12 @@ from vla_trqam.errors import UserError
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker needs to make its `ChunkEnv`: a family's `make`, whether to film, and H."""
+    """What a worker needs: a family's `make`, whether to film, H, and the cameras to hand on."""
 
     make: MakeEnv
     rendering: bool
     chunk_length: int
+    cameras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class EnvServer:
     def __init__(self, settings: WorkerSettings) -> None:
         """Make the environment; errors are its own."""
         env = self._task_env = settings.make(settings.rendering)
+        self._cameras = settings.cameras
         self._recorder = FrameRecorder(env)
         self._env = ChunkEnv(self._recorder, settings.chunk_length)
         assert isinstance(env.action_space, gymnasium.spaces.Box)
@@ -107,14 +109,20 @@ class EnvServer:
     def _reset(self, seed: int, frames: FrameSettings | None) -> tuple[Any, ...]:
         self._recorder.configure(frames)
         observation, _ = self._env.reset(seed=seed)
-        return "observation", observation, self._task_env.look(), self._task_env.task_text
+        return "observation", observation, self._look(), self._task_env.task_text
 
     def _chunk(self, chunk: np.ndarray) -> tuple[Any, ...]:
         observation, _, terminated, truncated, info = self._env.step(chunk)
         if terminated or truncated:
             info["frames"] = self._recorder.frames
-        images = {} if terminated else self._task_env.look()
+        images = {} if terminated else self._look()
         return "chunk", observation, images, terminated, truncated, info
+
+    def _look(self) -> dict[str, np.ndarray]:
+        if not self._cameras:
+            return {}
+        shown = self._task_env.look()
+        return {name: shown[name] for name in self._cameras}
 
 
 def serve(connection: Connection) -> None:

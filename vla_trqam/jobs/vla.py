@@ -133,7 +133,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         """Use `opened`."""
         super().__init__(config, policy, team)
         self._keeps_prefixes, self._draws_next = keeps_prefixes, draws_next
-        self._datasets, self._family, self._accelerator = datasets, family, accelerator
+        self._datasets, self._accelerator = datasets, accelerator
+        self._family = None if family is None else family.showing(datasets.first.cameras)
         self.data_sources = tuple(datasets.named)
         self._method = cache(self._make_method)
 

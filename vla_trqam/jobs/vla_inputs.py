@@ -22,7 +22,7 @@ from vla_trqam.adapters.loading import (
 )
 from vla_trqam.adapters.lora import LoRASettings
 from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig, PeftConfig
-from vla_trqam.data.frames import IMAGE_PREFIX, image_key
+from vla_trqam.data.frames import IMAGE_PREFIX
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind, RewardSpec
 from vla_trqam.data.sources.lerobot.lending import check_lends
@@ -87,7 +87,7 @@ def checked_inputs(
     for note in policy.cameras(cameras).notes():
         say(note)
     if family is not None:
-        _check_simulator(config, reader, policy, family)
+        _check_simulator(config, reader, policy, family, say)
     _check_base(config, policy)
     datasets.check_cameras()
     if config.replay.frames == "dataset":
@@ -189,23 +189,33 @@ def _check_base(config: FinetuneVLAConfig, policy: LeRobotFlowPolicy) -> None:
 
 
 def _check_simulator(
-    config: FinetuneVLAConfig, reader: LeRobotReader, policy: LeRobotFlowPolicy, family: EnvFamily
+    config: FinetuneVLAConfig,
+    reader: LeRobotReader,
+    policy: LeRobotFlowPolicy,
+    family: EnvFamily,
+    say: Callable[[str], None],
 ) -> None:
     """The policy looks through the simulator's cameras; what is rolled out joins the dataset."""
     joins = bool(config.online.steps or config.base_episodes)
-    looked_through = {
-        n for n in reader.cameras if image_key(n) in policy.host.config.image_features
-    }
-    wanted, there = set(reader.cameras) if joins else looked_through, set(family.cameras)
-    if wanted - there or (joins and there - wanted):
+    own = {key.removeprefix(IMAGE_PREFIX) for key in policy.host.config.image_features}
+    there, known = set(family.cameras), set(reader.cameras)
+    # Of what both show, the policy must have been trained to see.
+    wanted = known if joins else own & known
+    if wanted - there or own & there - known:
         raise UserError(_other_cameras(family, wanted, "dataset" if joins else "policy"))
+    if reader.fps != family.control_rate:
+        say(
+            f"the dataset has {reader.fps:g} rows a second and the simulator "
+            f"{family.control_rate:g} control steps: --discount, a step, is of both"
+        )
     for name, shape in reader.cameras.items() if joins else ():
         if tuple(shape) != family.cameras[name]:
-            by = f" (--env.image_size={config.env.image_size})" if _has_size(family) else ""
+            own = _has_size(family)
+            by = f"--env.image_size={config.env.image_size}" if own else "--env.options may say it"
             raise UserError(
                 f"the dataset's camera {name} has images of {_by(shape)}, the simulator's of "
-                f"{_by(family.cameras[name])}{by}; what is rolled out joins the dataset's, so they "
-                "must agree"
+                f"{_by(family.cameras[name])} ({by}); what is rolled out joins the dataset's, so "
+                "they must agree"
             )
     for key, has, wants in (
         ("observation.state", reader.state_dim, family.state_size),
