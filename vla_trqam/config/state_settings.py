@@ -85,6 +85,7 @@ class PretrainConfig:
 class StateData(Protocol):
     """What every recipe of states asks of its offline data."""
 
+    path: Path | None
     short_chunks: ShortChunks
 
     @property

@@ -210,8 +210,8 @@ def _check_simulator(
         )
     for name, shape in reader.cameras.items() if joins else ():
         if tuple(shape) != family.cameras[name]:
-            own = _has_size(family)
-            by = f"--env.image_size={config.env.image_size}" if own else "--env.options may say it"
+            sized = _has_size(family)
+            by = f"--env.image_size={config.env.image_size}" if sized else "--env.options may say"
             raise UserError(
                 f"the dataset's camera {name} has images of {_by(shape)}, the simulator's of "
                 f"{_by(family.cameras[name])} ({by}); what is rolled out joins the dataset's, so "
