@@ -20,6 +20,8 @@ from vla_trqam.study.trials import Trial, Trials
 
 STEPS, ONLINE = 10, 5
 TABLE = {"lift": {"recipe": "finetune_robomimic"}}
+TRIED = {"trqam": [{"kl_budget": 0.2}, {"kl_budget": 0.5}], "fql": [{"alpha": 1.0}, {"alpha": 3.0}]}
+TUNED = {"lift": {"recipe": "finetune_robomimic", "trials": TRIED}}
 TRIALS = Trials(
     {("lift", "trqam"): [Trial({"kl_budget": 0.2}, 0.75, {}), Trial({"kl_budget": 0.5}, None, {})]}
 )
@@ -110,7 +112,7 @@ def compared(tmp_path):
         for (label, seed), final in finals.items()
     ]
     settings = CompareConfig(
-        output_dir=tmp_path, methods=("trqam", "fql"), tasks=("lift",), seeds=(0, 1), table=TABLE
+        output_dir=tmp_path, methods=("trqam", "fql"), tasks=("lift",), seeds=(0, 1), table=TUNED
     )
     return settings, runs
 
