@@ -15,6 +15,7 @@ from vla_trqam.config.parsing import saved_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.folder import own_folder
+from vla_trqam.engine.folder.checkpoints import read_position
 from vla_trqam.jobs import states
 from vla_trqam.jobs.kinds import settings_of_run
 from vla_trqam.methods.bc import BehaviourCloning
@@ -154,7 +155,9 @@ def test_a_run_is_gone_on_with_from_another_folder_than_it_was_begun_in(
             tiny(folder, f"--dataset.path={toy_file.name}")
     monkeypatch.chdir(tmp_path)
     assert settings_of_run(folder).dataset.path == toy_file.resolve()  # what evaluate.py reads
+    spent = read_position(folder / "checkpoints/last").wall_clock["pretrain"]
     assert resume(folder) == 0
+    assert read_position(folder / "checkpoints/last").wall_clock["pretrain"] == spent > 0.0
     assert differences(final_state(folder), uninterrupted[0]) == []
 
 
