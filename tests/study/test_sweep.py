@@ -12,6 +12,14 @@ def test_the_smallest_budget_within_one_standard_error_of_the_best_is_recommende
     assert reason == "80.0%, the smallest within one standard error of the best, 85.0% at 1"
 
 
+def test_the_error_is_that_of_a_mean_of_so_few():
+    """Rates of 0.6, 0.8 and 1: a standard deviation of 0.2 (of n - 1), over the root of 3 0.115."""
+    best = {1.0: [0.6, 0.8, 1.0]}
+    inside, outside = 0.8 - 0.2 / 3**0.5 + 0.01, 0.8 - 0.2 / 3**0.5 - 0.01
+    assert recommend({0.1: [inside] * 3, **best}, 0.2)[0] == 0.1
+    assert recommend({0.1: [outside] * 3, **best}, 0.2)[0] == 1.0
+
+
 def test_the_best_budget_is_recommended_where_smaller_ones_are_worse():
     chosen, reason = recommend({0.1: [0.1, 0.1], 1.0: [0.9, 0.9]}, 0.05)
     assert (chosen, reason) == (1.0, "the best mean success, 90.0%")
