@@ -1,6 +1,7 @@
 """Frames that stay in their dataset: whatever is asked for is what a copy would hold."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,10 @@ def readers_of(folder: Path) -> list[LeRobotReader]:
     return found
 
 
-def filled(folder: Path, readers: Sequence[LeRobotReader], *, lent: bool) -> Replay:
+def filled(folder: Path, readers: Sequence[LeRobotReader], *, lent: bool, more: int = 0) -> Replay:
     lender = LentPictures(readers, threads=2) if lent else None
     count = 0 if lender is None else lender.num_frames
-    replay = create_replay(folder, readers, lent_frames=count)
+    replay = create_replay(folder, readers, lent_frames=count, more_steps=more, more_frames=more)
     if lender is not None:
         replay.borrow(lender)
     named = {f"source_{number}": reader for number, reader in enumerate(readers)}
@@ -51,6 +52,21 @@ def test_frames_in_any_order_are_those_of_a_copy(tmp_path: Path) -> None:
         assert np.array_equal(found, copy.pictures(CAMERA, frames))
     everything = np.arange(copy.num_frames)
     assert np.array_equal(lent.pictures(CAMERA, everything), copy.images(CAMERA))
+
+
+def test_lent_frames_and_those_of_later_episodes_come_in_one_batch(tmp_path: Path) -> None:
+    readers = readers_of(tmp_path)
+    copy, lent = (filled(tmp_path / f"replay_{k}", readers, lent=k, more=50) for k in (False, True))
+    first_own = lent.num_frames
+    later = readers[1].episode(0)
+    darker = {CAMERA: np.stack([255 - picture for picture in later.images[CAMERA]])}
+    for replay in (copy, lent):
+        replay.add(replace(later, images=darker), source="online")
+    frames = np.random.default_rng(0).permutation(copy.num_frames)
+    assert (frames[:12] < first_own).any()
+    assert (frames[:12] >= first_own).any()
+    for some in (frames[:12], frames[frames >= first_own]):
+        assert np.array_equal(lent.pictures(CAMERA, some), copy.images(CAMERA)[some])
 
 
 def test_nothing_is_decoded_until_it_is_asked_for(

@@ -166,14 +166,22 @@ def test_rewards_are_those_of_the_kind_or_of_the_data(kind, rolls_out, expected,
     buffer.close()
 
 
-def test_dense_rewards_lie_between_the_worst_of_the_data_and_0(tmp_path):
-    buffer = Replay.create(tmp_path / "replay", observation_dim=3, action_dim=2, capacity=1000)
-    episode = roll_out(homing_policy(2, 0.2), 3, 12)
-    missing = -np.arange(episode.num_steps, dtype=np.float32) % 4 - 3.0
-    buffer.add(replace(episode, rewards=missing), source="dataset")
-    sampler = buffer.sampler(
-        chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec("dense")
-    )
-    assert reward_range(sampler, rolls_out=True) == (float(missing.min()), 0.0)
-    assert reward_range(UnionSampler([sampler, sampler]), rolls_out=True)[0] == missing.min() < -1
-    buffer.close()
+def test_dense_rewards_lie_between_the_worst_of_all_data_and_0(tmp_path):
+    samplers = []
+    for worst in (-3.0, -7.0):
+        buffer = Replay.create(
+            tmp_path / f"replay{worst}", observation_dim=3, action_dim=2, capacity=1000
+        )
+        episode = roll_out(homing_policy(2, 0.2), 3, 12)
+        missing = worst + np.arange(episode.num_steps, dtype=np.float32) % 4
+        buffer.add(replace(episode, rewards=missing), source="dataset")
+        samplers.append(
+            buffer.sampler(
+                chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec("dense")
+            )
+        )
+        assert reward_range(samplers[-1], rolls_out=True) == (worst, 0.0)
+    for parts in (samplers, samplers[::-1]):
+        assert reward_range(UnionSampler(parts), rolls_out=True) == (-7.0, 0.0)
+    for sampler in samplers:
+        sampler.buffer.close()

@@ -177,6 +177,12 @@ def test_the_budget_is_held_when_the_last_half_is_within_a_fifth(tmp_path):
     assert (summary.lam_final, summary.kl_budget) == (3.0, 0.1)
 
 
+def test_the_line_in_the_very_middle_belongs_to_the_last_half(tmp_path):
+    summary = trust_region_run(tmp_path, [0.1, 0.1, 0.16, 0.1, 0.1], [1.0] * 5)
+    assert not summary.held
+    assert summary.share_within == pytest.approx(2 / 3)
+
+
 def test_the_budget_is_not_held_when_a_late_line_is_off_and_lambda_is_free(tmp_path):
     summary = trust_region_run(tmp_path, [0.1] * 5 + [0.13], [1.0] * 6)
     assert not summary.held
