@@ -46,6 +46,19 @@ one that it stood at becomes a huge one.
 
 
 @dataclass(frozen=True)
+class PromptLengths:
+    """Tokens of what a policy is told.
+
+    Attributes:
+        lengths: of each prompt.
+        limit: tokens that the policy takes; LeRobot's tokenizer cuts what is beyond.
+    """
+
+    lengths: list[int]
+    limit: int
+
+
+@dataclass(frozen=True)
 class Processors:
     """A policy's pre- and postprocessor.
 
@@ -113,6 +126,24 @@ class Processors:
         for step in self.before.steps:
             if isinstance(step, TokenizerProcessorStep):
                 step.padding = "max_length"
+
+    def prompt_lengths(self, tasks: Sequence[str], states: Tensor) -> PromptLengths | None:
+        """How many tokens the policy is told, without a cut; None where no tokenizer reads it.
+
+        Args:
+            tasks: N instructions.
+            states: (N, d) in the robot's units; π0.5 is told them in words.
+        """
+        transition = create_transition(
+            observation={OBS_STATE: states}, complementary_data={"task": list(tasks)}
+        )
+        for step in self.before.steps:
+            if isinstance(step, TokenizerProcessorStep):
+                texts = step.get_task(transition)
+                tokens = step.input_tokenizer(texts, truncation=False)["input_ids"]
+                return PromptLengths([len(each) for each in tokens], step.max_length)
+            transition = step(transition)
+        return None
 
     def save_pretrained(self, directory: Path) -> None:
         """In LeRobot's format, beside the policy."""

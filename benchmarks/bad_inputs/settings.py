@@ -104,6 +104,7 @@ ROBOMIMIC_FLAGS: tuple[Flags, ...] = (
         ("--steps", "--online.steps", "both 0"),
     ),
     (("--online.fraction=1.5",), "a share above 1", ("--online.fraction=1.5",)),
+    (("--lr_end=0",), "no step size left", ("--lr_end=0.0", "(0, 1]")),
     (("--policy.chunk_length=11",), "a chunk longer than an episode", ("10", "11")),
     (
         ("--policy.n_action_steps=99",),
@@ -167,6 +168,26 @@ PI0_FLAGS: tuple[Flags, ...] = (
         ("--method.clone_interventions=1",),
         "interventions that nothing tells of",
         ("--method.clone_interventions", "intervention or is_intervention"),
+    ),
+    (
+        ("--dataset.intervention_weight=0",),
+        "interventions that are never drawn",
+        ("dataset.intervention_weight", "0", "at least 1"),
+    ),
+    (
+        ("--dataset.intervention_weight=2",),
+        "a weight of what nothing tells of",
+        ("--dataset.intervention_weight", "intervention or is_intervention"),
+    ),
+    (
+        ("--dataset.reward=progress",),
+        "progress of no column",
+        ("--dataset.reward=progress", "--dataset.reward_column"),
+    ),
+    (
+        ("--dataset.reward_file=sarm_progress.parquet",),
+        "a file without its column",
+        ("sarm_progress.parquet", "--dataset.reward_column"),
     ),
     (("--peft.shard=true",), "adapters in parts", ("--peft.shard=true", "--peft.method=full")),
     (

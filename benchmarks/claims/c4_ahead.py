@@ -2,7 +2,7 @@
 
     python recipes/compare.py --preset=claims_c4    # the runs
     python benchmarks/claims/c4_ahead.py --studies outputs/compare/claims_c4 \
-        --keep docs/results/claims_c4 --page docs/claims.md
+        --keep docs/results/claims_c4 --output docs/figures/c4_ahead.png --page docs/claims.md
 
 Reads the ``table.csv`` of one study or several, of different tasks, and says what they have in
 common: the interquartile mean over tasks and seeds, and which methods these seeds tell apart.
@@ -23,6 +23,7 @@ from claim_studies import from_studies, read_table
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.formats import percent, table
+from vla_trqam.study.pictures import plot_aggregate
 from vla_trqam.study.statistics import (
     CONFIDENCE,
     Estimate,
@@ -30,7 +31,9 @@ from vla_trqam.study.statistics import (
     Scores,
     compare_pairs,
     holm,
+    improvements,
     interquartile_means,
+    performance_profiles,
 )
 from vla_trqam.study.tables import estimate, mean_sd
 
@@ -126,11 +129,13 @@ def _other(pair: Pair) -> str:
 
 def tell(runs: Sequence[Ran]) -> str:
     """Verdicts and tables."""
-    verdicts, columns = [], {}
+    verdicts, columns, beaten = [], {}, {}
     for stage in STAGES:
         scores = scores_of(runs, stage)
         columns[stage], pairs = interquartile_means(scores), compare_pairs(scores)
+        beaten[stage] = improvements(scores, OURS)
         verdicts.append(verdict(stage, columns[stage], pairs))
+        verdicts.append(_every_pair(stage, pairs))
     tasks = list(dict.fromkeys(ran.task for ran in runs))
     seeds = len({ran.seed for ran in runs})
     verdicts.append(_limit(len(tasks) * seeds, len(columns["after_online"])))
@@ -140,9 +145,22 @@ def tell(runs: Sequence[Ran]) -> str:
             f"Success in percent, means of {seeds} seeds ± standard deviation, after the offline "
             "updates → after the online ones:",
             table(
-                ["method", *tasks, "mean", "interquartile mean (95%)"], _rows(runs, tasks, columns)
+                [
+                    *("method", *tasks, "mean", "interquartile mean (95%)"),
+                    f"P({OURS} is better) (95%)",
+                ],
+                _rows(runs, tasks, columns, beaten),
             ),
         ]
+    )
+
+
+def _every_pair(stage: str, pairs: Sequence[Pair]) -> str:
+    """Whom these seeds tell apart where every two methods are compared, ours or not."""
+    apart = [f"{pair.one} and {pair.other}" for pair in pairs if pair.told_apart]
+    return (
+        f"- Of all {len(pairs)} pairs of methods (by Holm over all of them) these seeds tell apart "
+        f"{STAGES[stage]}: {_listed(apart)}."
     )
 
 
@@ -159,10 +177,13 @@ def _limit(runs: int, methods: int) -> str:
 
 
 def _rows(
-    runs: Sequence[Ran], tasks: Sequence[str], columns: Mapping[str, Mapping[str, Estimate]]
+    runs: Sequence[Ran],
+    tasks: Sequence[str],
+    columns: Mapping[str, Mapping[str, Estimate]],
+    beaten: Mapping[str, Mapping[str, Estimate]],
 ) -> list[list[str]]:
     bases = [_mean({ran.seed: ran.rates["base"] for ran in runs if ran.task == t}) for t in tasks]
-    rows = [["the base", *bases, "", ""]]
+    rows = [["the base", *bases, "", "", ""]]
     for method in columns["after_offline"]:
         mine = [ran for ran in runs if ran.method == method]
         cells = [
@@ -176,7 +197,8 @@ def _rows(
             percent(float(np.mean([ran.rates[stage] for ran in mine]))) for stage in STAGES
         )
         means = " → ".join(estimate(columns[stage][method]) for stage in STAGES)
-        rows.append([method, *cells, plain, means])
+        own = [found[method] for found in beaten.values() if method in found]
+        rows.append([method, *cells, plain, means, " → ".join(map(estimate, own))])
     return rows
 
 
@@ -184,10 +206,24 @@ def _mean(by_seed: Mapping[int, float]) -> str:
     return mean_sd(list(by_seed.values()))
 
 
+def draw(path: Path, runs: Sequence[Ran]) -> Path:
+    """Means, probabilities of improvement and performance profiles after the online updates."""
+    found = scores_of(runs, "after_online")
+    scores = {OURS: found.pop(OURS)} | found
+    tasks = ", ".join(dict.fromkeys(ran.task for ran in runs))
+    return plot_aggregate(
+        f"{tasks}: after the online updates",
+        interquartile_means(scores),
+        improvements(scores, OURS),
+        performance_profiles(scores),
+        path,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what is no study of the claim's."""
     about = (__doc__ or "").split("\n")[0]
-    return write_claim("c4", about, arguments, from_studies(read_studies), tell)
+    return write_claim("c4", about, arguments, from_studies(read_studies), tell, draw)
 
 
 if __name__ == "__main__":

@@ -192,15 +192,18 @@ def _theorem(found: Sequence[Found]) -> str:
         errors = abs(before.counted - 1.0), abs(end.counted - 1.0)
         orders.append(float(np.log(errors[0] / errors[1]) / np.log(end.steps / before.steps)))
         ends.append(end)
-    at = sorted({end.steps for end in ends})
-    last = [[end.counted for end in ends if end.steps == steps] for steps in at]
-    said = [f"{min(v):.3g} to {max(v):.3g} at K = {k}" for k, v in zip(at, last, strict=True)]
+    said = []
+    for steps in sorted({end.steps for end in ends}):
+        last = [end for end in ends if end.steps == steps]
+        names = ", ".join(dict.fromkeys(end.base for end in last))
+        values = [end.counted for end in last]
+        said.append(f"{min(values):.3g} to {max(values):.3g} at K = {steps} ({names})")
     few = [f.counted for f in found if f.steps == 4]
     return (
         f"**Theorem 1 {'holds' if min(orders) > 0.5 else 'DOES NOT HOLD'} as K grows, and not at "
-        f"the K that is used**: the path KL over D(λ) is {' and '.join(said)}, with an error that "
-        f"falls like K to the power {-min(orders):.2f} to {-max(orders):.2f}; at K = 4 it is "
-        f"{min(few):.2g} to {max(few):.3g}."
+        f"the K that is used**: the path KL over D(λ) is, at the largest K of each base, "
+        f"{' and '.join(said)}, with an error that falls like K to the power {-min(orders):.2f} to "
+        f"{-max(orders):.2f}; at K = 4 it is {min(few):.2g} to {max(few):.3g}."
     )
 
 

@@ -10,6 +10,8 @@ import pytest
 from marked import marked
 
 SEEDS = range(3)
+RATES = (0.9, 0.5), (0.7, 0.3)
+"""TRQAM's and another method's on two tasks."""
 
 
 def study(folder: Path, rates: dict[str, dict[str, float]], *, spread: float = 0.0) -> Path:
@@ -46,6 +48,9 @@ def test_it_holds_where_every_other_is_told_to_be_worse(tmp_path: Path) -> None:
     text = told(tmp_path, same(3, trqam=0.9, qam=0.7, fql=0.5), spread=0.01)
     assert text.count("holds** (place 1 of 3") == 2
     assert text.count("better than qam, fql, worse than none") == 2
+    apart = "trqam and qam, trqam and fql, qam and fql."
+    assert "Of all 3 pairs of methods (by Holm over all of them) these seeds tell apart" in text
+    assert text.count(apart) == 2
     assert "in 9 runs a method, so that none has a p below 0.0039, 2 comparisons none below" in text
 
 
@@ -54,6 +59,7 @@ def test_few_seeds_that_agree_tell_nothing_apart(tmp_path: Path) -> None:
     text = told(tmp_path, same(1, trqam=0.9, qam=0.7), spread=0.01)
     assert text.count("first, not told apart** (place 1 of 2") == 2
     assert "better than none, worse than none" in text
+    assert text.count("Of all 1 pairs of methods") == text.count("online ones: none.") * 2 == 2
 
 
 def test_it_does_not_hold_where_another_is_better(tmp_path: Path) -> None:
@@ -76,6 +82,12 @@ def test_the_table_has_means_of_seeds_before_and_after(tmp_path: Path) -> None:
     middle = float(np.mean(runs[1:5]))
     assert lines[3][3] == "60.0% → 70.0%"
     assert f"→ {100 * middle:.1f}%" in lines[3][4]
+    ours, theirs = ([[r + 0.1 * (seed - 1) for seed in SEEDS] for r in rs] for rs in RATES)
+    wins = [
+        np.mean([(a > b) + 0.5 * (a == b) for a in mine for b in other])
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    assert f"→ {100 * np.mean(wins):.1f}%" in lines[4][5]
 
 
 def test_studies_of_different_tasks_are_one_comparison(tmp_path: Path) -> None:
@@ -87,8 +99,10 @@ def test_studies_of_different_tasks_are_one_comparison(tmp_path: Path) -> None:
     page = tmp_path / "claims.md"
     page.write_text("<!-- begin c4 --><!-- end c4 -->")
     flags = ["--studies", *map(str, folders), "--page", str(page), "--keep", str(tmp_path / "kept")]
+    flags += [f"--output={tmp_path / 'c4.png'}"]
     assert c4_ahead.main(flags) == 0
     assert marked(page, "c4").strip() == c4_ahead.tell(runs)
+    assert (tmp_path / "c4.png").stat().st_size > 10_000
     for name in ("lift", "maze"):
         kept = {path.name for path in (tmp_path / "kept" / name).iterdir()}
         assert kept == {*claim_studies.KEPT, "pictures"}

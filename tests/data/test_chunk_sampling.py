@@ -1,6 +1,7 @@
 import timeit
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,36 @@ def test_sampled_rows_are_chunks_of_the_replay(buffer: Replay, episodes: list[Ep
         assert np.array_equal(batch.action[row].numpy(), chunk["action"])
         assert np.array_equal(batch.next_observation[row].numpy(), chunk["next_observation"])
         assert bool(batch.terminated[row]) == chunk["terminated"]
+
+
+@pytest.mark.parametrize("short_chunks", ["drop", "pad"])
+def test_chunks_with_a_column_count_several_times(
+    tmp_path: Path, episodes: list[Episode], short_chunks: str
+) -> None:
+    """Those with a true step among their own, in episodes of before and of later too."""
+    replay = Replay.create(
+        tmp_path / "replay",
+        observation_dim=19,
+        action_dim=7,
+        capacity=1000,
+        columns={"intervention": ("bool", ())},
+    )
+    rng = np.random.default_rng(0)
+    taken = [rng.random(len(episode.actions)) < 0.15 for episode in episodes]
+    wanted: list[float] = []
+    sampler = sampler_of(replay, short_chunks, repeats={"intervention": 3})
+    for episode, column in zip(episodes, taken, strict=True):
+        replay.add(replace(episode, columns={"intervention": column}), source="dataset")
+        length = len(column)
+        for start in range(length):
+            n = min(5, length - start)
+            if n == 5 or (short_chunks == "pad" and episode.terminated):
+                tells = column[start : start + n].any()
+                wanted += (3 if tells else 1) * [float(episode.observations[start, 0])]
+        assert sampler.num_starts == len(wanted)
+    drawn = sampler.gather(np.arange(sampler.num_starts))
+    assert drawn.observation[:, 0].tolist() == wanted
+    assert sampler_of(replay, short_chunks).num_starts < len(wanted)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])

@@ -2,6 +2,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vla_trqam.data.sources.lerobot.labels import Outcome, plan_labels, read_success_labels
@@ -98,7 +100,11 @@ def test_given_labels_win_over_columns(label: bool) -> None:
         ([], {}, "no reward: .*--dataset.reward=terminal_success.*--dataset.success_labels"),
         (["next.success"], {"reward": "column"}, "no column next.reward"),
         (["next.reward"], {"reward": "success"}, "no column next.success.*success_labels"),
-        ([], {"reward": "dense"}, "'dense'; choose one of column, success, terminal_success"),
+        (
+            [],
+            {"reward": "dense"},
+            "'dense'; choose one of column, progress, success, terminal_success",
+        ),
     ],
 )
 def test_missing_reward_source_is_refused(
@@ -153,6 +159,81 @@ def test_rewards_can_be_another_columns(tmp_path: Path) -> None:
     assert "reward: the column model.progress" in reader.notes()
     plain = open_dataset(graded(tmp_path / "e"), reward=None)
     assert set(np.concatenate([e.rewards for e in plain.episodes()])) == {0.0, 1.0}
+
+
+def beside(folder: Path, name: str = "sarm_progress.parquet", **columns: Any) -> str:
+    """The file of a reward model as LeRobot's script lays it out, its rows in no order."""
+    episodes = np.repeat(np.arange(4), LENGTH)
+    table = {
+        "index": np.arange(4 * LENGTH),
+        "episode_index": episodes,
+        "frame_index": np.tile(np.arange(LENGTH), 4),
+        "progress_sparse": (0.1 * episodes + np.tile(LEVELS, 4)).astype(np.float32),
+        **columns,
+    }
+    order = np.random.default_rng(0).permutation(4 * LENGTH)
+    pq.write_table(pa.table({n: v[order] for n, v in table.items()}), folder / name)
+    return name
+
+
+LEVELS = np.array([0.0, 0.1, 0.3, 0.2, 0.5, 0.6])
+PROGRESS = {"reward": "progress", "reward_column": "progress_sparse", "kind": "column"}
+
+
+def test_progress_of_a_file_beside_is_rewarded_by_what_it_rises_by(tmp_path: Path) -> None:
+    """Of an episode that succeeds up to 1, of another up to where it was cut."""
+    success = [float(e == 1 and t == LENGTH - 1) for e in range(4) for t in range(LENGTH)]
+    folder = Written(extra={"next.success": ("bool", [bool(s) for s in success])}).write(
+        tmp_path / "d"
+    )
+    reader = open_dataset(folder, reward_file=beside(folder), **PROGRESS)
+    rises = [0.1, 0.2, -0.1, 0.3, 0.1]
+    for number, episode in enumerate(reader.episodes()):
+        solved = number == 1
+        assert (episode.success, episode.terminated) == (solved, solved)
+        last = 1.0 - (0.1 + 0.6) if solved else 0.0
+        np.testing.assert_allclose(episode.rewards, [*rises, last], atol=1e-6)
+    told = "what the column progress_sparse rises by in a step, up to 1 where it succeeds"
+    assert f"reward: {told}" in reader.notes()
+    level = open_dataset(folder, reward_file="sarm_progress.parquet", **PROGRESS | {"reward": None})
+    np.testing.assert_allclose(level.episode(2).rewards, 0.2 + LEVELS, atol=1e-6)
+
+
+def test_the_final_state_of_a_cut_episode_has_its_level(tmp_path: Path) -> None:
+    extra = {
+        "progress": ("float32", list(np.tile(LEVELS, 4))),
+        "is_final_observation": (
+            "bool",
+            [t == LENGTH - 1 for _ in range(4) for t in range(LENGTH)],
+        ),
+    }
+    folder = Written(extra=extra).write(tmp_path / "d")
+    reader = open_dataset(folder, **PROGRESS | {"reward_column": "progress"})
+    np.testing.assert_allclose(reader.episode(0).rewards, np.diff(LEVELS), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "says"),
+    [
+        ({"progress_sparse": np.full(4 * LENGTH, np.nan)}, {}, "episode 0, frame 0 has nan in"),
+        ({"frame_index": np.arange(4 * LENGTH)}, {}, "6 rows of episode 1, whose frames are 0 to"),
+        ({}, {"reward_column": "progress_dense"}, "progress_dense"),
+        ({}, {"reward_file": "../other.parquet"}, "other.parquet"),
+        ({}, {"reward_file": "absent.parquet"}, "absent.parquet"),
+        ({}, {"reward_column": None}, "wants --dataset.reward_column"),
+        ({}, {"reward_column": None, "reward_file": None}, "name it by --dataset.reward_column"),
+        ({}, {"kind": "sparse"}, "--dataset.reward=progress goes with --dataset.kind=column"),
+        ({}, {"reward": "success"}, "both say where rewards come from"),
+        ({}, {"reward_file": None}, "wants --dataset.reward_file=NAME.parquet"),
+    ],
+)
+def test_progress_that_cannot_be_read_is_refused(
+    tmp_path: Path, columns: dict[str, Any], settings: dict[str, Any], says: str
+) -> None:
+    folder = Written().write(tmp_path / "d")
+    given = {"reward_file": beside(folder, **columns), **PROGRESS, **settings}
+    with pytest.raises(UserError, match=says):
+        open_dataset(folder, **given)
 
 
 @pytest.mark.parametrize(

@@ -341,3 +341,39 @@ def test_alarms_are_told_once_logged_and_where_they_were_after_a_resume(begin, c
     lam_rests_on_its_bound(resumed[1])
     train(*resumed, steps=14)
     assert_same(whole, resumed)
+
+
+def test_step_sizes_fall_and_what_is_saved_are_whole_ones(begin):
+    """By halves again after a rollback, and the same whether a run was killed between."""
+    taken = []
+
+    def watch(learner):
+        update = learner.update
+
+        def watched(batch, generator):
+            taken.append(step_sizes(learner)[0] / LR)
+            update(batch, generator)
+
+        learner.update = watched
+
+    falls = {"step_sizes": lambda done: 1.0 - 0.1 * done}
+    whole = begin("whole", **falls)
+    watch(whole[1])
+    train(*whole)
+    assert taken == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    assert step_sizes(whole[1]) == [LR, LR]
+    assert whole[1].step_factor == 1.0
+    rolled = begin("rolled", **falls)
+    spoil(*rolled, lambda updates, factor: updates == 5 and factor == 0.5)
+    taken.clear()
+    watch(rolled[1])
+    train(*rolled)
+    first, again = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [0.3, 0.25, 0.2, 0.15]
+    assert taken == pytest.approx(first + again)
+    other = begin("other", **falls)
+    spoil(*other, lambda updates, _: updates == 4, then=kill)
+    with pytest.raises(Killed):
+        train(*other)
+    resumed = begin("other", seed=1, resume=True, **falls)
+    train(*resumed)
+    assert_same(whole, resumed)

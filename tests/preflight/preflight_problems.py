@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
 from types import SimpleNamespace
@@ -77,25 +78,20 @@ def make_replay(
     success: tuple[bool, ...] = (True, False, True),
     state_scale: float = 0.5,
     action_scale: float = 0.5,
-    online_scale: float | None = None,
+    task: str = "lift the cube",
 ) -> Replay:
-    """Episodes of noise that fits the policy's statistics; success ends an episode.
-
-    One more at the end is the run's own, with states of `online_scale`.
-    """
+    """Episodes of noise that fits the policy's statistics; success ends an episode."""
     generator = np.random.default_rng(0)
     replay = Replay.create(
         path, observation_dim=STATE, action_dim=action_dim, cameras={camera: image}, capacity=200
     )
     observed = np.arange(steps + 1) % every == 0
-    given = [(state_scale, succeeds, "test") for succeeds in success]
-    own = [] if online_scale is None else [(online_scale, True, "online")]
-    for scale, succeeds, source in given + own:
+    for succeeds in success:
         images = generator.integers(0, 256, (int(observed.sum()), *image), dtype=np.uint8)
         rewards = np.zeros(steps, np.float32)
         rewards[-1] = succeeds
         episode = Episode(
-            observations=scale * generator.normal(size=(steps + 1, STATE)).astype(np.float32),
+            observations=state_scale * generator.normal(size=(steps + 1, STATE)).astype(np.float32),
             images={camera: images},
             observed=observed,
             actions=action_scale * generator.normal(size=(steps, action_dim)).astype(np.float32),
@@ -103,9 +99,9 @@ def make_replay(
             terminated=succeeds,
             truncated=not succeeds,
             success=succeeds,
-            task="lift the cube",
+            task=task,
         )
-        replay.add(episode, source=source)
+        replay.add(episode, source="test")
     return replay
 
 
@@ -115,12 +111,17 @@ def reader_of(replay: Replay) -> Any:
     last = np.cumsum(lengths + 1) - 1
     rows = RowNumbers(
         states=np.delete(replay.observations, last, axis=0),
-        actions=replay.actions,
+        actions=replay.actions.copy(),
         episodes=np.arange(len(lengths)).repeat(lengths),
         frames=np.concatenate([np.arange(length) for length in lengths]),
     )
+    index = replay.frame_index.rows_of_frames()
+    bounds = np.concatenate([[0], last + 1])
+    frames = [index[(index >= a) & (index < b)] - a for a, b in pairwise(bounds.tolist())]
     return SimpleNamespace(
         tasks=replay.tasks(),
+        num_episodes=len(lengths),
+        frames_of=frames.__getitem__,
         first_observation=lambda: replay.observation_at(np.array([0])),
         row_numbers=lambda: rows,
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from preflight_problems import (
@@ -28,14 +29,17 @@ from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.errors import UserError
 from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.preflight.checks import RewardSummary, Share, preflight, preflight_machine
-from vla_trqam.preflight.data import FAR_OUT, _misfits
 from vla_trqam.preflight.prefixes import PrefixCost, PrefixPlan
 from vla_trqam.preflight.report import Finding, PreflightReport
+from vla_trqam.preflight.tables import FAR_OUT, _misfits
 
 NAMES = {
-    *("dimensions", "cameras", "statistics", "reward", "chunks", "time direction", "base"),
+    *("dimensions", "cameras", "reward", "chunks", "time direction", "base"),
 }
-MACHINE = {"outliers", "parameters", "observation", "prefixes", "gradient", "memory", "disk"}
+MACHINE = {
+    *("outliers", "statistics", "frames", "instructions"),
+    *("parameters", "observation", "prefixes", "gradient", "memory", "disk"),
+}
 
 
 @pytest.fixture
@@ -63,8 +67,8 @@ def look_before(policy: Any, replay: Replay, **changes: Any) -> PreflightReport:
     settings = {"share": Share(4), "output_dir": run, "num_checkpoints": 2}
     settings["method"] = TRQAMConfig()
     settings["prefixes"] = lambda: PrefixPlan(True, True, PrefixCost(2**20, 2**10, 0.5), 100)
-    plan = plan_of(replay, run / "replay")
-    return preflight_machine(policy, {"dataset": reader_of(replay)}, plan, **(settings | changes))
+    settings["readers"] = {"dataset": reader_of(replay)}
+    return preflight_machine(policy, plan=plan_of(replay, run / "replay"), **(settings | changes))
 
 
 def only_failure(report: PreflightReport) -> Finding:
@@ -115,26 +119,44 @@ def test_looking_changes_nothing(policy: Any, tmp_path: Path) -> None:
     [
         ({"state_scale": 1000.0}, r"observation.state\[0\] lies from -\d.* \(MEAN_STD\)"),
         ({"action_scale": 1000.0}, r"action\[2\] lies from -\d.* more than 5 from the middle"),
-        ({"state_scale": 0.001}, r"observation.state hardly moves: .* at most 0.00"),
+        ({"state_scale": 0.001}, r"observation.state hardly moves: .* at most 0.00.* in 5 of 5"),
     ],
 )
 def test_data_in_other_units_is_refused(
     policy: Any, tmp_path: Path, changes: dict[str, float], says: str
 ) -> None:
-    report = look(policy, make_replay(tmp_path / "replay", **changes))
+    report = look_before(policy, make_replay(tmp_path / "replay", **changes))
     failure = only_failure(report)
     assert failure.name == "statistics"
     assert re.search(says, failure.found)
-    assert {"time direction", "base"} <= set(report.not_run)
+    assert "instructions" in report.not_run
     assert any(line.startswith("-  ") and "not run" in line for line in report.lines())
 
 
 @pytest.mark.slow
-def test_the_runs_own_rollouts_may_leave_the_statistics(policy: Any, tmp_path: Path) -> None:
-    replay = make_replay(tmp_path / "replay", success=(True, False), online_scale=1000.0)
-    assert only_failure(look(policy, replay)).name == "statistics"
-    report = look(policy, replay, sources=["test"], resumed=True)
-    assert "statistics" in {finding.name for finding in report.findings if finding.ok}
+def test_other_units_of_a_second_dataset_show(policy: Any, tmp_path: Path) -> None:
+    """Of which a large first one would hide them."""
+    first = make_replay(tmp_path / "first", success=(True, False) * 10)
+    second = make_replay(tmp_path / "second", state_scale=1000.0)
+    readers = {"dataset": reader_of(first), "dataset_2": reader_of(second)}
+    failure = only_failure(look_before(policy, first, readers=readers))
+    assert failure.name == "statistics of dataset_2"
+
+
+def test_radians_hardly_move_where_degrees_are_known() -> None:
+    """A gripper has the same unit in both; an arm at rest is a part of the dimensions alone."""
+    generator = torch.Generator().manual_seed(0)
+    degrees = torch.rand(1000, 7, generator=generator) * 180 - 90
+    radians = torch.cat([degrees[:, :6].deg2rad(), degrees[:, 6:]], dim=1)
+    resting = degrees * torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    mean, std = degrees.mean(dim=0), degrees.std(dim=0)
+    found = [
+        list(_misfits("action", data, (data - mean) / std, "MEAN_STD"))
+        for data in (degrees, radians, resting)
+    ]
+    assert (found[0], found[2]) == ([], [])
+    assert len(found[1]) == 1
+    assert found[1][0].endswith("at most 0.017 in 6 of 7 dimensions")
 
 
 @pytest.mark.parametrize(("share", "fits"), [(0.06, True), (0.4, False)])
@@ -173,14 +195,17 @@ def test_a_dimension_without_spread_is_told_and_not_judged(policy: Any, tmp_path
             if hasattr(step, "stats"):
                 step.stats["action"]["std"][1] = 0.0
                 step._tensor_stats["action"]["std"][1] = 0.0
-    report = look(policy, make_replay(tmp_path / "replay"))
+    replay = make_replay(tmp_path / "replay")
+    failure = only_failure(look_before(policy, replay))
+    assert "action[1] stood still in the policy's training and lies from -" in failure.found
+    (mean,) = (s.stats["action"]["mean"][1] for s in pipeline.steps if hasattr(s, "stats"))
+    reader = reader_of(replay)
+    reader.row_numbers().actions[:, 1] = float(mean)
+    report = look_before(policy, replay, readers={"dataset": reader})
     (found,) = [f.found for f in report.findings if f.name == "statistics"]
     assert "not judged, for its statistics have no spread: action[1]" in found
     assert "at most 0.0% beyond 5 (action[0])" in found
     assert report.failures == ()
-    failure = only_failure(look(policy, make_replay(tmp_path / "far", action_scale=1000.0)))
-    assert "action[0] lies from" in failure.found
-    assert "action[1] lies from" not in failure.found
 
 
 @pytest.mark.slow
@@ -226,7 +251,7 @@ def test_other_dimensions_are_refused(policy: Any, tmp_path: Path) -> None:
     failure = only_failure(report)
     assert failure.found == "action has 7 dimensions in the data"
     assert failure.remedy == "action of 3, as the policy was trained"
-    assert "statistics" in report.not_run
+    assert "time direction" in report.not_run
 
 
 @pytest.mark.slow
@@ -266,33 +291,53 @@ def test_a_reward_that_tells_nothing_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("data", "settings", "found"),
-    [
-        ({"every": 3}, {}, "frames lie 3 steps apart, 4 actions are executed"),
-        (
-            {"steps": 3, "success": (False, False)},
-            {"reward": RewardSpec("column")},
-            "no chunk of 4",
-        ),
-    ],
-)
-def test_chunks_that_do_not_fit_are_refused(
-    policy: Any, tmp_path: Path, data: dict[str, Any], settings: dict[str, Any], found: str
-) -> None:
-    report = look(policy, make_replay(tmp_path / "replay", **data), **settings)
+def test_chunks_that_no_episode_holds_are_refused(policy: Any, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "replay", steps=3, success=(False, False))
+    report = look(policy, replay, reward=RewardSpec("column"))
     failure = next(f for f in report.failures if f.name == "chunks")
-    assert found in failure.found
+    assert "no chunk of 4" in failure.found
+
+
+@pytest.mark.slow
+def test_frames_between_decisions_are_refused_of_each_dataset(policy: Any, tmp_path: Path) -> None:
+    """Else a sparse one beside a dense one keeps nothing but the ends of its successes."""
+    dense = make_replay(tmp_path / "dense", every=1, success=(True, False) * 10)
+    sparse = make_replay(tmp_path / "sparse", every=3)
+    readers = {"dataset": reader_of(dense), "dataset_2": reader_of(sparse)}
+    failure = only_failure(look_before(policy, dense, readers=readers))
+    assert failure.name == "frames of dataset_2"
+    assert failure.found == "frames lie 3 steps apart, 4 actions are executed"
 
 
 @pytest.mark.slow
 def test_a_part_of_a_chunk_may_be_executed(policy: Any, tmp_path: Path) -> None:
     policy.take_executed_length(2)
     replay = make_replay(tmp_path / "replay", every=2)
-    report = look(policy, replay, chunk_length=2)
-    assert not report.failures
-    (found,) = (finding.found for finding in report.findings if finding.name == "chunks")
-    assert found.startswith("2 of 4 actions are executed; frames every 2 steps")
+    reports = look(policy, replay, chunk_length=2), look_before(policy, replay)
+    assert not reports[0].failures + reports[1].failures
+    found = {f.name: f.found for report in reports for f in report.findings}
+    assert found["chunks"].startswith("2 of 4 actions are executed; ")
+    assert found["frames"].startswith("every 2 steps in 3 episodes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_instructions_that_would_be_cut_are_refused(kind: str, tmp_path: Path) -> None:
+    """What is counted is what the preprocessor makes of it, without its cut."""
+    policy = make_policy(kind)
+    (step,) = [s for s in policy.processors.before.steps if hasattr(s, "input_tokenizer")]
+    task = "put the " + 40 * "very " + "red cube on the plate"
+    replay = make_replay(tmp_path / "replay", task=task)
+    rows = reader_of(replay).row_numbers().states
+    counted = policy.processors.prompt_lengths([task], torch.from_numpy(rows[:1]))
+    step.max_length = max(counted.lengths) + 20
+    told = policy.processors.observe(replay.observation_at(np.array([0])))
+    assert told["observation.language.attention_mask"].sum() == counted.lengths[0]
+    step.max_length = min(counted.lengths) - 20
+    report = look_before(policy, replay)
+    failure = next(failure for failure in report.failures if failure.name == "instructions")
+    assert failure.found.startswith(f"{task!r} becomes ")
+    assert failure.found.endswith(f"what is beyond {step.max_length} is cut")
 
 
 # Fields.

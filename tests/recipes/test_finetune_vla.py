@@ -273,6 +273,19 @@ def test_a_run_starts_with_the_critic_of_a_checkpoint(adapter, tiny, whole, tmp_
     assert all(torch.equal(adapters[name], p) for name, p in trained(whole.policy).items())
 
 
+def test_a_critic_that_values_by_other_settings_is_not_gone_on_with(tiny, whole, tmp_path, capsys):
+    former = whole.folder / "checkpoints/last"
+    told = json.loads((former / "algorithm/critic.json").read_text())
+    assert told == {
+        "discount": 0.99,
+        "dataset.kind": "success_minus_one",
+        "policy.critic_layer": -1,
+    }
+    assert tiny(tmp_path / "run", f"--critic.path={former}", "--discount=0.9") == 2
+    said = capsys.readouterr().err
+    assert "values by --discount=0.99, this run by --discount=0.9: its numbers would" in said
+
+
 # Bad input.
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from vla_runs import (
 )
 
 from vla_trqam.data.replay import Replay
+from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.engine.cached import Cached
@@ -31,6 +33,14 @@ from vla_trqam.engine.folder.pins import read_pins
 __all__ = ["files", "forgetful_pool", "no_conclusion", "without_simulator"]  # fixtures
 pytestmark = pytest.mark.slow
 KEPT = 4
+
+
+CHUNKS: dict[str, Any] = {
+    "chunk_length": 2,
+    "discount": 0.99,
+    "short_chunks": "pad",
+    "reward": RewardSpec("success_minus_one", {"dataset_2": "column"}),
+}
 
 
 def with_interventions(
@@ -101,8 +111,14 @@ def test_what_each_dataset_is_read_by_is_printed_and_pinned(
     two: list[str], no_conclusion: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--critic.warmup_steps=0", "--base_episodes=0", "--online.steps=0", "--steps=1"]
-    assert main(*two, *flags, "--env.type=null", f"--output_dir={tmp_path / 'run'}") == 0
+    weight = "--dataset.intervention_weight=3"
+    assert main(*two, *flags, weight, "--env.type=null", f"--output_dir={tmp_path / 'run'}") == 0
     said = capsys.readouterr().out
+    replay = Replay.open(tmp_path / "run/replay")
+    often = replay.sampler(**CHUNKS, repeats={"intervention": 3}).num_starts
+    assert f"{often} to draw" in said
+    assert often > replay.sampler(**CHUNKS).num_starts
+    replay.close()
     assert f"dataset: {NUM_DEMOS} episodes, " in said
     assert f"dataset_2: {KEPT} episodes, " in said
     assert "dataset_2: reward: the column next.reward" in said

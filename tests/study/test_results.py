@@ -145,6 +145,12 @@ def test_the_page_has_the_numbers_the_knobs_and_what_is_not_told_apart(compared,
         ("fql", "0", "0.4"),
         ("fql", "1", "0.5"),
     ]
+    with (tmp_path / "means.csv").open() as file:
+        means = {row["method"]: row for row in csv.DictReader(file)}
+    assert means["fql"]["seeds"] == "2"
+    assert float(means["fql"]["after_online_mean"]) == pytest.approx(0.45)
+    assert float(means["fql"]["after_online_sd"]) == pytest.approx(np.std([0.4, 0.5], ddof=1))
+    assert float(means["trqam"]["base_sd"]) == 0.0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["after online"]["interquartile_mean"]["fql"]["value"] == pytest.approx(0.45)
     assert summary["after offline"]["interquartile_mean"]["fql"]["value"] == pytest.approx(0.6)
@@ -181,8 +187,11 @@ def test_the_page_of_a_sweep_orders_budgets_and_recommends_one(tmp_path):
     assert (tmp_path / "pictures/budgets_lift.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "summary.json").read_text())["runs"]
     assert rows[-1]["kl_realised"] == pytest.approx(1.8)
-    bound = finished(tmp_path, "bound", 0, final=0.95, budget=4.0, kl=0.5, lam_min=1.0)
-    page = write_sweep(settings, [*runs, bound], read_results([*runs, bound]))
+    bound = [
+        finished(tmp_path, "bound", seed, final=0.95, budget=4.0, kl=0.5, lam_min=1.0)
+        for seed in (0, 1)
+    ]
+    page = write_sweep(settings, [*runs, *bound], read_results([*runs, *bound]))
     assert (
         "take a budget of 4 nats per action** (the best mean success, 95.0%). There λ sat" in page
     )

@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from fake_steps import calls, fake, span
 
+from vla_trqam.engine.folder.run_lock import RunLock
 from vla_trqam.study.scheduler import Scheduler, why
 
 
@@ -140,3 +142,30 @@ def test_a_killed_scheduler_leaves_no_orphans_and_the_same_command_goes_on(start
     _, standing = run([fake(tmp_path, name) for name in "abc"], tmp_path)
     assert standing.done == set("abc")
     assert calls(tmp_path, "b") == ["new", "resumed"]
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_run_that_another_process_is_at_work_on_is_waited_for(tmp_path, finishes):
+    """As an orphan of a killed study is, which ends its update first; it may even have finished."""
+    steps = [fake(tmp_path, name) for name in ("taken", "other")]
+    folder = steps[0].folder
+    folder.mkdir(parents=True)
+    lock = RunLock(folder)
+    lock.take()
+
+    def end():
+        until(steps[1].done.exists)
+        time.sleep(0.1)
+        if finishes:
+            steps[0].done.write_text("{}")
+        lock.release()
+
+    orphan = threading.Thread(target=end)
+    orphan.start()
+    said = []
+    whole, standing = run(steps, tmp_path, say=said.append)
+    orphan.join()
+    assert whole
+    assert said == [f"taken waits: another process is at work in {folder}"]
+    assert standing.done == {"taken", "other"}
+    assert calls(tmp_path, "taken") == ([] if finishes else ["new"])

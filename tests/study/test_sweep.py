@@ -38,3 +38,8 @@ def test_no_budget_is_recommended_where_none_is_better_than_the_base():
 @pytest.mark.parametrize("rates", [[0.4], [0.4, 0.4, 0.4]])
 def test_a_budget_alone_is_recommended_whatever_its_seeds(rates):
     assert recommend({0.3: rates}, 0.2)[0] == 0.3
+
+
+def test_a_budget_that_lacks_a_run_is_not_recommended():
+    """The other two of its seeds may have diverged."""
+    assert recommend({0.5: [0.90, 0.92, 0.91], 4.0: [1.0]}, 0.6)[0] == 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -123,6 +123,8 @@ class RunSettings:
         save_freq: updates between checkpoints.
         on_divergence: of a run with a number that is not finite: it ends ("stop"), or goes back to
             its last checkpoint with half the step sizes ("rollback", at most five times).
+        lr_end: the share of the step sizes that is left in the run's last update of the policy, to
+            which they fall in a straight line from its first; 1 keeps them.
         log_with: a service that gets every line of ``metrics.jsonl`` as well; null for none.
         num_threads: torch's threads; null for one a core.
         kernels: what is hot by hand-written kernels ("fast"), or by ordinary torch ("plain"): the
@@ -148,6 +150,7 @@ class RunSettings:
     log_freq: int = 100
     save_freq: int = 1000
     on_divergence: OnDivergence = "stop"
+    lr_end: float = 1.0
     log_with: Service | None = None
     num_threads: int | None = None
     kernels: Kernels = DEFAULT_KERNELS
@@ -210,6 +213,13 @@ class RunSettings:
         """Whether no method's update is made: the run makes a base for others to begin with."""
         return self.steps + self.online.steps == 0
 
+    def step_sizes(self) -> Callable[[int], float] | None:
+        """The share of them for an update, by the policy's updates before it; None keeps them."""
+        if self.lr_end == 1.0:
+            return None
+        last, fall = max(1, self.steps + self.online.steps - 1), 1.0 - self.lr_end
+        return lambda done: 1.0 - fall * min(1.0, done / last)
+
     def _makes_a_base(self) -> bool:
         """Whether there is something to train before the method."""
         return False
@@ -271,6 +281,8 @@ class RunSettings:
                 f"--eval.chunk_deadline={self.eval.chunk_deadline} must be a positive number of "
                 "seconds"
             )
+        if not 0.0 < self.lr_end <= 1.0:
+            raise UserError(f"--lr_end={self.lr_end} must lie in (0, 1]: the share that is left")
         if not 0.0 < self.discount < 1.0:
             raise UserError(f"--discount={self.discount} must lie between 0 and 1")
         if self.online.fraction is not None and not 0.0 < self.online.fraction < 1.0:

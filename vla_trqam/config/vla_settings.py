@@ -28,9 +28,12 @@ class OneDatasetConfig:
         root: its local folder; null looks where LeRobot does, and then on the Hub.
         revision: branch, tag or commit on the Hub; null for the newest v3 tag.
         episodes: numbers of those to read; null for all.
-        reward: where rewards come from; null takes what there is.
+        reward: where rewards come from; null takes what there is. "progress" is what
+            ``reward_column`` rises by in a step, "column" the column as it is.
         reward_column: the column that rewards are read from, such as a reward model's; null for
             ``next.reward``.
+        reward_file: a Parquet file in the dataset's folder that has it, such as a reward model's
+            ``sarm_progress.parquet``; null for the dataset's tables.
         success_labels: a JSON list, one label for each episode of the dataset.
         instruction: a column of texts that holds the policy's instruction; null for the tasks.
         task_changes: where the task changes within an episode: "refuse", tell the policy the
@@ -45,6 +48,7 @@ class OneDatasetConfig:
     episodes: tuple[int, ...] | None = None
     reward: RewardSource | None = None
     reward_column: str | None = None
+    reward_file: str | None = None
     success_labels: Path | None = None
     instruction: str | None = None
     task_changes: TaskChanges = "refuse"
@@ -76,12 +80,14 @@ class VLADatasetConfig(OneDatasetConfig):
             with the flags of the first as keys.
         columns: further columns that travel into the replay; null for those that tell of
             interventions, in which a dataset without them has zeros.
+        intervention_weight: how many times as often a chunk is drawn in which a person acts.
     """
 
     kind: RewardKind = "success_minus_one"
     short_chunks: ShortChunks = "pad"
     more: list[MoreDatasetConfig] = field(default_factory=list)
     columns: tuple[str, ...] | None = None
+    intervention_weight: int = 1
 
 
 @dataclass
@@ -239,6 +245,7 @@ class FinetuneVLAConfig(RunSettings):
             "policy.tuned_flow_steps": self.policy.tuned_flow_steps,
             "critic.batch_size": self.critic.batch_size,
             "critic.next_actions": self.critic.next_actions,
+            "dataset.intervention_weight": self.dataset.intervention_weight,
             "env.image_size": self.env.image_size,
         }
 

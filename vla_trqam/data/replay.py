@@ -249,6 +249,7 @@ class Replay(RecordedEpisodes):
         image_dtype: ImageDtype = "float32",
         observer: Observer[Any] | None = None,
         next_observer: Observer[Any] | None = None,
+        repeats: Mapping[str, int] | None = None,
     ) -> ChunkSampler[Any]:
         """A sampler of chunks of n = `chunk_length` steps.
 
@@ -270,6 +271,8 @@ class Replay(RecordedEpisodes):
             image_dtype: see `observation_at`.
             observer: what the batch's observations are instead, such as a `FeatureCache`.
             next_observer: what its next observations are; None for the same.
+            repeats: column of the replay -> how many times as often a chunk is drawn that has it
+                true (not 0) in a step.
 
         Raises:
             UserError: an argument is outside its range, or the stored reward does not fit `reward`.
@@ -287,6 +290,7 @@ class Replay(RecordedEpisodes):
             short_chunks=short_chunks,
             reward=reward,
             sources=sources,
+            repeats=repeats,
         )
 
     def _replace_header(self, num_episodes: int, num_steps: int, sources: tuple[str, ...]) -> None:

@@ -179,6 +179,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         flow_length: int | None = None,
         next_observer: Observer[Observation] | None = None,
         sources: Collection[str] | None = None,
+        repeats: Mapping[str, int] | None = None,
     ) -> None:
         """Use `Replay.sampler`, which documents the arguments."""
         if chunk_length < 1:
@@ -200,6 +201,7 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         self.short_chunks = short_chunks
         self.reward = reward
         self.sources = None if sources is None else frozenset(sources)
+        self.repeats = dict(repeats or {})
         # Looked up by how many steps were taken: γ^n, which entries are real, and where the
         # entries' actions lie, counted from the chunk's start: the tail repeats the last one.
         n, offset = np.arange(self.flow_length + 1), np.arange(self.flow_length)
@@ -329,7 +331,16 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         # Success on the last step that was allowed is a success.
         starts["terminated"] = at_end & episodes.terminated[row]
         starts["truncated"] = at_end & ~episodes.terminated[row]
-        return starts[self._observed(starts)]
+        return self._repeated(starts[self._observed(starts)])
+
+    def _repeated(self, starts: np.ndarray) -> np.ndarray:
+        """Every start as often as it counts, the copies side by side."""
+        for column, times in self.repeats.items():
+            so_far = np.concatenate(([0], np.cumsum(self.buffer.column(column) != 0)))
+            first = starts["step"]
+            tells = so_far[first + starts["num_steps"]] > so_far[first]
+            starts = np.repeat(starts, np.where(tells, times, 1))
+        return starts
 
     def _observed(self, starts: np.ndarray) -> np.ndarray:
         """(N,) bool: s_t was observed, and so was s_{t+n} unless nothing is bootstrapped there."""

@@ -167,9 +167,11 @@ def _set_up(job: Job[Any], stack: ExitStack) -> tuple[Run, list[Phase], ChunkSam
         save_freq=config.save_freq,
         device=job.device,
         save_policy=job.save_policy,
+        valued=job.valued,
         team=team,
         alarms=Alarms(_q_range(config, everything, team)),
         on_divergence=config.on_divergence,
+        step_sizes=config.step_sizes(),
         record=None if config.base_alone else BaseRecord.of_run(config.output_dir),
     )
     return run, phases, everything

@@ -53,6 +53,11 @@ class Job[C: RunSettings](ABC):
     def title(self) -> str:
         """Of the report."""
 
+    @property
+    def valued(self) -> dict[str, Any]:
+        """Flags by which the critic's numbers mean something, for who goes on with it."""
+        return {"discount": self.config.discount}
+
     @abstractmethod
     def begin(self, path: Path) -> Replay:
         """A new replay of the data, after whatever else a new run's folder needs."""

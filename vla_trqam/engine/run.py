@@ -91,7 +91,10 @@ class Run(Playing):
         save_policy: writes the policy's part of a checkpoint into a folder.
         alarms: told as they begin, and logged.
         on_divergence: what becomes of a run with numbers that are not finite.
+        valued: flags by which the critic's numbers mean something.
         step_factor: what the methods' step sizes are multiplied by, after rollbacks.
+        step_sizes: the share of its step sizes with which an update is made, by the updates that
+            moved the policy before it; None for all of them.
     """
 
     output_dir: Path
@@ -104,7 +107,9 @@ class Run(Playing):
     save_policy: Callable[[Path], None]
     alarms: Alarms = field(default_factory=Alarms)
     on_divergence: OnDivergence = "stop"
+    valued: Mapping[str, Any] = field(default_factory=dict)
     step_factor: float = 1.0
+    step_sizes: Callable[[int], float] | None = None
     step: int = 0
     wall_clock: dict[str, float] = field(default_factory=dict)
 
@@ -196,7 +201,8 @@ class Run(Playing):
                     batch = phase.sampler.sample(rows, self.generators.replay)
                     batch = batch.to(self.device)
                     batch = replace(batch, action=self.policy.from_robot(batch.action))
-                    method.update(batch, self.generators.noise)
+                    with self._falling(phase, method):
+                        method.update(batch, self.generators.noise)
                 self.step += phase.moves_policy
                 self._log(phase, method, done + 1, progress)
                 self._evaluate(phase, method, done + 1, progress)
@@ -209,6 +215,21 @@ class Run(Playing):
         phase.finish(method)
         if self.team.any(guard.requested):
             raise Interrupted(f"the end of {phase.name}")
+
+    @contextmanager
+    def _falling(self, phase: Phase, method: Method) -> Iterator[None]:
+        """A share of the step sizes, for this update: what is saved are those that they fall from.
+
+        A critic that learns alone takes whole steps.
+        """
+        if self.step_sizes is None or not phase.moves_policy:
+            yield
+            return
+        method.step_factor = self.step_factor * self.step_sizes(self.step)
+        try:
+            yield
+        finally:
+            method.step_factor = self.step_factor
 
     def _collect(self, phase: Phase, method: Method, done: int, progress: TrainingProgress) -> None:
         if phase.base_episodes and not done:
@@ -299,6 +320,7 @@ class Run(Playing):
                 self.generators,
                 position,
                 self.team,
+                self.valued,
             )
         if self.team.is_main and not phase.moves_policy:
             # Nobody evaluates these: the newest is for going on.

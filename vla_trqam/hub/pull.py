@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vla_trqam.adapters.checkpoint.policy_gate import PICKLED, check_policy_folder
 from vla_trqam.data.foreign import check_header, read_json
-from vla_trqam.engine.folder.checkpoints import ALGORITHM, PRETRAINED
+from vla_trqam.engine.folder.checkpoints import ALGORITHM, PRETRAINED, VALUED
 from vla_trqam.errors import UserError, one_line
 from vla_trqam.files import written_whole
 from vla_trqam.hub.access import check_repo_id, connect, one_sentence
@@ -103,7 +104,13 @@ def find_algorithm(path: str) -> Path:
     return folder / ALGORITHM
 
 
-def load_algorithm(algorithm: Path, method: OffPolicyMethod, *, trust_region: bool = True) -> None:
+def load_algorithm(
+    algorithm: Path,
+    method: OffPolicyMethod,
+    *,
+    trust_region: bool = True,
+    valued: Mapping[str, Any] | None = None,
+) -> None:
     """Gives a method the critic, and the state of the trust region, of a checkpoint.
 
     Args:
@@ -111,11 +118,14 @@ def load_algorithm(algorithm: Path, method: OffPolicyMethod, *, trust_region: bo
         method: of the new run.
         trust_region: whether λ and the KL's moving average go on. They belong to the base that they
             were measured against: false where the pulled policy itself becomes the base.
+        valued: the run's flags by which its critic's numbers mean something; compared with those
+            that the checkpoint tells.
 
     Raises:
-        UserError: a file is missing or damaged, the critic has other weights, or the trust region
-            is of another scheme.
+        UserError: a file is missing or damaged, the critic has other weights or values by other
+            settings, or the trust region is of another scheme.
     """
+    _check_valued(algorithm / VALUED, valued or {})
     try:
         check_header(algorithm / "networks.safetensors")
         tensors = load_file(algorithm / "networks.safetensors")
@@ -129,6 +139,18 @@ def load_algorithm(algorithm: Path, method: OffPolicyMethod, *, trust_region: bo
         raise UserError(f"{algorithm} does not fit this run's critic: {one_line(error)}") from None
     if trust_region:
         _load_trust_region(algorithm / "scalars.json", method)
+
+
+def _check_valued(path: Path, own: Mapping[str, Any]) -> None:
+    """Checkpoints of earlier versions do not tell."""
+    told = read_json(path) if path.is_file() else {}
+    for name in own.keys() & told.keys():
+        if told[name] != own[name]:
+            raise UserError(
+                f"the critic of --critic.path values by --{name}={told[name]}, this run by "
+                f"--{name}={own[name]}: its numbers would mean something else; take its own, or "
+                "leave out --critic.path"
+            )
 
 
 def _check_shapes(critic: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -32,6 +32,7 @@ from vla_trqam.data.sampling import ChunkSampler, MixedSampler, Observer
 from vla_trqam.data.sources.base import create_replay
 from vla_trqam.data.sources.lerobot.lending import LentPictures
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets
+from vla_trqam.data.transitions import tells_interventions
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.acting import KeyedNoise
 from vla_trqam.engine.cached import Cached
@@ -242,7 +243,15 @@ class VLAJob(Job[FinetuneVLAConfig]):
             sources=sources,
             observer=critic if for_critic else self._prefixes,
             next_observer=None if self._draws_next and not for_critic else critic,
+            repeats=self._repeats,
         )
+
+    @property
+    def _repeats(self) -> dict[str, int]:
+        """How many times as often it is drawn what a person did."""
+        times = self.config.dataset.intervention_weight
+        told = [name for name in self._replay.columns if tells_interventions(name)]
+        return dict.fromkeys(told, times) if times > 1 else {}
 
     def check(self, everything: ChunkSampler[Any]) -> None:
         """The preflight of the data and the method, and then every frame's features."""
@@ -255,6 +264,13 @@ class VLAJob(Job[FinetuneVLAConfig]):
     def method(self) -> Cached:
         """The method with many updates of the critic for each one of the policy."""
         return self._method()
+
+    @property
+    def valued(self) -> dict[str, Any]:
+        """What the critic's numbers are returns of, and what it sees."""
+        config = self.config
+        seen = {"policy.critic_layer": config.policy.critic_layer}
+        return super().valued | {"dataset.kind": config.dataset.kind} | seen
 
     def family(self) -> EnvFamily | None:
         """That of the settings."""
@@ -377,7 +393,9 @@ class VLAJob(Job[FinetuneVLAConfig]):
             return
         same_base = self.config.policy.adapter == "continue"
         self.team.together(
-            lambda: load_algorithm(find_algorithm(path), method, trust_region=same_base)
+            lambda: load_algorithm(
+                find_algorithm(path), method, trust_region=same_base, valued=self.valued
+            )
         )
 
 

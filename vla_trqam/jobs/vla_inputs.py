@@ -70,11 +70,10 @@ def checked_inputs(
     configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
     datasets = LeRobotDatasets.opened(configs).part(team.rank, team.size)
     reader = datasets.first
-    if config.method.reads_interventions and not any(map(tells_interventions, reader.columns)):
-        raise UserError(
-            "--method.clone_interventions needs a column that tells which actions a person took, "
-            f"{' or '.join(INTERVENTION)}, in one of the datasets at least; none has it"
-        )
+    weighed = config.dataset.intervention_weight > 1
+    if weighed or config.method.reads_interventions:
+        flag = "--dataset.intervention_weight" if weighed else "--method.clone_interventions"
+        _check_interventions(flag, datasets, team)
     if config.num_training_episodes and not config.resume:
         check_rollouts(reader)
     policy = _load_policy(config, given, base_revision, device, say, family)
@@ -97,6 +96,22 @@ def checked_inputs(
         assert config.output_dir is not None
         write_pins(config.output_dir, sources_of(config, packed, datasets))
     return datasets, policy
+
+
+def _check_interventions(flag: str, datasets: LeRobotDatasets, team: Team) -> None:
+    """A person took over somewhere; all processes must call."""
+    columns = [name for name in datasets.first.columns if tells_interventions(name)]
+    if not columns:
+        raise UserError(
+            f"{flag} needs a column that tells which actions a person took, "
+            f"{' or '.join(INTERVENTION)}, in one of the datasets at least; none has it"
+        )
+    taken = [each.any_true(name) for each in datasets.named.values() for name in columns]
+    if not any(team.gather(any(taken))):
+        raise UserError(
+            f"{flag}: {' and '.join(columns)} is false in every row, so no action of a person is "
+            "among the data"
+        )
 
 
 def give_base(

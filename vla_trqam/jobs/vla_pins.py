@@ -102,7 +102,8 @@ def _dataset(name: str, asked: str, root: Path | None, reader: LeRobotReader) ->
     names = [image_key(name) for name in reader.cameras]
     videos = [root / "videos" / original.get(name, name) for name in names]
     paths = [path for part in (root / "meta", root / "data", *videos) for path in part.rglob("*")]
-    files = sorted(str(path.relative_to(root)) for path in paths if path.is_file())
+    beside = [] if reader.config.reward_file is None else [root / reader.config.reward_file]
+    files = sorted(str(path.relative_to(root)) for path in [*paths, *beside] if path.is_file())
     return Input(name, asked, root, tuple(files))
 
 

@@ -11,7 +11,7 @@ from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
-from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets
 from vla_trqam.engine.folder.checkpoints import all_checkpoints
 from vla_trqam.engine.folder.run_folder import replay_path
 from vla_trqam.engine.launch import make_critic
@@ -139,7 +139,6 @@ def check_data(
         policy,
         replay,
         everything,
-        sources=source_names(1 + len(config.dataset.more)),
         rewards=rewards,
         resumed=config.resume or config.policy.adapter == "continue",
     )

@@ -6,7 +6,7 @@ then, when it is decoded, what is in it (:func:`preflight`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig
-from vla_trqam.preflight import data, disk, memory, model
+from vla_trqam.preflight import data, disk, memory, model, tables
 from vla_trqam.preflight.data import RewardSummary
 from vla_trqam.preflight.disk import ReplayPlan
 from vla_trqam.preflight.memory import Share
@@ -76,13 +76,19 @@ def preflight_machine(
         merged,
         prefixes,
     )
-    takes = ("observation",)
+    takes, known = ("observation",), ("statistics",)
     return _run(
         [
             *(
-                _Check(f"outliers{_of(name, readers)}", partial(check_outliers, policy, reader))
+                _Check(f"{check}{_of(name, readers)}", partial(look, policy, reader))
                 for name, reader in readers.items()
+                for check, look in (
+                    ("outliers", check_outliers),
+                    ("statistics", tables.check_statistics),
+                    ("frames", tables.check_frames),
+                )
             ),
+            _Check("instructions", lambda: tables.check_instructions(policy, readers), known),
             _Check("parameters", lambda: memory.check_parameters(policy)),
             _Check("observation", machine.check_observation),
             _Check("prefixes", lambda: prefixes().finding(), takes),
@@ -98,7 +104,6 @@ def preflight(
     replay: Replay,
     sampler: ChunkSampler[Any],
     *,
-    sources: Sequence[str] | None = None,
     rewards: RewardSummary | None = None,
     resumed: bool = False,
 ) -> PreflightReport:
@@ -108,8 +113,6 @@ def preflight(
         policy: on its device.
         replay: the data to begin with.
         sampler: of the chunks to train on, with their reward.
-        sources: of the replay that were given to the run. Its own rollouts may leave what the
-            policy's statistics know, data in other units may not. None judges all.
         rewards: of all processes' replays; None for those of this one.
         resumed: training goes on, so the tuned field may differ from the base.
 
@@ -121,12 +124,11 @@ def preflight(
     """
     if replay.num_episodes == 0:
         raise UserError(f"The replay {replay.path} is empty: training begins with data.")
-    seen = ("dimensions", "cameras", "statistics")
+    seen = ("dimensions", "cameras")
     return _run(
         [
             _Check("dimensions", lambda: data.check_shapes(policy, replay)),
             _Check("cameras", lambda: data.check_cameras(policy, replay)),
-            *_statistics(policy, replay, sources, seen[:1]),
             _Check(
                 "reward", lambda: data.check_reward(rewards or RewardSummary.of(replay, sampler))
             ),
@@ -135,17 +137,6 @@ def preflight(
             _Check("base", lambda: model.check_base(policy, replay, resumed=resumed), seen),
         ]
     )
-
-
-def _statistics(
-    policy: LeRobotFlowPolicy, replay: Replay, sources: Sequence[str] | None, needs: tuple[str, ...]
-) -> list[_Check]:
-    """One for each source; the first, by the plain name, is what others need."""
-    if sources is None:
-        return [_Check("statistics", lambda: data.check_statistics(policy, replay), needs)]
-    checks = [partial(data.check_statistics, policy, replay, [name]) for name in sources]
-    names = [f"statistics{_of(name, sources)}" for name in sources]
-    return [_Check(name, check, needs) for name, check in zip(names, checks, strict=True)]
 
 
 def _of(name: str, names: Collection[str]) -> str:

@@ -196,7 +196,9 @@ class TrustRegionSummary:
 
     Attributes:
         kl_budget: Last budget, in the unit of the KL.
-        kl_ema_mean: Mean of the KL's moving average.
+        kl_ema_mean: Mean of the KL's moving average, which is of estimates clipped at twice the
+            budget (`kl_clip`).
+        kl_mean: Mean of the estimates themselves; of the average where they were not logged.
         worst_relative_error: Largest |EMA - budget| / budget where λ sits on no bound; NaN if it
             always does.
         share_within: Share of logged lines with the EMA within `tolerance` of the budget.
@@ -209,6 +211,7 @@ class TrustRegionSummary:
 
     kl_budget: float
     kl_ema_mean: float
+    kl_mean: float
     worst_relative_error: float
     share_within: float
     share_on_lower_bound: float
@@ -234,12 +237,15 @@ def summarise_trust_region(metrics: Metrics, tolerance: float = 0.2) -> TrustReg
     ema, budget, lam = _last_half(metrics, "kl_ema", "kl_budget", "lam")
     on_lower = _on_bound(metrics, lam, "lam_min")
     on_upper = _on_bound(metrics, lam, "lam_max")
+    logged = len(join_phases(metrics, "kl_estimate")) > 0
+    (estimates,) = _last_half(metrics, "kl_estimate") if logged else (ema,)
     error = np.abs(ema - budget) / budget
     free = ~(on_lower | on_upper)
     within = error <= tolerance
     return TrustRegionSummary(
         kl_budget=float(budget[-1]),
         kl_ema_mean=float(ema.mean()),
+        kl_mean=float(estimates.mean()),
         worst_relative_error=float(error[free].max()) if free.any() else math.nan,
         share_within=float(within.mean()),
         share_on_lower_bound=float(on_lower.mean()),

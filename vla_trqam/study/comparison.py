@@ -32,6 +32,7 @@ from vla_trqam.study.tables import (
     pairs_table,
     success_table,
     write_csv,
+    write_means_csv,
 )
 from vla_trqam.study.trials import Trials
 
@@ -102,6 +103,7 @@ def write_comparison(
     with written_whole(folder / "table.md") as part:
         part.write_text(text, encoding="utf-8")
     write_csv(results, folder / "table.csv")
+    write_means_csv(results, folder / "means.csv")
     summary = {stage.name: stage.summary for stage in stages}
     rows = [result.row() for result in results]
     write_json(folder / "summary.json", {**summary, "runs": rows, "trials": trials.records()})

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
+from vla_trqam.engine.folder.run_lock import at_work
 from vla_trqam.study.plan import Step
 
 LOGS = "logs"
@@ -105,11 +106,15 @@ class Scheduler:
         self._workers, self._logs, self._tick = workers, logs, tick
         self._say, self._show = say, show
         self._running: list[_Running] = []
+        self._told: set[str] = set()
+        self._waits = False
 
     def run(self) -> bool:
         """Works until all is done, failed or left out; False when it was asked to stop before.
 
-        A first signal asks every process to save and end, each further one to end at once.
+        A run at which another process is still at work is waited for, as one that this program's
+        own sudden end left to finish its update and save. A first signal asks every process to save
+        and end, each further one to end at once.
         """
         self._logs.mkdir(parents=True, exist_ok=True)
         stop, passed_on = StopRequest(), 0
@@ -123,13 +128,14 @@ class Scheduler:
                     if not stop.count:
                         self._begin()
                     self._show(self.standing)
-                    if not self._running:
+                    if not self._running and (stop.count or not self._waits):
                         return not stop.count
                     time.sleep(self._tick)
             finally:
                 self._signal(signal.SIGKILL)  # of an exception of our own; else none is left
 
     def _begin(self) -> None:
+        self._waits = False
         for step in self.standing.waiting:
             if len(self._running) >= self._workers:
                 return
@@ -137,8 +143,18 @@ class Scheduler:
                 self.standing.done.add(step.name)
             elif {*self.standing.failed, *self.standing.left_out} & set(step.needs):
                 self.standing.left_out.add(step.name)
-            elif set(step.needs) <= self.standing.done:
+            elif set(step.needs) <= self.standing.done and not self._is_taken(step):
                 self._start(step)
+
+    def _is_taken(self, step: Step) -> bool:
+        """Whether another process has it, which is told once."""
+        if not at_work(step.folder):
+            return False
+        self._waits = True
+        if step.name not in self._told:
+            self._told.add(step.name)
+            self._say(f"{step.name} waits: another process is at work in {step.folder}")
+        return True
 
     def _start(self, step: Step) -> None:
         begun = step.resume is not None and (step.folder / CONFIG_NAME).is_file()

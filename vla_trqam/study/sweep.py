@@ -127,7 +127,7 @@ def response(task: str, groups: Mapping[float, Sequence[Result]]) -> Response:
     """How success and KL answer to the budget, and which to take."""
     runs = [(budget, result) for budget, group in groups.items() for result in group]
     budgets = np.array([budget for budget, _ in runs])
-    kl = np.array([_region(result).kl_ema_mean for _, result in runs])
+    kl = np.array([_region(result).kl_mean for _, result in runs])
     base = float(np.mean([result.base for _, result in runs]))
     recommended, reason = recommend({b: [r.final for r in g] for b, g in groups.items()}, base)
     chosen = [_region(result) for result in groups.get(recommended or 0.0, ())]
@@ -146,11 +146,14 @@ def response(task: str, groups: Mapping[float, Sequence[Result]]) -> Response:
 def recommend(success: Mapping[float, Sequence[float]], base: float) -> tuple[float | None, str]:
     """The smallest budget within one standard error of the best mean, and a sentence's part.
 
+    One with fewer runs than others is left aside: those that are missing may have diverged.
+
     Args:
         success: of the runs, by budget.
         base: mean success of their bases, which a budget must better.
     """
-    means = {budget: float(np.mean(rates)) for budget, rates in success.items()}
+    seeds = max(map(len, success.values()))
+    means = {b: float(np.mean(rates)) for b, rates in success.items() if len(rates) == seeds}
     best = max(means, key=lambda budget: (means[budget], -budget))
     if means[best] <= base:
         return None, f"the best, {percent(means[best])}, is not above the base's {percent(base)}"
@@ -172,7 +175,7 @@ def budget_table(groups: Mapping[float, Sequence[Result]], unit: str) -> str:
     rows = []
     for budget, group in groups.items():
         regions = [_region(result) for result in group]
-        kl = float(np.mean([region.kl_ema_mean for region in regions]))
+        kl = float(np.mean([region.kl_mean for region in regions]))
         bound = [r.share_on_lower_bound + r.share_on_upper_bound for r in regions]
         rows.append(
             [
@@ -195,7 +198,7 @@ def row(result: Result) -> dict[str, object]:
     region = _region(result)
     return result.row() | {
         "kl_budget": region.kl_budget,
-        "kl_realised": region.kl_ema_mean,
+        "kl_realised": region.kl_mean,
         "kl_unit": result.kl_unit,
         "lam_final": region.lam_final,
         "share_within": region.share_within,

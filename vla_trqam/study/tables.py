@@ -144,6 +144,23 @@ def write_csv(results: Sequence[Result], path: Path) -> Path:
     return path
 
 
+def write_means_csv(results: Sequence[Result], path: Path) -> Path:
+    """One row a task and variant: means over the seeds and standard deviations, as shares."""
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        names = ("base", "after_offline", "after_online")
+        columns = [f"{name}_{what}" for name in names for what in ("mean", "sd")]
+        writer = csv.DictWriter(file, fieldnames=["task", "method", "seeds", *columns])
+        writer.writeheader()
+        for task, label, group in grouped(results):
+            rates = {name: [float(r.row()[name]) for r in group] for name in names}
+            found: dict[str, object] = {"task": task, "method": label, "seeds": len(group)}
+            for name, values in rates.items():
+                found[f"{name}_mean"] = float(np.mean(values))
+                found[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else ""
+            writer.writerow(found)
+    return path
+
+
 def grouped(results: Sequence[Result]) -> list[tuple[str, str, list[Result]]]:
     """Task, label and the results of its seeds, in the order of the study."""
     groups: dict[tuple[str, str], list[Result]] = {}

@@ -35,6 +35,7 @@ from vla_trqam.methods.base import Method
 CHECKPOINTS = "checkpoints"
 LAST = "last"
 PRETRAINED, TRAINING, ALGORITHM = "pretrained_model", "training_state", "algorithm"
+VALUED = "critic.json"
 NETWORKS = "networks.safetensors"
 
 
@@ -69,8 +70,11 @@ def save_checkpoint(
     generators: Generators,
     position: Position,
     team: Team | None = None,
+    valued: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``checkpoints/<name>`` and points ``last`` at it; every process of the team calls it.
+
+    ``valued`` are the settings by which the critic's numbers mean something, told beside it.
 
     What differs from process to process lies in ``training_state/rank_1`` and so on.
     """
@@ -90,6 +94,8 @@ def save_checkpoint(
             save_policy(part / PRETRAINED)
             save_file(networks, part / ALGORITHM / NETWORKS)
             _write_json(part / ALGORITHM / "scalars.json", method.scalars())
+            if valued:
+                _write_json(part / ALGORITHM / VALUED, dict(valued))
             training = part / TRAINING
             save_file(moments, training / "optimizer_state.safetensors")
             _write_generators(training, generators)

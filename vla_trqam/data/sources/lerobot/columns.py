@@ -52,6 +52,7 @@ def label_columns(
     where: str,
     features: Mapping[str, Feature],
     reward_column: str | None,
+    reward_file: str | None,
     reward: RewardSource | None,
 ) -> list[str]:
     """Names of the columns that may tell of rewards and ends.
@@ -60,25 +61,35 @@ def label_columns(
         where: the dataset, for messages.
         features: what it declares.
         reward_column: the one that rewards are read from; None for `next.reward`.
+        reward_file: beside the tables, which has it; None for the tables.
         reward: where rewards come from, if that was said.
 
     Raises:
         UserError: the column is not there or has not one number, or rewards come from elsewhere.
     """
     if reward_column is None:
+        if reward_file is not None:
+            raise UserError(
+                f"--dataset.reward_file={reward_file} wants --dataset.reward_column, one of its "
+                "columns"
+            )
         return list(LABELS)
-    if reward not in (None, "column"):
+    if reward not in (None, "column", "progress"):
         raise UserError(
             f"--dataset.reward_column={reward_column} and --dataset.reward={reward} both say where "
             "rewards come from: leave one out"
         )
+    rest = [label for label in LABELS if label != REWARD]
+    if reward_file is not None:
+        return rest
     single = [n for n, spec in _specs(features).items() if spec is not None and not spec[1]]
     if reward_column not in [*single, REWARD]:
         raise UserError(
             f"{where} has no column of one number {reward_column!r} for --dataset.reward_column; "
-            f"it has {', '.join(sorted(single)) or 'none'}."
+            f"it has {', '.join(sorted(single)) or 'none'}. One of a file beside it, as LeRobot's "
+            "reward models write, wants --dataset.reward_file=NAME.parquet."
         )
-    return [label for label in LABELS if label != REWARD] + [reward_column]
+    return [*rest, reward_column]
 
 
 def _specs(features: Mapping[str, Feature]) -> dict[str, ColumnSpec | None]:

@@ -29,9 +29,10 @@ name with "image" in it for a camera's when it checks statistics.)"""
 LABELS = (REWARD, DONE, TERMINATED, TRUNCATED, SUCCESS, FINAL_OBSERVATION, FRAME_IS_NEW)
 """Every column that says something about rewards and ends, or about the rows themselves."""
 
-RewardSource = Literal["column", "success", "terminal_success"]
+RewardSource = Literal["column", "progress", "success", "terminal_success"]
 REWARD_SOURCES: dict[RewardSource, str] = {
     "column": "the column next.reward",
+    "progress": "what the column --dataset.reward_column rises by in a step",
     "success": "1 on the step that succeeds, 0 on every other, from success labels",
     "terminal_success": "1 on the last step of every episode: all of them are taken as successes",
 }
@@ -87,6 +88,8 @@ class LabelPlan:
         terminated = self._terminated(rows, num_steps, success)
         if self.reward == "column":
             rewards = rows[REWARD][:num_steps].astype(np.float32)
+        elif self.reward == "progress":
+            rewards = _rises(rows[REWARD], num_steps, solved=success and terminated)
         else:
             rewards = np.zeros(num_steps, np.float32)
             rewards[-1] = success
@@ -98,6 +101,11 @@ class LabelPlan:
         Args:
             reward_column: the one that stands for `next.reward`, if another does.
         """
+        told = REWARD_SOURCES[self.reward]
+        if reward_column is not None:
+            rises = " rises by in a step, up to 1 where it succeeds"
+            of = f"the column {reward_column}"
+            told = f"what {of}{rises}" if self.reward == "progress" else of
         ends = {
             "terminated": f"an episode is terminated where {TERMINATED} says so, else truncated",
             "truncated": f"an episode is truncated where {TRUNCATED} says so, else terminated",
@@ -107,9 +115,6 @@ class LabelPlan:
             "nothing": "nothing tells how episodes end, so all are taken as truncated: their last "
             "steps bootstrap",
         }
-        told = (
-            REWARD_SOURCES[self.reward] if reward_column is None else f"the column {reward_column}"
-        )
         notes = [f"reward: {told}", f"ends: {ends[self.ends]}"]
         if self.reward_success is not None:
             notes.append(f"success: nothing labels it, so it is the reward {self.reward_success:g}")
@@ -178,6 +183,11 @@ def plan_labels(
     labelled = successes is not None or SUCCESS in columns
     if reward is None:
         reward = _found_reward(where, columns, labelled=labelled, given=successes is not None)
+    if reward == "progress" and REWARD not in columns:
+        raise UserError(
+            "--dataset.reward=progress takes what a column rises by: name it by "
+            "--dataset.reward_column"
+        )
     if reward == "column" and REWARD not in columns:
         raise UserError(f"{where} has no column {REWARD}, which --dataset.reward=column needs.")
     if reward == "success" and not labelled:
@@ -222,6 +232,17 @@ def reward_values(rows: Mapping[str, np.ndarray]) -> np.ndarray:
     return rows[REWARD][~rows[FINAL_OBSERVATION].astype(bool)]
 
 
+def _rises(level: np.ndarray, num_steps: int, *, solved: bool) -> np.ndarray:
+    """(T,) float32: what a step adds to the level of its row; a solved task has 1.
+
+    They add up to what was gained, so that nothing is earned by staying where the level is high.
+    """
+    after = np.append(level[1 : num_steps + 1], level[num_steps - 1])[:num_steps]
+    if solved:
+        after[-1] = 1.0
+    return (after - level[:num_steps]).astype(np.float32)
+
+
 def check_rewards(where: str, outcome: Outcome, plan: LabelPlan, kind: RewardKind) -> None:
     """Refuse rewards from which the critic's cannot be made, before anything is decoded.
 
@@ -229,8 +250,13 @@ def check_rewards(where: str, outcome: Outcome, plan: LabelPlan, kind: RewardKin
         UserError: they are from the reward column, not all 0 or 1, and `kind` wants that.
     """
     strange = np.flatnonzero((outcome.rewards != 0) & (outcome.rewards != 1))
-    if plan.reward != "column" or kind == "column" or not strange.size:
+    if plan.reward not in ("column", "progress") or kind == "column" or not strange.size:
         return
+    if plan.reward == "progress":
+        raise UserError(
+            f"--dataset.reward=progress goes with --dataset.kind=column, not {kind}, which is made "
+            "from rewards of 0 and 1"
+        )
     instead = (
         f"--dataset.reward=success takes them from {SUCCESS}"
         if SUCCESS in plan.columns

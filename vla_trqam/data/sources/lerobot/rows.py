@@ -111,6 +111,44 @@ def read_rows(
     return [found[position] for position in positions], strangers
 
 
+def read_beside(path: Path, name: str, episodes: Sequence[EpisodeRows]) -> list[np.ndarray]:
+    """A column of a file beside the tables, as LeRobot's reward models write one.
+
+    Args:
+        path: of the file: rows by `episode_index` and `frame_index`, of all episodes or more.
+        name: of a column with one number a row.
+        episodes: whose rows are wanted.
+
+    Returns:
+        (R,) float32 for each episode.
+
+    Raises:
+        UserError: the file is missing or damaged, lacks the column, a row or a number.
+    """
+    table = ParquetTable(path)
+    where = lambda row: f"row {row}"  # noqa: E731
+    keys = [table.whole_numbers(key, where) for key in ("episode_index", "frame_index")]
+    values = table.numbers(name, 1, where)[:, 0].astype(np.float32)
+    order = np.lexsort(keys[::-1])
+    episode, frame = (key[order] for key in keys)
+    found = []
+    for each in episodes:
+        first, end = np.searchsorted(episode, [each.number, each.number + 1])
+        if not np.array_equal(frame[first:end], np.arange(each.length)):
+            raise UserError(
+                f"{path} has {end - first} rows of episode {each.number}, whose frames are 0 to "
+                f"{each.length - 1}: it is of another dataset, or of an earlier state of this one."
+            )
+        own = values[order[first:end]]
+        wrong = np.flatnonzero(~np.isfinite(own))
+        if wrong.size:
+            raise UserError(
+                f"{path}: episode {each.number}, frame {wrong[0]} has {own[wrong[0]]} in {name!r}."
+            )
+        found.append(own)
+    return found
+
+
 class _DataFile:
     """One file of rows, all of whose wanted columns are in memory."""
 

@@ -21,7 +21,7 @@ from vla_trqam.data.sampling import RewardKind
 from vla_trqam.data.sources.base import Sizes
 from vla_trqam.data.sources.lerobot.columns import further_columns, label_columns
 from vla_trqam.data.sources.lerobot.episodes import EpisodeTable
-from vla_trqam.data.sources.lerobot.hub import find_dataset
+from vla_trqam.data.sources.lerobot.hub import DatasetPlace, find_dataset
 from vla_trqam.data.sources.lerobot.labels import (
     FINAL_OBSERVATION,
     FRAME_IS_NEW,
@@ -42,6 +42,7 @@ from vla_trqam.data.sources.lerobot.rows import (
     RowNumbers,
     RowsWanted,
     TaskChanges,
+    read_beside,
     read_rows,
 )
 from vla_trqam.data.sources.lerobot.safety import DatasetFolder, read_info, vector_length
@@ -62,6 +63,7 @@ class LeRobotConfig:
         looked_through: a policy's cameras, as renamed; the dataset's others are left unopened.
         reward: where rewards come from; None takes what there is, see `plan_labels`.
         reward_column: the column that rewards are read from; None for `next.reward`.
+        reward_file: a Parquet file of the dataset's folder that has it; None for the tables.
         kind: what the critic will make of the rewards, see `RewardSpec`; None does not ask.
         success_labels: a JSON list, one label for each episode of the dataset.
         instruction: column with the policy's instruction; None takes the tasks.
@@ -80,6 +82,7 @@ class LeRobotConfig:
     looked_through: tuple[str, ...] | None = None
     reward: RewardSource | None = None
     reward_column: str | None = None
+    reward_file: str | None = None
     kind: RewardKind | None = None
     success_labels: Path | None = None
     instruction: str | None = None
@@ -132,8 +135,7 @@ class LeRobotReader:
         labels = {name for name in LABELS if name in wanted.scalars}
         if config.reward_column is not None:
             labels.add(REWARD)
-            for rows in self._rows:
-                rows.columns[REWARD] = rows.columns[config.reward_column]
+            self._take_rewards(config.reward_column, place)
         self.plan = self._plan(labels)
         self._shows = True
         self._lacks: list[str] = []
@@ -359,6 +361,23 @@ class LeRobotReader:
 
         return LazyImages((len(taken), height, width, channels), decode)
 
+    def _take_rewards(self, column: str, place: DatasetPlace) -> None:
+        """Of a column of the tables, or of a file beside them."""
+        file = self.config.reward_file
+        if file is None:
+            found = [rows.columns[column] for rows in self._rows]
+        else:
+            place.fetch([file])
+            found = read_beside(self._folder.file(file), column, self._rows)
+        for rows, rewards in zip(self._rows, found, strict=True):
+            rows.columns[REWARD] = rewards
+
+    def any_true(self, column: str) -> bool:
+        """Whether a further column is true, or not 0, in any row to read."""
+        return any(
+            bool(rows.columns[column].any()) for rows in self._rows if column in rows.columns
+        )
+
     def _outcome(self, rows: EpisodeRows) -> Outcome:
         return self.plan.outcome(rows.columns, rows.position)
 
@@ -389,7 +408,9 @@ class LeRobotReader:
                     f"{self.where} has {list(features[name].shape)} numbers a frame in {name!r}, "
                     "which is read as one."
                 )
-        labels = label_columns(self.where, features, config.reward_column, config.reward)
+        labels = label_columns(
+            self.where, features, config.reward_column, config.reward_file, config.reward
+        )
         return RowsWanted(
             vectors={STATE_KEY: self.state_dim, "action": self.action_dim}
             | {name: shape[0] for name, (_, shape) in self.columns.items() if shape},
@@ -428,7 +449,7 @@ class LeRobotReader:
         return plan_labels(
             self.where,
             columns,
-            reward=config.reward if config.reward_column is None else "column",
+            reward="column" if config.reward_column and not config.reward else config.reward,
             successes=successes,
             reward_values=None if values is None else np.concatenate(values),
         )
