@@ -7,6 +7,7 @@ from packed_policy import PackedPolicy, frame_replay
 
 from vla_trqam.config.vla_settings import FinetuneVLAConfig, VLACriticConfig
 from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.engine import next_actions
 from vla_trqam.engine.next_actions import CHUNKS, NextActions
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import FlowActor
@@ -115,3 +116,23 @@ def test_a_negative_number_of_redraws_is_refused():
 def test_rows_of_frames_are_the_frames_in_order(actions):
     index = actions._replay.frame_index
     assert np.array_equal(index.frames(index.rows_of_frames()), np.arange(actions.num_known))
+
+
+def test_frames_with_large_prefixes_are_drawn_a_few_at_a_time(tmp_path, monkeypatch):
+    """As many as their prefixes, one for each chunk, have room."""
+    policy, replay = PackedPolicy(), frame_replay(tmp_path / "replay")
+    cache = FeatureCache(replay, policy.packed, fingerprint="1")
+    cache.update()
+    seen = cache.at(replay.frame_index.rows_of_frames()[:1])
+    size = sum(entry.nbytes for entry in seen.values() if isinstance(entry, torch.Tensor))
+    made = NextActions(policy, FlowActor(policy), replay, cache, chunks_per_frame=SLOTS)
+    parts = []
+    draw = made._first_chunks
+    monkeypatch.setattr(
+        made, "_first_chunks", lambda rows, noise: parts.append(len(rows)) or draw(rows, noise)
+    )
+    monkeypatch.setattr(next_actions, "ROOM", 4 * SLOTS * size + 1)
+    count = made.fill(torch.Generator().manual_seed(0))
+    assert parts == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+    assert len(parts) > 1
+    replay.close()

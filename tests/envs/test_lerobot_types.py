@@ -99,6 +99,7 @@ def test_the_initial_state_of_libero_is_its_seeds_alone(libero):
             assert each.task_text == ("first", "second")[seed % 2]
     states = [float(env.reset(seed=seed)[0][0]) for seed in range(0, 2 * STATES, 2)]
     assert states == list(range(STATES))
+    assert "which training and all evaluations share" in libero().notes[0]
 
 
 @pytest.mark.parametrize(("mode", "executed"), [("relative", 1.0), ("absolute", 3.0)])

@@ -145,6 +145,41 @@ def test_memory_counts_adam_and_the_critic(policy: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"keep_activations": False}])
+def test_copies_of_weights_in_bfloat16_are_counted_once_and_not_by_row(
+    policy: Any, tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    """Of an update of five rows as of thirteen: what autograd keeps of them, counted."""
+    replay = make_replay(tmp_path / "replay")
+    seen, config = reader_of(replay).first_observation(), TRQAMConfig(**knobs)
+
+    def half() -> Any:
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+    dry = memory.dry_pass(policy, seen, config, half)
+    assert dry.copies > 0
+    assert memory.dry_pass(policy, seen, config).copies == 0
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    for rows in (5, 13):
+        many = {
+            k: v * rows if isinstance(v, list) else v.repeat_interleave(rows, 0)
+            for k, v in seen.items()
+        }
+        observation = policy.processors.observe(many)
+        with half():
+            context = policy.encode(observation)
+            with memory.saved_bytes(own) as saved:
+                rehearsal = config.rehearse(policy, context, rows)
+        kept = sum(saved.values()) / rehearsal.parts
+        assert dry.copies + rows * dry.activations == pytest.approx(kept, rel=0.01)
+    needs = memory.measure_memory(policy, None, dry)
+    alone = replace(needs, copies=0)
+    share = memory.Share(8, micro_batches=4)
+    assert needs.of(share) - alone.of(share) == dry.copies
+    assert "weights in bfloat16" in memory.check_memory(needs, 10**12, share, "cpu").found
+
+
+@pytest.mark.slow
 def test_activations_are_those_of_the_chain_that_is_trained_on(policy: Any, tmp_path: Path) -> None:
     seen = reader_of(make_replay(tmp_path / "replay")).first_observation()
 

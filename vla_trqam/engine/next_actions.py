@@ -29,6 +29,10 @@ FIRST_CHUNKS = "first_chunks"
 """The M chunks (B, M, n, a) that are drawn where no prefix is kept, as a frame's is computed."""
 
 
+ROWS, ROOM = 256, 2**30
+"""Frames whose chunks are drawn at a time, and bytes of their prefixes: 15 MB each of a π0."""
+
+
 class NextActions(nn.Module):
     """A few chunks of the policy at every frame of a replay, as the robot executes them.
 
@@ -83,16 +87,30 @@ class NextActions(nn.Module):
         return max(0, len(self._replay.frame_index.rows_of_frames()) - self.num_known)
 
     @torch.no_grad()
-    def fill(self, generator: torch.Generator, *, batch_size: int = 256) -> int:
-        """Draws the chunks of frames that have none yet; returns how many frames these were."""
+    def fill(self, generator: torch.Generator, *, batch_size: int | None = None) -> int:
+        """Draws the chunks of frames that have none yet; returns how many frames these were.
+
+        Args:
+            generator: of the noise.
+            batch_size: frames at a time; None takes :data:`ROWS`, fewer of large prefixes.
+        """
         rows = self._replay.frame_index.rows_of_frames()
         first = self.num_known
-        for start in range(first, len(rows), batch_size):
-            part = rows[start : start + batch_size]
+        many = batch_size or self._rows_at_once(rows[first : first + 1])
+        for start in range(first, len(rows), many):
+            part = rows[start : start + many]
             self.chunks[start : start + len(part)] = self._first_chunks(part, generator)
             self.drawn[start : start + len(part)] = self.updates
         self.num_known = max(first, len(rows))
         return self.num_known - first
+
+    def _rows_at_once(self, one: np.ndarray) -> int:
+        """So many that their prefixes, one for each chunk, keep to :data:`ROOM`."""
+        if self._first is not None or not len(one):
+            return ROWS  # no prefix is touched
+        seen = self._prefixes.at(one)
+        size = sum(entry.nbytes for entry in seen.values() if isinstance(entry, Tensor))
+        return max(1, min(ROWS, ROOM // (max(size, 1) * self.chunks.shape[1])))
 
     def pick(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """One chunk of each of these frames (B,), chosen at random: (B, n, a)."""

@@ -64,6 +64,7 @@ class EnvFamily:
         state_size: O; None where only the made environment knows it.
         cameras: name -> (height, width, 3) of the images that are handed on; {} where states are
             all there is.
+        notes: what who reads its success rates must know, a sentence each.
     """
 
     name: str
@@ -76,6 +77,7 @@ class EnvFamily:
     action_high: tuple[float, ...]
     state_size: int | None = None
     cameras: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_episode_steps < 1:

@@ -211,6 +211,8 @@ def _check_simulator(
     say: Callable[[str], None],
 ) -> None:
     """The policy looks through the simulator's cameras; what is rolled out joins the dataset."""
+    for note in family.notes:
+        say(note)
     joins = bool(config.online.steps or config.base_episodes)
     own = {key.removeprefix(IMAGE_PREFIX) for key in policy.host.config.image_features}
     there, known = set(family.cameras), set(reader.cameras)

@@ -72,6 +72,7 @@ def check_machine(
         num_checkpoints=max(1, whole - len(all_checkpoints(output_dir))),
         merged=config.policy.merged,
         prefixes=prefixes,
+        precision=team.autocast,
     )
     _tell(report, team)
 
@@ -93,7 +94,7 @@ def planned_prefixes(
     every = sum(team.gather(num_frames(config, datasets, policy)))
     batch_size, replay = config.batch_size, replay_path(config.output_dir, team)
     wanted, budget = config.prefix_cache, config.prefix_cache_gib
-    draw_next = config.critic.draw_next
+    draw_next, processes = config.critic.draw_next, team.size
     chunks = _kept_next_actions(config) * policy.executed_size * NUMBER
 
     @cache
@@ -109,6 +110,7 @@ def planned_prefixes(
             batch_size=batch_size,
             replay=replay,
             draw_next=draw_next,
+            processes=processes,
         )
 
     return plan

@@ -7,6 +7,7 @@ then, when it is decoded, what is in it (:func:`preflight`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -54,12 +55,14 @@ def preflight_machine(
     num_checkpoints: int,
     merged: bool = False,
     prefixes: Callable[[], PrefixPlan],
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> PreflightReport:
     """Looks at policy, tables and machine before anything is decoded; changes nothing.
 
     The readers go by their datasets' names in the replay, and checkpoints are those still to come,
     with the adapters ``merged`` into whole weights or alone.
-    ``prefixes`` is asked once the policy was seen to take an observation.
+    ``prefixes`` is asked once the policy was seen to take an observation, and ``precision`` is what
+    the run's evaluations are made in.
 
     Returns:
         All findings; print `lines()` and call `raise_on_failure()`.
@@ -75,6 +78,7 @@ def preflight_machine(
         num_checkpoints,
         merged,
         prefixes,
+        precision,
     )
     takes, known = ("observation",), ("statistics",)
     return _run(
@@ -181,6 +185,7 @@ class _Machine:
     num_checkpoints: int
     merged: bool
     prefixes: Callable[[], PrefixPlan]
+    precision: Callable[[], AbstractContextManager[object]]
 
     @property
     def seen(self) -> FrameObservation:
@@ -188,7 +193,7 @@ class _Machine:
 
     @cached_property
     def dry(self) -> memory.DryPass:
-        return memory.dry_pass(self.policy, self.seen, self.method)
+        return memory.dry_pass(self.policy, self.seen, self.method, self.precision)
 
     @cached_property
     def memory(self) -> memory.Memory:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vla_trqam.data.frames import FrameObservation
-from vla_trqam.methods.base import MethodConfig
+from vla_trqam.methods.base import MethodConfig, Rehearsal
 from vla_trqam.preflight.model import device_of, prepared, seeded
 from vla_trqam.preflight.report import Finding
 
@@ -95,6 +95,7 @@ class Memory:
         gradients: of what is trained.
         optimizer: Adam's two moments.
         activations: what one update's path keeps for gradients at a time, for one sample.
+        copies: what it keeps besides whatever the samples, copies of weights in bfloat16.
         prefix: one encoded observation.
         next_actions: the chunks kept at every frame that the replay has room for.
         average: the running mean of what is trained of the policy; 0 without one.
@@ -111,6 +112,7 @@ class Memory:
     average: int = 0
     contexts: int = CONTEXTS
     shards: int = 1
+    copies: int = 0
 
     @property
     def own_moments(self) -> int:
@@ -121,7 +123,8 @@ class Memory:
     def fixed(self) -> int:
         """What comes on top of the weights, whatever the batch."""
         # The weights in training wait in a copy while the average acts.
-        return self.gradients + self.own_moments + self.next_actions + 2 * self.average
+        at_rest = self.gradients + self.own_moments + self.next_actions
+        return at_rest + 2 * self.average + self.copies
 
     @property
     def prefixes(self) -> int:
@@ -178,38 +181,71 @@ class DryPass:
 
     Attributes:
         prefix: bytes of the encoded observation.
-        activations: bytes that the path keeps for gradients at a time: of all flow steps, or of
-            one where they are computed again.
+        activations: bytes that the path keeps of a sample for gradients at a time: of all flow
+            steps, or of one where they are computed again.
         reached: trained tensors that get a gradient; None where the method trains none.
         finite: whether all of them are.
+        copies: bytes that it keeps whatever the samples: with autocast every evaluation that has a
+            gradient keeps weights of a finer type in bfloat16.
     """
 
     prefix: int
     activations: int
     reached: int | None
     finite: bool
+    copies: int = 0
 
 
-def dry_pass(policy: LeRobotFlowPolicy, seen: FrameObservation, method: MethodConfig) -> DryPass:
-    """Takes it with one raw observation; no gradient stays on the parameters."""
+def dry_pass(
+    policy: LeRobotFlowPolicy,
+    seen: FrameObservation,
+    method: MethodConfig,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> DryPass:
+    """Takes it with one raw observation; no gradient stays on the parameters.
+
+    Args:
+        policy: on its device.
+        seen: the observation (B = 1).
+        method: whose path it is.
+        precision: what the run's evaluations are made in.
+    """
     observation = prepared(policy, seen)
-    context = policy.encode(observation)
-    not_counted = {t.untyped_storage().data_ptr() for t in policy.parameters()}
-    with saved_bytes(not_counted) as saved, seeded(device_of(policy)):
-        rehearsal = method.rehearse(policy, context, 1)
-    prefix = tensor_bytes(policy.packed(observation).values())
-    if rehearsal is None:
-        return DryPass(prefix, activations=0, reached=None, finite=True)
+    with precision():
+        prefix = tensor_bytes(policy.packed(observation).values())
+        rehearsal, kept = _rehearsed(policy, observation, method, 1)
+        if rehearsal is None:
+            return DryPass(prefix, activations=0, reached=None, finite=True)
+        each, copies = kept, 0
+        if torch.is_autocast_enabled(device_of(policy).type):
+            twice: FrameObservation = {
+                key: entry * 2 if isinstance(entry, list) else torch.cat([entry] * 2)
+                for key, entry in seen.items()
+            }
+            each = _rehearsed(policy, prepared(policy, twice), method, 2)[1] - kept
+            copies = max(0, kept - each)
     loss = rehearsal.values.square().sum()
     trained = list(policy.trainable_parameters())
     found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
     gradients = [gradient for gradient in found if gradient is not None]
     return DryPass(
         prefix=prefix,
-        activations=-(-sum(saved.values()) // rehearsal.parts),
+        activations=-(-each // rehearsal.parts),
         reached=len(gradients),
         finite=all(bool(torch.isfinite(gradient).all()) for gradient in gradients),
+        copies=-(-copies // rehearsal.parts),
     )
+
+
+def _rehearsed(
+    policy: LeRobotFlowPolicy, observation: dict[str, Any], method: MethodConfig, rows: int
+) -> tuple[Rehearsal | None, int]:
+    """The pass, and the bytes that it keeps."""
+    context = policy.encode(observation)
+    not_counted = {t.untyped_storage().data_ptr() for t in policy.parameters()}
+    with saved_bytes(not_counted) as saved, seeded(device_of(policy)):
+        rehearsal = method.rehearse(policy, context, rows)
+    return rehearsal, sum(saved.values())
 
 
 def check_gradient(dry: DryPass, policy: LeRobotFlowPolicy) -> Finding:
@@ -246,6 +282,7 @@ def measure_memory(
         gradients=gradients,
         optimizer=ADAM_STATES * gradients,
         activations=dry.activations,
+        copies=dry.copies,
         prefix=dry.prefix,
         next_actions=next_actions,
         average=_single_bytes(policy.trainable_parameters()) if averages else 0,
@@ -281,6 +318,7 @@ def check_memory(memory: Memory, available: int | None, share: Share, device: st
         "optimizer": memory.own_moments,
         "next actions": memory.next_actions,
         **({"average": 2 * memory.average} if memory.average else {}),
+        **({"weights in bfloat16": memory.copies} if memory.copies else {}),
         f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
         f"prefixes of {share.rows}": share.rows * memory.prefixes,
         **({"recordings": memory.recordings(share)} if share.recorded else {}),

@@ -86,12 +86,14 @@ class PrefixPlan:
             next frames' prefixes too.
         cost: of one frame.
         frames: of all processes' replays when they are full.
+        processes: that share them.
     """
 
     kept: bool
     draws_next: bool
     cost: PrefixCost
     frames: int
+    processes: int = 1
 
     @property
     def contexts(self) -> int:
@@ -117,12 +119,12 @@ class PrefixPlan:
             else "computed in each update of the policy, of its batch; kept are "
             f"{in_words(self.cost.beside)} a frame for the critic"
         )
-        seconds = _in_time(self.frames * self.cost.seconds)
-        found = (
-            f"{each} a frame, {every} of {self.frames:,} frames: {how}; one pass over all takes "
+        seconds = _in_time(self.frames * self.cost.seconds / self.processes)
+        return Finding(
+            "prefixes",
+            f"{each} a frame, {every} of {self.frames:,} frames: {how}; to encode all takes about "
+            f"{seconds}, decoding and next actions come on top",
         )
-        found += f"about {seconds}"
-        return Finding("prefixes", found)
 
 
 def plan_prefixes(
@@ -134,6 +136,7 @@ def plan_prefixes(
     batch_size: int,
     replay: Path,
     draw_next: bool | None = None,
+    processes: int = 1,
 ) -> PrefixPlan:
     """Whether all frames' prefixes are kept; a replay that was begun goes on as it began.
 
@@ -145,6 +148,7 @@ def plan_prefixes(
         batch_size: of the policy's updates.
         replay: its folder, which need not exist yet.
         draw_next: whether updates draw their next actions; None does where prefixes are kept.
+        processes: that share the frames.
 
     Raises:
         UserError: the budget is too small for what is wanted, or for a single batch.
@@ -164,7 +168,7 @@ def plan_prefixes(
             f"give {needed / GIB:.3g}, or --prefix_cache=auto"
         )
     kept = _kept(wanted, needed, room, replay)
-    return PrefixPlan(kept, kept if draw_next is None else draw_next, cost, frames)
+    return PrefixPlan(kept, kept if draw_next is None else draw_next, cost, frames, processes)
 
 
 def _kept(wanted: PrefixCache, needed: int, room: float | None, replay: Path) -> bool:

@@ -89,6 +89,7 @@ def lerobot_family(
         action_high=tuple(map(float, box.high)),
         state_size=len(state),
         cameras={name: image.shape for name, image in images.items()},
+        notes=() if facts.note is None else (f"--env.type={env_type}: {facts.note}",),
     )
 
 

@@ -26,6 +26,7 @@ class TypeFacts:
             does not.
         nominal_box: whether the box of its actions is a formality: numbers beyond are executed,
             as angles of joints are. Given the type's options.
+        note: what who reads its success rates must know.
         refused: why episodes of it cannot be functions of their seeds.
     """
 
@@ -34,6 +35,7 @@ class TypeFacts:
     sight: type[Sight] | None = None
     start: Callable[[Any, int], None] | None = None
     nominal_box: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    note: str | None = None
     refused: str | None = None
 
 
@@ -46,6 +48,8 @@ _LIBERO = TypeFacts(
     # Its robosuite is not Robomimic's.
     install="uv sync --no-group simulators --extra libero",
     start=_state_of_libero,
+    note="it has a few initial states a task (LIBERO's own suites 50), which training and all "
+    "evaluations share, and which repeat where more episodes are played",
     nominal_box=lambda options: options.get("control_mode") == "absolute",
 )
 
