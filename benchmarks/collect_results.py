@@ -43,6 +43,7 @@ from run_results.step_columns import bases, note_on_steps, with_base_as_it_came
 
 from vla_trqam.errors import UserError
 from vla_trqam.report.comparison_plots import plot_budget_sweep
+from vla_trqam.report.evaluation import PairedEvaluation
 from vla_trqam.report.formats import percent, points, points_interval, table
 from vla_trqam.report.metrics import summarise_trust_region
 from vla_trqam.report.plots import plot_episodes, plot_success
@@ -83,6 +84,7 @@ def seeds_page(runs: Sequence[FinishedRun]) -> Page:
         headline=headline,
         tables={
             "Success and KL by seed": _seeds_table(runs),
+            **_by_task(runs),
             "Wall clock (minutes:seconds)": table(
                 ["phase", *(f"seed {run.seed}" for run in runs)], clock
             ),
@@ -213,6 +215,32 @@ def _seeds_table(runs: Sequence[FinishedRun]) -> str:
             ]
         )
     return table(*with_base_as_it_came(header, rows, [run.rate_as_it_came for run in runs]))
+
+
+def _by_task(runs: Sequence[FinishedRun]) -> dict[str, str]:
+    """Of a suite: each task's success before and after, a column a seed; else nothing."""
+    tasks = {run.seed: run.evaluation.by_task() for run in runs}
+    names = list(next(iter(tasks.values())))
+    if not names:
+        return {}
+    worse = [
+        f"{name} (seed {seed})"
+        for name in names
+        for seed, found in tasks.items()
+        if found[name].difference_interval().high < 0.0
+    ]
+    rows = [[name, *(_change(found[name]) for found in tasks.values())] for name in names]
+    header = ["task", *(f"seed {seed}" for seed in tasks)]
+    return {
+        "Success by task: base → tuned, difference in points (95% interval)": table(header, rows)
+        + f"\n\nWorse, with an interval below zero: {', '.join(worse) or 'none'}."
+    }
+
+
+def _change(evaluation: PairedEvaluation) -> str:
+    interval = points_interval(evaluation.difference_interval())
+    rates = f"{percent(evaluation.base_rate)} → {percent(evaluation.tuned_rate)}"
+    return f"{rates}, {points(evaluation.difference)} ({interval})"
 
 
 def _methods_table(rows: Mapping[str, Sequence[MethodRow]]) -> str:

@@ -108,6 +108,29 @@ def row(text: str, *start: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("no_rendering")
+def test_a_suite_has_each_task_by_seed_and_says_which_are_worse(tmp_path: Path) -> None:
+    """The base solves states 0 to 9, the tuned policy 8 to 19: all of the second task's."""
+    tasks = ("close",) * 10 + ("open",) * 10
+    runs = [
+        make_run(
+            tmp_path / f"s{seed}", seed=seed, evaluation=replace(outcomes(10, 12), tasks=tasks)
+        )
+        for seed in (0, 1)
+    ]
+    text, _ = collect("seeds", "--runs", *runs, output=tmp_path / "page")
+    cells = row(text, "close")[1:]
+    assert len(cells) == 2
+    assert cells[0] == cells[1]
+    assert cells[0].startswith("100.0% → 20.0%, -80.0 (-")
+    assert row(text, "open")[1].startswith("0.0% → 100.0%, +100.0 (")
+    assert "Worse, with an interval below zero: close (seed 0), close (seed 1)." in text
+    alone, _ = collect(
+        "seeds", "--runs", make_run(tmp_path / "one", seed=3), output=tmp_path / "other"
+    )
+    assert "by task" not in alone
+
+
+@pytest.mark.usefixtures("no_rendering")
 def test_the_page_of_seeds_has_median_and_least_gain_of_hand_counted_outcomes(
     tmp_path: Path,
 ) -> None:
