@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vla_trqam.errors import UserError
+
+Pooling = Literal["all", "parts"]
+"""Over all of a prefix's tokens, or over each camera's and the rest's by themselves."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,14 @@ class CriticFeatures:
         layer: the layer, or None for no language model states at all.
         state: append the proprioceptive state as the preprocessor normalised it. pi0's prefix does
             not hold it, pi05's holds it as text, SmolVLA's as one token of many.
+        pooling: what is averaged over: "all" tokens, or "parts", each of C cameras and the rest by
+            itself, C + 1 averages side by side.
     """
 
     layer: int | None = -1
     state: bool = True
+    # Not shown: features that were kept before there was a choice are known by what is.
+    pooling: Pooling = field(default="all", repr=False)
 
     def __post_init__(self) -> None:
         if self.layer is None and not self.state:
@@ -77,3 +85,13 @@ def mean_over_valid(states: Tensor, valid: Tensor) -> Tensor:
     assert states.shape[:2] == valid.shape, (states.shape, valid.shape)
     weight = valid.to(torch.float32).unsqueeze(-1)
     return (states.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+
+
+def mean_over_parts(states: Tensor, valid: Tensor, parts: Sequence[int]) -> Tensor:
+    """The same for consecutive parts of so many tokens, side by side: (B, P W).
+
+    A camera that the host masks has no valid token: its part is 0.
+    """
+    assert sum(parts) == states.shape[1], (parts, states.shape)
+    pairs = zip(states.split(list(parts), dim=1), valid.split(list(parts), dim=1), strict=True)
+    return torch.cat([mean_over_valid(own, mask) for own, mask in pairs], dim=1)

@@ -25,8 +25,13 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from peft import PeftModel
 from torch import Tensor, nn
 from vla_trqam.adapters.cameras import Cameras, cameras_of
-from vla_trqam.adapters.critic_features import CriticFeatures, layer_index, mean_over_valid
-from vla_trqam.adapters.families.base import FlowFamily, Observation
+from vla_trqam.adapters.critic_features import (
+    CriticFeatures,
+    layer_index,
+    mean_over_parts,
+    mean_over_valid,
+)
+from vla_trqam.adapters.families.base import FlowFamily, Observation, PrefixPass
 from vla_trqam.adapters.fields.base_field import AdaptersOff, BaseField, FrozenCopy
 from vla_trqam.adapters.fields.evaluations import Evaluations
 from vla_trqam.adapters.fields.path_fields import LeRobotPathFields
@@ -204,7 +209,14 @@ class LeRobotFlowPolicy(FlowPolicy):
         """The width of what :class:`CriticFeatures` selects."""
         wanted, state = self.critic_features, self.host.config.robot_state_feature
         width = 0 if wanted.layer is None else self.family.prefix_width(self.host)
+        width *= self._num_parts
         return width + (state.shape[0] if wanted.state and state is not None else 0)
+
+    @property
+    def _num_parts(self) -> int:
+        """Averages of the prefix's states that the critic sees."""
+        pictures = len(self.host.config.image_features)
+        return 1 if self.critic_features.pooling == "all" else 1 + pictures
 
     # The fields.
 
@@ -230,10 +242,20 @@ class LeRobotFlowPolicy(FlowPolicy):
             found = self.family.encode(self.host, observation, self._layer)
         parts = []
         if self.critic_features.layer is not None:
-            parts.append(mean_over_valid(found.states, found.valid))
+            parts.append(self._pooled(found))
         if self.critic_features.state and self.host.config.robot_state_feature is not None:
             parts.append(_last_state(observation).float().to(found.states.device))
         return Encoding(found.condition, torch.cat(parts, dim=1))
+
+    def _pooled(self, found: PrefixPass) -> Tensor:
+        if self.critic_features.pooling == "all":
+            return mean_over_valid(found.states, found.valid)
+        if len(found.parts) != self._num_parts:
+            raise UserError(
+                f"critic_pooling=parts wants every camera of the policy by itself: it has "
+                f"{self._num_parts - 1}, and the prefix of this observation {len(found.parts) - 1}"
+            )
+        return mean_over_parts(found.states, found.valid, found.parts)
 
     def packed(self, observation: Observation) -> dict[str, Tensor]:
         """:meth:`encode` as tensors (B, ...), to be kept: with a frozen prefix it never changes.

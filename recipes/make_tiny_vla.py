@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,8 +47,7 @@ import vla_trqam.data
 from vla_trqam.config.command_line import exit_status, flags_of
 from vla_trqam.config.settings import refuse_below
 from vla_trqam.data.episode import Episode
-from vla_trqam.data.replay import Replay
-from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
+from vla_trqam.data.sources.lerobot.writer import write_episodes
 from vla_trqam.data.sources.robomimic.hdf5 import read_robomimic
 from vla_trqam.envs.robomimic.env_meta import env_meta_for
 from vla_trqam.envs.robomimic.images import CameraSettings, RobomimicImageEnv
@@ -261,26 +259,9 @@ def random_scenes(options: argparse.Namespace, task: str) -> Scenes:
 def write_dataset(demos: Sequence[RenderedDemo], folder: Path) -> None:
     """Writes the demonstrations as a LeRobotDataset whose frames are new every few steps."""
     episodes = [thinned(demo.episode) for demo in demos]
-    size = CAMERAS.image_size
-    with tempfile.TemporaryDirectory() as scratch:
-        replay = Replay.create(
-            Path(scratch) / "replay",
-            observation_dim=episodes[0].observations.shape[1],
-            action_dim=episodes[0].actions.shape[1],
-            cameras=dict.fromkeys(CAMERAS.names, (size, size, 3)),
-            capacity=sum(len(e.actions) for e in episodes),
-        )
-        for episode in episodes:
-            replay.add(episode, source="demonstrations")
-        write_lerobot_dataset(
-            replay,
-            folder,
-            repo_id="local/lift_images",
-            fps=CONTROL_FREQUENCY,
-            robot_type="panda",
-            use_videos=True,
-        )
-        replay.close()
+    write_episodes(
+        episodes, folder, repo_id="local/lift_images", fps=CONTROL_FREQUENCY, robot_type="panda"
+    )
 
 
 def thinned(episode: Episode) -> Episode:

@@ -24,11 +24,24 @@ class PrefixPass:
         condition: what the family's velocity wants to know of the observation.
         states: the prefix's states at the asked layer, (B, L, W).
         valid: which of its tokens are no padding, (B, L).
+        parts: consecutive tokens that belong together, L in all: each picture's, then the rest.
     """
 
     condition: Any
     states: Tensor
     valid: Tensor
+    parts: tuple[int, ...]
+
+
+def parts_of(pictures: int, count: int, length: int) -> tuple[int, ...]:
+    """The tokens of each of so many pictures, which have ``count`` together, and the rest.
+
+    All have as many, for a host resizes all cameras to one size.
+    """
+    if pictures == 0:
+        return (length,)
+    assert count % pictures == 0, (pictures, count)
+    return *((count // pictures,) * pictures), length - count
 
 
 class FlowFamily(ABC):

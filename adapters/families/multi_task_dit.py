@@ -74,7 +74,8 @@ class MultiTaskDiTFamily(FlowFamily):
             batch[OBS_IMAGES] = torch.stack(images, dim=-4)
         condition = host.observation_encoder.encode(batch)
         states = condition[:, host.observation_encoder.robot_state_dim :].unsqueeze(1)
-        return PrefixPass(condition, states, states.new_ones(states.shape[:2], dtype=torch.bool))
+        valid = states.new_ones(states.shape[:2], dtype=torch.bool)
+        return PrefixPass(condition, states, valid, (states.shape[1],))
 
     def velocity(self, host: PreTrainedPolicy, x: Tensor, tau: Tensor, condition: Any) -> Tensor:
         """The host's transformer."""

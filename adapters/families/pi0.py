@@ -17,6 +17,7 @@ from vla_trqam.adapters.families.base import (
     CachedPrefixFamily,
     Observation,
     PrefixPass,
+    parts_of,
     rows_of_points,
 )
 from vla_trqam.adapters.families.gemma_expert import SharedPrefix, expert_states, share_prefix
@@ -73,8 +74,12 @@ class PI0Family(CachedPrefixFamily):
                 use_cache=True,
             )
         states = record[0] if record else last
+        length = pad_masks.shape[1]
         return PrefixPass(
-            CachedPrefix(pad_masks, cache, self._suffix(host, observation)), states, pad_masks
+            CachedPrefix(pad_masks, cache, self._suffix(host, observation)),
+            states,
+            pad_masks,
+            parts_of(len(images), length - tokens.shape[1], length),
         )
 
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:

@@ -17,6 +17,7 @@ from vla_trqam.adapters.families.base import (
     CachedPrefixFamily,
     Observation,
     PrefixPass,
+    parts_of,
     rows_of_points,
 )
 from vla_trqam.adapters.families.smolvla_expert import expert_states, share_prefix
@@ -73,7 +74,14 @@ class SmolVLAFamily(CachedPrefixFamily):
                 inputs_embeds=[embeddings, None],
                 use_cache=True,
             )
-        return PrefixPass(CachedPrefix(pad_masks, cache), record[0] if record else last, pad_masks)
+        # The state's token alone begins a block, behind pictures and instruction.
+        before_state = int(att_masks[0].int().argmax())
+        return PrefixPass(
+            CachedPrefix(pad_masks, cache),
+            record[0] if record else last,
+            pad_masks,
+            parts_of(len(images), before_state - tokens.shape[1], pad_masks.shape[1]),
+        )
 
     def share(self, host: PreTrainedPolicy, condition: Any, points: int) -> Any:
         """Masks, rotations, and the prefix's keys and values as the expert projects them."""

@@ -126,6 +126,52 @@ def test_layer_0_is_the_embeddings() -> None:
     torch.testing.assert_close(policy.features(policy.encode(seen)), expected.detach())
 
 
+@pytest.mark.parametrize("kind", ["tiny_pi0", "tiny_pi05", "smolvla"])
+def test_parts_are_each_cameras_tokens_and_the_rest(kind: str) -> None:
+    """Another picture changes its own part of the embeddings, another text the rest's."""
+    by_parts = CriticFeatures(0, state=False, pooling="parts")
+    policy = load_policy(checkpoint(kind), features=by_parts, lora=LORA)
+    seen = observation(kind, 2)
+    cameras = list(policy.host.config.image_features)
+    width = policy.feature_dim // (len(cameras) + 1)
+
+    def parts_that_change(key: str) -> list[int]:
+        other = seen | {key: seen[key].flip(0)}
+        found = [policy.features(policy.encode(each)) for each in (seen, other)]
+        assert found[0].shape == (2, policy.feature_dim)
+        changed = (found[0] != found[1]).view(2, -1, width).any(dim=2).any(dim=0)
+        return changed.nonzero().flatten().tolist()
+
+    for number, camera in enumerate(cameras):
+        assert parts_that_change(camera) == [number]
+    tokens = "observation.language.tokens"
+    seen[tokens] = seen[tokens].clone()
+    seen[tokens][0, 0] = 7  # the two are told other things
+    assert parts_that_change(tokens) == [len(cameras)]
+
+
+@pytest.mark.parametrize("kind", ["tiny_pi0", "tiny_pi05", "smolvla"])
+def test_averages_over_parts_make_the_one_over_all(kind: str) -> None:
+    policy, seen = make_policy(kind, lora=True), observation(kind, 2)
+    policy.critic_features = CriticFeatures(state=False)
+    whole = policy.features(policy.encode(seen))
+    policy.critic_features = CriticFeatures(state=False, pooling="parts")
+    own = policy.features(policy.encode(seen)).view(2, -1, whole.shape[1])
+    found = policy.family.encode(policy.host, seen, len(policy.family.prefix_layers(policy.host)))
+    counts = torch.stack([v.sum(dim=1) for v in found.valid.split(list(found.parts), 1)], dim=1)
+    joined = (own * counts.unsqueeze(2)).sum(dim=1) / counts.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(joined, whole)
+
+
+def test_parts_want_every_camera() -> None:
+    policy, seen = make_policy("smolvla", lora=True), observation("smolvla", 2)
+    policy.critic_features = CriticFeatures(pooling="parts")
+    features = policy.host.config.input_features
+    features["observation.images.other"] = features[next(iter(policy.host.config.image_features))]
+    with pytest.raises(UserError, match="it has 3, and the prefix of this observation 2"):
+        policy.encode(seen)
+
+
 def test_no_features_at_all_are_refused() -> None:
     with pytest.raises(UserError, match="no features"):
         CriticFeatures(layer=None, state=False)

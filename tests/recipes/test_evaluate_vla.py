@@ -13,6 +13,7 @@ from vla_runs import TINY, files, forgetful_pool, main, without_simulator
 from vla_trqam.adapters.mlp import MLPFlowConfig, MLPFlowPolicy
 from vla_trqam.recipes import evaluate
 
+from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.engine import conclude as showcase
 from vla_trqam.jobs import evaluation, kinds
 
@@ -146,3 +147,24 @@ def test_a_base_that_is_another_since_is_refused(runs, files, tmp_path, capsys):
     finally:
         config.write_text(text)
     assert f"{config} is not the one that the run in" in capsys.readouterr().err
+
+
+def test_what_a_plays_becomes_a_dataset_that_a_next_round_reads(runs, tmp_path, capsys):
+    flags = [f"--a={runs['lora'].folder}", f"--record={tmp_path / 'round'}"]
+    found = compared(tmp_path / "out", *flags)
+    assert (
+        f"{STATES} episodes of tuned: the dataset {tmp_path / 'round'}" in capsys.readouterr().out
+    )
+    _, tuned = last_actions()
+    reader = LeRobotReader(LeRobotConfig("local/round", tmp_path / "round"))
+    episodes = list(reader.episodes())
+    assert [episode.success for episode in episodes] == found["tuned_success"]
+    assert [episode.terminated for episode in episodes] == found["tuned_success"]
+    played = np.concatenate(tuned).reshape(-1, episodes[0].actions.shape[1])
+    np.testing.assert_allclose(
+        np.concatenate([episode.actions for episode in episodes]), played, atol=1e-6
+    )
+    assert all(len(e.images["agentview"]) == e.observed.sum() for e in episodes)
+    assert evaluate.main([*flags, f"--output_dir={tmp_path / 'again'}"]) == 2
+    assert f"--record={tmp_path / 'round'} exists already" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()

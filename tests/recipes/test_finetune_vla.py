@@ -280,6 +280,7 @@ def test_a_critic_that_values_by_other_settings_is_not_gone_on_with(tiny, whole,
         "discount": 0.99,
         "dataset.kind": "success_minus_one",
         "policy.critic_layer": -1,
+        "policy.critic_pooling": "all",
     }
     assert tiny(tmp_path / "run", f"--critic.path={former}", "--discount=0.9") == 2
     said = capsys.readouterr().err

@@ -17,6 +17,8 @@ class EvaluateConfig:
     Attributes:
         a: folder of a run, whose last checkpoint it is, of a checkpoint, or of a policy.
         b: what it is compared with, likewise; null for the base of ``a``'s run.
+        record: folder of a LeRobotDataset to be made of the episodes that ``a`` plays, with its
+            rewards, ends and successes; null makes none.
         output_dir: where the result goes; null for a new folder named after the time.
         episodes: initial states; null for as many as the run has.
         first_seed: of the initial states; null for the run's.
@@ -30,6 +32,7 @@ class EvaluateConfig:
 
     a: Path | None = None
     b: Path | None = None
+    record: Path | None = None
     output_dir: Path | None = None
     episodes: int | None = None
     first_seed: int | None = None

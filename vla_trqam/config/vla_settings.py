@@ -123,6 +123,8 @@ class VLAPolicyConfig:
         cuda_graphs: the fields' evaluations in an update are recorded at first and then replayed
             (CUDA graphs): a GPU no longer waits for each small operation's launch.
         critic_layer: the language model's layer that the critic sees, see ``CriticFeatures``.
+        critic_pooling: the critic sees its mean over "all" tokens, or over "parts", each camera's
+            and the rest's by themselves.
         merged: checkpoints are whole policies with the adapters in them, not adapters alone; in
             weights of half precision what the adapters change is rounded.
         push_to_hub: push the last checkpoint.
@@ -140,6 +142,7 @@ class VLAPolicyConfig:
     compile: bool = False
     cuda_graphs: bool = False
     critic_layer: int | None = -1
+    critic_pooling: Literal["all", "parts"] = "all"
     merged: bool = False
     push_to_hub: bool = False
     repo_id: str | None = None

@@ -15,7 +15,9 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.config.evaluate_settings import EvaluateConfig
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.settings import EvalConfig, RunSettings
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.frames import image_key
+from vla_trqam.data.sources.lerobot.writer import write_episodes
 from vla_trqam.engine.acting import chunk_policy
 from vla_trqam.engine.conclude import EVALUATION_NAME, paired_evaluation
 from vla_trqam.engine.film import Player, film
@@ -89,12 +91,17 @@ def evaluate(config: EvaluateConfig) -> None:
             loading = Loading(family, device, home, str(accelerator.mixed_precision))
             match = _match(loading, a, b)
             _check_fit(match, family)
+            _check_record(config, family)
             table = _Table(config, knobs, family, stack)
             print(f"{match.names.tuned}: {match.tuned.what}\n{match.names.base}: {match.base.what}")
             print(f"initial states: {len(seeds)}, in {family.task} of {family.name}")
-            evaluation = _play(table, match, seeds)
+            evaluation, episodes = _play(table, match, seeds)
             facts = _facts(match, family) | {"command": command_line()}
             write_json(config.output_dir / EVALUATION_NAME, evaluation.to_json() | facts)
+        if config.record is not None:
+            name, rate = f"local/{config.record.name}", round(family.control_rate)
+            write_episodes(episodes, config.record, repo_id=name, fps=rate)
+            print(f"{len(episodes)} episodes of {match.names.tuned}: the dataset {config.record}")
         print("\n".join(["", *success_lines(evaluation, match.names)]))
         base = table.player(match.names.base, match.base)
         tuned = table.player(match.names.tuned, match.tuned)
@@ -194,6 +201,15 @@ def _check_cameras(name: str, policy: FlowPolicy, family: EnvFamily) -> tuple[in
     return 0 if state is None else state.shape[0], config.action_feature.shape[0]
 
 
+def _check_record(config: EvaluateConfig, family: EnvFamily) -> None:
+    if config.record is None:
+        return
+    if config.record.exists():
+        raise UserError(f"--record={config.record} exists already: name a folder to be made")
+    if not family.cameras:
+        raise UserError("--record makes a dataset with pictures, and these policies see states")
+
+
 class _Table:
     """The simulators, of each chunk length its own, started when they are needed."""
 
@@ -223,15 +239,23 @@ class _Table:
         return Player(name, self._pools[length], acts)
 
 
-def _play(table: _Table, match: _Match, seeds: Sequence[int]) -> PairedEvaluation:
-    def outcomes(contestant: Contestant) -> list[Outcome]:
+def _play(
+    table: _Table, match: _Match, seeds: Sequence[int]
+) -> tuple[PairedEvaluation, list[Episode]]:
+    """The evaluation, and the episodes of the tuned one."""
+
+    def episodes(contestant: Contestant) -> list[Episode]:
         player = table.player("", contestant)
-        return [Outcome.of(episode) for episode in player.pool.run(player.policy, seeds)]
+        return player.pool.run(player.policy, seeds)
+
+    def outcomes(contestant: Contestant) -> list[Outcome]:
+        return [Outcome.of(episode) for episode in episodes(contestant)]
 
     own = None
     if match.as_it_came is not None and match.flow_steps is not None:
         own = (outcomes(match.as_it_came), match.flow_steps)
-    return paired_evaluation(outcomes(match.base), outcomes(match.tuned), own)
+    base, tuned = outcomes(match.base), episodes(match.tuned)
+    return paired_evaluation(base, [Outcome.of(episode) for episode in tuned], own), tuned
 
 
 def _facts(match: _Match, family: EnvFamily) -> dict[str, Any]:

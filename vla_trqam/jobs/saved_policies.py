@@ -227,7 +227,9 @@ class Loading:
             path,
             lora=None,
             adapter="continue" if adapter == "continue" else "merge",
-            features=None if knobs is None else CriticFeatures(layer=knobs.critic_layer),
+            features=None
+            if knobs is None
+            else CriticFeatures(knobs.critic_layer, pooling=knobs.critic_pooling),
             limits=self.family.action_limits,
             device=str(self.device),
             revision=revision,

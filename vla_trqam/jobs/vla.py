@@ -269,8 +269,11 @@ class VLAJob(Job[FinetuneVLAConfig]):
     def valued(self) -> dict[str, Any]:
         """What the critic's numbers are returns of, and what it sees."""
         config = self.config
-        seen = {"policy.critic_layer": config.policy.critic_layer}
-        return super().valued | {"dataset.kind": config.dataset.kind} | seen
+        return super().valued | {
+            "dataset.kind": config.dataset.kind,
+            "policy.critic_layer": config.policy.critic_layer,
+            "policy.critic_pooling": config.policy.critic_pooling,
+        }
 
     def family(self) -> EnvFamily | None:
         """That of the settings."""
@@ -403,6 +406,8 @@ def prefix_fingerprint(policy: LeRobotFlowPolicy) -> str:
     """A hash of everything that the cached features depend on: frozen weights and statistics."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((policy.critic_features, policy.host.config)).encode())
+    if policy.critic_features.pooling != "all":
+        digest.update(policy.critic_features.pooling.encode())
     trained = {id(p) for p in policy.trainable_parameters()}
     tensors = [*policy.host.named_parameters()]
     if policy.processors is not None:

@@ -366,7 +366,7 @@ def _load_policy(
         lora=lora if peft.method == "lora" else None,
         in_float32=requirements_of(config.method).trains_field,
         adapter=knobs.adapter,
-        features=CriticFeatures(layer=knobs.critic_layer),
+        features=CriticFeatures(knobs.critic_layer, pooling=knobs.critic_pooling),
         limits=None if family is None else family.action_limits,
         device=str(device),
         revision=revision,

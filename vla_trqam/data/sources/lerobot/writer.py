@@ -11,12 +11,14 @@ are its further columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla_trqam.data.episode import Episode
 from vla_trqam.data.frames import STATE_KEY, image_key
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.labels import (
@@ -79,6 +81,38 @@ def write_lerobot_dataset(
                 dataset.save_episode(parallel_encoding=False)
         finally:
             dataset.finalize()
+
+
+def write_episodes(
+    episodes: Sequence[Episode],
+    root: Path,
+    *,
+    repo_id: str,
+    fps: int,
+    robot_type: str | None = None,
+) -> None:
+    """:func:`write_lerobot_dataset` of episodes that are in no replay, with videos.
+
+    Raises:
+        UserError: the folder exists, there is no episode, or they show no pictures.
+    """
+    if not episodes or not episodes[0].images:
+        raise UserError(f"{root} would be a dataset without pictures, or without an episode.")
+    first = episodes[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        replay = Replay.create(
+            Path(scratch) / "replay",
+            observation_dim=first.observations.shape[1],
+            action_dim=first.actions.shape[1],
+            cameras={name: pictures.shape[1:] for name, pictures in first.images.items()},
+            capacity=sum(len(episode.actions) for episode in episodes),
+        )
+        for episode in episodes:
+            replay.add(episode, source="rollouts")
+        write_lerobot_dataset(
+            replay, root, repo_id=repo_id, fps=fps, robot_type=robot_type, use_videos=True
+        )
+        replay.close()
 
 
 def _features(replay: Replay, image_dtype: str) -> dict[str, dict[str, Any]]:
