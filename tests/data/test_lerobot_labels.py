@@ -220,7 +220,7 @@ def test_the_final_state_of_a_cut_episode_has_its_level(tmp_path: Path) -> None:
         ({}, {"reward_column": "progress_dense"}, "progress_dense"),
         ({}, {"reward_file": "../other.parquet"}, "other.parquet"),
         ({}, {"reward_file": "absent.parquet"}, "absent.parquet"),
-        ({}, {"reward_column": None}, "wants --dataset.reward_column"),
+        ({}, {"reward_column": None, "reward": None}, "wants --dataset.reward_column"),
         ({}, {"reward_column": None, "reward_file": None}, "name it by --dataset.reward_column"),
         ({}, {"kind": "sparse"}, "--dataset.reward=progress goes with --dataset.kind=column"),
         ({}, {"reward": "success"}, "both say where rewards come from"),

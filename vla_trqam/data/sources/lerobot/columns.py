@@ -68,6 +68,11 @@ def label_columns(
         UserError: the column is not there or has not one number, or rewards come from elsewhere.
     """
     if reward_column is None:
+        if reward == "progress":
+            raise UserError(
+                "--dataset.reward=progress takes what a column rises by: name it by "
+                "--dataset.reward_column"
+            )
         if reward_file is not None:
             raise UserError(
                 f"--dataset.reward_file={reward_file} wants --dataset.reward_column, one of its "

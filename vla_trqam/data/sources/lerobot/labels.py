@@ -183,11 +183,6 @@ def plan_labels(
     labelled = successes is not None or SUCCESS in columns
     if reward is None:
         reward = _found_reward(where, columns, labelled=labelled, given=successes is not None)
-    if reward == "progress" and REWARD not in columns:
-        raise UserError(
-            "--dataset.reward=progress takes what a column rises by: name it by "
-            "--dataset.reward_column"
-        )
     if reward == "column" and REWARD not in columns:
         raise UserError(f"{where} has no column {REWARD}, which --dataset.reward=column needs.")
     if reward == "success" and not labelled:
