@@ -209,7 +209,7 @@ def _mean(by_seed: Mapping[int, float]) -> str:
 def draw(path: Path, runs: Sequence[Ran]) -> Path:
     """Means, probabilities of improvement and performance profiles after the online updates."""
     found = scores_of(runs, "after_online")
-    scores = {OURS: found.pop(OURS)} | found
+    scores = {OURS: found[OURS], **found}
     tasks = ", ".join(dict.fromkeys(ran.task for ran in runs))
     return plot_aggregate(
         f"{tasks}: after the online updates",
