@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from vla_trqam.recipes import finetune_robomimic
 
+from vla_trqam.config.evaluate_settings import EvaluateConfig
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
 from vla_trqam.config.parsing import parse_config
 from vla_trqam.config.state_settings import FinetuneRobomimicConfig
@@ -60,6 +61,8 @@ def ask_for_help() -> None:
                 continue  # refused there
             with pytest.raises(SystemExit):
                 parse_config(config, presets.with_name(name), ["--help", f"--method.type={method}"])
+    with pytest.raises(SystemExit):
+        parse_config(EvaluateConfig, presets.with_name("evaluate.yaml"), ["--help"])
     for study, name in ((CompareConfig, "compare.yaml"), (SweepConfig, "sweep_kl.yaml")):
         with pytest.raises(SystemExit):
             parse_config(study, presets.with_name(name), ["--help"], preset="smoke")
