@@ -1,6 +1,7 @@
 """LeRobot's own environments as a family: PushT."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import gymnasium
@@ -9,6 +10,7 @@ import pytest
 from family_contract import FamilyContract, assert_pictures
 
 from vla_trqam.envs.lerobot.family import lerobot_family
+from vla_trqam.envs.lerobot.sight import SightByFormat
 from vla_trqam.envs.worker import EnvServer, FrameRecorder, FrameSettings, WorkerSettings
 from vla_trqam.errors import UserError
 
@@ -123,6 +125,67 @@ def test_meta_world_renders_where_somebody_looks(metaworld):
         assert looks == [1]
     assert isinstance(env.env.unwrapped, MetaworldEnv)
     env.close()
+
+
+@pytest.mark.long
+def test_tasks_of_one_process_are_drawn_as_each_alone():
+    """Each at its second turn, when another's simulator was the last to be made."""
+    pytest.importorskip("metaworld", reason="uv sync --extra metaworld")
+    names = ("button-press-v3", "door-unlock-v3")
+    suite = lerobot_family("metaworld", task=",".join(names), max_episode_steps=6).make(False)
+    for seed in range(4):
+        state, _ = suite.reset(seed=seed)
+        one = lerobot_family("metaworld", task=names[seed % 2], max_episode_steps=6).make(False)
+        alone, _ = one.reset(seed=seed)
+        np.testing.assert_array_equal(state, alone)
+        seen = suite.look()["observation.image"]
+        assert_pictures(seen, one.look()["observation.image"], 1)
+        one.close()
+    suite.close()
+
+
+class Viewer:
+    """Draws what the last of them to be made current has loaded."""
+
+    current: ClassVar["Viewer | None"] = None
+
+    def __init__(self, level):
+        self.level = level
+        self.make_context_current()
+
+    def make_context_current(self):
+        Viewer.current = self
+
+
+class Drawn:
+    """A Meta-World task of LeRobot's, as far as its sight knows it."""
+
+    observation_height = observation_width = 2
+
+    def __init__(self, level):
+        self._env, self.level = None, level
+
+    def start(self):
+        self._env = SimpleNamespace(mujoco_renderer=SimpleNamespace(viewer=Viewer(self.level)))
+
+    def _format_raw_obs(self, raw):
+        return {"pixels": self.render(), "agent_pos": raw[:4]}
+
+    def render(self):
+        assert Viewer.current is not None
+        return np.full((2, 2, 3), Viewer.current.level)
+
+
+def test_every_task_is_drawn_with_what_was_loaded_for_it():
+    tasks = [Drawn(level) for level in (3, 7)]
+    sights = [SightByFormat(task) for task in tasks]
+    for task in tasks:
+        task.start()
+    for turn in (0, 1, 1, 0):
+        tasks[turn]._format_raw_obs(np.arange(39.0))
+        seen = sights[turn].open()
+        assert seen["pixels"].max() == seen["pixels"].min() == tasks[turn].level
+        assert tasks[1 - turn].render().max() == tasks[1 - turn].level, "as a film asks for it"
 
 
 def test_pusht_is_solved_where_the_block_lies_on_its_target(pusht):

@@ -59,10 +59,29 @@ class SightByFormat(Sight):
         self._render, self.numbers = type(env)._format_raw_obs, np.empty(0)
         self._dark = np.zeros((env.observation_height, env.observation_width, 3), np.uint8)
         env._format_raw_obs = self._keep
+        rendered = env.render
+
+        def render() -> Any:
+            self._focus()
+            return rendered()
+
+        env.render = render
 
     def open(self) -> Any:
         """As its own code has it, of the numbers of the last step."""
+        self._focus()
         return self._render(self.env, self.numbers)
+
+    def _focus(self) -> None:
+        """Draw with what was loaded for this environment.
+
+        Gymnasium's renderer leaves the graphics context of whoever was made last, so that of
+        several environments in one process each would draw with the meshes and textures of another.
+        """
+        inner = self.env._env
+        viewer = None if inner is None else inner.mujoco_renderer.viewer
+        if viewer is not None:
+            viewer.make_context_current()
 
     def _keep(self, raw: np.ndarray) -> dict[str, np.ndarray]:
         self.numbers = raw
