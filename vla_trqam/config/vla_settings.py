@@ -29,7 +29,8 @@ class OneDatasetConfig:
         revision: branch, tag or commit on the Hub; null for the newest v3 tag.
         episodes: numbers of those to read; null for all.
         reward: where rewards come from; null takes what there is. "progress" is what
-            ``reward_column`` rises by in a step, "column" the column as it is.
+            ``reward_column`` rises by in a step (rollouts have 1 at success), "column" the column
+            as it is.
         reward_column: the column that rewards are read from, such as a reward model's; null for
             ``next.reward``.
         reward_file: a Parquet file in the dataset's folder that has it, such as a reward model's
