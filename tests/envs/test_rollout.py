@@ -143,6 +143,8 @@ def test_a_policy_of_the_wrong_shape_is_refused_and_closes_the_pool(in_thread):
 
 def test_recorded_episodes_are_the_same_and_have_frames(episodes, in_thread):
     with make_pool(num_workers=1) as pool:
+        # The thread that plays is started before the one that records: both draw from `np.random`.
+        assert pool.observation_size == 19
         try:
             recorded = pool.record(noise_policy, SEEDS[:2], height=24, width=32, every=5)
         except UserError as error:

@@ -37,6 +37,7 @@ def write_policy(folder: Path, chunk: int) -> Path:
     """With random weights."""
     features = flow_features(2, 1, (CAR.CAMERA,), CAR.SIZE)
     sizes = {"max_state_dim": 4, "max_action_dim": 3, "head_dim": 8, "num_inference_steps": 2}
+    sizes["tokenizer_max_length"] = 64  # the instruction, a byte a token
     widths = dict.fromkeys(
         [f"{part}_{kind}" for part in ("vlm", "expert", "vision") for kind in ("width", "mlp_dim")],
         16,

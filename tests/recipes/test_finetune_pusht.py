@@ -74,6 +74,7 @@ def write_policy(folder: Path) -> Path:
     image = flow_features(2, 2, ("top",), 96)["input_features"]["observation.images.top"]
     features["input_features"][CAMERA] = image
     sizes = {"max_state_dim": 4, "max_action_dim": 3, "head_dim": 8, "num_inference_steps": 2}
+    sizes["tokenizer_max_length"] = 64  # the instruction, a byte a token
     widths = dict.fromkeys(
         [f"{part}_{kind}" for part in ("vlm", "expert", "vision") for kind in ("width", "mlp_dim")],
         16,
