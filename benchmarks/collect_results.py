@@ -219,18 +219,20 @@ def _seeds_table(runs: Sequence[FinishedRun]) -> str:
 
 def _by_task(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """Of a suite: each task's success before and after, a column a seed; else nothing."""
-    tasks = {run.seed: run.evaluation.by_task() for run in runs}
-    names = list(next(iter(tasks.values())))
+    tasks = [(run.seed, run.evaluation.by_task()) for run in runs]
+    names = list(tasks[0][1])
+    if any(list(found) != names for _, found in tasks):
+        raise UserError("the runs are not of the same tasks: collect those of each suite by itself")
     if not names:
         return {}
     worse = [
         f"{name} (seed {seed})"
         for name in names
-        for seed, found in tasks.items()
+        for seed, found in tasks
         if found[name].difference_interval().high < 0.0
     ]
-    rows = [[name, *(_change(found[name]) for found in tasks.values())] for name in names]
-    header = ["task", *(f"seed {seed}" for seed in tasks)]
+    rows = [[name, *(_change(found[name]) for _, found in tasks)] for name in names]
+    header = ["task", *(f"seed {seed}" for seed, _ in tasks)]
     return {
         "Success by task: base → tuned, difference in points (95% interval)": table(header, rows)
         + f"\n\nWorse, with an interval below zero: {', '.join(worse) or 'none'}."

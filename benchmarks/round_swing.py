@@ -1,17 +1,19 @@
 """How much success swings from round to round, over what as many episodes of one policy would.
 
     python benchmarks/round_swing.py --runs outputs/lift_s0 outputs/lift_s1
+    python benchmarks/round_swing.py --runs docs/results/pi0_*/pi0_*_s?.json
 
-Reads the rounds of rollouts between the online updates. If one policy of success p played two
-rounds of n episodes that follow each other, half their squared difference would be p (1 - p) / n
-on average; the swing is the root of its mean over all pairs, over the root of that of what it would
-be, p from the two together. 1 is what chance makes; rounds that get better add to it. The interval
-is a bootstrap over the runs.
+Reads the rounds of rollouts between the online updates, of a run's folder or of its record. If one
+policy of success p played two rounds of n episodes that follow each other, half their squared
+difference would be p (1 - p) / n on average; the swing is the root of its mean over all pairs, over
+the root of that of what it would be, p from the two together. 1 is what chance makes; rounds that
+get better add to it. The interval is a bootstrap over the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,18 +47,18 @@ class Rounds:
 
     @classmethod
     def of(cls, folder: Path) -> Self:
-        """Reads a run's log.
+        """Reads a run's log, or the JSON file that `collect_results.py` made of it.
 
         Raises:
             UserError: it has no two rounds.
         """
-        series = read_metrics(folder / METRICS_NAME).get("online", {}).get("success")
-        steps = np.unique([] if series is None else series.step)
-        if series is None or len(steps) < 2:
+        step, value = _recorded(folder) if folder.suffix == ".json" else _logged(folder)
+        steps = np.unique(step)
+        if len(steps) < 2:
             raise UserError(f"{folder} logged no two rounds of rollouts between online updates")
-        rounds = [series.value[series.step == step] for step in steps]
+        rounds = [value[step == each] for each in steps]
         rates = np.array([values.mean() for values in rounds])
-        return cls(folder.name, rates, np.array([len(values) for values in rounds]))
+        return cls(folder.stem, rates, np.array([len(values) for values in rounds]))
 
     @property
     def seen(self) -> float:
@@ -71,6 +73,21 @@ class Rounds:
         rate = (one * self.rates[:-1] + other * self.rates[1:]) / both
         variance = rate * (1.0 - rate) * both / (both - 1)
         return float((variance * (1.0 / one + 1.0 / other)).sum() / 2)
+
+
+Episodes = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""(N,) the updates before each episode of the rounds, and whether it succeeded."""
+
+
+def _logged(folder: Path) -> Episodes:
+    series = read_metrics(folder / METRICS_NAME).get("online", {}).get("success")
+    return (np.empty(0), np.empty(0)) if series is None else (series.step, series.value)
+
+
+def _recorded(path: Path) -> Episodes:
+    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    series = metrics.get("online", {}).get("success", {"step": [], "value": []})
+    return np.array(series["step"]), np.array(series["value"])
 
 
 def swing(rounds: Sequence[Rounds]) -> float:
@@ -107,7 +124,9 @@ def tell(rounds: Sequence[Rounds]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 for what has no rounds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="folders of runs, or their records"
+    )
     try:
         print(tell([Rounds.of(folder) for folder in parser.parse_args(arguments).runs]))
     except UserError as error:

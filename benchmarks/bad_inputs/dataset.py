@@ -257,6 +257,47 @@ PICTURES: tuple[Spoiled, ...] = (
     ("a picture is missing", with_values(DATA, CAMERA, at(0, None)), ("agentview", "episode 0")),
 )
 
+
+def _as_column(column: str) -> Change:
+    """A column that is in no row true."""
+
+    def declare(info: Any) -> None:
+        info["features"][column] = {"dtype": "bool", "shape": [1], "names": None}
+
+    def append(table: pa.Table) -> pa.Table:
+        return table.append_column(column, pa.array([False] * table.num_rows))
+
+    return all_of(in_info(declare), in_table(DATA, append))
+
+
+LONG = "lift the cube and put it on the plate beside the window"
+SECOND: tuple[Spoiled, ...] = (
+    (
+        "another rate than the first's",
+        all_of(
+            in_info(lambda info: info.update(fps=10)),
+            with_values(DATA, "timestamp", every(lambda second: 2 * second)),
+        ),
+        ("<dataset>", "10", "20"),
+    ),
+    (
+        "a camera less than the first",
+        in_info(lambda info: info["features"].pop(CAMERA)),
+        ("<dataset>", "agentview"),
+    ),
+    (
+        "actions in other units than the policy's",
+        with_values(DATA, "action", every(lambda a: [number / 57.3 for number in a])),
+        ("action", "hardly moves", "units"),
+    ),
+    (
+        "an instruction that the tokenizer cuts",
+        with_values(TASKS, "task", every(lambda _: LONG)),
+        (LONG, "tokens", "24", "cut"),
+    ),
+)
+"""Of a second dataset beside a sound one."""
+
 LABELS: tuple[tuple[str, str | bytes | None, tuple[str, ...]], ...] = (
     ("no such file of labels", None, ("cannot be read",)),
     ("labels that are not JSON", "true, false", ("cannot be read",)),
@@ -271,6 +312,18 @@ def _spoiled(change: Change, place: Place) -> Command:
     root = place.dataset()
     change(root)
     return pi0(place, f"--dataset.root={root}")
+
+
+def _second(change: Change, place: Place) -> Command:
+    root = place.dataset()
+    change(root)
+    return pi0(place, f"--dataset.more=[{{repo_id: local/y, root: {root}, episodes: [0, 1]}}]")
+
+
+def _nobody_took_over(place: Place) -> Command:
+    root = place.dataset()
+    _as_column("intervention")(root)
+    return pi0(place, f"--dataset.root={root}", "--dataset.intervention_weight=3")
 
 
 def _pictures(change: Change, place: Place) -> Command:
@@ -315,6 +368,16 @@ ROWS = (
     *(
         Row("dataset", wrong, partial(_spoiled, change), words)
         for wrong, change, words in (*DECLARATION, *META, *FRAMES)
+    ),
+    *(
+        Row("dataset", f"a second one: {wrong}", partial(_second, change), words)
+        for wrong, change, words in SECOND
+    ),
+    Row(
+        "dataset",
+        "interventions that are false everywhere",
+        _nobody_took_over,
+        ("--dataset.intervention_weight", "intervention", "false in every row"),
     ),
     *(
         Row("dataset", wrong, partial(_pictures, change), words)

@@ -280,16 +280,17 @@ def seed_means(ours: Mapping[Cell, float], others: Mapping[Cell, float]) -> NDAr
     """(R, M): by how much ours gain more, of R seeds of M tasks, each a mean over its critics.
 
     Raises:
-        UserError: the tasks have unequal numbers of seeds.
+        UserError: the tasks have different seeds.
     """
     found: dict[str, dict[int, list[float]]] = {}
     for (task, critic, seed), gain in ours.items():
         more = gain - others[task, critic, seed]
         found.setdefault(task, {}).setdefault(seed, []).append(more)
-    columns = [[float(np.mean(each)) for each in seeds.values()] for seeds in found.values()]
-    if len({len(column) for column in columns}) > 1:
-        raise UserError("claim 1 wants as many seeds of each task")
-    return np.array(columns).T
+    if len({frozenset(seeds) for seeds in found.values()}) > 1:
+        raise UserError("claim 1 wants the same seeds of each task")
+    return np.array(
+        [[np.mean(found[task][s]) for s in sorted(found[task])] for task in sorted(found)]
+    ).T
 
 
 def _said(label: str, gains: Collection[float]) -> str:

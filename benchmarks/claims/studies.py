@@ -202,7 +202,8 @@ def c6() -> Iterator[Run]:
     """The chain: scheme, number of steps and adjoint on three tasks.
 
     Every budget is worth what the preset's is in the preset's own chain, by the yardstick of
-    docs/method.md: a nat of another scheme, or of another number of steps, is another unit.
+    docs/method.md: a nat of another scheme, or of another number of steps, is another unit. The
+    dual's steps are relative, as in C3: what is compared is the chain, not how lambda swings.
     """
     tasks, many = ("lift", "pointmaze", "cube_single"), (3, 10)
     bases = {
@@ -230,6 +231,7 @@ def c6() -> Iterator[Run]:
                     f"--policy.num_flow_steps={steps}",
                     f"--method.scheme={name}",
                     f"--method.adjoint={adjoint}",
+                    "--method.dual_steps=relative",
                     f"--method.kl_budget={budget:.3g}",
                 )
                 yield run_of(task, f"{name}{steps}_{adjoint}", seed, flags)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from marked import marked
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
 SEEDS = range(3)
 RATES = (0.9, 0.5), (0.7, 0.3)
 """TRQAM's and another method's on two tasks."""

@@ -59,6 +59,16 @@ def test_rounds_of_a_log_by_their_updates(tmp_path: Path, capsys: pytest.Capture
     assert rounds.by_chance == pytest.approx(first + second)
     assert round_swing.main(["--runs", str(folder)]) == 0
     said = capsys.readouterr().out
+    recorded = tmp_path / "one.json"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    success = {"step": [r["step"] for r in rows], "value": [r["success"] for r in rows]}
+    recorded.write_text(json.dumps({"metrics": {"online": {"success": success}}}))
+    same = Rounds.of(recorded)
+    assert (same.run, same.rates.tolist(), same.episodes.tolist()) == (
+        "one",
+        [0.25, 0.375, 1.0],
+        [4, 8, 4],
+    )
     assert f"| one | 25.0%, 37.5%, 100.0% | {swing([rounds]):.2f} |" in said
 
 

@@ -170,6 +170,36 @@ def test_chunks_with_a_column_count_several_times(
     drawn = sampler.gather(np.arange(sampler.num_starts))
     assert drawn.observation[:, 0].tolist() == wanted
     assert sampler_of(replay, short_chunks).num_starts < len(wanted)
+    plain = sampler_of(replay, short_chunks)
+    every = plain.gather(np.arange(plain.num_starts)).observation[:, 0]
+    assert torch.equal(sampler.gather(sampler.distinct).observation[:, 0], every)
+
+
+def test_a_step_of_which_two_columns_tell_counts_once(
+    episodes: list[Episode], tmp_path: Path
+) -> None:
+    """One of them has two numbers a step, such as one for each arm."""
+    replay = Replay.create(
+        tmp_path / "replay",
+        observation_dim=19,
+        action_dim=7,
+        capacity=1000,
+        columns={"intervention": ("bool", (2,)), "is_intervention": ("bool", ())},
+    )
+    rng, wanted = np.random.default_rng(0), []
+    for episode in episodes:
+        length = len(episode.actions)
+        arms, all_of_it = rng.random((length, 2)) < 0.1, rng.random(length) < 0.1
+        columns = {"intervention": arms, "is_intervention": all_of_it}
+        replay.add(replace(episode, columns=columns), source="dataset")
+        for start in range(length - 4):
+            few, many = (c[start : start + 5].any() for c in (arms, all_of_it))
+            times = 4 if many else 3 if few else 1
+            wanted += times * [float(episode.observations[start, 0])]
+    weights = {"intervention": 3, "is_intervention": 4}
+    sampler = sampler_of(replay, "drop", repeats=weights)
+    drawn = sampler.gather(np.arange(sampler.num_starts))
+    assert drawn.observation[:, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])

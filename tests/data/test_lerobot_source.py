@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,32 @@ def replay(tmp_path: Path, episodes: list[Episode]) -> Replay:
     for episode in episodes:
         filled.add(episode, source="online")
     return filled
+
+
+def test_a_level_that_was_written_neither_rises_nor_falls_in_a_final_observation(
+    tmp_path: Path,
+) -> None:
+    columns: dict[str, Any] = {"progress": ("float32", ()), "intervention": ("bool", ())}
+    replay = Replay.create(
+        tmp_path / "direct",
+        observation_dim=STATE_DIM,
+        action_dim=ACTION_DIM,
+        cameras=CAMERAS,
+        capacity=100,
+        columns=columns,
+    )
+    level, taken = np.array([0.1, 0.3, 0.2, 0.6], np.float32), np.ones(4, bool)
+    cut = replace(
+        frame_episode(0, 4, terminated=False), columns={"progress": level, "intervention": taken}
+    )
+    replay.add(cut, source="online")
+    write_lerobot_dataset(replay, tmp_path / "written", repo_id="local/written", fps=10)
+    config = LeRobotConfig(
+        "local/written", tmp_path / "written", reward="progress", reward_column="progress"
+    )
+    reader = LeRobotReader(config)
+    (read,) = reader.episodes()
+    np.testing.assert_allclose(read.rewards, [0.2, -0.1, 0.4, 0.0], atol=1e-6)
 
 
 def transitions(replay: Replay, short_chunks: Any = "pad") -> Any:

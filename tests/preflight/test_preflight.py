@@ -31,7 +31,7 @@ from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.preflight.checks import RewardSummary, Share, preflight, preflight_machine
 from vla_trqam.preflight.prefixes import PrefixCost, PrefixPlan
 from vla_trqam.preflight.report import Finding, PreflightReport
-from vla_trqam.preflight.tables import FAR_OUT, _misfits
+from vla_trqam.preflight.tables import FAR_OUT, _misfits, _woken
 
 NAMES = {
     *("dimensions", "cameras", "reward", "chunks", "time direction", "base"),
@@ -157,6 +157,20 @@ def test_radians_hardly_move_where_degrees_are_known() -> None:
     assert (found[0], found[2]) == ([], [])
     assert len(found[1]) == 1
     assert found[1][0].endswith("at most 0.017 in 6 of 7 dimensions")
+    # Of a humanoid's 26 joints one arm moves.
+    many = torch.randn(1000, 26, generator=generator) * (torch.arange(26) < 7)
+    assert list(_misfits("action", many, many, "MEAN_STD")) == []
+
+
+def test_a_dimension_with_equal_quantiles_did_not_stand_still() -> None:
+    raw = torch.tensor([[0.0], [0.5]])
+    (said,) = _woken("action", raw, raw * 1e8, "QUANTILES", [0])
+    assert said.startswith(
+        "action[0] has equal quantiles in the policy's statistics, for it hardly ever moved, and "
+        "lies from 0 to 0.5 here"
+    )
+    (said,) = _woken("action", raw, raw * 1e8, "MIN_MAX", [0])
+    assert said.startswith("action[0] stood still in the policy's training and lies from 0 to 0.5")
 
 
 @pytest.mark.parametrize(("share", "fits"), [(0.06, True), (0.4, False)])

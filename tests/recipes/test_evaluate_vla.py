@@ -151,6 +151,11 @@ def test_a_base_that_is_another_since_is_refused(runs, files, tmp_path, capsys):
 
 def test_what_a_plays_becomes_a_dataset_that_a_next_round_reads(runs, tmp_path, capsys):
     flags = [f"--a={runs['lora'].folder}", f"--record={tmp_path / 'round'}"]
+    assert evaluate.main([*flags, f"--output_dir={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"of which the run's evaluation has 10000 to {10000 + STATES - 1}: what learns" in said
+    assert f"give --first_seed={10000 + STATES} or a later one" in said
+    flags += ["--first_seed=20000"]
     found = compared(tmp_path / "out", *flags)
     assert (
         f"{STATES} episodes of tuned: the dataset {tmp_path / 'round'}" in capsys.readouterr().out

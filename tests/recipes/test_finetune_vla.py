@@ -279,6 +279,7 @@ def test_a_critic_that_values_by_other_settings_is_not_gone_on_with(tiny, whole,
     assert told == {
         "discount": 0.99,
         "dataset.kind": "success_minus_one",
+        "dataset.reward": None,
         "policy.critic_layer": -1,
         "policy.critic_pooling": "all",
     }

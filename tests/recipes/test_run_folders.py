@@ -257,6 +257,15 @@ def test_updates_do_not_shrink_and_do_not_grow_in_a_phase_that_is_over(
     assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").steps == 6
 
 
+def test_updates_do_not_grow_where_step_sizes_fall(tiny, no_conclusion, tmp_path, capsys):
+    """They would rise again."""
+    assert tiny(tmp_path / "run", "--lr_end=0.1") == 0
+    capsys.readouterr()
+    assert go_on(tmp_path / "run", "--online.steps=9") == 2
+    said = capsys.readouterr().err
+    assert f"the step sizes of the run in {tmp_path / 'run'} fall to --lr_end=0.1 of them" in said
+
+
 def test_the_settings_file_names_the_new_number_before_anything_is_trained(
     tiny, no_conclusion, tmp_path, monkeypatch
 ):

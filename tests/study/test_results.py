@@ -18,6 +18,7 @@ from vla_trqam.study.settings import CompareConfig, SweepConfig
 from vla_trqam.study.sweep import write_sweep
 from vla_trqam.study.trials import Trial, Trials
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
 STEPS, ONLINE = 10, 5
 TABLE = {"lift": {"recipe": "finetune_robomimic"}}
 TRIED = {"trqam": [{"kl_budget": 0.2}, {"kl_budget": 0.5}], "fql": [{"alpha": 1.0}, {"alpha": 3.0}]}

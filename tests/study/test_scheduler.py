@@ -169,3 +169,27 @@ def test_a_run_that_another_process_is_at_work_on_is_waited_for(tmp_path, finish
     assert said == [f"taken waits: another process is at work in {folder}"]
     assert standing.done == {"taken", "other"}
     assert calls(tmp_path, "taken") == ([] if finishes else ["new"])
+
+
+def test_an_orphan_takes_a_workers_place(tmp_path):
+    """Of two workers one waits for it: no more than two runs are ever under way."""
+    steps = [fake(tmp_path, name) for name in ("taken", "first", "second")]
+    steps[0].folder.mkdir(parents=True)
+    lock = RunLock(steps[0].folder)
+    lock.take()
+    at_once = []
+
+    def end():
+        until(steps[1].done.exists)
+        steps[0].done.write_text("{}")
+        lock.release()
+
+    orphan = threading.Thread(target=end)
+    orphan.start()
+    whole, standing = run(
+        steps, tmp_path, workers=2, show=lambda now: at_once.append(len(now.running))
+    )
+    orphan.join()
+    assert whole
+    assert standing.done == {"taken", "first", "second"}
+    assert max(at_once) == 1

@@ -20,6 +20,7 @@ from vla_trqam.study.statistics import (
     spearman,
 )
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
 RNG = np.random.default_rng(3)
 SCORES = {
     "a": np.array([[0.9, 0.8], [0.7, 0.9], [0.8, 0.6]]),
@@ -29,7 +30,7 @@ SCORES = {
 
 
 def test_the_interquartile_mean_is_that_of_the_middle_half_of_all_runs():
-    found = interquartile_means(SCORES, replicates=200)
+    found = interquartile_means(SCORES)
     for name, scores in SCORES.items():
         runs = sorted(scores.ravel())
         assert found[name].value == pytest.approx(np.mean(runs[1:-1]))  # a quarter of 6 is one
@@ -40,13 +41,13 @@ def test_the_interquartile_mean_is_that_of_the_middle_half_of_all_runs():
 def test_the_intervals_can_be_repeated_and_leave_numpys_generator_alone():
     np.random.seed(7)
     before = np.random.get_state()[1].copy()
-    one, other = (interquartile_means(SCORES, replicates=50) for _ in range(2))
+    one, other = (interquartile_means(SCORES) for _ in range(2))
     assert one == other
     assert (np.random.get_state()[1] == before).all()
 
 
 def test_the_probability_of_improvement_counts_pairs_of_runs_and_halves_ties():
-    found = improvements(SCORES, "a", replicates=50)
+    found = improvements(SCORES, "a")
     assert found.keys() == {"b", "c"}
     for name in ("b", "c"):
         wins = [
@@ -59,7 +60,7 @@ def test_the_probability_of_improvement_counts_pairs_of_runs_and_halves_ties():
 
 
 def test_a_profile_is_the_share_of_runs_above_a_success():
-    found = performance_profiles(SCORES, replicates=50)["a"]
+    found = performance_profiles(SCORES)["a"]
     for threshold, share in zip(found.thresholds, found.share, strict=True):
         assert share == pytest.approx(np.mean(SCORES["a"] > threshold))
     assert (found.low <= found.share + 1e-12).all()
@@ -134,11 +135,11 @@ def test_the_interval_of_a_rate_knows_the_noise_of_episodes_and_of_seeds():
 def test_the_rank_correlation_is_spearmans_and_its_interval_holds_it():
     budget = np.repeat([0.1, 0.5, 1.0, 2.0], 3)
     effect = budget + RNG.normal(0, 0.3, 12)
-    found = rank_correlation(budget, effect, replicates=300)
+    found = rank_correlation(budget, effect)
     assert found.value == pytest.approx(stats.spearmanr(budget, effect).statistic)
     assert found.value in found.interval
-    assert rank_correlation(budget[::-1], effect[::-1], replicates=300) == found
-    assert rank_correlation(budget, budget, replicates=50).interval.low == pytest.approx(1.0)
+    assert rank_correlation(budget[::-1], effect[::-1]) == found
+    assert rank_correlation(budget, budget).interval.low == pytest.approx(1.0)
     assert spearman(budget, np.zeros(12)) == 0.0
 
 

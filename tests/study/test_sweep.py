@@ -42,4 +42,6 @@ def test_a_budget_alone_is_recommended_whatever_its_seeds(rates):
 
 def test_a_budget_that_lacks_a_run_is_not_recommended():
     """The other two of its seeds may have diverged."""
-    assert recommend({0.5: [0.90, 0.92, 0.91], 4.0: [1.0]}, 0.6)[0] == 0.5
+    chosen, reason = recommend({0.5: [0.90, 0.92, 0.91], 4.0: [1.0]}, 0.6)
+    assert chosen == 0.5
+    assert reason == "the best mean success, 91.0%; 4 left aside, for runs lack"

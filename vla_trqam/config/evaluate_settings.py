@@ -18,7 +18,8 @@ class EvaluateConfig:
         a: folder of a run, whose last checkpoint it is, of a checkpoint, or of a policy.
         b: what it is compared with, likewise; null for the base of ``a``'s run.
         record: folder of a LeRobotDataset to be made of the episodes that ``a`` plays, with its
-            rewards, ends and successes; null makes none.
+            rewards, ends and successes; null makes none. It wants other initial states than those
+            that the run is evaluated on.
         output_dir: where the result goes; null for a new folder named after the time.
         episodes: initial states; null for as many as the run has.
         first_seed: of the initial states; null for the run's.

@@ -217,9 +217,15 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
 
     @property
     def num_starts(self) -> int:
-        """How many different chunks can be drawn now."""
+        """How many chunks can be drawn now, one that counts several times so often."""
         self._catch_up()
         return len(self._starts)
+
+    @property
+    def distinct(self) -> np.ndarray:
+        """(N,) the number of every chunk, once where it counts several times."""
+        self._catch_up()
+        return np.flatnonzero(np.diff(self._starts["step"], prepend=-1))
 
     def sample(self, batch_size: int, generator: Generator) -> TransitionBatch[Observation]:
         """Draw `batch_size` chunks with replacement, every admissible start equally likely.
@@ -334,13 +340,16 @@ class ChunkSampler(Generic[Observation]):  # noqa: UP046 (the default)
         return self._repeated(starts[self._observed(starts)])
 
     def _repeated(self, starts: np.ndarray) -> np.ndarray:
-        """Every start as often as it counts, the copies side by side."""
+        """Every start as often as it counts, by the column that makes most of it; copies adjoin."""
+        often = np.ones(len(starts), dtype=np.int64)
         for column, times in self.repeats.items():
-            so_far = np.concatenate(([0], np.cumsum(self.buffer.column(column) != 0)))
+            told = self.buffer.column(column) != 0
+            told = told.any(axis=tuple(range(1, told.ndim)))  # of its numbers, such as one an arm
+            so_far = np.concatenate(([0], np.cumsum(told)))
             first = starts["step"]
             tells = so_far[first + starts["num_steps"]] > so_far[first]
-            starts = np.repeat(starts, np.where(tells, times, 1))
-        return starts
+            often = np.maximum(often, np.where(tells, times, 1))
+        return np.repeat(starts, often)
 
     def _observed(self, starts: np.ndarray) -> np.ndarray:
         """(N,) bool: s_t was observed, and so was s_{t+n} unless nothing is bootstrapped there."""
@@ -401,7 +410,7 @@ class MixedSampler(Generic[Observation]):  # noqa: UP046 (the default)
 
     @property
     def num_starts(self) -> int:
-        """How many different chunks can be drawn now."""
+        """How many chunks can be drawn now, one that counts several times so often."""
         return self.offline.num_starts + self.online.num_starts
 
     @property

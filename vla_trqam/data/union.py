@@ -32,8 +32,17 @@ class UnionSampler(ChunkSampler):
 
     @property
     def num_starts(self) -> int:
-        """How many different chunks can be drawn now."""
+        """How many chunks can be drawn now, one that counts several times so often."""
         return sum(part.num_starts for part in self._parts)
+
+    @property
+    def distinct(self) -> np.ndarray:
+        """See :attr:`ChunkSampler.distinct`."""
+        ends = np.cumsum([part.num_starts for part in self._parts])
+        begins = (end - part.num_starts for end, part in zip(ends, self._parts, strict=True))
+        return np.concatenate(
+            [begin + part.distinct for begin, part in zip(begins, self._parts, strict=True)]
+        )
 
     def gather(self, index: np.ndarray) -> TransitionBatch:
         """The chunks with these numbers, (B,): first those of the first part, and so on."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_trqam.adapters.checkpoint.policy_gate import PICKLED, check_policy_folder
+from vla_trqam.config.flag_help import as_yaml
 from vla_trqam.data.foreign import check_header, read_json
 from vla_trqam.engine.folder.checkpoints import ALGORITHM, PRETRAINED, VALUED
 from vla_trqam.errors import UserError, one_line
@@ -146,10 +147,10 @@ def _check_valued(path: Path, own: Mapping[str, Any]) -> None:
     told = read_json(path) if path.is_file() else {}
     for name in own.keys() & told.keys():
         if told[name] != own[name]:
+            theirs, mine = (f"--{name}={as_yaml(values[name])}" for values in (told, own))
             raise UserError(
-                f"the critic of --critic.path values by --{name}={told[name]}, this run by "
-                f"--{name}={own[name]}: its numbers would mean something else; take its own, or "
-                "leave out --critic.path"
+                f"the critic of --critic.path values by {theirs}, this run by {mine}: its numbers "
+                "would mean something else; take its own, or leave out --critic.path"
             )
 
 

@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> None:
             loading = Loading(family, device, home, str(accelerator.mixed_precision))
             match = _match(loading, a, b)
             _check_fit(match, family)
-            _check_record(config, family)
+            _check_record(config, family, seeds, knobs)
             table = _Table(config, knobs, family, stack)
             print(f"{match.names.tuned}: {match.tuned.what}\n{match.names.base}: {match.base.what}")
             print(f"initial states: {len(seeds)}, in {family.task} of {family.name}")
@@ -201,9 +201,19 @@ def _check_cameras(name: str, policy: FlowPolicy, family: EnvFamily) -> tuple[in
     return 0 if state is None else state.shape[0], config.action_feature.shape[0]
 
 
-def _check_record(config: EvaluateConfig, family: EnvFamily) -> None:
+def _check_record(
+    config: EvaluateConfig, family: EnvFamily, seeds: Sequence[int], run: EvalConfig
+) -> None:
+    """A dataset can be made, of states that no run is judged on."""
     if config.record is None:
         return
+    judged = range(run.first_seed, run.first_seed + run.episodes)
+    if not set(seeds).isdisjoint(judged):
+        raise UserError(
+            f"--record would make training data of the initial states {seeds[0]} to {seeds[-1]}, "
+            f"of which the run's evaluation has {judged[0]} to {judged[-1]}: what learns from them "
+            f"could not be judged on them; give --first_seed={judged.stop} or a later one"
+        )
     if config.record.exists():
         raise UserError(f"--record={config.record} exists already: name a folder to be made")
     if not family.cameras:

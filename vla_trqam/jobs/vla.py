@@ -269,8 +269,12 @@ class VLAJob(Job[FinetuneVLAConfig]):
     def valued(self) -> dict[str, Any]:
         """What the critic's numbers are returns of, and what it sees."""
         config = self.config
+        every = (config.dataset, *config.dataset.more)
+        rises = any(each.reward == "progress" for each in every)
         return super().valued | {
             "dataset.kind": config.dataset.kind,
+            # Of the other sources each is a step's reward, and rounds may differ in them.
+            "dataset.reward": "progress" if rises else None,
             "policy.critic_layer": config.policy.critic_layer,
             "policy.critic_pooling": config.policy.critic_pooling,
         }

@@ -68,12 +68,13 @@ def checked_inputs(
     check_own_steps(flow_steps_of(*given), config.policy.tuned_flow_steps, config.method)
     seen = _looked_through(config, given)
     configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
-    datasets = LeRobotDatasets.opened(configs).part(team.rank, team.size)
-    reader = datasets.first
+    whole = LeRobotDatasets.opened(configs)
     weighed = config.dataset.intervention_weight > 1
     if weighed or config.method.reads_interventions:
         flag = "--dataset.intervention_weight" if weighed else "--method.clone_interventions"
-        _check_interventions(flag, datasets, team)
+        _check_interventions(flag, whole)
+    datasets = whole.part(team.rank, team.size)
+    reader = datasets.first
     if config.num_training_episodes and not config.resume:
         check_rollouts(reader)
     policy = _load_policy(config, given, base_revision, device, say, family)
@@ -98,16 +99,15 @@ def checked_inputs(
     return datasets, policy
 
 
-def _check_interventions(flag: str, datasets: LeRobotDatasets, team: Team) -> None:
-    """A person took over somewhere; all processes must call."""
+def _check_interventions(flag: str, datasets: LeRobotDatasets) -> None:
+    """A person took over somewhere in the datasets, of which every process sees all."""
     columns = [name for name in datasets.first.columns if tells_interventions(name)]
     if not columns:
         raise UserError(
             f"{flag} needs a column that tells which actions a person took, "
             f"{' or '.join(INTERVENTION)}, in one of the datasets at least; none has it"
         )
-    taken = [each.any_true(name) for each in datasets.named.values() for name in columns]
-    if not any(team.gather(any(taken))):
+    if not any(each.any_true(name) for each in datasets.named.values() for name in columns):
         raise UserError(
             f"{flag}: {' and '.join(columns)} is false in every row, so no action of a person is "
             "among the data"

@@ -57,7 +57,7 @@ def check_machine(
     whole = -(-(config.steps + config.online.steps) // config.save_freq) + 1
     report = preflight_machine(
         policy,
-        datasets.named,
+        datasets.whole.named,  # of which a part could look otherwise
         plan,
         critic=make_critic(config.critic, policy, config.seed),
         method=config.method,

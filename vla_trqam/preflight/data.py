@@ -129,13 +129,13 @@ def check_reward(rewards: RewardSummary) -> Finding:
 
 def check_chunks(policy: LeRobotFlowPolicy, replay: Replay, sampler: ChunkSampler[Any]) -> Finding:
     """Chunks can be drawn: episodes are long enough."""
-    executed, starts = policy.executed_length, sampler.num_starts
+    executed, starts = policy.executed_length, len(sampler.distinct)
     if not starts:
         return Finding.failure(
             "chunks",
             f"no chunk of {executed} steps can be drawn from {replay.num_episodes} episodes",
             "longer episodes or a smaller --policy.n_action_steps",
         )
-    return Finding(
-        "chunks", f"{executed} of {policy.chunk_shape[0]} actions are executed; {starts} to draw"
-    )
+    weighed = f", which count as {count}" if (count := sampler.num_starts) > starts else ""
+    found = f"{executed} of {policy.chunk_shape[0]} actions are executed; {starts} to draw"
+    return Finding("chunks", found + weighed)

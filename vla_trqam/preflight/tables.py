@@ -34,11 +34,11 @@ Of the data that the statistics were made of, at most 1/25 lies beyond 5 standar
 range; a policy's own rollouts lie further out than the demonstrations that it learned from (6% have
 been seen), data in other units nearly all.
 """
-STILL, MOST = 0.03, 2 / 3
+STILL, MOST = 0.03, 0.8
 """Numbers in other units hardly move in nearly all dimensions: radians where degrees are known.
 
 Their normalised standard deviation is below the first one in more of the dimensions than the second
-one, which a robot that rests an arm does not come to.
+one: in all but a gripper's, where a robot of many joints that rests most of them moves more.
 """
 STOOD = 1000.0
 """Beyond this a number is normalised where the policy's statistics have no spread.
@@ -70,7 +70,7 @@ def check_statistics(policy: LeRobotFlowPolicy, reader: LeRobotReader) -> Findin
         flat = policy.processors.flat(key)
         judged = [dim for dim in range(raw.shape[1]) if not flat[dim]]
         problems += _misfits(key, raw, normalized, mode, judged)
-        problems += _woken(key, raw, normalized, flat.nonzero().flatten().tolist())
+        problems += _woken(key, raw, normalized, mode, flat.nonzero().flatten().tolist())
         notes.append(_fit(key, normalized, mode, judged))
     if problems:
         return Finding.failure(
@@ -86,8 +86,10 @@ def check_frames(policy: LeRobotFlowPolicy, reader: LeRobotReader) -> Finding:
     """Frames lie where the policy decides: as many executed actions apart, or a part of them."""
     executed = policy.executed_length
     taken = [reader.frames_of(number) for number in range(reader.num_episodes)]
-    gaps = np.concatenate([np.diff(frames) for frames in taken])
-    spacing = int(np.bincount(gaps).argmax()) if len(gaps) else 0
+    # An episode's last frame may only show how it was left, as many steps later as were left.
+    gaps = np.concatenate([np.diff(f if len(f) < 3 else f[:-1]) for f in taken])
+    often = np.bincount(gaps)[::-1]
+    spacing = len(often) - 1 - int(often.argmax()) if len(gaps) else 0  # of equals the largest
     if spacing and executed % spacing:
         return Finding.failure(
             "frames",
@@ -157,13 +159,18 @@ def _misfits(
         )
 
 
-def _woken(key: str, raw: Tensor, normalized: Tensor, flat: Sequence[int]) -> Iterator[str]:
-    """Dimensions that stood still in the policy's training and do not here."""
+def _woken(
+    key: str, raw: Tensor, normalized: Tensor, mode: str, flat: Sequence[int]
+) -> Iterator[str]:
+    """Dimensions without a spread in the policy's statistics that have one here."""
+    stood = "has equal quantiles in the policy's statistics, for it hardly ever moved,"
+    if mode in ("MEAN_STD", "MIN_MAX"):
+        stood = "stood still in the policy's training"
     for dim in flat:
         largest = float(normalized[:, dim].abs().max())
         if largest > STOOD:
             yield (
-                f"{key}[{dim}] stood still in the policy's training and lies from "
+                f"{key}[{dim}] {stood} and lies from "
                 f"{raw[:, dim].min():.4g} to {raw[:, dim].max():.4g} here: normalised it is up to "
                 f"{largest:.2g}"
             )

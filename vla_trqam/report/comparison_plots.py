@@ -113,7 +113,7 @@ def _draw_realised(axes: Axes, metrics: Metrics, color: str) -> None:
         raise UserError("a run of the sweep logged no kl_ema or no kl_budget")
     bound = summary.share_on_lower_bound + summary.share_on_upper_bound > 0.5
     face = "white" if bound else color
-    point = axes.plot([summary.kl_budget], [summary.kl_ema_mean], "o", color=color)
+    point = axes.plot([summary.kl_budget], [summary.kl_mean], "o", color=color)
     point[0].set_markerfacecolor(face)
 
 

@@ -55,7 +55,7 @@ def check_critic(
         num_chunks: at most so many of them.
         seed: of their choice.
     """
-    chosen = np.random.default_rng(seed).permutation(sampler.num_starts)[:num_chunks]
+    chosen = np.random.default_rng(seed).permutation(sampler.distinct)[:num_chunks]
     batch = sampler.gather(chosen)
     whole = batch.valid[:, policy.executed_length - 1]
     batch = batch.to(next(policy.trainable_parameters()).device)

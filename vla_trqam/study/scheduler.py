@@ -135,16 +135,23 @@ class Scheduler:
                 self._signal(signal.SIGKILL)  # of an exception of our own; else none is left
 
     def _begin(self) -> None:
+        """Starts what is ready; a run that another process has takes a worker's place too."""
         self._waits = False
+        ready = list(self._ready())
+        taken = [step.name for step in ready if self._is_taken(step)]
+        free = max(0, self._workers - len(self._running) - len(taken))
+        for step in [one for one in ready if one.name not in taken][:free]:
+            self._start(step)
+
+    def _ready(self) -> Iterator[Step]:
+        """Of those that wait; what is done or cannot be made is told apart."""
         for step in self.standing.waiting:
-            if len(self._running) >= self._workers:
-                return
             if step.done.exists():
                 self.standing.done.add(step.name)
             elif {*self.standing.failed, *self.standing.left_out} & set(step.needs):
                 self.standing.left_out.add(step.name)
-            elif set(step.needs) <= self.standing.done and not self._is_taken(step):
-                self._start(step)
+            elif set(step.needs) <= self.standing.done:
+                yield step
 
     def _is_taken(self, step: Step) -> bool:
         """Whether another process has it, which is told once."""

@@ -23,6 +23,7 @@ from vla_trqam.errors import UserError
 from vla_trqam.report.intervals import Interval
 
 REPLICATES = 2000
+"""Of every bootstrap."""
 CONFIDENCE = 0.95
 ALL_SIGNS = 2**16
 """Ways to flip signs that a test tries."""
@@ -81,14 +82,14 @@ class Pair:
         return self.corrected_p < 1 - CONFIDENCE
 
 
-def interquartile_means(scores: Scores, replicates: int = REPLICATES) -> dict[str, Estimate]:
+def interquartile_means(scores: Scores) -> dict[str, Estimate]:
     """Mean of the middle half of all runs of a variant."""
     library, metrics = _rliable()
     with _seeded():
         values, intervals = library.get_interval_estimates(
             dict(scores),
             lambda x: np.array([metrics.aggregate_iqm(x)]),
-            reps=replicates,
+            reps=REPLICATES,
             confidence_interval_size=CONFIDENCE,
         )
     return {
@@ -96,7 +97,7 @@ def interquartile_means(scores: Scores, replicates: int = REPLICATES) -> dict[st
     }
 
 
-def improvements(scores: Scores, over: str, replicates: int = REPLICATES) -> dict[str, Estimate]:
+def improvements(scores: Scores, over: str) -> dict[str, Estimate]:
     """Probability that a run of ``over`` beats one of each other variant on the same task.
 
     Ties count half; the mean over the tasks.
@@ -109,7 +110,7 @@ def improvements(scores: Scores, over: str, replicates: int = REPLICATES) -> dic
         values, intervals = library.get_interval_estimates(
             pairs,
             metrics.probability_of_improvement,
-            reps=replicates,
+            reps=REPLICATES,
             confidence_interval_size=CONFIDENCE,
         )
     return {
@@ -117,13 +118,13 @@ def improvements(scores: Scores, over: str, replicates: int = REPLICATES) -> dic
     }
 
 
-def performance_profiles(scores: Scores, replicates: int = REPLICATES) -> dict[str, Profile]:
+def performance_profiles(scores: Scores) -> dict[str, Profile]:
     """Share of runs above a success, for successes from 0 to 1."""
     library, _ = _rliable()
     thresholds = np.linspace(0.0, 1.0, 51)
     with _seeded():
         shares, limits = library.create_performance_profile(
-            dict(scores), thresholds, reps=replicates, confidence_interval_size=CONFIDENCE
+            dict(scores), thresholds, reps=REPLICATES, confidence_interval_size=CONFIDENCE
         )
     return {n: Profile(thresholds, shares[n], limits[n][0], limits[n][1]) for n in scores}
 
@@ -218,9 +219,7 @@ def rate_interval(
     return _percentiles((rng.binomial(episodes, drawn) / episodes).mean(axis=1))
 
 
-def rank_correlation(
-    cause: NDArray[np.float64], effect: NDArray[np.float64], replicates: int = REPLICATES
-) -> Estimate:
+def rank_correlation(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> Estimate:
     """Spearman's, with a percentile interval of a bootstrap of the runs.
 
     Whole runs are drawn anew: drawn within each cause, few of them would vary too little, and the
@@ -229,12 +228,11 @@ def rank_correlation(
     Args:
         cause: (N,) such as the budget of each run.
         effect: (N,).
-        replicates: of the bootstrap.
     """
     rng = np.random.default_rng(0)
     sort = np.lexsort((effect, cause))
     cause, effect = cause[sort], effect[sort]
-    drawn = rng.integers(len(cause), size=(replicates, len(cause)))
+    drawn = rng.integers(len(cause), size=(REPLICATES, len(cause)))
     found = [spearman(cause[rows], effect[rows]) for rows in drawn]
     return Estimate(spearman(cause, effect), _percentiles(np.array(found)))
 

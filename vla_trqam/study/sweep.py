@@ -24,12 +24,13 @@ from vla_trqam.study.statistics import Estimate, rank_correlation
 from vla_trqam.study.tables import mean_sd, missing_line
 
 NOTES = (
-    "KL: the moving average over the last half of the updates, beside its budget. On a bound: "
-    "share of that time with λ on a bound, where the KL need not follow.",
+    "KL: mean of the unclipped estimates over the last half of the updates, beside its budget. "
+    "On a bound: share of that time with λ on a bound, where the KL need not follow.",
     "Rank correlation: Spearman's over all runs of the task, with a 95% interval of a bootstrap "
     "of the runs. Where one of the two does not vary it is 0.",
     "Recommended: the smallest budget whose mean success is within one standard error of the best "
-    "budget's, by its seeds; none where the best is not above the base.",
+    "budget's, by its seeds; none where the best is not above the base. A budget that lacks runs "
+    "which others have is left aside.",
 )
 
 
@@ -154,6 +155,15 @@ def recommend(success: Mapping[float, Sequence[float]], base: float) -> tuple[fl
     """
     seeds = max(map(len, success.values()))
     means = {b: float(np.mean(rates)) for b, rates in success.items() if len(rates) == seeds}
+    chosen, reason = _among(means, success, base)
+    aside = [f"{budget:g}" for budget in success if budget not in means]
+    return chosen, reason + (f"; {', '.join(aside)} left aside, for runs lack" if aside else "")
+
+
+def _among(
+    means: Mapping[float, float], success: Mapping[float, Sequence[float]], base: float
+) -> tuple[float | None, str]:
+    """Of budgets that have all runs."""
     best = max(means, key=lambda budget: (means[budget], -budget))
     if means[best] <= base:
         return None, f"the best, {percent(means[best])}, is not above the base's {percent(base)}"

@@ -35,8 +35,8 @@ def check_resumed(asked: Any, saved: Any, wanted: Mapping[str, int], *, restart:
     """Refuses numbers of updates that a run cannot be gone on with.
 
     Raises:
-        UserError: there is no such checkpoint; a number shrinks, or grows in a phase that is over:
-            then with the command that starts a new run from the checkpoint.
+        UserError: there is no such checkpoint; a number shrinks, or grows where step sizes fall or
+            in a phase that is over, with the command that starts a new run from the checkpoint.
     """
     folder, phases = asked.output_dir, list(saved.GROWING.values())
     checkpoint = (
@@ -51,6 +51,12 @@ def check_resumed(asked: Any, saved: Any, wanted: Mapping[str, int], *, restart:
             raise UserError(
                 f"--{flag}={count} is fewer than the {begun} of the run in {folder}, which can "
                 "only be gone on with for more"
+            )
+        if count > begun and saved.lr_end != 1.0:
+            raise UserError(
+                f"--{flag}={count} comes too late: the step sizes of the run in {folder} fall to "
+                f"--lr_end={saved.lr_end:g} of them by its last update, and would rise again; "
+                "begin one anew with as many"
             )
         own = saved.GROWING[flag]
         if count > begun and reached in phases and phases.index(reached) > phases.index(own):

@@ -26,9 +26,15 @@ def source_names(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class LeRobotDatasets:
-    """Datasets of one robot, by what they are called in the replay; at least one."""
+    """Datasets of one robot, by what they are called in the replay; at least one.
+
+    Attributes:
+        named: their readers.
+        parted: what this is one process's part of; None where it is all.
+    """
 
     named: Mapping[str, LeRobotReader]
+    parted: LeRobotDatasets | None = None
 
     @classmethod
     def opened(cls, configs: Sequence[LeRobotConfig]) -> Self:
@@ -62,7 +68,12 @@ class LeRobotDatasets:
 
     def part(self, number: int, count: int) -> Self:
         """Every ``count``-th episode of each from ``number`` on; see `LeRobotReader.part`."""
-        return type(self)({name: r.part(number, count) for name, r in self.named.items()})
+        return type(self)({n: r.part(number, count) for n, r in self.named.items()}, self.whole)
+
+    @property
+    def whole(self) -> LeRobotDatasets:
+        """All processes' parts together."""
+        return self.parted or self
 
     def check_cameras(self) -> None:
         """See `LeRobotReader.check_cameras`."""

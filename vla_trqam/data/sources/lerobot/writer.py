@@ -5,8 +5,9 @@ Columns beside state, images, action, task and the replay's further ones: `next.
 and two of ours:
 `frame_is_new` is False where a row repeats the images of an earlier one, and
 `is_final_observation` is True on the row that a truncated episode has after its last action. That
-row shows s_T, from which RL bootstraps; its action is the last one repeated, its reward 0, and so
-are its further columns.
+row shows s_T, from which RL bootstraps; its action is the last one repeated, its reward 0. Of its
+further columns a flag is false, for nothing was done, and a number the last one repeated: a level
+that is written down neither rises nor falls there.
 """
 
 from __future__ import annotations
@@ -183,4 +184,4 @@ def _frames(replay: Replay, episode: int) -> Iterator[dict[str, Any]]:
 def _entry(value: np.ndarray, is_final: bool) -> np.ndarray:
     """One row's entry of a further column, as LeRobot takes it."""
     entry = np.array(value).reshape(np.shape(value) or (1,))
-    return np.zeros_like(entry) if is_final else entry
+    return np.zeros_like(entry) if is_final and entry.dtype == np.bool_ else entry
