@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,7 @@ class Rounds:
         return float((variance * (1.0 / one + 1.0 / other)).sum() / 2)
 
 
-Episodes = tuple[NDArray[np.float64], NDArray[np.float64]]
+Episodes = tuple[NDArray[Any], NDArray[np.float64]]
 """(N,) the updates before each episode of the rounds, and whether it succeeded."""
 
 
