@@ -12,6 +12,7 @@ from lerobot.utils.constants import (
     OBS_STATE,
 )
 from peft import PeftModel
+from torch import nn
 from vla_trqam.adapters.cameras import cameras_of
 from vla_trqam.adapters.families.base import FlowFamily, Observation
 
@@ -55,7 +56,11 @@ def _empty_flows(family: FlowFamily, config: Any) -> Iterator[str]:
 
 
 def check_adapters(family: FlowFamily, model: PeftModel) -> None:
-    """Raises a UserError if an adapter lies where it would change the prefix, or none is there."""
+    """Raises a UserError if an adapter lies where it would change the prefix, or none is there.
+
+    Or if the action expert attends by torch's own module, whose weight LoRA adds itself to and
+    takes itself off at every call: rounded each time, it would be no fixed base.
+    """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     inside = tuple(f"base_model.model.{part}." for part in family.trained_parts)
     outside = [name for name in names if not name.startswith(inside)]
@@ -67,6 +72,13 @@ def check_adapters(family: FlowFamily, model: PeftModel) -> None:
         )
     if not names:
         raise UserError("the adapter has no trainable weights")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and name.startswith(inside):
+            raise UserError(
+                f"{name.removeprefix('base_model.model.')} is torch's nn.MultiheadAttention, which "
+                "no adapter can be laid on without changing the base: take --peft.method=full, or "
+                "a policy with use_rope: true"
+            )
 
 
 def check_observation(family: FlowFamily, observation: Observation, config: Any) -> None:

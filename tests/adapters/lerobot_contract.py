@@ -41,6 +41,16 @@ MAKE = {
     "multi_task_dit": lambda folder: tiny.tiny_multi_task_dit_config(
         FEATURES, folder / "clip", horizon=5, n_action_steps=5, num_integration_steps=4
     ),
+    # Its attention is torch's own module.
+    "multi_task_dit_absolute": lambda folder: tiny.tiny_multi_task_dit_config(
+        FEATURES,
+        folder / "clip",
+        horizon=5,
+        n_action_steps=5,
+        num_integration_steps=4,
+        use_rope=False,
+        use_positional_encoding=True,
+    ),
 }
 
 

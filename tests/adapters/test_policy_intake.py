@@ -8,7 +8,15 @@ import pytest
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import tokenizer_processor
-from lerobot_contract import ACTION, FAMILIES, STATE, checkpoint, host_chunk, raw_observation
+from lerobot_contract import (
+    ACTION,
+    FAMILIES,
+    STATE,
+    checkpoint,
+    host_chunk,
+    observation,
+    raw_observation,
+)
 from lerobot_contract import make_policy as fresh_policy
 from policy_variants import copied, edit_json, edit_statistics, told, with_mode, without_spread
 from torch import Tensor
@@ -356,3 +364,17 @@ def test_modules_trained_in_full_are_as_they_were_in_the_base(tmp_path: Path) ->
     base, given = load_policy(tmp_path, lora=None), load_policy(checkpoint("tiny_pi0"), lora=None)
     theirs = given.host.state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in base.host.state_dict().items())
+
+
+def test_attention_by_torchs_own_module_is_trained_whole_or_not_at_all() -> None:
+    """An adapter there would be merged and taken off at every call, and the base be rounded."""
+    with pytest.raises(UserError, match=r"nn.MultiheadAttention.* take --peft.method=full"):
+        fresh_policy("multi_task_dit_absolute", lora=True)
+    policy = fresh_policy("multi_task_dit_absolute", lora=False)
+    context = policy.encode(observation("multi_task_dit", 2))
+    x, tau = torch.randn(2, *policy.chunk_shape), torch.tensor([0.25, 0.5])
+    # With a gradient and without: torch has another way for the latter.
+    with torch.no_grad():
+        apart = policy.velocity(x, tau, context)
+    assert torch.equal(policy.velocity(x, tau, context).detach(), apart)
+    assert torch.equal(policy.base_velocity(x, tau, context).detach(), apart)

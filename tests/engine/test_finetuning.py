@@ -57,17 +57,24 @@ def test_rollouts_join_the_replay_before_the_update_that_asks_for_them(run, lear
     assert np.array_equal(run.store.replay.observations[row][:2], roll_out_start(5))
 
 
-def test_the_running_mean_acts_is_evaluated_and_saved(tmp_path, replay):
+def test_the_running_mean_acts_is_evaluated_and_saved(tmp_path, replay, monkeypatch):
     learner, seen = make_off_policy(average_rate=0.1), []
     policy, average = learner.policy, learner.average
 
-    def acts_with_the_average(_):
+    def is_the_average():
         pairs = zip(policy.trainable_parameters(), average.weights, strict=True)
-        seen.append(all(torch.equal(ours, mean) for ours, mean in pairs))
+        return all(torch.equal(ours, mean) for ours, mean in pairs)
+
+    def acts_with_the_average(_):
+        seen.append(is_the_average())
 
     with MetricsLog(tmp_path / METRICS_NAME) as metrics:
         run = make_run(tmp_path, replay, learner, metrics, evaluation_seeds=SEEDS)
         ToyPool.before_run = staticmethod(acts_with_the_average)
+        add, kept_by = type(run.store).add, []
+        monkeypatch.setattr(
+            type(run.store), "add", lambda *a, **k: (kept_by.append(is_the_average()), add(*a, **k))
+        )
         try:
             rolled_out = {2: [5]}
             run.train(
@@ -84,6 +91,7 @@ def test_the_running_mean_acts_is_evaluated_and_saved(tmp_path, replay):
             )
         finally:
             ToyPool.before_run = None
+    assert kept_by == [False]  # next actions that are drawn then are of the weights in training
     assert seen == [True] * 4  # evaluations after 0, 2 and 4 updates, rollouts before the third
     saved = type(policy).from_pretrained(tmp_path / "checkpoints/last/pretrained_model")
     mean = list(average.weights)

@@ -1,4 +1,5 @@
 import os
+import pty
 import signal
 import sys
 import threading
@@ -46,6 +47,36 @@ def test_a_signal_in_the_middle_of_printing_does_no_harm(capfd):
         while not guard.requested:
             print("x" * 1000, file=sys.stderr, flush=True)
     assert "stopping after this update" in capfd.readouterr().err
+
+
+IN_A_TERMINAL = """
+import sys
+import time
+from pathlib import Path
+from vla_trqam.engine.processes.interruption import InterruptGuard
+
+saved = Path(sys.argv[1])
+with InterruptGuard() as guard:
+    print("training", flush=True)
+    until = time.monotonic() + 60
+    while not guard.requested and time.monotonic() < until:
+        time.sleep(0.01)
+    print("saving", flush=True)
+    print("saving", file=sys.stderr, flush=True)
+    saved.write_text("whole" if guard.requested else "not asked")
+"""
+
+
+def test_a_run_whose_terminal_is_gone_saves(tmp_path):
+    """A terminal that hung up takes nothing more: what is printed fails."""
+    saved = tmp_path / "saved"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", IN_A_TERMINAL, str(saved)])
+    assert b"training" in os.read(terminal, 100)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert saved.read_text() == "whole"
 
 
 def test_a_closing_terminal_asks_and_never_acts(capfd):

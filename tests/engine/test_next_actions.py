@@ -8,7 +8,7 @@ from packed_policy import PackedPolicy, frame_replay
 from vla_trqam.config.vla_settings import FinetuneVLAConfig, VLACriticConfig
 from vla_trqam.data.feature_cache import FeatureCache
 from vla_trqam.engine import next_actions
-from vla_trqam.engine.next_actions import CHUNKS, NextActions
+from vla_trqam.engine.next_actions import CHUNKS, NextActions, _last_of_same
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import FlowActor
 
@@ -34,6 +34,11 @@ def test_a_chunk_ages_by_every_update_of_the_policy_until_a_newer_one_takes_its_
     assert actions.mean_age == 4.0
     actions.put(torch.tensor([2, 5]), torch.zeros(2, *actions.chunks.shape[2:]), generator)
     assert actions.mean_age == pytest.approx(4 * (all_chunks - 2) / all_chunks)
+
+
+def test_of_several_chunks_for_one_place_the_last_is_kept_whole():
+    places = torch.tensor([4, 1, 4, 3, 1, 4])
+    assert _last_of_same(places).tolist() == [5, 4, 5, 3, 4, 5]
 
 
 def test_the_oldest_chunks_are_drawn_anew_by_the_policy_as_it_is(actions):

@@ -1,6 +1,7 @@
 """evaluate.py on the toy task: what acts, on what, and what does not go together."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -183,6 +184,10 @@ def test_runs_of_other_tasks_or_observations_are_refused(runs, tmp_path, capsys,
     text = config.read_text()
     config.write_text(text.replace("- object", "- robot0_eef_pos"))
     assert "different observations, [object] and [robot0_eef_pos]" in refusal(capsys, *both)
+    config.write_text(re.sub(r"max_episode_steps: \d+", "max_episode_steps: 3", text))
+    said = refusal(capsys, *both)
+    assert "different --eval.max_episode_steps, " in said
+    assert " by the run of --a and 3 by the run of --b: say by --max_episode_steps which" in said
     config.write_text(text)
     meta = iter(["Lift", "Can"])
     monkeypatch.setattr(kinds, "read_env_args", lambda path: {"env_name": next(meta)})

@@ -52,7 +52,7 @@ def test_a_run_goes_whole_and_a_killed_one_to_the_same_bits(name, tiny, no_concl
 
 
 def test_qam_e_trains_the_policy_and_the_edit_and_its_critic_can_be_a_reward(
-    tiny, no_conclusion, tmp_path, monkeypatch
+    tiny, no_conclusion, tmp_path, monkeypatch, capsys
 ):
     flags = ["--method.type=qam_e", "--method.edit_hidden_dims=[16]"]
     assert tiny(tmp_path / "earlier", *flags) == 0
@@ -64,6 +64,9 @@ def test_qam_e_trains_the_policy_and_the_edit_and_its_critic_can_be_a_reward(
     monkeypatch.setattr(vla_runs, "TINY", [x for x in vla_runs.TINY if "--critic." not in x])
     flags = ["--method.type=reward_matching"]
     flags.append(f"--method.reward_path={tmp_path / 'earlier/checkpoints/last'}")
+    assert tiny(tmp_path / "run", *flags, "--policy.critic_layer=0") == 2
+    said = capsys.readouterr().err
+    assert "the critic of --method.reward_path values by --policy.critic_layer=-1, this run" in said
     assert tiny(tmp_path / "run", *flags) == 0
     kept = {key.partition(".")[0] for key in load_file(tmp_path / "run" / place)}
     assert kept == {"policy", "reward"}

@@ -124,5 +124,11 @@ def test_other_data_and_a_run_without_a_record_are_refused(
     assert f"made its base of other data than {other}" in capsys.readouterr().err
     assert tiny(tmp_path / "run", f"--base_run={uninterrupted[1]}") == 2
     assert "is not the folder of a finished run with --steps=0" in capsys.readouterr().err
+    trained = shutil.copytree(base_run, tmp_path / "trained")
+    settings = (trained / "config.yaml").read_text()
+    (trained / "config.yaml").write_text(settings.replace("\nsteps: 0", "\nsteps: 3"))
+    assert (trained / "config.yaml").read_text() != settings
+    assert tiny(tmp_path / "run", f"--base_run={trained}") == 2
+    assert "is not the folder of a finished run with --steps=0" in capsys.readouterr().err
     assert tiny(tmp_path / "run", f"--base_run={base_run}", *ALONE) == 2
     assert "nothing would be trained" in capsys.readouterr().err

@@ -160,6 +160,10 @@ def test_a_given_policy_is_tuned_with_other_steps(tiny, resume, no_conclusion, f
             ["--method.scheme=posterior", "--policy.num_flow_steps=1"],
             "--policy.num_flow_steps=1 is too few for the posterior",
         ),
+        (
+            ["--method.type=cgql", "--policy.tuned_flow_steps=1"],
+            "--policy.tuned_flow_steps=1 is too few for cgql, whose guidance begins with the secon",
+        ),
     ],
 )
 def test_too_few_steps_are_refused(flags, sentence, tiny, tmp_path, capsys):
@@ -168,6 +172,20 @@ def test_too_few_steps_are_refused(flags, sentence, tiny, tmp_path, capsys):
     assert said.startswith(f"error: {sentence}")
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_chunks_of_a_given_policy_are_its_own(tiny, no_conclusion, tmp_path, capsys):
+    """Longer ones than the settings' default, which is for a policy of the run's own."""
+    long = MLPFlowPolicy(MLPFlowConfig(3, 2, 12, hidden_dims=(8,), num_flow_steps=2))
+    long.save_pretrained(tmp_path / "long")
+    flags = [f"--policy.path={tmp_path / 'long'}", "--steps=1", "--online.steps=0"]
+    assert tiny(tmp_path / "run", *flags, "--policy.n_action_steps=13") == 2
+    said = capsys.readouterr().err
+    assert f"--policy.n_action_steps=13 is more than the 12 actions of {tmp_path / 'long'}" in said
+    assert tiny(tmp_path / "run", *flags, "--eval.max_episode_steps=11") == 2
+    assert "ends every episode within its first chunk of 12 steps" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert tiny(tmp_path / "run", *flags, "--policy.n_action_steps=6") == 0
 
 
 def test_a_given_policy_of_one_step_needs_the_flag(tiny, no_conclusion, tmp_path, capsys):

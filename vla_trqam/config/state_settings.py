@@ -136,19 +136,33 @@ class StateRunConfig(RunSettings):
     def _check_data(self) -> None:
         """Refuses settings of the recipe's own data that do not go together."""
 
-    def _check_choices(self) -> None:
-        self._check_data()
-        executed = self.policy.n_action_steps or self.policy.chunk_length
-        if executed > self.policy.chunk_length:
+    def check_executed(self, chunk_length: int, whose: str, own: int | None = None) -> None:
+        """Refuses a number of executed actions that chunks or episodes do not have.
+
+        Args:
+            chunk_length: H.
+            whose: what says so.
+            own: n of a given policy; None where it executes whole chunks.
+
+        Raises:
+            UserError: there are fewer actions in a chunk, or fewer steps in an episode.
+        """
+        executed = self.policy.n_action_steps or own or chunk_length
+        if executed > chunk_length:
             raise UserError(
-                f"--policy.n_action_steps={executed} is more than the {self.policy.chunk_length} "
-                "actions of --policy.chunk_length"
+                f"--policy.n_action_steps={executed} is more than the {chunk_length} actions of "
+                f"{whose}"
             )
         if self.eval.max_episode_steps < executed:
             raise UserError(
                 f"--eval.max_episode_steps={self.eval.max_episode_steps} ends every episode within "
                 f"its first chunk of {executed} steps"
             )
+
+    def _check_choices(self) -> None:
+        self._check_data()
+        if self.policy.path is None:
+            self.check_executed(self.policy.chunk_length, "--policy.chunk_length")
         tuned = self.policy.tuned_flow_steps
         if tuned is not None:
             check_flow_steps(tuned, f"--policy.tuned_flow_steps={tuned}", self.method)

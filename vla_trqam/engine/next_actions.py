@@ -119,7 +119,7 @@ class NextActions(nn.Module):
     def put(self, frames: Tensor, chunks: Tensor, generator: torch.Generator) -> None:
         """Newer chunks (B, n, a) take the place of random older ones at these frames (B,)."""
         slots = self._slots(frames, generator)
-        self.chunks[frames, slots] = chunks
+        self.chunks[frames, slots] = chunks[_last_of_same(frames * self.chunks.shape[1] + slots)]
         self.drawn[frames, slots] = self.updates
 
     def redraw(self, count: int, generator: torch.Generator) -> None:
@@ -241,3 +241,13 @@ class NextActions(nn.Module):
 
 def _moved(entry: Field, device: torch.device) -> Field:
     return entry.to(device) if isinstance(entry, Tensor) else entry
+
+
+def _last_of_same(places: Tensor) -> Tensor:
+    """(B,) of every place the last row that has it.
+
+    On a GPU one of several values that are written to one place is kept, any of them; so all of
+    them must be the same.
+    """
+    rows = torch.arange(len(places), device=places.device)
+    return ((places[:, None] == places) * rows).amax(dim=1)

@@ -115,4 +115,4 @@ def _online_sampler(job: Job[Any]) -> ChunkSampler[Any] | MixedSampler[Any]:
         return job.draw()
     share = job.team.fraction_share(fraction, job.config.batch_size)
     offline = job.draw([*job.data_sources, CRITIC, OFFLINE])
-    return MixedSampler(offline, job.draw([ONLINE]), online_fraction=share)
+    return MixedSampler(offline, job.draw([ONLINE]), online_fraction=share, waits=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
@@ -59,41 +59,38 @@ class Playing:
         """Outcomes of the policy as it came, where another run has played them."""
         return None if self.record is None else self.record.outcomes(seeds, num_flow_steps)
 
-    def base_episodes(self, seeds: Sequence[int], source: str | None = None) -> list[Episode]:
-        """Rollouts of the policy as it came; those with a source join the replay."""
+    def base_episodes(self, seeds: Sequence[int]) -> list[Episode]:
+        """Rollouts of the policy as it came."""
         record = self.record
         if record is not None:
-            return self._played(lambda: record.episodes(seeds), source)
-        actor = self.chunks(FlowActor(self.policy), ROLLOUT_NOISE)
-        return self._roll_out(actor, seeds, source)
+            return self.team.together(lambda: record.episodes(seeds))
+        return self.roll_out(self.chunks(FlowActor(self.policy), ROLLOUT_NOISE), seeds)
 
     def evaluate_policy(self, seeds: Sequence[int], policy: ChunkPolicy) -> list[Outcome]:
         """:meth:`evaluate` of what has its noise already."""
-        return self._gathered(map(Outcome.of, self._roll_out(policy, seeds)))
+        return self.outcomes(self.roll_out(policy, seeds))
 
     def chunks(self, actor: Actor, noise_seed: int) -> ChunkPolicy:
         """What a rollout asks, in the precision of the run's networks."""
         return chunk_policy(self.policy, actor, noise_seed, self.team.autocast)
 
-    def _roll_out(
-        self, actor: ChunkPolicy, seeds: Sequence[int], source: str | None = None
-    ) -> list[Episode]:
-        """This process's part of the episodes; those with a source join its replay."""
-        return self._played(lambda: self.simulator.run(actor, self.team.share(seeds)), source)
+    def roll_out(self, actor: ChunkPolicy, seeds: Sequence[int]) -> list[Episode]:
+        """This process's part of the episodes."""
+        return self.team.together(lambda: self.simulator.run(actor, self.team.share(seeds)))
 
-    def _played(self, play: Callable[[], list[Episode]], source: str | None) -> list[Episode]:
-        def work() -> list[Episode]:
-            episodes = play()
-            if source is not None:
-                for episode in episodes:
-                    self.store.add(episode, source=source)
-            return episodes
+    def keep(self, episodes: Sequence[Episode], source: str) -> None:
+        """This process's episodes join its replay."""
 
-        return self.team.together(work)
+        def add() -> None:
+            for episode in episodes:
+                self.store.add(episode, source=source)
 
-    def _gathered(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        self.team.together(add)
+
+    def outcomes(self, episodes: Iterable[Episode]) -> list[Outcome]:
         """Those of all processes, in the order of their seeds' list."""
-        return [Outcome(*row) for row in self.team.gather_shares([*map(astuple, outcomes)])]
+        own = [astuple(Outcome.of(episode)) for episode in episodes]
+        return [Outcome(*row) for row in self.team.gather_shares(own)]
 
     @property
     def simulator(self) -> RolloutPool:

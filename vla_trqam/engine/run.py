@@ -32,7 +32,6 @@ from vla_trqam.engine.processes.generators import Generators
 from vla_trqam.engine.processes.interruption import Interrupted, InterruptGuard
 from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.methods.base import Method
-from vla_trqam.report.evaluation import Outcome
 from vla_trqam.report.metrics import MetricsLog
 from vla_trqam.report.progress import TrainingProgress
 
@@ -234,23 +233,29 @@ class Run(Playing):
     def _collect(self, phase: Phase, method: Method, done: int, progress: TrainingProgress) -> None:
         if phase.base_episodes and not done:
             seeds = phase.base_episodes
-            with method.acting():
-                self._join(phase, lambda: self.base_episodes(seeds, phase.name), done, progress)
+            self._join(phase, method, lambda: self.base_episodes(seeds), done, progress)
         later = phase.episodes_before(done)
         if later:
-            with method.acting():
-                actor = self.chunks(method.actor(), ROLLOUT_NOISE)
-                self._join(phase, lambda: self._roll_out(actor, later, phase.name), done, progress)
+
+            def play() -> list[Episode]:
+                return self.roll_out(self.chunks(method.actor(), ROLLOUT_NOISE), later)
+
+            self._join(phase, method, play, done, progress)
 
     def _join(
         self,
         phase: Phase,
+        method: Method,
         play: Callable[[], list[Episode]],
         done: int,
         progress: TrainingProgress,
     ) -> None:
         with self.timed("rollouts"):
-            outcomes = self._gathered(map(Outcome.of, play()))
+            with method.acting():
+                episodes = play()
+            with method.present():  # what is drawn at their frames is by the weights in training
+                self.keep(episodes, phase.name)
+            outcomes = self.outcomes(episodes)
         for outcome in outcomes:
             values = {"success": float(outcome.success), "episode_steps": outcome.num_steps}
             self._record(self.step, phase.name, values)

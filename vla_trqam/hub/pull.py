@@ -126,7 +126,7 @@ def load_algorithm(
         UserError: a file is missing or damaged, the critic has other weights or values by other
             settings, or the trust region is of another scheme.
     """
-    _check_valued(algorithm / VALUED, valued or {})
+    check_valued(algorithm, valued or {}, "--critic.path")
     try:
         check_header(algorithm / "networks.safetensors")
         tensors = load_file(algorithm / "networks.safetensors")
@@ -142,15 +142,25 @@ def load_algorithm(
         _load_trust_region(algorithm / "scalars.json", method)
 
 
-def _check_valued(path: Path, own: Mapping[str, Any]) -> None:
-    """Checkpoints of earlier versions do not tell."""
+def check_valued(algorithm: Path, own: Mapping[str, Any], flag: str) -> None:
+    """Refuses a checkpoint's critic that values by other settings; earlier versions do not tell.
+
+    Args:
+        algorithm: the checkpoint's ``algorithm/`` folder.
+        own: the run's flags by which a critic's numbers mean something.
+        flag: that named the checkpoint.
+
+    Raises:
+        UserError: one of them differs.
+    """
+    path = algorithm / VALUED
     told = read_json(path) if path.is_file() else {}
     for name in own.keys() & told.keys():
         if told[name] != own[name]:
             theirs, mine = (f"--{name}={as_yaml(values[name])}" for values in (told, own))
             raise UserError(
-                f"the critic of --critic.path values by {theirs}, this run by {mine}: its numbers "
-                "would mean something else; take its own, or leave out --critic.path"
+                f"the critic of {flag} values by {theirs}, this run by {mine}: its numbers would "
+                f"mean something else; take its own, or leave out {flag}"
             )
 
 

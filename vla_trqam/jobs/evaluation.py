@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,7 +29,7 @@ from vla_trqam.envs.registry import make_family
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.errors import UserError
 from vla_trqam.jobs.kinds import kind_of
-from vla_trqam.jobs.saved_policies import Contestant, Loading, Place
+from vla_trqam.jobs.saved_policies import Contestant, Loading, Place, policy_type
 from vla_trqam.methods.base import FlowActor
 from vla_trqam.policy import FlowPolicy
 from vla_trqam.precision import networks_precision
@@ -40,6 +40,8 @@ from vla_trqam.report.provenance import command_line, git_commit, package_versio
 from vla_trqam.report.success import OF_A_RUN, Names, success_lines
 
 OF_TWO = Names("b", "a", "a - b")
+TOLD = ("image_size", "shadows", "instruction", "options")
+"""What a run's simulator is told beside its task and cameras."""
 
 
 def main(presets: Path, arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +90,9 @@ def evaluate(config: EvaluateConfig) -> None:
             accelerator = prepare_process(config.num_threads or threads)
             family = _family(config, a, b, knobs)
             device = own_device("device", config.device, accelerator)
-            loading = Loading(family, device, home, str(accelerator.mixed_precision))
+            lender = a if a.settings is not None else b
+            kind = None if lender is None else policy_type(lender.policy)
+            loading = Loading(family, device, home, str(accelerator.mixed_precision), kind)
             match = _match(loading, a, b)
             _check_fit(match, family)
             _check_record(config, family, seeds, knobs)
@@ -130,11 +134,32 @@ def _family(config: EvaluateConfig, a: Place, b: Place | None, knobs: EvalConfig
     if len(set(tasks.values())) > 1:
         said = [f"--{flag} in {task} of {name}" for flag, (name, task) in tasks.items()]
         raise UserError(f"they were trained in different tasks, {' and '.join(said)}")
+    _check_played_alike(config, {flag: runs[flag] for flag in found})
     seen = {kind_of(settings).sees(settings) for settings in runs.values()} - {()}
     if len(seen) > 1:
         said = [f"[{', '.join(each)}]" for each in sorted(seen)]
         raise UserError(f"they see different observations, {' and '.join(said)}")
     return next(iter(found.values()))
+
+
+def _check_played_alike(config: EvaluateConfig, runs: Mapping[str, RunSettings]) -> None:
+    """What the simulator is told besides its task, of which each run may have its own."""
+    played = {
+        flag: {
+            "eval.max_episode_steps": config.max_episode_steps or run.eval.max_episode_steps,
+            **{f"env.{name}": getattr(getattr(run, "env", None), name, None) for name in TOLD},
+        }
+        for flag, run in runs.items()
+    }
+    first, *others = played.values()
+    for name, value in first.items():
+        if any(other[name] != value for other in others):
+            said = [f"{told[name]} by the run of --{flag}" for flag, told in played.items()]
+            how = "--max_episode_steps" if name.startswith("eval.") else "--env.type and the like"
+            raise UserError(
+                f"they were trained with different --{name}, {' and '.join(said)}: say by {how} "
+                "which both are to play"
+            )
 
 
 def _family_of_run(config: EvaluateConfig, settings: RunSettings) -> EnvFamily | None:

@@ -123,12 +123,14 @@ class Loading:
         device: where to.
         settings: of a run, for what belongs to none.
         precision: the launcher's, for what belongs to none.
+        kind: of the policy that the run of these settings has, whose tokenizer is no other kind's.
     """
 
     family: EnvFamily
     device: torch.device
     settings: RunSettings | None
     precision: str
+    kind: str | None = None
 
     def contestant(self, place: Place) -> Contestant:
         """What acts there.
@@ -204,11 +206,11 @@ class Loading:
         Raises:
             UserError: it cannot be loaded.
         """
-        config = folder / POLICY_CONFIG
-        if config.is_file() and read_json(config).get("type") == "mlp_flow":
+        kind = policy_type(folder)
+        if kind == "mlp_flow":
             return MLPFlowPolicy.from_pretrained(folder).to(self.device)
-        found = settings or self.settings
-        return self._lerobot(str(folder), found, adapter="continue")
+        lent = self.settings if kind == self.kind else None
+        return self._lerobot(str(folder), settings or lent, adapter="continue")
 
     def _lerobot(
         self,
@@ -239,6 +241,12 @@ class Loading:
         assert policy.processors is not None, "load_policy brings processors"
         policy.processors.pad_instructions()
         return policy
+
+
+def policy_type(folder: Path) -> str | None:
+    """What its config calls itself; None without one."""
+    config = folder / POLICY_CONFIG
+    return read_json(config).get("type") if config.is_file() else None
 
 
 def _check_still(pin: Pin | None, run: Path) -> None:

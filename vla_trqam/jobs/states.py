@@ -326,7 +326,8 @@ class StateJob(Job[StateRunConfig]):
             assert isinstance(method, BehaviourCloning)
             method.finish()
             policy.reset_base()
-            policy.save_pretrained(output_dir / BASE_NAME)
+            with written_durably(output_dir / BASE_NAME) as part:
+                policy.save_pretrained(part)
 
         return Phase(
             name=PRETRAIN,
@@ -394,5 +395,6 @@ def _check_given_policy(config: StateRunConfig) -> None:
     """
     given = _given_policy(config)
     if given is not None:
-        own = read_shape(given).num_flow_steps
-        check_own_steps(own, config.policy.tuned_flow_steps, config.method)
+        shape = read_shape(given)
+        config.check_executed(shape.chunk_length, str(given), shape.n_action_steps)
+        check_own_steps(shape.num_flow_steps, config.policy.tuned_flow_steps, config.method)

@@ -48,7 +48,7 @@ from vla_trqam.envs.base import EnvFamily
 from vla_trqam.envs.registry import make_family
 from vla_trqam.errors import UserError, one_line
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
-from vla_trqam.jobs.vla_inputs import checked_inputs, give_base, push, reward_of
+from vla_trqam.jobs.vla_inputs import checked_inputs, critic_sees, give_base, push, reward_of
 from vla_trqam.jobs.vla_preflight import (
     all_rewards,
     check_data,
@@ -275,8 +275,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
             "dataset.kind": config.dataset.kind,
             # Of the other sources each is a step's reward, and rounds may differ in them.
             "dataset.reward": "progress" if rises else None,
-            "policy.critic_layer": config.policy.critic_layer,
-            "policy.critic_pooling": config.policy.critic_pooling,
+            **critic_sees(config),
         }
 
     def family(self) -> EnvFamily | None:

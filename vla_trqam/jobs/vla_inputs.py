@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from vla_trqam.data.sources.lerobot.lending import check_lends
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, check_rollouts, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.transitions import INTERVENTION, tells_interventions
-from vla_trqam.engine.folder.checkpoints import last_checkpoint
+from vla_trqam.engine.folder.checkpoints import ALGORITHM, last_checkpoint
 from vla_trqam.engine.folder.pins import write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, REPLAY_NAME
 from vla_trqam.engine.processes.team import Team
@@ -37,6 +38,7 @@ from vla_trqam.envs.base import EnvFamily
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_durably
 from vla_trqam.hub.access import check_push
+from vla_trqam.hub.pull import check_valued
 from vla_trqam.hub.push import push_checkpoint
 from vla_trqam.jobs.vla_pins import sources_of, take_pins
 from vla_trqam.methods.registry import check_pushed, name_of, requirements_of
@@ -65,17 +67,15 @@ def checked_inputs(
     say = print if team.is_main else lambda _: None
     given = _given_policy(config, packed)
     _check_continued(config, given)
+    _check_lent_critics(config)
     check_own_steps(flow_steps_of(*given), config.policy.tuned_flow_steps, config.method)
     seen = _looked_through(config, given)
     configs = [replace(data, looked_through=seen) for data in dataset_configs(config, packed)]
     whole = LeRobotDatasets.opened(configs)
-    weighed = config.dataset.intervention_weight > 1
-    if weighed or config.method.reads_interventions:
-        flag = "--dataset.intervention_weight" if weighed else "--method.clone_interventions"
-        _check_interventions(flag, whole)
+    _check_interventions(config, whole)
     datasets = whole.part(team.rank, team.size)
     reader = datasets.first
-    if config.num_training_episodes and not config.resume:
+    if config.num_training_episodes:
         check_rollouts(reader)
     policy = _load_policy(config, given, base_revision, device, say, family)
     # Before anything is decoded.
@@ -99,8 +99,18 @@ def checked_inputs(
     return datasets, policy
 
 
-def _check_interventions(flag: str, datasets: LeRobotDatasets) -> None:
+def _check_lent_critics(config: FinetuneVLAConfig) -> None:
+    """They see of the policy what this run's critic would."""
+    for knob, folder in config.method.lent_critics.items():
+        check_valued(folder / ALGORITHM, critic_sees(config), f"--method.{knob}")
+
+
+def _check_interventions(config: FinetuneVLAConfig, datasets: LeRobotDatasets) -> None:
     """A person took over somewhere in the datasets, of which every process sees all."""
+    weighed = config.dataset.intervention_weight > 1
+    if not weighed and not config.method.reads_interventions:
+        return
+    flag = "--dataset.intervention_weight" if weighed else "--method.clone_interventions"
     columns = [name for name in datasets.first.columns if tells_interventions(name)]
     if not columns:
         raise UserError(
@@ -112,6 +122,14 @@ def _check_interventions(flag: str, datasets: LeRobotDatasets) -> None:
             f"{flag}: {' and '.join(columns)} is false in every row, so no action of a person is "
             "among the data"
         )
+
+
+def critic_sees(config: FinetuneVLAConfig) -> dict[str, Any]:
+    """The flags that say what of the policy a critic sees."""
+    return {
+        "policy.critic_layer": config.policy.critic_layer,
+        "policy.critic_pooling": config.policy.critic_pooling,
+    }
 
 
 def give_base(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -111,6 +112,11 @@ class MethodConfig:
         Raises:
             UserError: why not; the number's name is for the caller to say.
         """
+
+    @property
+    def lent_critics(self) -> Mapping[str, Path]:
+        """Checkpoints' folders whose critics it uses as they are, by the knob that names each."""
+        return {}
 
     def check_inputs(self) -> None:
         """Reads what the knobs name, before anything else is opened.

@@ -70,6 +70,14 @@ class CGQLConfig(OffPolicyConfig):
         if not 0.0 <= self.guidance < math.inf:
             raise UserError(f"guidance is {self.guidance}; it must be finite and not negative")
 
+    def check_flow_steps(self, count: int) -> None:
+        """See :meth:`MethodConfig.check_flow_steps`."""
+        if count < 2:
+            raise UserError(
+                "is too few for cgql, whose guidance begins with the second: take at least 2 by "
+                "--policy.tuned_flow_steps"
+            )
+
 
 @dataclass(frozen=True)
 class CGQLLConfig(CGQLConfig):

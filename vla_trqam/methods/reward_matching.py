@@ -65,6 +65,11 @@ class RewardMatchingConfig(TRQAMConfig):
         """The reward's."""
         return self.reward_scale
 
+    @property
+    def lent_critics(self) -> Mapping[str, Path]:
+        """See :attr:`MethodConfig.lent_critics`."""
+        return {} if self.reward_path is None else {"reward_path": self.reward_path}
+
     def check_inputs(self) -> None:
         """See :meth:`MethodConfig.check_inputs`."""
         read_reward(self.reward_path)

@@ -40,12 +40,14 @@ def check_base_run(
     Raises:
         UserError: that run is not finished, or its base is another.
     """
-    if BaseRecord.of_run(base_run) is None:
+    recorded = BaseRecord.of_run(base_run) is not None
+    begun = read_settings(base_run / CONFIG_NAME) if recorded else {}
+    if not recorded or begun["steps"] or begun["online"]["steps"]:  # more were given to it later
         raise UserError(
             f"--base_run={base_run} is not the folder of a finished run with --steps=0 "
             "--online.steps=0, which makes a base"
         )
-    theirs, own = (_flat(s) for s in (read_settings(base_run / CONFIG_NAME), settings))
+    theirs, own = _flat(begun), _flat(settings)
     for name in sorted(own.keys() | theirs.keys()):
         counts = any(name == part or name.startswith(f"{part}.") for part in makes_a_base)
         if counts and name not in ELSEWHERE and own.get(name) != theirs.get(name):

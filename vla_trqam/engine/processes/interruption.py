@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -56,6 +56,8 @@ class InterruptGuard:
                 handler.asked |= self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_closed_terminal()
         if self.requested:
             if number in (signal.SIGINT, signal.SIGTERM) and not self._is_echo():
                 raise KeyboardInterrupt
@@ -64,10 +66,25 @@ class InterruptGuard:
         if self._quiet:
             return
         # Not print: the signal may have come in the middle of one.
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, MESSAGE)
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, MESSAGE)
 
     def _is_echo(self) -> bool:
         return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._first < ECHO
+
+
+def _leave_closed_terminal() -> None:
+    """What is printed from here on goes nowhere: to a closed terminal it would fail, and so end us.
+
+    What a file or a pipe takes is still written there.
+    """
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 class _Stop:
