@@ -28,8 +28,9 @@ from vla_trqam.report.formats import table
 from vla_trqam.study.tables import mean_sd
 
 INDEX, ALL, KNOBS, COMPARED = "README.md", "methods", "knobs", "compared"
-STUDIES = Path(__file__).resolve().parents[1] / "docs/results/claims_c4"
-"""Of the comparison: a folder a study, with its table of runs."""
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
+STUDIES = "claims_c4", "others"
+"""The comparisons there: in each a folder a study, with its table of runs."""
 SHARED = ("policy", "critic")
 STAGES = ("base", "after_offline", "after_online")
 OWNERS: dict[str, type] = {
@@ -88,13 +89,13 @@ def knobs_table(config: type) -> str:
 def success_table(method: str) -> str:
     """A row a task of the comparison, means over its seeds."""
     rows = []
-    for path in sorted(STUDIES.glob("*/table.csv")):
+    for path in [p for name in STUDIES for p in sorted((RESULTS / name).glob("*/table.csv"))]:
         with path.open(newline="", encoding="utf-8") as file:
             runs = [row for row in csv.DictReader(file) if row["method"] == method]
         for task in dict.fromkeys(run["task"] for run in runs):
             own = [run for run in runs if run["task"] == task]
             rates = [mean_sd([float(run[column]) for run in own]) for column in STAGES]
-            page = f"[{task}](../results/claims_c4/{path.parent.name}/table.md)"
+            page = f"[{task}](../results/{path.parent.relative_to(RESULTS)}/table.md)"
             rows.append([page, str(len(own)), *rates])
     return table(("task", "seeds", "base", "after offline", "after online"), rows)
 
