@@ -16,7 +16,7 @@ from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
 from vla_trqam.engine.processes.interruption import InterruptGuard
 from vla_trqam.engine.run import METRICS_NAME
-from vla_trqam.errors import UserError
+from vla_trqam.errors import DivergenceError, UserError
 from vla_trqam.report.critic_check import check_critic
 from vla_trqam.report.metrics import MetricsLog
 
@@ -101,6 +101,26 @@ def test_the_running_mean_acts_is_evaluated_and_saved(tmp_path, replay, monkeypa
 
 def roll_out_start(seed):
     return roll_out(homing_policy(2, 0.0), seed, 1).observations[0][:2]
+
+
+@pytest.mark.parametrize(
+    "acts", [{"evaluate_every": 3}, {"episodes_before": lambda n: [5] if n == 3 else []}]
+)
+def test_weights_that_an_update_broke_do_not_act(run, learner, acts):
+    """Its losses were finite; the next update's are not."""
+    update, count = learner.update, []
+
+    def break_in_the_third(*given):
+        update(*given)
+        count.append(1)
+        if len(count) == 3:
+            with torch.no_grad():
+                next(iter(learner.policy.trainable_parameters())).fill_(torch.inf)
+
+    learner.update = break_in_the_third
+    with pytest.raises(DivergenceError, match="is not finite after online update 3"):
+        run.train([phase(run, learner, "online", **acts)], InterruptGuard())
+    assert ToyPool.rounds == ([list(SEEDS)] if "evaluate_every" in acts else [])
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, []), (2, [0, 2, 4]), (3, [0, 3])])

@@ -250,6 +250,7 @@ class Run(Playing):
         done: int,
         progress: TrainingProgress,
     ) -> None:
+        self._check_weights(phase, method, done)
         with self.timed("rollouts"):
             with method.acting():
                 episodes = play()
@@ -280,6 +281,7 @@ class Run(Playing):
     ) -> None:
         if not phase.evaluate_every or done % phase.evaluate_every:
             return
+        self._check_weights(phase, method, done)
         with self.timed("evaluations"), method.acting():
             outcomes = (
                 self.evaluate(self.evaluation_seeds, method.actor())
@@ -338,6 +340,7 @@ class Run(Playing):
             self.metrics.sync()
 
     def _check_weights(self, phase: Phase, method: Method, done: int) -> None:
+        """Before they act or are saved: the losses of an update that broke them were still finite."""
         found = [name for name in self.team.gather(not_finite(method)) if name is not None]
         if found:
             raise DivergenceError(

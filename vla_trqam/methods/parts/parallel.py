@@ -208,13 +208,17 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(shard: Tensor, tensor: Tensor) -> Tensor:
-    """The reverse: a whole tensor in shards as another one's, or the tensor itself."""
+    """The reverse: a whole tensor in shards as another one's, or the tensor itself.
+
+    Every process has read it, so each takes its own part and asks no other: one that fails on the
+    way leaves none waiting.
+    """
     if not _is_shard(shard):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(shard, DTensor)
-    return distribute_tensor(tensor, shard.device_mesh, shard.placements)
+    return distribute_tensor(tensor, shard.device_mesh, shard.placements, src_data_rank=None)
 
 
 def _is_shard(tensor: Tensor) -> bool:
