@@ -340,7 +340,7 @@ class Run(Playing):
             self.metrics.sync()
 
     def _check_weights(self, phase: Phase, method: Method, done: int) -> None:
-        """Before they act or are saved: the losses of an update that broke them were still finite."""
+        """Before they act or are saved: an update that broke them had losses that were finite."""
         found = [name for name in self.team.gather(not_finite(method)) if name is not None]
         if found:
             raise DivergenceError(
