@@ -29,6 +29,12 @@ def sampler_of(buffer: Replay, short_chunks: str = "drop", **changes: Any) -> Ch
     return buffer.sampler(**arguments)
 
 
+def empty_replay(folder: Path, **columns: tuple[str, tuple[int, ...]]) -> Replay:
+    return Replay.create(
+        folder / "replay", observation_dim=19, action_dim=7, capacity=1000, columns=columns
+    )
+
+
 def naive_chunks(
     episodes: list[Episode], chunk_length: int, short_chunks: str, flow_length: int | None = None
 ) -> list[dict]:
@@ -147,13 +153,7 @@ def test_chunks_with_a_column_count_several_times(
     tmp_path: Path, episodes: list[Episode], short_chunks: str
 ) -> None:
     """Those with a true step among their own, in episodes of before and of later too."""
-    replay = Replay.create(
-        tmp_path / "replay",
-        observation_dim=19,
-        action_dim=7,
-        capacity=1000,
-        columns={"intervention": ("bool", ())},
-    )
+    replay = empty_replay(tmp_path, intervention=("bool", ()))
     rng = np.random.default_rng(0)
     taken = [rng.random(len(episode.actions)) < 0.15 for episode in episodes]
     wanted: list[float] = []
@@ -179,13 +179,7 @@ def test_a_step_of_which_two_columns_tell_counts_once(
     episodes: list[Episode], tmp_path: Path
 ) -> None:
     """One of them has two numbers a step, such as one for each arm."""
-    replay = Replay.create(
-        tmp_path / "replay",
-        observation_dim=19,
-        action_dim=7,
-        capacity=1000,
-        columns={"intervention": ("bool", (2,)), "is_intervention": ("bool", ())},
-    )
+    replay = empty_replay(tmp_path, intervention=("bool", (2,)), is_intervention=("bool", ()))
     rng, wanted = np.random.default_rng(0), []
     for episode in episodes:
         length = len(episode.actions)
