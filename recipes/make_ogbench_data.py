@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -86,13 +87,16 @@ def make(options: argparse.Namespace) -> None:
     outputs = _outputs(options)
     parts = _parts(options)
     begun = _begun(parts, options)
-    for path in () if begun else [p for output in outputs for p in (output.train, output.val)]:
+    for path in () if begun else _results(outputs, options):
         if path.exists():
             raise UserError(f"{path} exists already; choose another --output")
     make_player(options.dataset).env.close()  # refused before there is a folder
-    _begin(parts, options)
+    if not begun:
+        _begin(parts, options)
     for output in outputs:
         _make_file(output, parts, options)
+    if options.shards and _shards(options).exists():
+        os.replace(_shards(options), options.output)
     shutil.rmtree(parts)
 
 
@@ -108,7 +112,20 @@ def _outputs(options: argparse.Namespace) -> list[Output]:
             "--shards; only without does it end in .npz"
         )
     names = [f"{options.dataset}-{number:03d}.npz" for number in range(options.shards)]
-    return [_output(options.output / name, n, options) for n, name in enumerate(names)]
+    return [_output(_shards(options) / name, n, options) for n, name in enumerate(names)]
+
+
+def _shards(options: argparse.Namespace) -> Path:
+    """Where the files of a folder are until all are there: what has its name is whole."""
+    return _parts(options) / "shards"
+
+
+def _results(outputs: Sequence[Output], options: argparse.Namespace) -> Iterator[Path]:
+    """What there will be in the end."""
+    if options.shards:
+        yield options.output
+    else:
+        yield from (path for output in outputs for path in (output.train, output.val))
 
 
 def _output(train: Path, shard: int, options: argparse.Namespace) -> Output:
@@ -144,7 +161,7 @@ def _begin(parts: Path, options: argparse.Namespace) -> None:
     try:
         parts.mkdir(parents=True, exist_ok=True)
         if options.shards:
-            options.output.mkdir(exist_ok=True)
+            _shards(options).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be made: {error.strerror}") from None
     with written_whole(parts / SETTINGS_NAME) as part:
@@ -155,17 +172,19 @@ def _make_file(output: Output, parts: Path, options: argparse.Namespace) -> None
     """Plays the episodes of a file that are not there yet, and writes it."""
     done = parts / f"{output.train.stem}.done"
     if done.exists():
-        print(f"{output.train} is there already")
+        print(f"{output.train.name} is there already")
         return
     plans = [*output.plans, *output.val_plans]
     _play(plans, parts, options)
-    goals, reached = _write(output.train, [_part(parts, plan) for plan in output.plans])
+    # The last of them is what others wait for.
     _write(output.val, [_part(parts, plan) for plan in output.val_plans])
+    goals, reached = _write(output.train, [_part(parts, plan) for plan in output.plans])
     done.touch()
     for plan in plans:
         _part(parts, plan).unlink()
+    name = output.train.name if options.shards else output.train
     print(
-        f"{output.train}: {len(output.plans)} episodes of {options.steps} steps; {reached} of "
+        f"{name}: {len(output.plans)} episodes of {options.steps} steps; {reached} of "
         f"{goals} goals reached ({reached / max(goals, 1):.0%}); {len(output.val_plans)} more in "
         f"{output.val.name}"
     )

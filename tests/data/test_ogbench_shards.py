@@ -45,6 +45,11 @@ def filled(folder, path):
     return replay
 
 
+def test_half_a_file_that_a_killed_copy_left_is_none_of_them(folder):
+    (folder / ".part.pointmaze-medium-navigate-v0-003.npz").write_bytes(b"half")
+    assert len(read_shards(folder, MAZE).files) == len(list(folder.glob("point*[0-9].npz")))
+
+
 def test_the_files_in_turn_have_the_chunks_of_them_all(folder, tmp_path):
     window = Window(read_shards(folder, MAZE), "pretrain")
     sampler, found = window.sampler(**CHUNKS), []
@@ -102,11 +107,13 @@ def test_memory_is_that_of_one_file_however_many_there_are(tmp_path):
         os.link(first, first.with_name(f"part-{number:02d}.npz"))
     window = Window(read_shards(first.parent, MAZE), "pretrain")
     sampler, held = window.sampler(**CHUNKS), []
-    for turn in range(8):
+    for turn in range(24):
         window.turn_to(turn)
         sampler.sample(8, np.random.default_rng(0))
         held.append(resident())
-    assert held[-1] - max(held[:3]) < 0.5 * size, "each file more would be that much more"
+    # What a process keeps of memory that was freed differs from one turn to the next by a file or
+    # two; files that were held would be 16 more.
+    assert max(held[16:]) - max(held[:8]) < 6 * size, "each file more would be that much more"
 
 
 def resident():

@@ -26,9 +26,21 @@ def test_the_first_signal_only_asks_and_says_so(which, capfd):
     assert "stopping after this update" in capfd.readouterr().err
 
 
-def test_the_second_signal_acts():
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_acts(which):
     with InterruptGuard():
+        os.kill(os.getpid(), which)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), which)
+
+
+def test_one_wish_to_stop_that_comes_as_two_signals_only_asks(monkeypatch):
+    """A batch system signals every process of a job, and so does the study that is one of them."""
+    with InterruptGuard() as guard:
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert guard.requested
+        monkeypatch.setattr(interruption, "ECHO", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -79,13 +91,14 @@ def test_a_run_whose_terminal_is_gone_saves(tmp_path):
     assert saved.read_text() == "whole"
 
 
-def test_a_closing_terminal_asks_and_never_acts(capfd):
+def test_a_closing_terminal_asks_and_never_acts(capfd, monkeypatch):
     with stops_as_ctrl_c(), InterruptGuard() as guard:
         os.kill(os.getpid(), signal.SIGHUP)
         assert guard.requested
         # The shell, the kernel and the launcher's end all send their own.
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), LAUNCHER_DIED)
+        monkeypatch.setattr(interruption, "ECHO", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr().err.count("stopping after this update") == 1

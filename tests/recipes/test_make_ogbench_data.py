@@ -84,6 +84,7 @@ def test_a_stopped_folder_of_files_goes_on_with_the_one_that_was_begun(tmp_path,
         patch.setattr(recipe, "play_all", interrupted)
         assert run(tmp_path / "set", *flags) == 130
     capsys.readouterr()
+    assert not (tmp_path / "set").exists()  # which who waits for it would take for whole
     assert run(tmp_path / "set", *flags) == 0
     said = capsys.readouterr().out
     assert f"{MAZE}-000.npz is there already" in said
@@ -220,6 +221,22 @@ def test_an_existing_output_is_kept(tmp_path, capsys):
     (tmp_path / "d-val.npz").write_bytes(b"precious")
     assert run(tmp_path / "d.npz") == 2
     assert "d-val.npz exists already" in capsys.readouterr().err
+    (tmp_path / "set").mkdir()
+    assert run(tmp_path / "set", "--shards=2") == 2
+    assert "set exists already" in capsys.readouterr().err
+
+
+def test_a_command_killed_before_its_parts_were_gone_keeps_the_folder(tmp_path):
+    flags = ("--shards=2", "--episodes=1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.shutil, "rmtree", lambda _: pytest.fail("killed here"))
+        with pytest.raises(pytest.fail.Exception):
+            run(tmp_path / "set", *flags)
+    made = sorted(path.name for path in (tmp_path / "set").iterdir())
+    assert len(made) == 4
+    assert run(tmp_path / "set", *flags) == 0
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == made
+    assert not (tmp_path / "set.parts").exists()
 
 
 def test_a_killed_writer_leaves_no_half_an_episode(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from vla_trqam.study.plan import Step
 
 SCRIPT = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 folder, seconds, mode = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 asked = []
 signal.signal(signal.SIGINT, lambda *_: asked.append(1))
@@ -17,6 +17,7 @@ if mode == "fails":
     print("error: the data is no data")
     sys.exit(2)
 (folder / "config.yaml").write_text("begun")
+(folder / "gpu.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "any"))
 end = time.monotonic() + seconds
 while time.monotonic() < end:
     if asked:

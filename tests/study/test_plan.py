@@ -6,13 +6,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from vla_trqam.recipes import compare, sweep_kl
+from vla_trqam.recipes import compare, finetune_robomimic, study_runs, sweep_kl
 from vla_trqam.recipes.study_runs import read_run
 
-from vla_trqam.config.parsing import parse_config
+from vla_trqam.config.parsing import dump_config, parse_config
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.errors import UserError
 from vla_trqam.methods.registry import METHODS
-from vla_trqam.study.plan import Variant, as_flags, check_commands, make_plan
+from vla_trqam.study.plan import (
+    Variant,
+    as_flags,
+    check_commands,
+    make_plan,
+    shared_settings,
+)
 from vla_trqam.study.settings import CompareConfig, SweepConfig
 
 LIFT = {
@@ -90,6 +97,15 @@ def test_a_begun_run_is_gone_on_with_by_the_flags_that_a_resumed_run_takes(tmp_p
         ({"seeds": (1, 1)}, "--seeds=[1, 1] has one twice"),
         ({"workers": 0}, "--workers=0 must be at least 1"),
         ({"flags": {"seed": 3}}, "set seed, which the study sets by itself"),
+        (
+            {"flags": {"preset": "paper"}},
+            "set preset, which the study sets by itself: it stands in",
+        ),
+        ({"flags": {"num_threads": 4}}, "it is the study's own --num_threads"),
+        ({"flags": {"method.kl_budget": 1}}, "their knobs stand in the table's knobs"),
+        ({"flags": {"dataset.path": "own.npz"}}, "the flags of the task maze set dataset.path"),
+        ({"flags": {"policy.path": "own"}}, "begin with a base that the study makes"),
+        ({"flags": {"base_run": "own"}}, "begin with a base that the study makes"),
         ({"flags": {"evaluate_every": 60}}, "does not meet the end of its 100 offline updates"),
         ({"flags": {"stepz": 3}}, "--stepz is not a setting; did you mean --steps?"),
         ({"output_dir": None}, "--output_dir is missing"),
@@ -135,6 +151,36 @@ def test_a_study_may_get_more_methods_and_seeds_but_no_other_settings(tmp_path):
         check_commands(plan_of(config(tmp_path, flags={"batch_size": 8})), tmp_path)
     assert "begun with other flags (--batch_size=7, --batch_size=8)" in str(error.value)
     assert json.loads((tmp_path / "commands.json").read_text()) == kept
+
+
+def test_a_run_that_was_begun_with_another_preset_is_none_of_the_study(tmp_path, monkeypatch):
+    """Its command is the same; its success would stand beside knobs that it had not."""
+    settings = config(tmp_path, tasks=("lift",), seeds=(0,))
+    plan = plan_of(settings)
+    for step in plan.steps:
+        step.folder.mkdir(parents=True)
+        dump_config(step.config, step.folder / "config.yaml")
+    check_commands(plan, tmp_path)
+    presets = tmp_path / "presets.yaml"
+    presets.write_text(
+        finetune_robomimic.PRESETS.read_text().replace("base_episodes: ", "base_episodes: 1")
+    )
+    changed = {**study_runs.RECIPES, "finetune_robomimic": (FinetuneRobomimicConfig, presets)}
+    monkeypatch.setattr(study_runs, "RECIPES", changed)
+    with pytest.raises(UserError) as error:
+        check_commands(plan_of(settings), tmp_path)
+    assert "lift/base_s0/config.yaml has other settings: base_episodes is 1" in str(error.value)
+    assert "a preset has changed since" in str(error.value)
+
+
+def test_what_a_methods_runs_share_is_what_is_not_by_itself_so(tmp_path):
+    settings = config(tmp_path)
+    shared = shared_settings(settings, settings.task("maze"), "fql", read_run)
+    assert shared["steps"] == 100
+    assert shared["method.type"] == "fql"
+    assert not {"seed", "output_dir", "dataset.path", "discount"} & shared.keys()
+    lift = settings.task("lift")
+    assert shared_settings(settings, lift, "fql", read_run)["method.alpha"] == 7
 
 
 def test_flags_are_read_back_as_they_were():

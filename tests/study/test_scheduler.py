@@ -12,7 +12,7 @@ import pytest
 from fake_steps import calls, fake, span
 
 from vla_trqam.engine.folder.run_lock import RunLock
-from vla_trqam.study.scheduler import Scheduler, why
+from vla_trqam.study.scheduler import Scheduler, visible_gpus, why
 
 
 def run(steps, folder, workers=2, **more):
@@ -30,6 +30,23 @@ def test_runs_go_side_by_side_and_each_after_what_it_needs(tmp_path):
     assert ends["a"][0] >= ends["base"][1] <= ends["b"][0]
     assert ends["a"][0] < ends["b"][1]
     assert ends["b"][0] < ends["a"][1], "the two overlap in time"
+
+
+def test_each_run_has_the_gpu_that_fewest_others_have(tmp_path):
+    steps = [fake(tmp_path, name, 0.6) for name in "abcd"]
+    run(steps, tmp_path, workers=4, devices=("4", "7"))
+    had = sorted((tmp_path / name / "gpu.txt").read_text() for name in "abcd")
+    assert had == ["4", "4", "7", "7"]
+
+
+def test_the_gpus_are_those_that_the_variable_names(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-7f")
+    assert visible_gpus() == ("2", "GPU-7f")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == ()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert visible_gpus() == ("0", "1")
 
 
 def test_one_worker_runs_one_after_the_other(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from rliable import metrics
 from scipy import stats
 
 from vla_trqam.study.statistics import (
@@ -14,6 +15,7 @@ from vla_trqam.study.statistics import (
     mean_interval,
     mean_p,
     performance_profiles,
+    probability_of_improvement,
     rank_correlation,
     rate_interval,
     sign_flip_p,
@@ -57,6 +59,22 @@ def test_the_probability_of_improvement_counts_pairs_of_runs_and_halves_ties():
         ]
         assert found[name].value == pytest.approx(np.mean(wins))
     assert found["c"].value == 1.0
+
+
+def test_the_probability_of_improvement_is_rliables():
+    one, other = RNG.integers(0, 5, (4, 7)) / 4, RNG.integers(0, 5, (3, 7)) / 4
+    expected = metrics.probability_of_improvement(one, other)
+    assert probability_of_improvement(one, other) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_seed_has_no_interval():
+    alone = {name: scores[:1] for name, scores in SCORES.items()}
+    found = [*interquartile_means(alone).values(), *improvements(alone, "a").values()]
+    assert all(np.isnan([one.interval.low, one.interval.high]).all() for one in found)
+    assert not np.isnan([one.value for one in found]).any()
+    profile = performance_profiles(alone)["a"]
+    assert np.isnan(profile.low).all()
+    assert not np.isnan(profile.share).any()
 
 
 def test_a_profile_is_the_share_of_runs_above_a_success():

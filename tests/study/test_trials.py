@@ -189,6 +189,12 @@ def test_trials_that_are_known_are_not_made_again(tmp_path, tried):
     ):
         _, (plan,) = tried(config(tmp_path / "four", known_trials=path, **changes), {})
         assert len(plan.runs) == 4
+    # So they are where the recipe's preset has changed since.
+    for record in (records := first.records()):
+        record["made"]["settings"]["batch_size"] = 7
+    path.write_text(json.dumps({"trials": records}))
+    _, (plan,) = tried(config(tmp_path / "preset", known_trials=path), {})
+    assert len(plan.runs) == 4
     records = first.records()
     records[0]["rate"] = None
     path.write_text(json.dumps({"trials": records}))

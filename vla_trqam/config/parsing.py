@@ -161,16 +161,51 @@ def _check_kept(given: set[str], asked: Settings, kept: Settings, growing: Colle
     if not other:
         return
     flags = sorted(f"--{name}" for name in whole | (given & set(other)))
-    values = [
-        f"{name} is {as_yaml(asked.get(name))} here and {as_yaml(kept.get(name))} in the run"
-        for name in other[:MOST]
-    ]
-    more = f", and {len(other) - MOST} more differ" if len(other) > MOST else ""
     raise UserError(
         f"a resumed run keeps its settings, but for more of "
         f"{' and '.join(f'--{flag}' for flag in growing)}; leave out {', '.join(flags)}: "
-        f"{', '.join(values)}{more}"
+        f"{_told_apart(other, asked, kept)}"
     )
+
+
+def _told_apart(names: Sequence[str], asked: Settings, kept: Settings) -> str:
+    values = [
+        f"{name} is {as_yaml(asked.get(name))} here and {as_yaml(kept.get(name))} in the run"
+        for name in names[:MOST]
+    ]
+    more = f", and {len(names) - MOST} more differ" if len(names) > MOST else ""
+    return f"{', '.join(values)}{more}"
+
+
+def check_begun_with(config: RunSettings, path: Path) -> None:
+    """Refuses to take a run that was begun with other settings for one with these.
+
+    Args:
+        config: what it is to have.
+        path: of what :func:`dump_config` wrote then.
+
+    Raises:
+        UserError: names the settings that differ.
+    """
+    known = _known_flags(type(config))
+    both = config, saved_config(type(config), path)
+    asked, kept = (_flatten(settings_of(each), known) for each in both)
+    other = sorted(n for n in asked.keys() - ALLOWED if asked[n] != kept.get(n))
+    if other:
+        raise UserError(f"{path} has other settings: {_told_apart(other, asked, kept)}")
+
+
+def chosen_settings(config: RunSettings) -> Settings:
+    """What is not as the code has it by itself, by dotted name; a method's beside its type."""
+    plain = type(config)()
+    plain.method = type(config.method)()
+    known = _known_flags(type(config))
+    chosen, by_itself = (_flatten(settings_of(each), known) for each in (config, plain))
+    return {
+        name: value
+        for name, value in chosen.items()
+        if name == TYPE or value != by_itself.get(name)
+    }
 
 
 def with_settings[C](config: C, changes: Settings) -> C:

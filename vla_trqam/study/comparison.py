@@ -10,6 +10,7 @@ from typing import Any
 
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
+from vla_trqam.methods.base import MethodConfig
 from vla_trqam.report.page import write_json
 from vla_trqam.report.provenance import command_line, git_commit, machine, package_versions
 from vla_trqam.study.pictures import plot_aggregate, plot_curves
@@ -54,9 +55,7 @@ NOTES = (
     "interval of the seeds' scatter in each task, and a sign-flip test of the mean difference over "
     "tasks and seeds, corrected by Holm over all pairs.",
     "Rounds are the same number of episodes for every method, and a failure is longer than a "
-    "success: who fails more rolls out more steps. Each method has the optimiser of its authors: "
-    "TRQAM, QAM, QAM-E and SQAM clip the gradients of actor and critic to a norm of 1, the others "
-    "clip nothing.",
+    "success: who fails more rolls out more steps.",
     "Tried: each method's trials with their success, made before on other seeds; the best is what "
     "is compared.",
 )
@@ -90,7 +89,7 @@ def write_comparison(
         "## Success",
         success_table(results),
         *(part for stage in stages for part in stage.tables),
-        "\n".join(f"- {note}" for note in NOTES),
+        "\n".join(f"- {note}" for note in (*NOTES, clipping(configs)) if note),
         "## Settings",
         flags_table(tasks, settings.flags),
         knobs_table(tasks, results, configs, trials),
@@ -108,6 +107,19 @@ def write_comparison(
     rows = [result.row() for result in results]
     write_json(folder / "summary.json", {**summary, "runs": rows, "trials": trials.records()})
     return text
+
+
+def clipping(configs: Mapping[tuple[str, str], MethodConfig]) -> str:
+    """Which methods clip large gradients: as their authors do, unless a knob says otherwise."""
+    by_norm: dict[float | None, dict[str, None]] = {}
+    for (_, label), config in configs.items():
+        if hasattr(config, "max_grad_norm"):
+            by_norm.setdefault(config.max_grad_norm, {})[label] = None
+    told = [
+        f"{', '.join(labels)}: {'not at all' if norm is None else f'to a norm of {norm:g}'}"
+        for norm, labels in by_norm.items()
+    ]
+    return f"Gradients are clipped as each method's authors do. {'; '.join(told)}." if told else ""
 
 
 def _how_they_were_tried(settings: CompareConfig, trials: Trials) -> str:

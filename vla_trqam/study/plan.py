@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vla_trqam.config.parsing import check_begun_with, chosen_settings
 from vla_trqam.config.state_settings import StateRunConfig
 from vla_trqam.engine.base_record import OUTCOMES, RECORD_NAME
+from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.errors import UserError
 from vla_trqam.files import written_whole
 from vla_trqam.jobs.states import PRETRAIN
@@ -20,6 +22,16 @@ from vla_trqam.study.settings import StudySettings, StudyTask
 PACKAGE = "vla_trqam.recipes"
 RUNS, DATA, COMMANDS = "runs", "data", "commands.json"
 REPORT = "report.json"
+OWNED = {
+    "seed": "there is a run for each of --seeds",
+    "output_dir": "every run has a folder in the study's",
+    "preset": "it stands in the table's entry",
+    "num_threads": "it is the study's own --num_threads",
+    "base_run": "the runs of a task and seed begin with a base that the study makes",
+    "policy.path": "the runs of a task and seed begin with a base that the study makes",
+    "method": "methods are the study's, and their knobs stand in the table's knobs",
+}
+"""What flags cannot set, and where it is set instead."""
 ReadRun = Callable[[str, Sequence[str]], StateRunConfig]
 """From a recipe's name and the flags of a run to its settings; refuses what cannot work."""
 
@@ -56,6 +68,7 @@ class Step:
         resume: the command that goes on with it; None for one that is just begun again.
         updates: how many it makes, for the time that is left.
         phases: in which it makes them.
+        config: settings of the run that it makes, presets and defaults included.
     """
 
     name: str
@@ -66,6 +79,7 @@ class Step:
     resume: tuple[str, ...] | None = None
     updates: int = 0
     phases: tuple[str, ...] = ()
+    config: StateRunConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,8 @@ def make_plan(settings: StudySettings, variants_in: VariantsIn, read: ReadRun) -
 def check_commands(plan: Plan, folder: Path) -> None:
     """Keeps the commands of all steps; one that was begun with another is not gone on with.
 
-    A step whose folder is not there is begun anew, whatever its command was.
+    A step whose folder is not there is begun anew, whatever its command was. A run has the settings
+    that its command named then, whatever the preset says by now.
 
     Raises:
         UserError: the study in the folder has other settings.
@@ -149,10 +164,22 @@ def check_commands(plan: Plan, folder: Path) -> None:
                 f"{folder} has a study whose {step.name} was begun with other flags "
                 f"({', '.join(changed)}); choose another --output_dir, or remove that folder"
             )
+        if step.config is not None and (step.folder / CONFIG_NAME).is_file():
+            _check_settings(step.config, step.folder)
     folder.mkdir(parents=True, exist_ok=True)
     every = before | {step.name: _lasting(step.command) for step in plan.steps}
     with written_whole(path) as part:
         part.write_text(json.dumps(every, indent=1) + "\n")
+
+
+def _check_settings(config: StateRunConfig, folder: Path) -> None:
+    try:
+        check_begun_with(config, folder / CONFIG_NAME)
+    except UserError as error:
+        raise UserError(
+            f"{error}; a preset has changed since: choose another --output_dir, remove that "
+            "folder, or give the preset its values back"
+        ) from None
 
 
 def _lasting(command: Sequence[str]) -> list[str]:
@@ -187,6 +214,7 @@ def _base_step(settings: StudySettings, task: StudyTask, seed: int, read: ReadRu
         done=folder / RECORD_NAME / OUTCOMES,
         needs=() if task.data is None else (f"{task.name}/data",),
         resume=_resume(settings, task, folder),
+        config=config,
         updates=config.pretrain.steps,
         phases=(PRETRAIN,),
     )
@@ -202,12 +230,10 @@ def _run(
 ) -> StudyRun:
     name = f"{task.name}/{variant.label}_s{seed}"
     folder = _folder(settings, name)
-    knobs = {**task.knobs.get(variant.method, {}), **variant.knobs}
     flags = [
         *_task_flags(settings, task, seed),
         f"--base_run={base.folder}",
-        f"--method.type={variant.method}",
-        *as_flags({f"method.{knob}": value for knob, value in knobs.items()}),
+        *_method_flags(task, variant),
         f"--output_dir={folder}",
     ]
     config = read(task.recipe, flags)
@@ -219,10 +245,32 @@ def _run(
         done=folder / REPORT,
         needs=(base.name,),
         resume=_resume(settings, task, folder),
+        config=config,
         updates=config.steps + config.online.steps,
         phases=TRAINING_PHASES,
     )
     return StudyRun(task.name, variant.label, seed, folder, config, step)
+
+
+def _method_flags(task: StudyTask, variant: Variant) -> list[str]:
+    knobs = {**task.knobs.get(variant.method, {}), **variant.knobs}
+    named = as_flags({f"method.{knob}": value for knob, value in knobs.items()})
+    return [f"--method.type={variant.method}", *named]
+
+
+def shared_settings(
+    settings: StudySettings, task: StudyTask, method: str, read: ReadRun
+) -> dict[str, Any]:
+    """What a method's runs in a task have beside a variant's knobs and a seed, by dotted name.
+
+    Only what is not as the code has it by itself: a later version may have more settings.
+    """
+    (seed, *_) = settings.seeds
+    own = [*_task_flags(settings, task, seed), *_method_flags(task, Variant(method, method, {}))]
+    chosen = chosen_settings(read(task.recipe, [*own, f"--output_dir={settings.output_dir}"]))
+    where = {"seed", "output_dir", "num_threads"}
+    where |= set() if task.data is None else {"dataset.path"}
+    return {name: value for name, value in chosen.items() if name not in where}
 
 
 def _check_evaluations(config: StateRunConfig, name: str) -> None:
@@ -238,14 +286,16 @@ def _check_evaluations(config: StateRunConfig, name: str) -> None:
 def _task_flags(settings: StudySettings, task: StudyTask, seed: int) -> list[str]:
     """What all runs of a task and seed share."""
     flags = {"eval.num_workers": 1, "eval.videos": 0, **task.flags, **settings.flags}
+    owned = OWNED if task.data is None else {**OWNED, "dataset.path": "the task's data makes it"}
+    for name in flags:
+        why = owned.get(name.partition(".")[0], owned.get(name))
+        if why is not None:
+            raise UserError(
+                f"the flags of the task {task.name} set {name}, which the study sets by itself: "
+                f"{why}"
+            )
     if task.data is not None:
         flags["dataset.path"] = str(_data_file(settings, task))
-    owned = [name for name in flags if name in ("seed", "output_dir") or name.startswith("method")]
-    if owned:
-        raise UserError(
-            f"the flags of the task {task.name} set {owned[0]}, which the study sets by itself; "
-            "a method's knobs stand in the table's knobs"
-        )
     return [
         f"--preset={task.preset}",
         *as_flags(flags),

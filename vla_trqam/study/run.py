@@ -15,7 +15,7 @@ from vla_trqam.study.plan import (
 )
 from vla_trqam.study.progress import StudyProgress
 from vla_trqam.study.results import Result, read_results
-from vla_trqam.study.scheduler import LOGS, Scheduler
+from vla_trqam.study.scheduler import LOGS, Scheduler, visible_gpus
 from vla_trqam.study.settings import StudySettings
 
 DONE, FAILED, STOPPED = 0, 1, 130
@@ -64,6 +64,7 @@ def carried_out(settings: StudySettings, plan: Plan) -> list[str] | None:
         plan.steps,
         workers=settings.workers or usable_cores(),
         logs=folder / LOGS,
+        devices=visible_gpus(),
         say=progress.say,
         show=progress.show,
     )

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+import torch
+
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.engine.folder.run_lock import at_work
 from vla_trqam.study.plan import Step
@@ -22,6 +24,7 @@ from vla_trqam.study.plan import Step
 LOGS = "logs"
 TICK = 0.2
 """Seconds between looks at the processes."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -56,6 +59,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     log: BinaryIO
     log_start: int
+    device: str | None
 
 
 class StopRequest:
@@ -87,6 +91,7 @@ class Scheduler:
         steps: each after those it needs.
         workers: steps side by side.
         logs: folder of a log file for each.
+        devices: names of the GPUs, of which each step has the one that fewest others have.
         say: gets a sentence when a step fails.
         show: is told the standing at every look.
         tick: seconds between looks.
@@ -98,12 +103,14 @@ class Scheduler:
         *,
         workers: int,
         logs: Path,
+        devices: Sequence[str] = (),
         say: Callable[[str], None] = print,
         show: Callable[[Standing], None] = lambda _: None,
         tick: float = TICK,
     ) -> None:
         self.standing = Standing(steps)
         self._workers, self._logs, self._tick = workers, logs, tick
+        self._devices = devices
         self._say, self._show = say, show
         self._running: list[_Running] = []
         self._told: set[str] = set()
@@ -169,18 +176,24 @@ class Scheduler:
         step.folder.parent.mkdir(parents=True, exist_ok=True)
         log = log_path(self._logs, step).open("ab")
         start = log.tell()
+        device = self._freest_device()
+        chosen = {} if device is None else {VISIBLE: device}
         # A session of its own: the terminal's Ctrl-C is ours to pass on, once.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | chosen,
             start_new_session=True,
             preexec_fn=_ends_with_parent,
         )
-        self._running.append(_Running(step, process, log, start))
+        self._running.append(_Running(step, process, log, start, device))
         self.standing.running[step.name] = step
+
+    def _freest_device(self) -> str | None:
+        taken = [one.device for one in self._running]
+        return min(self._devices, key=taken.count, default=None)
 
     def _reap(self, *, asked: bool) -> None:
         for running in [one for one in self._running if one.process.poll() is not None]:
@@ -203,6 +216,14 @@ class Scheduler:
                     os.killpg(running.process.pid, number)
                 else:
                     running.process.send_signal(number)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """As CUDA_VISIBLE_DEVICES names them, or all of the machine's."""
+    named = os.environ.get(VISIBLE)
+    if named is not None:
+        return tuple(name.strip() for name in named.split(",") if name.strip())
+    return tuple(map(str, range(torch.cuda.device_count())))
 
 
 def log_path(logs: Path, step: Step) -> Path:

@@ -178,6 +178,8 @@ def mean_sd(values: Sequence[float]) -> str:
 
 
 def estimate(found: Estimate) -> str:
-    """A share and its interval."""
+    """A share and its interval, where there is one."""
     low, high = found.interval.low, found.interval.high
+    if np.isnan(low):
+        return percent(found.value)
     return f"{percent(found.value)} ({percent(low)} to {percent(high)})"

@@ -13,7 +13,7 @@ import numpy as np
 from vla_trqam.engine.folder.run_folder import DIVERGED_NAME
 from vla_trqam.errors import UserError, one_line
 from vla_trqam.report.formats import percent
-from vla_trqam.study.plan import Plan, ReadRun, Variant, make_plan
+from vla_trqam.study.plan import Plan, ReadRun, Variant, make_plan, shared_settings
 from vla_trqam.study.results import read_results
 from vla_trqam.study.run import carried_out
 from vla_trqam.study.settings import CompareConfig, StudyTask
@@ -26,7 +26,7 @@ class Trial:
     Attributes:
         knobs: by name.
         rate: mean success at the end, over the trials' seeds; None where a run diverged.
-        made: what else decided about it: recipe, preset, flags, seeds.
+        made: what else decided about it: recipe, settings, data, seeds.
     """
 
     knobs: Mapping[str, Any]
@@ -77,12 +77,15 @@ class Trials:
         ]
 
     def lacking(
-        self, task: StudyTask, methods: Sequence[str], settings: CompareConfig
+        self, task: StudyTask, methods: Sequence[str], settings: CompareConfig, read: ReadRun
     ) -> list[str]:
-        """Of which methods the trials that a task wants are not here, or were made otherwise."""
+        """Of which methods the trials that a task wants are not here, or were made otherwise.
+
+        The settings are those of the trials.
+        """
         missing = []
         for method in methods:
-            made = _made(settings, task, method)
+            made = _made(settings, task, method, read)
             wanted = [(dict(knobs), made) for knobs in task.trials.get(method, ())]
             known = self.found.get((task.name, method), ())
             whole = all(trial.rate is not None for trial in known)
@@ -124,9 +127,14 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     """
     path = settings.known_trials
     known = Trials({}) if path is None else known_trials(path)
-    to_make = {
-        task.name: known.lacking(task, settings.methods, settings) for task in settings.tuned()
-    }
+    own = replace(
+        settings,
+        # Not those that are compared, which would be refused twice.
+        seeds=settings.trial_seeds,
+        trial_seeds=settings.seeds,
+        flags={**settings.flags, **settings.trial_flags},
+    )
+    to_make = {task.name: known.lacking(task, own.methods, own, read) for task in settings.tuned()}
     kept = {
         (task, method): tried
         for (task, method), tried in known.found.items()
@@ -135,14 +143,7 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     tasks = tuple(name for name, methods in to_make.items() if methods)
     if not tasks:
         return Trials(kept)
-    own = replace(
-        settings,
-        tasks=tasks,
-        # Not those that are compared, which would be refused twice.
-        seeds=settings.trial_seeds,
-        trial_seeds=settings.seeds,
-        flags={**settings.flags, **settings.trial_flags},
-    )
+    own = replace(own, tasks=tasks)
     plan = make_plan(own, lambda task: _variants(task, to_make[task.name]), read)
     failed = carried_out(own, plan)
     if failed is None:
@@ -154,9 +155,9 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
 
     def trial(task: StudyTask, variant: Variant) -> Trial:
         own_rates = rates.get((task.name, variant.label), [])
-        whole = len(own_rates) == len(settings.trial_seeds)
+        whole = len(own_rates) == len(own.seeds)
         rate = float(np.mean(own_rates)) if whole else None
-        return Trial(variant.knobs, rate, _made(settings, task, variant.method))
+        return Trial(variant.knobs, rate, _made(own, task, variant.method, read))
 
     found: dict[tuple[str, str], list[Trial]] = {}
     for task in map(settings.task, tasks):
@@ -165,15 +166,13 @@ def made_trials(settings: CompareConfig, read: ReadRun) -> Trials | None:
     return Trials({**kept, **found})
 
 
-def _made(settings: CompareConfig, task: StudyTask, method: str) -> dict[str, Any]:
+def _made(settings: CompareConfig, task: StudyTask, method: str, read: ReadRun) -> dict[str, Any]:
     """What decides about a trial beside its knobs, as it is read from a file."""
     made = {
         "recipe": task.recipe,
-        "preset": task.preset,
-        "flags": {**task.flags, **settings.flags, **settings.trial_flags},
-        "knobs": task.knobs.get(method, {}),
+        "settings": shared_settings(settings, task, method, read),
         "data": None if task.data is None else asdict(task.data),
-        "seeds": settings.trial_seeds,
+        "seeds": settings.seeds,
     }
     read: dict[str, Any] = json.loads(json.dumps(made))
     return read

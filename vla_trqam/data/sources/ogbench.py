@@ -361,7 +361,9 @@ def _files(path: Path) -> tuple[Path, ...]:
         raise UserError(f"--dataset.path={path} does not exist; it must be an npz or a folder")
     if not path.is_dir():
         return (path,)
-    files = tuple(sorted(p for p in path.glob("*.npz") if not p.name.endswith(VALIDATION)))
+    # What begins with a dot is half of a file, as a killed copy or download leaves it.
+    named = (p for p in path.glob("[!.]*.npz") if not p.name.endswith(VALIDATION))
+    files = tuple(sorted(named))
     if not files:
         raise UserError(f"--dataset.path={path} is a folder without an npz of training data")
     return files

@@ -23,7 +23,11 @@ LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch"} | 
     *("torchrun", "torch.distributed.run", "torch.distributed.launch")
 }
 ECHO = 2.0
-"""Seconds in which torchrun sends on to its processes what the terminal has sent them already."""
+"""Seconds in which one wish to stop may come twice.
+
+torchrun sends on what the terminal has sent its processes already; and where a batch system signals
+every process of a job, so does a study, by Ctrl-C.
+"""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,15 +38,15 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 class InterruptGuard:
     """While open, the first signal to stop only sets :attr:`requested`.
 
-    Ctrl-C and SIGTERM act when they come again. A terminal that closes (SIGHUP) and a launcher that
-    dies come along with others, and only ever ask.
+    Ctrl-C and SIGTERM act when they come again, but not the one right after the other. A terminal
+    that closes (SIGHUP) and a launcher that dies come along with others, and only ever ask.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.requested = False
         self._quiet = quiet
         self._previous: dict[signal.Signals, object] = {}
-        self._first = -ECHO
+        self._first = (0, -ECHO)
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, *_stops()):
@@ -59,18 +63,20 @@ class InterruptGuard:
         if number == signal.SIGHUP:
             _leave_closed_terminal()
         if self.requested:
-            if number in (signal.SIGINT, signal.SIGTERM) and not self._is_echo():
+            if number in (signal.SIGINT, signal.SIGTERM) and not self._is_echo(number):
                 raise KeyboardInterrupt
             return
-        self.requested, self._first = True, time.monotonic()
+        self.requested, self._first = True, (number, time.monotonic())
         if self._quiet:
             return
         # Not print: the signal may have come in the middle of one.
         with suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, MESSAGE)
 
-    def _is_echo(self) -> bool:
-        return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._first < ECHO
+    def _is_echo(self, number: int) -> bool:
+        first, when = self._first
+        is_another = number != first or "TORCHELASTIC_RUN_ID" in os.environ
+        return is_another and time.monotonic() - when < ECHO
 
 
 def _leave_closed_terminal() -> None:
