@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
@@ -50,6 +51,8 @@ TOKENIZER = "tokenizer_processor"
 RENAMING = "rename_observations_processor"
 """LeRobot's names for the steps by which every supported policy tokenizes, and renames cameras."""
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
 AdapterUse = Literal["merge", "continue"]
 
 
@@ -82,6 +85,7 @@ def load_policy(
     overrides: Sequence[str] = (),
     processor_overrides: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: Path | None = None,
+    seed: int | None = None,
     say: Callable[[str], None] = print,
 ) -> LeRobotFlowPolicy:
     """A policy ready to be fine-tuned, in evaluation mode, its base being the policy as loaded.
@@ -105,6 +109,7 @@ def load_policy(
         processor_overrides: by step name, as LeRobot's ``preprocessor_overrides``, for example
             ``{"color_processor": {"space": "rgb"}}``.
         tokenizer: folder of the tokenizer that takes the place of the preprocessor's.
+        seed: of new adapters, whatever was drawn before them; None draws on.
         say: gets each thing that is set right, once.
 
     Raises:
@@ -137,6 +142,8 @@ def load_policy(
     reconcile(config, processors, checkpoint.source, say)
     if not isinstance(model, PeftModel):
         if lora is not None:
+            if seed is not None:
+                torch.manual_seed(seed)
             model = with_lora(model, family, lora, Path(checkpoint.source))
         elif in_float32 and family.mixes_precisions:
             _widen(model, family.trained_parts, say)
@@ -193,6 +200,9 @@ def fetch(path: str | Path, revision: str | None = None) -> Checkpoint:
     if folder.is_absolute() or str(path).startswith((".", "~")):
         raise UserError(f"{path} is not a folder")
     try:
+        if not (constants.HF_HUB_OFFLINE or COMMIT.fullmatch(revision or "")):
+            # Asked first: huggingface_hub would give an older copy where the Hub does not answer.
+            HfApi().model_info(str(path), revision=revision)
         found = snapshot_download(str(path), revision=revision, ignore_patterns=NOT_FETCHED)
     except HFValidationError:
         raise UserError(f"{path} is neither a folder nor a name of the form user/policy") from None

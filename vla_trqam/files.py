@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PART = ".part."
+"""Begins the name of what is being written."""
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -18,7 +21,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     and the next writer of that name removes.
     """
     # The suffix stays at the end, for writers that tell the format by it.
-    part = path.with_name(f".part.{path.name}")
+    part = path.with_name(f"{PART}{path.name}")
     _remove(part)
     try:
         yield part

@@ -238,8 +238,12 @@ def test_a_hub_repository_is_fetched_and_remembered_by_name_and_commit(tmp_path:
     target = "vla_trqam.adapters.loading.snapshot_download"
     commit = "0123456789abcdef" * 2 + "01234567"
     snapshot = shutil.copytree(checkpoint("tiny_pi0"), tmp_path / "snapshots" / commit)
-    with mock.patch(target, return_value=str(snapshot)) as download:
+    with (
+        mock.patch("huggingface_hub.HfApi.model_info") as asked,
+        mock.patch(target, return_value=str(snapshot)) as download,
+    ):
         policy = load_policy("someone/policy", revision="v2", lora=LORA)
+    asked.assert_called_once_with("someone/policy", revision="v2")
     assert download.call_args.args == ("someone/policy",)
     assert download.call_args.kwargs["revision"] == "v2"
     policy.save_pretrained(tmp_path / "saved")
@@ -486,7 +490,47 @@ def test_a_path_that_leads_nowhere_is_refused(path: str) -> None:
         load_policy(path)
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence() -> None:
+@pytest.mark.parametrize(
+    ("revision", "offline", "asked"), [(None, False, 1), ("a" * 40, False, 0), (None, True, 0)]
+)
+def test_an_older_copy_is_not_taken_where_the_hub_does_not_answer(
+    revision: str | None, offline: bool, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub would, without a word. A commit has no older copy."""
+    cached, calls = str(checkpoint("tiny_pi0")), []
+
+    def fails(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise ConnectionError("401 Client Error")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fails)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("vla_trqam.adapters.loading.snapshot_download", lambda *_, **__: cached)
+    if asked:
+        with pytest.raises(UserError, match="Hub did not give it: ConnectionError: 401 Client"):
+            fetch("someone/policy", revision)
+    else:
+        assert str(fetch("someone/policy", revision).folder) == cached
+    assert len(calls) == asked
+
+
+def test_new_adapters_are_those_of_the_seed_whatever_was_merged_before(tmp_path: Path) -> None:
+    """A run that begins anew finds its merged base, and nothing to merge."""
+    moved("tiny_pi0", lora=True).save_pretrained(tmp_path / "adapters")
+    first = load_policy(tmp_path / "adapters", lora=LORA, seed=3)
+    first.save_base(tmp_path / "base")
+    again = load_policy(tmp_path / "base", lora=LORA, seed=3)
+    other = load_policy(tmp_path / "base", lora=LORA, seed=4)
+    ours, same, others = (
+        torch.cat([p.flatten() for p in each.trainable_parameters()])
+        for each in (first, again, other)
+    )
+    assert torch.equal(ours, same)
+    assert not torch.equal(ours, others)
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     target = "vla_trqam.adapters.loading.snapshot_download"
     with (
         mock.patch(target, side_effect=ConnectionError("no route\nto host")),

@@ -169,7 +169,7 @@ def test_the_loss_uses_lambda_before_its_step_and_the_kl_before_the_weights_step
 
 
 def test_target_networks_follow_the_weights_as_they_were_before_the_step() -> None:
-    method = method_of(TRQAMConfig(train_base=True, base_ema_rate=0.3))
+    method = method_of(TRQAMConfig(train_base=True, base_ema_rate=0.3), target_rate=0.2)
     with torch.no_grad():
         for parameter in [
             *method.critic.online.parameters(),
@@ -179,7 +179,7 @@ def test_target_networks_follow_the_weights_as_they_were_before_the_step() -> No
     old = weights(method)
     method.update_with(batch_of(), noise_of())
     new = weights(method)
-    pairs = {"critic.target": ("critic.online", 0.005), "policy.base": ("policy.behaviour", 0.3)}
+    pairs = {"critic.target": ("critic.online", 0.2), "policy.base": ("policy.behaviour", 0.3)}
     for average, (current, rate) in pairs.items():
         for name in [n for n in old if n.startswith(f"{average}.")]:
             source = old[name.replace(average, current)]

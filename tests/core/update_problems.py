@@ -14,7 +14,9 @@ from vla_trqam.methods.trqam import TRQAM, TRQAMConfig, UpdateNoise
 OBSERVATION, HORIZON, ACTION, BATCH, STEPS = 5, 2, 3, 12, 6
 
 
-def method_of(config: TRQAMConfig | None = None, *, moved: bool = True) -> TRQAM:
+def method_of(
+    config: TRQAMConfig | None = None, *, moved: bool = True, **of_critic: float
+) -> TRQAM:
     """The same weights at every call; `moved` puts the tuned field away from its base."""
     torch.manual_seed(0)
     shape = MLPFlowConfig(OBSERVATION, ACTION, HORIZON, (24, 24), num_flow_steps=STEPS)
@@ -23,7 +25,7 @@ def method_of(config: TRQAMConfig | None = None, *, moved: bool = True) -> TRQAM
         with torch.no_grad():
             for parameter in policy.tuned.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    critic = Critic(CriticEnsemble(OBSERVATION, HORIZON * ACTION, (24, 24), 3))
+    critic = Critic(CriticEnsemble(OBSERVATION, HORIZON * ACTION, (24, 24), 3), **of_critic)
     return TRQAM(policy, critic, config or TRQAMConfig())
 
 

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from toy_task import homing_policy, roll_out
 
+from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
 from vla_trqam.data.union import UnionSampler
+from vla_trqam.engine import finetune
 from vla_trqam.engine.alarms import Alarms, q_range, reward_range
+from vla_trqam.engine.processes.team import Team
+from vla_trqam.methods.sac_flow import SACFlowConfig
 
 FINE = {
     "lam": 1.0,
@@ -166,6 +170,12 @@ def test_rewards_are_those_of_the_kind_or_of_the_data(kind, rolls_out, expected,
     buffer.close()
 
 
+def test_a_q_that_holds_more_than_rewards_has_no_bounds_from_them():
+    """SAC Flow's has an entropy in it: it is far below all returns and does not diverge."""
+    config = FinetuneRobomimicConfig(method=SACFlowConfig())
+    assert finetune._q_range(config, None, Team()) is None
+
+
 def test_dense_rewards_lie_between_the_worst_of_all_data_and_0(tmp_path):
     samplers = []
     for worst in (-3.0, -7.0):
@@ -175,6 +185,8 @@ def test_dense_rewards_lie_between_the_worst_of_all_data_and_0(tmp_path):
         episode = roll_out(homing_policy(2, 0.2), 3, 12)
         missing = worst + np.arange(episode.num_steps, dtype=np.float32) % 4
         buffer.add(replace(episode, rewards=missing), source="dataset")
+        # What was rolled out is there from the beginning in a run that is gone on with alone.
+        buffer.add(replace(episode, rewards=missing - 9), source="online")
         samplers.append(
             buffer.sampler(
                 chunk_length=2, discount=0.9, short_chunks="pad", reward=RewardSpec("dense")

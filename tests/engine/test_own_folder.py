@@ -61,8 +61,11 @@ def names(folder):
 def test_only_a_new_run_wants_an_empty_folder(tmp_path):
     check_output_dir(tmp_path / "new", resume=False)
     check_output_dir(tmp_path, resume=False)
-    for left_by_a_kill in (LOCK_NAME, "inputs.json"):
+    # A merged base is gigabytes, and written before the settings.
+    for left_by_a_kill in (LOCK_NAME, "inputs.json", "command.txt", ".part.config.yaml"):
         (tmp_path / left_by_a_kill).touch()
+    for folder in (".part.base_policy", "base_policy"):
+        (tmp_path / folder).mkdir()
     check_output_dir(tmp_path, resume=False)
     (tmp_path / "file").write_text("x")
     check_output_dir(tmp_path, resume=True)

@@ -214,7 +214,7 @@ def fql_losses(ours: Reference, rows: list[Row], draws: Weights) -> Weights:
         distances += [(a - b) ** 2 for a, b in zip(action, flow, strict=True)]
         heads = ours.q(CRITIC, row.observation, action.clamp(-1, 1), fixed=True)
         values += heads
-        sizes += [abs(float(q.detach())) for q in heads]
+        sizes.append(abs(float(sum(q.detach() for q in heads)) / len(heads)))
     distill, value = sum(distances) / len(distances), sum(values) / len(values)
     scale = sum(sizes) / len(sizes) if ours.config.get("normalize_q_loss", False) else 1.0
     found = {"td": td_loss(ours, rows, next_values), "distill": distill, "value": value}

@@ -14,8 +14,10 @@ import pytest
 import yaml
 from pushed_run import COMMAND, CONFIG, make_adapter, write_checkpoint, write_run
 
+from vla_trqam.errors import UserError
 from vla_trqam.hub.card_facts import find_checkpoint, is_on_the_hub, read_facts
 from vla_trqam.hub.model_card import model_card
+from vla_trqam.hub.push import prepare_push
 
 REPO = "alice/lift"
 
@@ -275,6 +277,45 @@ def test_nothing_of_this_machine_is_taken_for_a_repository(tmp_path: Path):
     data = metadata(card_of(run, license_name=None))
     assert not {"base_model", "datasets", "license"} & data.keys()
     assert "a dataset that is not on the Hub" in card_of(run)
+
+
+def test_every_dataset_of_a_later_round_is_named_and_no_folder_is(tmp_path: Path):
+    """LeRobot's own folder of a dataset that was never pushed looks like a name on the Hub."""
+    more = [{"repo_id": "me/round_0"}, {"repo_id": "me/round_1"}]
+    run = with_config(tmp_path, dataset__more=more, policy__adapter="continue")
+    here = {"asked": "me/round_1", "folder": str(tmp_path), "commit": None, "files": {}}
+    there = {"folder": None, "commit": "0" * 40, "files": {}}
+    pins = {
+        "dataset": there | {"asked": "lab/rollouts"},
+        "dataset_2": there | {"asked": "me/round_0"},
+        "dataset_3": here,
+    }
+    (run / "inputs.json").write_text(json.dumps(pins))
+    card = card_of(run)
+    assert metadata(card)["datasets"] == ["lab/rollouts", "me/round_0"]
+    assert "datasets/me/round_0), a dataset that is not on the Hub" in card
+    assert "- updates of the policy in this run, beside those before it: 100" in card
+    go_on = "--dataset.repo_id=lab/rollouts '--dataset.more=[{repo_id: me/round_0}, {repo_id: "
+    assert go_on in card
+
+
+def test_an_export_of_a_later_round_keeps_the_base_that_its_adapters_name(
+    run: Path, tmp_path: Path
+):
+    make_adapter(run, "lab/other")
+    write_checkpoint(tmp_path / "export", 100)
+    export = tmp_path / "export/pretrained_model"
+    facts = read_facts(run, find_checkpoint(run), export)
+    assert facts.base == "lab/other"
+    assert not facts.is_adapter
+    with pytest.raises(UserError, match="is the base policy's own repository"):
+        prepare_push(run, "lab/other", policy=export)
+
+
+def test_a_policy_that_was_in_a_folder_then_is_no_repository_now(run: Path):
+    pin = {"asked": "lab/pi0", "folder": "/home/me/lab/pi0", "commit": None, "files": {}}
+    (run / "inputs.json").write_text(json.dumps({"policy": pin}))
+    assert read_facts(run, find_checkpoint(run)).base is None
 
 
 @pytest.mark.parametrize(

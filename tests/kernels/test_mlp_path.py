@@ -18,6 +18,7 @@ SHAPES = [
     ((1, 2), (16,), False, 3, 1),
     ((5, 7), (33, 17, 8), True, 6, 12),
     ((2, 2), (16, 16), False, 10, 33),
+    ((2, 1), (), False, 3, 5),
 ]
 SCHEMES = [Posterior(), ShiftedEuler(), ShiftedEuler(adjoint_time="same")]
 

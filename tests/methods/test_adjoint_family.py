@@ -453,9 +453,16 @@ def test_trqam_and_qam_have_nothing_of_their_own(config: TRQAMConfig) -> None:
     assert method.loss.draw(batch_of().action, STEPS, generator()).more == {}
 
 
-def test_an_edit_of_no_width_is_refused_behind_a_frozen_flow_and_is_qam_behind_a_tuned_one() -> (
-    None
-):
+def test_an_edit_of_no_width_is_refused_behind_a_frozen_flow() -> None:
     with pytest.raises(UserError, match=r"edit_scale is 0\.0, which leaves the base alone"):
         ResidualConfig(edit_scale=0.0)
-    assert QAMEConfig(edit_scale=0.0).edit_scale == 0.0
+
+
+def test_an_edit_of_no_width_behind_a_tuned_flow_acts_as_qam() -> None:
+    policy = method_of().policy  # tuned away from its base
+    assert isinstance(policy, MLPFlowPolicy)
+    context, chunks = policy.encode(batch_of().observation), []
+    for config in (QAMConfig(), QAMEConfig(edit_scale=0.0, edit_hidden_dims=(16,))):
+        noise = GeneratorNoise(generator(), BATCH, torch.device("cpu"))
+        chunks.append(family(config, policy).actor().chunk(context, noise))
+    torch.testing.assert_close(chunks[1], chunks[0].clamp(-1, 1))

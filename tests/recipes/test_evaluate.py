@@ -153,7 +153,8 @@ def test_what_does_not_go_together_is_one_sentence_and_leaves_no_folder(runs, tm
 def test_a_checkpoint_by_itself_acts_where_its_saved_policy_is_what_acts(runs, tmp_path, capsys):
     """As it is pulled from the Hub: without the settings of its run."""
     for name in ("trqam", "fql"):
-        shutil.copytree(runs[name] / "checkpoints/000012", tmp_path / name)
+        for part in ("pretrained_model", "algorithm"):
+            shutil.copytree(runs[name] / "checkpoints/000012" / part, tmp_path / name / part)
     found = compared(tmp_path / "out", f"--a={tmp_path / 'trqam'}", f"--b={runs['trqam']}")
     assert found["tuned_steps"] == found["base_steps"]
     ToyPool.rounds = []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from vla_trqam.adapters.mlp import MLPFlowPolicy
 from vla_trqam.recipes import finetune_ogbench, make_ogbench_data
 
 from vla_trqam.config.ogbench_settings import FinetuneOGBenchConfig
+from vla_trqam.config.parsing import dump_config
 from vla_trqam.data.episode import Episode
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.window import Window
 from vla_trqam.engine import finetune as engine
+from vla_trqam.errors import UserError
 from vla_trqam.jobs import states
 from vla_trqam.methods.fql import FQL
 from vla_trqam.methods.trqam import TRQAM
@@ -203,6 +206,18 @@ def test_a_run_is_not_gone_on_with_on_other_data(tiny, maze, tmp_path, monkeypat
     copy.write_bytes(maze.with_name("maze-val.npz").read_bytes())
     assert finetune_ogbench.main(["--resume=true", f"--output_dir={tmp_path / 'run'}"]) == 2
     assert "is not the one that the run" in capsys.readouterr().err
+
+
+def test_the_command_that_began_a_run_of_a_domain_takes_resume(tmp_path, capsys):
+    """The paper's settings of the domain are the preset's, also where the run is gone on with."""
+    task = "--env.task=cube-double-play-singletask-task2-v0"
+    flags = ["--preset=paper", task, f"--output_dir={tmp_path}"]
+    read = partial(states.read_config, FinetuneOGBenchConfig, finetune_ogbench.PRESETS)
+    begun = read(flags)
+    dump_config(begun, tmp_path / "config.yaml")
+    assert read([*flags, "--resume=true"]).dataset.reward == begun.dataset.reward == "dense"
+    with pytest.raises(UserError, match="leave out --preset"):
+        read([*flags[1:], "--preset=scene", "--resume=true"])
 
 
 LIMITS = {"default": 600, "cube_single": 200, "puzzle_3x3": 500, "scene": 500, "paper": 500}

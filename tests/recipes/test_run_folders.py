@@ -16,6 +16,7 @@ from vla_trqam.config.state_settings import FinetuneRobomimicConfig
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.folder import own_folder
 from vla_trqam.engine.folder.checkpoints import read_position
+from vla_trqam.errors import UserError
 from vla_trqam.jobs import states
 from vla_trqam.jobs.kinds import settings_of_run
 from vla_trqam.methods.bc import BehaviourCloning
@@ -277,6 +278,73 @@ def test_the_settings_file_names_the_new_number_before_anything_is_trained(
             go_on(folder, "--steps=6")
     assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml").steps == 6
     assert own_folder.last_checkpoint(folder).name == "000004"
+
+
+@pytest.mark.parametrize("place", ["_set_up", "prepare_torch"])
+def test_a_command_that_is_refused_leaves_the_run_as_it_was(
+    place, tiny, no_conclusion, tmp_path, monkeypatch
+):
+    """A number that was mistyped could not be taken back."""
+    folder = tmp_path / "run"
+    assert tiny(folder, *OFFLINE, "--save_freq=2") == 0
+    (folder / "diverged.txt").write_text("it did")
+    before = saved_config(FinetuneRobomimicConfig, folder / "config.yaml")
+
+    def refused(*_, **__):
+        raise UserError("there is no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, place, refused)
+        assert go_on(folder, "--online.steps=40000") == 2
+    assert saved_config(FinetuneRobomimicConfig, folder / "config.yaml") == before
+    assert (folder / "diverged.txt").exists()
+    assert go_on(folder, "--online.steps=6") == 0
+    assert not (folder / "diverged.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [("states.StateJob.opened", None), ("own_folder.check_launched_alike", None)],
+)
+def test_a_command_that_is_refused_does_not_go_back(
+    place, change, tiny, no_conclusion, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    assert tiny(folder, *OFFLINE, "--save_freq=2") == 0
+    there = sorted(path.name for path in folder.rglob("*"))
+
+    def refused(*_, **__):
+        raise UserError("it has other processes")
+
+    with pytest.MonkeyPatch.context() as patch:
+        owner, *names = place.split(".")
+        for part in names[:-1]:
+            owner = getattr({"states": states}[owner], part)
+        owner = own_folder if owner == "own_folder" else owner
+        patch.setattr(owner, names[-1], refused)
+        assert go_on(folder, "--checkpoint=000002") == 2
+    assert own_folder.last_checkpoint(folder).name == "000004"
+    assert sorted(path.name for path in folder.rglob("*")) == there
+
+
+def test_the_flags_of_a_resumed_run_are_beside_its_own_settings(tiny, no_conclusion, tmp_path):
+    """Not beside those of a preset, which may not go together with them."""
+    folder = tmp_path / "run"
+    assert tiny(folder, *OFFLINE) == 0
+    presets = tmp_path / "presets.yaml"
+    presets.write_text("default: {online: {steps: -1}}")
+    flags = ["--resume=true", f"--output_dir={folder}", "--online.steps=6"]
+    assert states.read_config(FinetuneRobomimicConfig, presets, flags).online.steps == 6
+    with pytest.raises(UserError, match="leave out --batch_size: batch_size is 7 here and"):
+        states.read_config(FinetuneRobomimicConfig, presets, [*flags, "--batch_size=7"])
+
+
+def test_a_new_run_from_the_checkpoint_of_one_with_anothers_base_does_not_ask_for_that_base(
+    tmp_path,
+):
+    config = FinetuneRobomimicConfig(base_run=tmp_path / "base")
+    assert "--base_run=null" in states._restart(config, tmp_path)
+    assert "--base_run=null" not in states._restart(FinetuneRobomimicConfig(), tmp_path)
 
 
 def test_a_run_is_not_gone_on_with_on_other_data(tiny, no_conclusion, toy_file, tmp_path, capsys):

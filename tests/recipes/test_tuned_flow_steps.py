@@ -161,6 +161,10 @@ def test_a_given_policy_is_tuned_with_other_steps(tiny, resume, no_conclusion, f
             "--policy.num_flow_steps=1 is too few for the posterior",
         ),
         (
+            ["--method.type=sqam", "--method.scheme=shifted_euler", "--policy.tuned_flow_steps=1"],
+            "--policy.tuned_flow_steps=1 is too few for the scalar adjoint of the shifted_euler",
+        ),
+        (
             ["--method.type=cgql", "--policy.tuned_flow_steps=1"],
             "--policy.tuned_flow_steps=1 is too few for cgql, whose guidance begins with the secon",
         ),

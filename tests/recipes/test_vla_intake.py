@@ -32,10 +32,18 @@ from vla_runs import (
     without_simulator,
 )
 
+from vla_trqam.config.settings import OnlineConfig
+from vla_trqam.config.vla_settings import (
+    FinetuneVLAConfig,
+    PeftConfig,
+    VLADatasetConfig,
+    VLAPolicyConfig,
+)
 from vla_trqam.data.frames import image_key
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sources.lerobot.pictures import Pictures
 from vla_trqam.engine.cached import Cached
+from vla_trqam.errors import UserError
 from vla_trqam.jobs import vla_inputs
 from vla_trqam.preflight import memory as preflight_memory
 
@@ -210,6 +218,31 @@ def test_adapters_on_a_base_of_this_machine_are_not_pushed(
     assert main(*flags, f"--output_dir={tmp_path / 'run'}") == 2
     assert "adapters whose base is a folder of this machine" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("base", "pushed"), [("someone/base", True), (".", False)])
+def test_adapters_that_go_on_are_pushed_where_their_own_base_is_on_the_hub(
+    base: str, pushed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they lie: each round's are a folder of this machine."""
+    monkeypatch.setattr(vla_inputs, "check_push", lambda *_, **__: None)
+    fields = {"base_model_name_or_path": base, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    policy = VLAPolicyConfig(
+        path=str(tmp_path), adapter="continue", push_to_hub=True, repo_id="me/round_1"
+    )
+    data = VLADatasetConfig(repo_id="me/data")
+    config = FinetuneVLAConfig(
+        policy=policy,
+        dataset=data,
+        peft=PeftConfig(method="lora"),
+        online=OnlineConfig(steps=0),
+    )
+    if pushed:
+        vla_inputs._check_push(config)
+        return
+    with pytest.raises(UserError, match="adapters whose base is a folder of this machine"):
+        vla_inputs._check_push(config)
 
 
 def test_a_method_that_acts_by_its_own_networks_is_not_pushed_for_lerobot(

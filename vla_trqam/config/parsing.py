@@ -37,7 +37,12 @@ YAML_START, YAML_END = b"---\n", b"\n...\n"
 
 
 def parse_config[C](
-    config_class: type[C], presets: Path, arguments: Sequence[str], *, preset: str = "default"
+    config_class: type[C],
+    presets: Path,
+    arguments: Sequence[str],
+    *,
+    preset: str = "default",
+    begun: str | None = None,
 ) -> C:
     """Reads ``--preset=NAME`` or ``--config_path=FILE``, and dotted flags, which win.
 
@@ -46,6 +51,8 @@ def parse_config[C](
         presets: YAML file with one section a preset.
         arguments: the command line without the program.
         preset: the preset where none is named.
+        begun: name of the file of settings in the folder of a run. With ``--resume=true`` and
+            neither preset nor file, the flags are beside those of the run.
 
     Raises:
         UserError: an unknown preset, flag or value.
@@ -66,6 +73,9 @@ def parse_config[C](
     flags = of_today(_read_flags(arguments, known))
     if {"config_path", "preset"} <= flags.keys():
         raise UserError("--config_path and --preset are both given; choose one")
+    own = None if begun is None else _begun(flags, begun)
+    if own is not None:
+        return _decode(config_class, _merged(_saved(config_class, own), flags, known))
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     if config_path is None:
         section = of_today(_flatten(_section(presets, name), known))
@@ -77,9 +87,18 @@ def parse_config[C](
     return _decode(config_class, _merged(settings | former, flags, known))
 
 
+def _begun(flags: Settings, name: str) -> Path | None:
+    """The settings of the run that is gone on with, where nothing else is named to begin with."""
+    folder = flags.get("output_dir")
+    if not flags.get("resume") or WHOLE & flags.keys() or folder is None:
+        return None
+    path = Path(folder) / name
+    return path if path.is_file() else None
+
+
 def _between(config_class: type, preset: str, section: Settings, flags: Settings) -> Settings:
     """What the preset and the flags together decide, below the flags."""
-    if not issubclass(config_class, RunSettings) or flags.get("resume"):
+    if not issubclass(config_class, RunSettings):
         return {}
     return config_class.between(preset, section, flags)
 
@@ -229,14 +248,18 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; there is no run to go on with")
-    _check_end(path)
-    known = _known_flags(config_class)
     try:
-        settings = of_former_run(_flatten(_read_yaml(path), known))
-        return _decode(config_class, settings | _former(settings, config_class))
+        return _decode(config_class, _saved(config_class, path))
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
+
+
+def _saved(config_class: type, path: Path) -> Settings:
+    """By dotted name."""
+    _check_end(path)
+    settings = of_former_run(_flatten(_read_yaml(path), _known_flags(config_class)))
+    return settings | _former(settings, config_class)
 
 
 def _former(settings: Settings, config_class: type) -> Settings:

@@ -185,13 +185,15 @@ def reward_range(sampler: ChunkSampler[Any], *, rolls_out: bool) -> Range:
     reward = sampler.reward
     kinds = {reward.kind, *reward.of_sources.values()}
     found = [end for kind in kinds & SUCCESS_REWARDS.keys() for end in SUCCESS_REWARDS[kind]]
-    for buffer in sampler.buffers if "column" in kinds else ():
+    for buffer in sampler.buffers if {"column", "dense"} & kinds else ():
         episodes = buffer.episodes()
-        given = ~np.isin(episodes.source, ROLLED_OUT)
-        rewards = buffer.rewards_as(reward)[np.repeat(given, episodes.num_steps)]
-        found += rewards[np.isfinite(rewards)].tolist()
-    if "dense" in kinds:
-        found += [0.0, *(float(buffer.rewards.min(initial=0.0)) for buffer in sampler.buffers)]
+        # Without rollouts, of which a run that is gone on with has some from the beginning.
+        given = np.repeat(~np.isin(episodes.source, ROLLED_OUT), episodes.num_steps)
+        if "column" in kinds:
+            rewards = buffer.rewards_as(reward)[given]
+            found += rewards[np.isfinite(rewards)].tolist()
+        if "dense" in kinds:
+            found += [0.0, float(buffer.rewards[given].min(initial=0.0))]
     if reward.kind == "column" and rolls_out:
         found += [0.0, 1.0]
     return min(found, default=0.0), max(found, default=0.0)

@@ -22,7 +22,7 @@ from vla_trqam.engine.alarms import Alarms, q_range, reward_range
 from vla_trqam.engine.base_record import BaseRecord, write_record
 from vla_trqam.engine.conclude import conclude
 from vla_trqam.engine.folder.more_updates import Restart, check_resumed
-from vla_trqam.engine.folder.own_folder import own_folder
+from vla_trqam.engine.folder.own_folder import begin_again, go_back, own_folder
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME, open_folder
 from vla_trqam.engine.job import Job
 from vla_trqam.engine.launch import prepare_torch, usable_cores
@@ -33,6 +33,7 @@ from vla_trqam.engine.run import Phase, Run
 from vla_trqam.envs.rollout import RolloutPool
 from vla_trqam.methods.base import OffPolicyMethod
 from vla_trqam.methods.parts.parallel import check_accelerator
+from vla_trqam.methods.registry import requirements_of
 from vla_trqam.report.metrics import MetricsLog
 from vla_trqam.report.public_copy import without_paths
 from vla_trqam.report.tracker import check_tracker, tracker
@@ -57,7 +58,7 @@ def read_config[C: RunSettings](
         restart: how a new run begins at a checkpoint of this one.
         preset: the preset where none is named.
     """
-    config = parse_config(config_class, presets, arguments, preset=preset)
+    config = parse_config(config_class, presets, arguments, preset=preset, begun=CONFIG_NAME)
     if config.resume:
         check = partial(check_resumed, config, restart=restart)
         return resumed_config(config, CONFIG_NAME, arguments, check)
@@ -90,6 +91,7 @@ def finetune[C: RunSettings](config: C, open_job: OpenJob[C], *, several: bool =
     config.output_dir = Path(team.on_main(lambda: str(config.output_dir)))
     with own_folder(config, team):
         job = open_job(config, accelerator, team)
+        team.on_main(lambda: go_back(config, team))
         _finetune(job)
         team.on_main(job.publish)
 
@@ -98,6 +100,7 @@ def _finetune(job: Job[Any]) -> None:
     config = job.config
     with ExitStack() as stack:
         run, phases, everything = _set_up(job, stack)
+        job.team.on_main(lambda: begin_again(config))
         if job.team.is_main:
             job.announce()
             if config.method.notice:
@@ -200,7 +203,9 @@ def _start_simulators(job: Job[Any]) -> RolloutPool | None:
 def _q_range(
     config: RunSettings, everything: ChunkSampler[Any], team: Team
 ) -> tuple[float, float] | None:
-    """What Q can be, by the rewards of all processes."""
+    """What Q can be, by the rewards of all processes; None where it holds more than those."""
+    if requirements_of(config.method).soft_values:
+        return None
     rolls_out = config.num_training_episodes > 0
     parts = team.gather(list(reward_range(everything, rolls_out=rolls_out)))
     lowest, highest = min(low for low, _ in parts), max(high for _, high in parts)

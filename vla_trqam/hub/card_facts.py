@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from vla_trqam.config.parsing import in_todays_names
+from vla_trqam.data.sources.lerobot.several import source_names
 from vla_trqam.engine.folder.checkpoints import (
     CHECKPOINTS,
     PRETRAINED,
@@ -19,6 +20,7 @@ from vla_trqam.engine.folder.checkpoints import (
     last_checkpoint,
     read_position,
 )
+from vla_trqam.engine.folder.pins import Pin, read_pins
 from vla_trqam.engine.folder.run_folder import CONFIG_NAME
 from vla_trqam.errors import UserError, one_line
 from vla_trqam.report.evaluation import PairedEvaluation
@@ -62,7 +64,7 @@ class RunFacts:
         plots: the figures.
         outdated: the report is of fewer updates than the run has made since.
         base: Hub repository of the base policy; None where it is not known to be on the Hub.
-        dataset: Hub repository of the dataset; likewise.
+        datasets: Hub repositories of the datasets; None for one that is not known to be there.
     """
 
     checkpoint: Path
@@ -81,7 +83,12 @@ class RunFacts:
     plots: tuple[Path, ...]
     outdated: bool
     base: str | None
-    dataset: str | None
+    datasets: tuple[str | None, ...]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run went on with adapters that an earlier one had tuned."""
+        return bool(self.setting("policy.adapter") == "continue")
 
     @property
     def policy_type(self) -> str:
@@ -187,8 +194,8 @@ def read_facts(run: Path, checkpoint: Path, policy: Path | None = None) -> RunFa
         simulator=None if report is None else report.get("simulator"),
         plots=() if reported != last else tuple(sorted((run / "plots").glob("*.png"))),
         outdated=reported != last,
-        base=_base(config, policy),
-        dataset=_dataset(config),
+        base=_base(run, config, checkpoint / PRETRAINED),
+        datasets=_datasets(run, config),
     )
 
 
@@ -225,19 +232,29 @@ def _until(metrics: Metrics, step: int) -> Metrics:
     }
 
 
-def _base(config: dict[str, Any], policy: Path) -> str | None:
-    """The Hub repository that the policy was tuned from."""
-    named = (config.get("policy") or {}).get("path")
-    if (policy / ADAPTER_CONFIG).is_file():
-        named = _read(policy / ADAPTER_CONFIG).get("base_model_name_or_path")
-    return named if named and is_on_the_hub(named) else None
+def _base(run: Path, config: dict[str, Any], own: Path) -> str | None:
+    """The Hub repository that the policy was tuned from, also where an export of it is pushed."""
+    if (own / ADAPTER_CONFIG).is_file():
+        named = _read(own / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return named if named and is_on_the_hub(named) else None
+    return _repository((config.get("policy") or {}).get("path"), read_pins(run).get("policy"))
 
 
-def _dataset(config: dict[str, Any]) -> str | None:
-    """The Hub repository that the offline data came from."""
-    data = config.get("dataset") or {}
-    named = data.get("repo_id")
-    return named if named and data.get("root") is None and is_on_the_hub(named) else None
+def _datasets(run: Path, config: dict[str, Any]) -> tuple[str | None, ...]:
+    """The Hub repositories that the offline data came from."""
+    data, pins = config.get("dataset") or {}, read_pins(run)
+    each = [data, *(data.get("more") or ())]
+    named = [one.get("repo_id") if one.get("root") is None else None for one in each]
+    return tuple(
+        _repository(repo_id, pins.get(source))
+        for repo_id, source in zip(named, source_names(len(each)), strict=True)
+    )
+
+
+def _repository(named: str | None, pin: Pin | None) -> str | None:
+    """What the run began with, where that came from the Hub; by its name alone of an older run."""
+    found = named is not None and is_on_the_hub(named)
+    return named if found and (pin is None or pin.commit is not None) else None
 
 
 def is_on_the_hub(name: str) -> bool:

@@ -43,8 +43,9 @@ def _metadata(facts: RunFacts, repo_id: str, license_name: str | None) -> ModelC
     if facts.base is not None:
         relation = "adapter" if facts.is_adapter else "finetune"
         more = {"base_model": facts.base, "base_model_relation": relation}
-    if facts.dataset is not None:
-        more["datasets"] = [facts.dataset]
+    there = [name for name in facts.datasets if name is not None]
+    if there:
+        more["datasets"] = there
     results = _results(facts)
     if results:
         more |= {"eval_results": results, "model_name": repo_id.partition("/")[2]}
@@ -92,18 +93,32 @@ def _introduction(facts: RunFacts, license_name: str | None) -> str:
     kind = "LoRA adapters of a" if facts.is_adapter else "A"
     base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base else "a policy"
     unless = "" if facts.base else " that is not on the Hub"
-    data = f"[{facts.dataset}](https://huggingface.co/datasets/{facts.dataset})"
+    made = "updates of the policy"
     lines = [
         f"{kind} `{facts.policy_type}` policy, tuned from its base ({base}{unless}) by"
         f" {facts.method}: off-policy reinforcement learning on the policy's weights, with the"
         " gradient of a critic, trained with `vla_trqam`.",
         "",
-        f"- data: {data if facts.dataset else 'a dataset that is not on the Hub'}",
-        f"- updates of the policy: {facts.position.step}",
+        f"- data: {_data(facts)}",
+        f"- {f'{made} in this run, beside those before it' if facts.goes_on else made}:"
+        f" {facts.position.step}",
         *_flow_steps(facts),
         f"- licence: {license_name or 'that of the base policy, which does not say which'}",
     ]
     return "\n".join(lines)
+
+
+def _data(facts: RunFacts) -> str:
+    there = [name for name in facts.datasets if name is not None]
+    told = [f"[{name}](https://huggingface.co/datasets/{name})" for name in there]
+    lacking = len(facts.datasets) - len(there)
+    if lacking:
+        told.append(
+            "a dataset that is not on the Hub"
+            if lacking == 1
+            else f"{lacking} datasets that are not on the Hub"
+        )
+    return ", ".join(told)
 
 
 def _flow_steps(facts: RunFacts) -> Iterable[str]:
@@ -226,7 +241,10 @@ def _go_on(facts: RunFacts, repo_id: str) -> str:
     flags = [f"--policy.path={repo_id}", f"--critic.path={repo_id}"]
     if facts.is_adapter:
         flags.append("--policy.adapter=continue")
-    flags.append(f"--dataset.repo_id={facts.dataset or 'USER/DATA'}")
+    first, *others = (name or "USER/DATA" for name in facts.datasets)
+    flags.append(f"--dataset.repo_id={first}")
+    if others:
+        flags.append(f"--dataset.more=[{', '.join(f'{{repo_id: {name}}}' for name in others)}]")
     train = shlex.join(["accelerate", "launch", "-q", facts.recipe, *flags])
     return "\n\n".join([*lines, f"```bash\n{pull}\n{train}\n```"])
 

@@ -222,12 +222,20 @@ def _check_paths(facts: RunFacts) -> None:
         for name, value in _texts(read_json(file)):
             folder = name in NAMES_A_MODEL and Path(value).expanduser().is_dir()
             if folder or (name not in WHERE_FROM and Path(value).is_absolute()):
-                whole = "push the whole policy by --merged=true"
-                hint = whole if facts.is_adapter else "train from one on the Hub"
                 raise UserError(
                     f"{file} needs {name}={value}, a path of this machine, so nobody else could "
-                    f"load the policy: {hint}"
+                    f"load the policy: {_instead_of(name, facts)}"
                 )
+
+
+def _instead_of(name: str, facts: RunFacts) -> str:
+    if name == "tokenizer_name":
+        return "train with the tokenizer that the policy came with, without --policy.tokenizer"
+    return (
+        "push the whole policy by --merged=true"
+        if facts.is_adapter
+        else "train from one on the Hub"
+    )
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -94,7 +94,7 @@ class Place:
     def precision(self) -> str | None:
         """What the run's networks compute in; None where no run's checkpoint says so."""
         saved = self.checkpoint or (None if self.run is None else last_checkpoint(self.run))
-        return None if saved is None else read_position(saved).precision
+        return read_position(saved).precision if saved is not None and _of_a_run(saved) else None
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,11 @@ def _check_still(pin: Pin | None, run: Path) -> None:
             )
 
 
+def _of_a_run(checkpoint: Path) -> bool:
+    """Whether it says where its run stands, which one that was pulled from the Hub does not."""
+    return (checkpoint / TRAINING).is_dir()
+
+
 def acting_method(checkpoint: Path, place: Place) -> str | None:
     """The method whose networks act; None where the saved policy does.
 
@@ -272,8 +277,7 @@ def acting_method(checkpoint: Path, place: Place) -> str | None:
     if wrong is not None:
         raise UserError(wrong)
     if place.settings is not None:
-        begun = (checkpoint / TRAINING / "position.json").is_file()
-        if begun and read_position(checkpoint).phase == CLONING:
+        if _of_a_run(checkpoint) and read_position(checkpoint).phase == CLONING:
             return None
         knobs = place.settings.method
         return None if requirements_of(knobs).host_acts else name_of(knobs)

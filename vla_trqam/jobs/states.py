@@ -47,7 +47,7 @@ from vla_trqam.report.flow_steps import check_own_steps
 SMALLEST_STD = 1e-2
 PRETRAIN = "pretrain"
 MAKES_A_BASE = (
-    *("seed", "base_episodes", "dataset", "env", "policy", "pretrain"),
+    *("seed", "base_episodes", "dataset", "env", "kernels", "policy", "pretrain"),
     *("eval.episodes", "eval.first_seed", "eval.max_episode_steps"),
     "eval.episodes_during_training",
 )
@@ -137,9 +137,10 @@ def read_config[C: StateRunConfig](
     return config
 
 
-def _restart(_: StateRunConfig, checkpoint: Path) -> list[str]:
+def _restart(config: StateRunConfig, checkpoint: Path) -> list[str]:
     """How a new run begins at a checkpoint's policy; the recipe takes no critic."""
-    return [f"--policy.path={checkpoint / PRETRAINED}"]
+    own = [] if config.base_run is None else ["--base_run=null"]
+    return [f"--policy.path={checkpoint / PRETRAINED}", *own]
 
 
 def finetune[C: StateRunConfig](config: C, open_task: Callable[[C], StateTask]) -> None:

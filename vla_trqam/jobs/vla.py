@@ -59,7 +59,7 @@ from vla_trqam.jobs.vla_preflight import (
 from vla_trqam.methods.base import OffPolicyMethod
 from vla_trqam.methods.parts.off_policy import slices
 from vla_trqam.methods.parts.parallel import check_several
-from vla_trqam.methods.registry import make_method, name_of
+from vla_trqam.methods.registry import make_method, name_of, requirements_of
 from vla_trqam.preflight.prefixes import FEATURES_ONLY
 
 CRITIC_FEATURES = (PACKED + "features",)
@@ -99,10 +99,13 @@ def read_config(recipe: Path, packed: Path | None, arguments: Sequence[str]) -> 
 
 def _restart(packed: Path | None, config: FinetuneVLAConfig, checkpoint: Path) -> list[str]:
     """How a new run begins at a checkpoint's policy and critic."""
-    flags = [f"--policy.path={checkpoint / PRETRAINED}", f"--critic.path={checkpoint}"]
+    flags = [f"--policy.path={checkpoint / PRETRAINED}"]
+    learns_critic = requirements_of(config.method).learns_critic
+    if learns_critic:
+        flags.append(f"--critic.path={checkpoint}")
     if config.peft.method == "lora" and not config.policy.merged:
         flags.append("--policy.adapter=continue")
-    if config.critic.warmup_steps:
+    if learns_critic and config.critic.warmup_steps:
         flags.append("--critic.warmup_steps=0")
     if config.dataset.repo_id is None and packed is not None:
         flags += ["--dataset.repo_id=local/packed", f"--dataset.root={packed / 'dataset'}"]

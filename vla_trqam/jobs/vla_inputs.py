@@ -324,7 +324,10 @@ def _check_push(config: FinetuneVLAConfig) -> None:
     assert knobs.repo_id is not None, "the settings were checked"
     if not config.resume:
         check_pushed(name_of(config.method), "--policy.push_to_hub=true")
-    local = knobs.path is None or Path(knobs.path).expanduser().is_dir()
+    base = knobs.path
+    if base is not None and knobs.adapter == "continue":
+        base = (adapter_settings(base, knobs.revision) or {}).get("base_model_name_or_path", base)
+    local = base is None or Path(base).expanduser().is_dir()
     if local and config.peft.method == "lora" and not knobs.merged:
         raise UserError(f"--policy.push_to_hub=true {LOCAL_BASE}")
     check_push(knobs.repo_id, private=knobs.private)
@@ -390,6 +393,8 @@ def _load_policy(
         revision=revision,
         base_revision=base_revision,
         tokenizer=knobs.tokenizer,
+        # Merged adapters draw some too, which a run that begins anew finds merged already.
+        seed=config.seed,
         say=say,
     )
     if knobs.n_action_steps is not None:

@@ -108,12 +108,11 @@ class Tape:
 @torch.no_grad()
 def _input_pullback(network: Network, tape: Tape, cotangent: Tensor, columns: slice) -> Tensor:
     """``J^T a`` over some of the input's columns: (N, out) -> (N, columns)."""
-    layers = network.layers
-    g = cotangent @ layers[-1][0]
+    weights = [weight for weight, *_ in network.layers]
+    weights[0] = weights[0][:, columns]
+    g = cotangent @ weights[-1]
     for index in reversed(range(len(tape.slopes))):
-        weight = layers[index][0]
-        g = _activation_pullback(network, tape, index, g)
-        g = g @ (weight if index else weight[:, columns])
+        g = _activation_pullback(network, tape, index, g) @ weights[index]
     return g
 
 

@@ -176,6 +176,8 @@ class Requirements:
         paths: an update evaluates both fields along a path of the memoryless chain.
         adjoint: an adjoint starts from the action gradient of the critic's target.
         learns_critic: a critic is learnt of the replay's rewards.
+        soft_values: what it learns holds more than rewards, like an entropy, and so has no bounds
+            that the rewards tell.
         own_field: what acts is a velocity field of the method's own, in which nothing of the
             pretrained one is used.
         can_shard: of several processes, each can keep a part of what is trained.
@@ -188,6 +190,7 @@ class Requirements:
     paths: bool = False
     adjoint: bool = False
     learns_critic: bool = True
+    soft_values: bool = False
     own_field: bool = False
     can_shard: bool = False
     idle: tuple[str, ...] = ()

@@ -45,8 +45,8 @@ class FQLConfig(OffPolicyConfig):
             the one-step network stays to the flow.
         hidden_dims: widths of the one-step network's hidden layers.
         layer_norm: normalise after every activation of it.
-        normalize_q_loss: divide the critic's term by the batch's mean |Q|, so that alpha means the
-            same on every scale of rewards.
+        normalize_q_loss: divide the critic's term by the batch's mean |Q|, where Q is the critics'
+            mean, so that alpha means the same on every scale of rewards.
     """
 
     alpha: float = 10.0
@@ -175,14 +175,16 @@ class FQL(SummedLosses):
                 part = rows_of(batch, rows)
                 features = self.policy.features(self.policy.encode(part.observation))
                 q = self._value_of(features, draws["distill"][rows])[1]
-            sizes.append(q.abs().mean())
+            sizes.append(q.mean(dim=0).abs().mean())
         shares = self.ranks.shares([rows.stop - rows.start for rows in parts])
         return measured(self.ranks, {"|Q|": (sizes, shares)})["|Q|"]
 
     def _size_of(self, q: Tensor) -> Tensor | float:
         if not self.config.normalize_q_loss:
             return 1.0
-        return q.detach().abs().mean() if self._joint_size is None else self._joint_size
+        if self._joint_size is not None:
+            return self._joint_size
+        return q.detach().mean(dim=0).abs().mean()
 
     def _value_of(self, features: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """The one-step network's chunks at this noise, as executed but for the limits, and Q."""

@@ -31,7 +31,8 @@ class QAMEConfig(QAMConfig):
 
     Attributes:
         edit_scale: half the width of the box that an edit is chosen from, in the flow's units; with
-            0 this is QAM.
+            0 it acts as QAM does, and is trained as QAM but for the clip of the actor's gradients,
+            which the edit and its temperature share.
         target_entropy: of the edit in units of the box (-1, 1); null for minus half its numbers.
         edit_hidden_dims: widths of the edit network's hidden layers.
     """

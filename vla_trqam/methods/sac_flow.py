@@ -199,7 +199,11 @@ class SACFlow(SummedLosses):
     """
 
     requirements = Requirements(
-        trains_field=False, next_actions=False, host_acts=False, own_field=True
+        trains_field=False,
+        next_actions=False,
+        host_acts=False,
+        soft_values=True,
+        own_field=True,
     )
     config: SACFlowConfig
 

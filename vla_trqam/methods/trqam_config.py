@@ -144,6 +144,11 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
                 f"is too few for the {self.scheme} scheme, whose last step has no noise: take at "
                 "least 2 by --policy.tuned_flow_steps"
             ) from None
+        if count == 1 and self.adjoint == "scalar" and not self.chain.pairs_with_next:
+            raise UserError(
+                f"is too few for the scalar adjoint of the {self.scheme} scheme, which is 0 at the "
+                "first step: take at least 2 by --policy.tuned_flow_steps, or --method.adjoint=lean"
+            )
         if self.loss_steps is not None and self.loss_steps > count:
             raise UserError(
                 f"is fewer than the {self.loss_steps} flow steps of --method.loss_steps, which "

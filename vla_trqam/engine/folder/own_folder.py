@@ -12,6 +12,7 @@ from vla_trqam.engine.folder.checkpoints import (
     all_checkpoints,
     check_whole,
     last_checkpoint,
+    named_checkpoint,
     take_checkpoint,
 )
 from vla_trqam.engine.folder.manifest import MANIFEST_NAME
@@ -23,14 +24,17 @@ from vla_trqam.engine.folder.run_folder import (
     CONFIG_NAME,
     DIVERGED_NAME,
     SET_ASIDE,
+    check_launched_alike,
 )
 from vla_trqam.engine.folder.run_lock import LOCK_NAME, RunLock
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.errors import DivergenceError, UserError, one_line
-from vla_trqam.files import set_aside
+from vla_trqam.files import PART, set_aside
 
 # What a run without a checkpoint begins anew with.
 KEPT = (CONFIG_NAME, COMMAND_NAME, INPUTS_NAME, BASE_NAME, LOCK_NAME)
+UNBEGUN = (INPUTS_NAME, BASE_NAME, COMMAND_NAME, LOCK_NAME)
+"""What a run that was killed before it had settings leaves: there is nothing to go on with."""
 
 
 def check_output_dir(output_dir: Path, *, resume: bool) -> None:
@@ -43,10 +47,9 @@ def check_output_dir(output_dir: Path, *, resume: bool) -> None:
         raise UserError(f"--output_dir={output_dir} is a file; a run needs a folder")
     if resume or not output_dir.exists():
         return
-    # A run that was killed before it had settings leaves these; there is nothing to go on with.
-    names = {path.name for path in output_dir.iterdir()} - {LOCK_NAME, INPUTS_NAME}
-    if names:
-        is_run = CONFIG_NAME in names
+    names = {path.name for path in output_dir.iterdir()}
+    is_run = CONFIG_NAME in names
+    if is_run or any(name not in UNBEGUN and not name.startswith(PART) for name in names):
         go_on = ", or go on with that run by --resume=true" if is_run else ""
         raise UserError(f"{output_dir} is in use; choose another --output_dir{go_on}")
 
@@ -95,9 +98,10 @@ class _OwnFolder:
         check_output_dir(self._path, resume=config.resume)
         if config.resume:
             check_pins(self._path)
-            _look_back(self._path, config.checkpoint)
-            save_more_updates(config)
-            (self._path / DIVERGED_NAME).unlink(missing_ok=True)
+            if config.checkpoint is None:
+                _look_back(self._path)
+            else:
+                check_whole(named_checkpoint(self._path, config.checkpoint))
         self._before = set(self._path.iterdir())
 
     def give_up(self) -> None:
@@ -127,15 +131,37 @@ class _OwnFolder:
         self._made = missing
 
 
-def _look_back(output_dir: Path, name: str | None) -> None:
-    """Before a run is gone on with: its checkpoint is whole, or it begins anew and says so."""
-    if name is not None:
-        later = take_checkpoint(output_dir, name)
-        kept = set_aside(later, output_dir, SET_ASIDE)
-        if kept is not None:
-            names = ", ".join(path.name for path in later)
-            print(f"going back to the checkpoint {name}; those after it ({names}) are in {kept}")
+def go_back(config: RunSettings, team: Team) -> None:
+    """The checkpoint that a run is to go on from becomes its last, once all else is right.
+
+    Raises:
+        UserError: the run has other processes than that checkpoint.
+    """
+    output_dir, name = config.output_dir, config.checkpoint
+    assert output_dir is not None
+    if not config.resume or name is None:
         return
+    check_launched_alike(named_checkpoint(output_dir, name), team)
+    later = take_checkpoint(output_dir, name)
+    kept = set_aside(later, output_dir, SET_ASIDE)
+    if kept is not None:
+        names = ", ".join(path.name for path in later)
+        print(f"going back to the checkpoint {name}; those after it ({names}) are in {kept}")
+
+
+def begin_again(config: RunSettings) -> None:
+    """Before the first update: a run that is gone on with may be given more of them.
+
+    What ends it before leaves its settings as they were, and the word that it has diverged.
+    """
+    assert config.output_dir is not None
+    if config.resume:
+        save_more_updates(config)
+        (config.output_dir / DIVERGED_NAME).unlink(missing_ok=True)
+
+
+def _look_back(output_dir: Path) -> None:
+    """Before a run is gone on with: its checkpoint is whole, or it begins anew and says so."""
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is not None:
         check_whole(checkpoint)

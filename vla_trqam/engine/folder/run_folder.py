@@ -11,7 +11,7 @@ from pathlib import Path
 from vla_trqam.config.parsing import dump_config
 from vla_trqam.config.settings import RunSettings
 from vla_trqam.data.replay import Replay
-from vla_trqam.engine.folder.checkpoints import last_checkpoint, read_position
+from vla_trqam.engine.folder.checkpoints import Position, last_checkpoint, read_position
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.engine.run import METRICS_NAME
 from vla_trqam.errors import UserError
@@ -69,6 +69,22 @@ def replay_path(output_dir: Path, team: Team) -> Path:
 def _go_on(
     checkpoint: Path, reopen: Callable[[Path], Replay], path: Path, team: Team
 ) -> tuple[Replay, MetricsLog | None]:
+    position = check_launched_alike(checkpoint, team)
+    replay = reopen(path)
+    replay.truncate_to(position.replay_episodes[team.rank])
+    if not team.is_main:
+        return replay, None
+    print(f"going on from {checkpoint}")
+    log = path.with_name(METRICS_NAME)
+    return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
+
+
+def check_launched_alike(checkpoint: Path, team: Team) -> Position:
+    """Where a run stood, if these processes can go on with it.
+
+    Raises:
+        UserError: they are of another number or precision.
+    """
     position = read_position(checkpoint)
     begun = len(position.replay_episodes)
     if begun != team.size:
@@ -82,13 +98,7 @@ def _go_on(
             f"launched with {team.precision}: `accelerate launch -q "
             f"--mixed_precision={position.precision}` goes on with it"
         )
-    replay = reopen(path)
-    replay.truncate_to(position.replay_episodes[team.rank])
-    if not team.is_main:
-        return replay, None
-    print(f"going on from {checkpoint}")
-    log = path.with_name(METRICS_NAME)
-    return replay, MetricsLog.resume_after_line(log, position.metrics_lines)
+    return position
 
 
 def save_settings(config: RunSettings, output_dir: Path) -> None:
