@@ -1,5 +1,6 @@
 """SAC Flow's path, its density and its gradient against independent truths."""
 
+import itertools
 import math
 
 import pytest
@@ -174,3 +175,23 @@ def test_cloning_through_tanh_plays_the_data_and_without_it_tanh_of_the_data() -
         with torch.no_grad():
             action, _ = method.path(torch.zeros(500, 1), noise, 0.02)
         assert float(action.mean()) == pytest.approx(expected, abs=0.03)
+
+
+def test_the_distance_to_the_datas_actions_is_a_mean_over_numbers_and_weighs_as_asked() -> None:
+    generator = torch.Generator().manual_seed(3)
+    plain, pulled = method_of(), method_of(bc_weight=3.0)
+    batch = transitions(generator)
+    batch.valid[1, -1] = False  # what was not executed pulls nowhere
+    draws = plain.draw(batch, generator)
+    with torch.no_grad():
+        action, _ = plain.path(batch.observation, draws["actor"], plain.config.step_noise)
+    distances = [
+        float((action[row, step, number] - batch.action[row, step, number]) ** 2)
+        if batch.valid[row, step]
+        else 0.0
+        for row, step, number in itertools.product(*map(range, batch.action.shape))
+    ]
+    distance = sum(distances) / len(distances)
+    found, more = plain.losses(batch, draws), pulled.losses(batch, draws)
+    assert float(found.logged["action_bc_loss"]) == pytest.approx(distance, rel=1e-5)
+    assert (more.loss - found.loss).item() == pytest.approx(3.0 * distance, rel=1e-4)

@@ -174,8 +174,8 @@ def _made(settings: CompareConfig, task: StudyTask, method: str, read: ReadRun) 
         "data": None if task.data is None else asdict(task.data),
         "seeds": settings.seeds,
     }
-    read: dict[str, Any] = json.loads(json.dumps(made))
-    return read
+    as_read: dict[str, Any] = json.loads(json.dumps(made))
+    return as_read
 
 
 def _check_failed(plan: Plan, failed: Collection[str]) -> None:
