@@ -75,7 +75,8 @@ def parse_config[C](
         raise UserError("--config_path and --preset are both given; choose one")
     own = None if begun is None else _begun(flags, begun)
     if own is not None:
-        return _decode(config_class, _merged(_saved(config_class, own), flags, known))
+        saved = _flatten(settings_of(saved_config(config_class, own)), known)
+        return _decode(config_class, _merged(saved, flags, known))
     config_path, name = flags.pop("config_path", None), str(flags.pop("preset", preset))
     if config_path is None:
         section = of_today(_flatten(_section(presets, name), known))
@@ -248,18 +249,14 @@ def saved_config[C](config_class: type[C], path: Path) -> C:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; there is no run to go on with")
+    _check_end(path)
+    known = _known_flags(config_class)
     try:
-        return _decode(config_class, _saved(config_class, path))
+        settings = of_former_run(_flatten(_read_yaml(path), known))
+        return _decode(config_class, settings | _former(settings, config_class))
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
-
-
-def _saved(config_class: type, path: Path) -> Settings:
-    """By dotted name."""
-    _check_end(path)
-    settings = of_former_run(_flatten(_read_yaml(path), _known_flags(config_class)))
-    return settings | _former(settings, config_class)
 
 
 def _former(settings: Settings, config_class: type) -> Settings:
