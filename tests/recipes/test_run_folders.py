@@ -281,9 +281,7 @@ def test_the_settings_file_names_the_new_number_before_anything_is_trained(
 
 
 @pytest.mark.parametrize("place", ["_set_up", "prepare_torch"])
-def test_a_command_that_is_refused_leaves_the_run_as_it_was(
-    place, tiny, no_conclusion, tmp_path, monkeypatch
-):
+def test_a_command_that_is_refused_leaves_the_run_as_it_was(place, tiny, no_conclusion, tmp_path):
     """A number that was mistyped could not be taken back."""
     folder = tmp_path / "run"
     assert tiny(folder, *OFFLINE, "--save_freq=2") == 0
@@ -303,12 +301,9 @@ def test_a_command_that_is_refused_leaves_the_run_as_it_was(
 
 
 @pytest.mark.parametrize(
-    ("place", "change"),
-    [("states.StateJob.opened", None), ("own_folder.check_launched_alike", None)],
+    ("owner", "name"), [(states.StateJob, "opened"), (own_folder, "check_launched_alike")]
 )
-def test_a_command_that_is_refused_does_not_go_back(
-    place, change, tiny, no_conclusion, tmp_path, monkeypatch
-):
+def test_a_command_that_is_refused_does_not_go_back(owner, name, tiny, no_conclusion, tmp_path):
     folder = tmp_path / "run"
     assert tiny(folder, *OFFLINE, "--save_freq=2") == 0
     there = sorted(path.name for path in folder.rglob("*"))
@@ -317,11 +312,7 @@ def test_a_command_that_is_refused_does_not_go_back(
         raise UserError("it has other processes")
 
     with pytest.MonkeyPatch.context() as patch:
-        owner, *names = place.split(".")
-        for part in names[:-1]:
-            owner = getattr({"states": states}[owner], part)
-        owner = own_folder if owner == "own_folder" else owner
-        patch.setattr(owner, names[-1], refused)
+        patch.setattr(owner, name, refused)
         assert go_on(folder, "--checkpoint=000002") == 2
     assert own_folder.last_checkpoint(folder).name == "000004"
     assert sorted(path.name for path in folder.rglob("*")) == there
