@@ -46,7 +46,7 @@ def write_claim[T](
     """Command line of a claim.
 
     Args:
-        name: of the claim, between whose markers its numbers stand.
+        name: of the claim, between whose markers its numbers stand unless others are named.
         about: a sentence.
         arguments: the command line; None for the program's.
         source: what it is read from.
@@ -62,6 +62,9 @@ def write_claim[T](
     )
     parser.add_argument(source.keep_flag, type=Path, dest="keep", help=source.keep_about)
     parser.add_argument("--page", type=Path, help="Markdown page to write the numbers into")
+    parser.add_argument(
+        "--marker", default=name, help="between whose markers they stand, where a part has its own"
+    )
     if draw is not None:
         parser.add_argument("--output", type=Path, help="PNG to draw")
     given = parser.parse_args(arguments)
@@ -69,7 +72,7 @@ def write_claim[T](
         found = source.read(given.folders)
         text = tell(found)
         if given.page is not None:
-            put(given.page, name, text)
+            put(given.page, given.marker, text)
         kept = None if given.keep is None else source.keep(given.folders, given.keep)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

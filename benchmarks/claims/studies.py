@@ -139,7 +139,7 @@ def begun_with(base: Run) -> str:
 
 SHORTER = {"lift": ("--steps=5000", "--evaluate_every=5000")}
 """Half of Lift's preset, for what is compared offline."""
-CONDITIONS_ON_CAN = ("critics4", "critics1", "noise4")
+CONDITIONS_ON_CAN = ("critics4", "critics1", "noise4", "tenth")
 
 
 def methods_of_c1() -> dict[str, tuple[str, ...]]:
@@ -154,7 +154,7 @@ def methods_of_c1() -> dict[str, tuple[str, ...]]:
 def c1() -> Iterator[Run]:
     """Imperfect critics: few, few data, a wrong gradient. Offline, where nothing mends them.
 
-    All ways on Lift, three of them on Can.
+    All ways on Lift, four of them on Can.
     """
     critics = {f"critics{n}": (f"--critic.ensemble_size={n}",) for n in (4, 1, 2, 10)}
     noise = {f"noise{size}": (f"--critic.gradient_noise={size}",) for size in (1, 4)}
