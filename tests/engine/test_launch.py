@@ -41,7 +41,11 @@ def test_alone_there_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
     assert (launched_processes(), launched_here(), launched_first()) == (1, 1, True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert launcher() == ["accelerate", "launch", "-q"]
+    # Where accelerate would start a process on each.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert launcher() == ["accelerate", "launch", "-q", "--num_processes=1"]
 
 
 def test_the_command_to_go_on_with_keeps_the_launchers_precision(monkeypatch, second_of_four):
@@ -54,6 +58,7 @@ def test_the_command_to_go_on_with_keeps_the_launchers_precision(monkeypatch, se
     many = ["--multi_gpu", "--num_processes=4", "--mixed_precision=bf16"]
     assert launcher() == ["accelerate", "launch", "-q", *many]
     monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert launcher() == ["accelerate", "launch", "-q", "--mixed_precision=bf16"]
 
 

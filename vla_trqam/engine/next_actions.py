@@ -84,7 +84,7 @@ class NextActions(nn.Module):
     @property
     def num_missing(self) -> int:
         """Frames that have no chunks yet."""
-        return max(0, len(self._replay.frame_index.rows_of_frames()) - self.num_known)
+        return max(0, self._replay.num_frames - self.num_known)
 
     @torch.no_grad()
     def fill(self, generator: torch.Generator, *, batch_size: int | None = None) -> int:
@@ -94,6 +94,8 @@ class NextActions(nn.Module):
             generator: of the noise.
             batch_size: frames at a time; None takes :data:`ROWS`, fewer of large prefixes.
         """
+        if not self.num_missing:  # asked before every update, where the rows are many
+            return 0
         rows = self._replay.frame_index.rows_of_frames()
         first = self.num_known
         many = batch_size or self._rows_at_once(rows[first : first + 1])
