@@ -105,3 +105,12 @@ def test_help_lists_what_is_of_no_group_before_the_groups(
     in_group = ["." in flag for flag in flags]
     assert "prefix_cache" in flags
     assert in_group == sorted(in_group)
+
+
+def test_a_home_that_the_shell_left_as_it_is_is_found():
+    more = "[{repo_id: e/f, root: ~/more, success_labels: ~/labels.json}]"
+    flags = ["--policy.path=a/b", "--dataset.repo_id=c/d", "--dataset.root=~/data"]
+    config = parse_config(FinetuneVLAConfig, PRESETS, [*flags, f"--dataset.more={more}"])
+    (other,) = config.dataset.more
+    assert config.dataset.root == Path.home() / "data"
+    assert (other.root, other.success_labels) == (Path.home() / "more", Path.home() / "labels.json")

@@ -55,6 +55,13 @@ class OneDatasetConfig:
     task_changes: TaskChanges = "refuse"
     tolerance_s: float = 1e-4
 
+    def __post_init__(self) -> None:
+        """A shell leaves the ``~`` of ``--flag=~/folder`` and of quoted YAML as it is."""
+        for name in ("root", "success_labels"):
+            path = getattr(self, name)
+            if path is not None:
+                setattr(self, name, path.expanduser())
+
 
 @dataclass
 class MoreDatasetConfig(OneDatasetConfig):
