@@ -36,8 +36,10 @@ def launcher() -> list[str]:
     if count > 1 and not torch.accelerator.is_available():
         set_precision = [] if precision == "no" else ["env", f"{PRECISION}={precision}"]
         return [*set_precision, "torchrun", f"--nproc_per_node={count}"]
-    flags = ["--multi_gpu", f"--num_processes={count}"] if count > 1 else []
-    if count == 1 and torch.cuda.device_count() > 1:  # a process on each, unless it is told
+    flags: list[str] = []
+    if count > 1:
+        flags = ["--multi_gpu", f"--num_processes={count}"]
+    elif torch.cuda.device_count() > 1:  # a process on each, unless it is told
         flags = ["--num_processes=1"]
     return ["accelerate", "launch", "-q", *flags] + (
         [] if precision == "no" else [f"--mixed_precision={precision}"]

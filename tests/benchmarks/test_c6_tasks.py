@@ -46,12 +46,14 @@ def study(folder: Path) -> list[Path]:
 
 def test_choices_are_compared_where_all_else_is_the_same(tmp_path: Path) -> None:
     page, figure = tmp_path / "claims.md", tmp_path / "c6.png"
-    page.write_text("<!-- begin c6_tasks -->\n<!-- end c6_tasks -->\n")
+    parts = ("c6_tasks", "c6_rest")
+    page.write_text("".join(f"<!-- begin {part} -->\n<!-- end {part} -->\n" for part in parts))
     runs = list(map(str, study(tmp_path / "runs")))
     given = ["--runs", *runs, "--page", str(page), "--output", str(figure)]
     assert c6_tasks.main(given) == 0
     assert figure.read_bytes()[1:4] == b"PNG"
     text = marked(page, "c6_tasks")
+    assert not marked(page, "c6_rest").strip()
     # Posterior less shifted Euler at K = 3: (3 - 2 + 1 - 0) / 2 states and the seed's, each task's.
     ahead = (1 + np.arange(3)) / STATES
     spread, degrees = np.var(ahead, ddof=1), 2 * (len(SEEDS) - 1)
@@ -71,6 +73,8 @@ def test_choices_are_compared_where_all_else_is_the_same(tmp_path: Path) -> None
         assert f"- K = 10, {said}: +0.0 points (0.0 to 0.0), p = 1, **not told apart**" in text
     # 12 + 2 + seed of 20 states; 10 by its base; the KL of 0.5 is twice its budget.
     assert "| lift | 3 | posterior | scalar | 3 | 50 ± 0 | 70 ± 5 | 20 ± 5 | 2.00 | 1 |" in text
+    assert c6_tasks.main([*given, "--marker", "c6_rest"]) == 0
+    assert marked(page, "c6_rest") == text
 
 
 def test_a_run_that_is_missing_or_given_twice_is_refused(tmp_path: Path) -> None:

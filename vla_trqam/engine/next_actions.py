@@ -103,7 +103,7 @@ class NextActions(nn.Module):
             part = rows[start : start + many]
             self.chunks[start : start + len(part)] = self._first_chunks(part, generator)
             self.drawn[start : start + len(part)] = self.updates
-        self.num_known = max(first, len(rows))
+        self.num_known = len(rows)
         return self.num_known - first
 
     def _rows_at_once(self, one: np.ndarray) -> int:
