@@ -83,10 +83,15 @@ class LeRobotFlowPolicy(FlowPolicy):
 
     Attributes:
         evaluations: how its fields are evaluated along paths.
+        encoded_at_once: observations that go through the prefix together where they are
+            :meth:`packed`: the pass of a large one takes a hundred megabytes for each, which its
+            result does not.
 
     Raises:
         UserError: the config asks for what cannot be honoured, or an adapter lies in the prefix.
     """
+
+    encoded_at_once = 8
 
     def __init__(
         self,
@@ -260,12 +265,37 @@ class LeRobotFlowPolicy(FlowPolicy):
     def packed(self, observation: Observation) -> dict[str, Tensor]:
         """:meth:`encode` as tensors (B, ...), to be kept: with a frozen prefix it never changes.
 
+        The pass takes :attr:`encoded_at_once` observations at a time, so that its memory beyond the
+        result does not grow with B.
+
         For batches of equal length only: a preprocessor that pads instructions to the longest of
         its batch (SmolVLA's) must be told ``padding="max_length"``.
+
+        Args:
+            observation: see :meth:`encode`; pictures of raw ones may be uint8, and all may lie on
+                another device.
         """
-        encoding = self.encode(observation)
+        rows = _num_rows(observation)
+        found: dict[str, Tensor] = {}
+        for first in range(0, rows, self.encoded_at_once):
+            self._pack(observation, slice(first, first + self.encoded_at_once), rows, found)
+        return found
+
+    def _pack(
+        self, observation: Observation, part: slice, rows: int, found: dict[str, Tensor]
+    ) -> None:
+        """Some of the rows, into what is found of all; nothing else of the pass stays."""
+        encoding = self.encode(self._taken(observation, part))
         tensors = {"features": encoding.features, **self.family.pack(encoding.condition)}
-        return {PACKED + key: value for key, value in tensors.items()}
+        for key, value in tensors.items():
+            if PACKED + key not in found:
+                found[PACKED + key] = value.new_empty((rows, *value.shape[1:]))
+            found[PACKED + key][part] = value
+
+    def _taken(self, observation: Observation, rows: slice) -> dict[str, Any]:
+        """Some rows on the policy's device, their pictures between 0 and 1."""
+        device = self._action_mask.device
+        return {key: _as_seen(entry, rows, device) for key, entry in observation.items()}
 
     def _unpacked(self, packed: Observation) -> Encoding:
         tensors = {
@@ -420,6 +450,23 @@ class LeRobotFlowPolicy(FlowPolicy):
         policy = load_policy(directory)
         assert isinstance(policy, cls)
         return policy
+
+
+def _num_rows(observation: Observation) -> int:
+    """B; what a preprocessor made has further entries, which are of no row."""
+    return next(len(v) for k, v in observation.items() if k.startswith("observation."))
+
+
+def _as_seen(entry: Any, rows: slice, device: torch.device) -> Any:
+    if isinstance(entry, list):
+        return entry[rows]
+    if not isinstance(entry, Tensor) or not entry.ndim:
+        return entry
+    moved = entry[rows].to(device)
+    if moved.dtype != torch.uint8:
+        return moved
+    # By a tensor there: by a number a GPU multiplies with 1 / 255, which rounds otherwise.
+    return moved.float() / torch.tensor(255.0, device=device)
 
 
 def _last_state(observation: Observation) -> Tensor:

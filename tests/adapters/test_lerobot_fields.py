@@ -31,6 +31,8 @@ from vla_trqam.adapters.tiny import checkpoints as tiny
 
 from vla_trqam.errors import UserError
 from vla_trqam.policy import FlowPolicy
+from vla_trqam.preflight.live_bytes import LiveBytes
+from vla_trqam.preflight.memory import tensor_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -240,6 +242,38 @@ def test_an_encoding_can_be_kept_as_tensors_row_by_row(kind: str) -> None:
     for field in (policy.velocity, policy.base_velocity):
         expected = field(x[order.argsort()], tau, whole)[order]
         torch.testing.assert_close(field(x, tau, rows), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_memory_of_a_prefixs_pass_does_not_grow_with_the_batch(kind: str) -> None:
+    """Counted tensor by tensor, beyond what the pass returns; and the numbers are the same."""
+    policy = make_policy(kind, lora=True)
+    assert policy.processors is not None
+    policy.processors.pad_instructions()
+    policy.encoded_at_once, few, many = 2, 4, 8
+    beyond = []
+    for rows in (few, many):
+        raw = raw_observation(rows, 0)
+        with LiveBytes() as live:
+            packed = policy.packed(raw)
+        beyond.append(live.peak - tensor_bytes(packed.values()))
+    assert beyond[1] == pytest.approx(beyond[0], rel=0.05)
+    policy.encoded_at_once = many
+    with LiveBytes() as live:
+        whole = policy.packed(raw)
+    assert live.peak - tensor_bytes(whole.values()) > 1.5 * beyond[0]
+    for key, value in whole.items():
+        torch.testing.assert_close(packed[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_of_bytes_are_those_of_numbers_between_0_and_1() -> None:
+    policy = make_policy("tiny_pi0", lora=True)
+    raw = raw_observation(BATCH, 0)
+    cameras = [key for key in raw if key.startswith("observation.images")]
+    bytes_ = {key: (raw[key] * 255).to(torch.uint8) for key in cameras}
+    expected = policy.packed(raw | {key: value.float() / 255 for key, value in bytes_.items()})
+    for key, value in policy.packed(raw | bytes_).items():
+        assert torch.equal(value, expected[key])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

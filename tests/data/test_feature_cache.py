@@ -27,6 +27,8 @@ class Counter:
         assert isinstance(image, Tensor)
         assert isinstance(state, Tensor)
         self.frames += len(image)
+        if image.dtype == torch.uint8:  # as a cache hands them over
+            image = image.float() / 255
         return {
             "mean": image.flatten(1).mean(1, keepdim=True).expand(-1, 5),
             "state": state.bfloat16()[:, None],

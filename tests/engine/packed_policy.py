@@ -42,7 +42,9 @@ class PackedPolicy(FlowPolicy):
         return 1 + STATE
 
     def packed(self, observation: Any) -> dict[str, Tensor]:
-        picture = observation[image_key(CAMERA)].flatten(1).mean(dim=1, keepdim=True)
+        seen = observation[image_key(CAMERA)]
+        seen = seen.float() / 255 if seen.dtype == torch.uint8 else seen
+        picture = seen.flatten(1).mean(dim=1, keepdim=True)
         return {"features": torch.cat([picture, observation[STATE_KEY]], dim=1)}
 
     def encode(self, observation: Any) -> Tensor:

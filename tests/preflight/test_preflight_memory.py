@@ -18,6 +18,8 @@ from torch import nn
 
 from vla_trqam.methods.trqam import TRQAMConfig
 from vla_trqam.preflight import disk, memory
+from vla_trqam.preflight.live_bytes import LiveBytes
+from vla_trqam.preflight.model import repeated
 from vla_trqam.preflight.report import Finding
 
 
@@ -141,6 +143,15 @@ def test_memory_counts_adam_and_the_critic(policy: Any, tmp_path: Path) -> None:
     assert both.weights == alone.weights + 440
     packed = policy.packed(policy.processors.observe(replay.observation_at(np.array([0]))))
     assert dry.prefix == sum(value.nbytes for value in packed.values())
+    many = repeated(reader_of(replay).first_observation(), 3 * policy.encoded_at_once)
+    with LiveBytes() as live:
+        made = policy.packed(many)
+    beyond = live.peak - memory.tensor_bytes(made.values())
+    assert alone.encoding == pytest.approx(beyond, rel=0.02)
+    share = memory.Share(8)
+    assert alone.of(share) - replace(alone, encoding=0).of(share) == alone.encoding
+    words = memory.in_words(alone.encoding)
+    assert f"their pass {words}" in memory.check_memory(alone, 10**12, share, "cpu").found
     assert dry.activations > 0
 
 

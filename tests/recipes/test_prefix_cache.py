@@ -1,8 +1,13 @@
 """Runs that keep no prefixes, and runs that keep no frames: the same runs in less room."""
 
+import errno
 import json
+import shlex
 import signal
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ from safetensors.torch import load_file
 from toy_deaths import dies_at_call, dies_at_update, signalled_at_update
 from toy_files import differences
 from toy_images import SIZE, images_state, write_toy_dataset
+from toy_task import Killed
 from vla_runs import (
     Files,
     Whole,
@@ -28,12 +34,17 @@ from vla_runs import (
 from vla_trqam.adapters.families.base import FlowFamily
 from vla_trqam.adapters.lerobot_policy import LeRobotFlowPolicy
 
-from vla_trqam.data.feature_cache import FeatureCache
+from vla_trqam.data import feature_cache
+from vla_trqam.data.feature_cache import FRAME, FeatureCache
 from vla_trqam.data.frame_files import CacheHeader, FrameHeader
 from vla_trqam.data.replay import Replay
+from vla_trqam.data.sources import base
 from vla_trqam.data.sources.lerobot.source import LeRobotReader
 from vla_trqam.engine.cached import Cached, CriticOnly
+from vla_trqam.engine.folder.begun import Begun
+from vla_trqam.engine.launch import FULL_DISK
 from vla_trqam.errors import UserError
+from vla_trqam.launched import launcher
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "without_simulator"]  # fixtures
 pytestmark = pytest.mark.slow
@@ -114,6 +125,119 @@ def test_a_killed_run_without_prefixes_goes_on_to_the_same_bits(
         tiny(tmp_path / "run", NONE)
     assert resume(tmp_path / "run") == 0
     assert differences(images_state(tmp_path / "run"), without_conclusion(uncached.state)) == []
+
+
+PART = 8
+"""Frames of a batch of the pass, as many as go through the prefix together."""
+
+
+@pytest.fixture(scope="module")
+def in_parts(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """As :func:`uncached`; chunks that are drawn of another number of frames round otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_parts(patch)
+        return whole_run(tmp_path_factory.mktemp("parts") / "run", [*files.flags(), NONE])
+
+
+def take_parts(patch: pytest.MonkeyPatch) -> None:
+    update = FeatureCache.update
+    patch.setattr(FeatureCache, "update", lambda self: update(self, batch_size=PART))
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, FULL_DISK)
+
+
+def ends_in_the_pass(patch: pytest.MonkeyPatch, death: Callable[[], BaseException]) -> None:
+    """In its second batch."""
+    compute, count = FeatureCache._compute_batch, 0
+
+    def mortal(self: FeatureCache, seen: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise death()
+        compute(self, seen)
+
+    patch.setattr(FeatureCache, "_compute_batch", mortal)
+
+
+def ends_in_the_reading(patch: pytest.MonkeyPatch, death: Callable[[], BaseException]) -> None:
+    """Of the data, at the second episode."""
+    add, count = Replay.add, 0
+
+    def mortal(self: Replay, *episode: Any, **named: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise death()
+        add(self, *episode, **named)
+
+    patch.setattr(Replay, "add", mortal)
+
+
+def rows_computed(patch: pytest.MonkeyPatch) -> list[int]:
+    compute, found = FeatureCache._compute_batch, list[int]()
+
+    def counted(self: FeatureCache, seen: Any) -> None:
+        found.append(len(seen[FRAME]))
+        compute(self, seen)
+
+    patch.setattr(FeatureCache, "_compute_batch", counted)
+    return found
+
+
+@pytest.mark.parametrize("death", [Killed, KeyboardInterrupt, full_disk])
+@pytest.mark.parametrize("end", [ends_in_the_pass, ends_in_the_reading])
+def test_what_ends_a_run_before_its_first_checkpoint_costs_seconds_of_reading_and_of_the_pass(
+    end, death, tiny, no_conclusion, in_parts, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    take_parts(monkeypatch)
+    monkeypatch.setattr(feature_cache, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(base, "SAVED_EVERY", 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        end(patch, death)
+        if death is Killed:
+            with pytest.raises(Killed):
+                tiny(run, NONE)
+        else:
+            assert tiny(run, NONE) == (130 if death is KeyboardInterrupt else 2)
+            assert f"; go on with: {shlex.join(launcher())} " in capsys.readouterr().err
+    frames = num_frames(run)
+    computed = rows_computed(monkeypatch)
+    assert resume(run) == 0
+    assert "with what had been read of its data" in capsys.readouterr().out
+    assert not list(run.glob("before_restart_*/replay"))
+    assert differences(images_state(run), without_conclusion(in_parts.state)) == []
+    every = num_frames(run)
+    assert sum(computed) == every - (PART if end is ends_in_the_pass else 0)
+    assert 0 < frames < every
+
+
+def num_frames(run: Path) -> int:
+    return Replay.open(run / "replay").num_frames
+
+
+def test_a_refusal_leaves_nothing_of_what_was_read(tiny, tmp_path, monkeypatch):
+    end = partial(ends_in_the_pass, death=lambda: UserError("it cannot be"))
+    end(monkeypatch)
+    assert tiny(tmp_path / "run", NONE) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_other_processes_data_are_not_gone_on_with(
+    tiny, no_conclusion, uncached, tmp_path
+):
+    run = tmp_path / "run"
+    with killed(lambda patch: ends_in_the_pass(patch, Killed)):
+        tiny(run, NONE)
+    begun = Begun.read(run / "replay")
+    assert begun is not None
+    replace(begun, processes=2).write(run / "replay")
+    assert resume(run) == 0
+    assert (run / "before_restart_1" / "replay").is_dir()
+    assert differences(images_state(run), without_conclusion(uncached.state)) == []
 
 
 def test_a_budget_decides_and_a_run_goes_on_as_it_began(tiny, no_conclusion, tmp_path, capfd):

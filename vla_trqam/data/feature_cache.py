@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from time import monotonic
 from typing import Literal
 
 import numpy as np
@@ -24,8 +26,11 @@ PrefixCache = Literal["auto", "disk", "none"]
 """Whether the large part of a frame's features is kept; see the settings."""
 
 FeatureFunction = Callable[[FrameObservation], Mapping[str, Tensor]]
-"""B observations in LeRobot's raw format, float32 images, and their ``FRAME`` -> named features,
+"""B observations in LeRobot's raw format, uint8 images, and their ``FRAME`` -> named features,
 (B, ...) each."""
+
+SAVED_EVERY = 5.0
+"""Seconds of a pass over the frames after which what it made is safe on the disk."""
 
 _STORED_AS: dict[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
@@ -41,7 +46,7 @@ _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_A
 class FeatureCache(Observer[FrameObservation]):
     """Features of all frames of a replay; a sampler's observations made of them.
 
-    A killed `update` costs at most the batch under way.
+    A killed `update` costs the last :data:`SAVED_EVERY` seconds at most, as does a power cut.
     """
 
     def __init__(self, replay: Replay, compute: FeatureFunction, *, fingerprint: str) -> None:
@@ -79,8 +84,17 @@ class FeatureCache(Observer[FrameObservation]):
         """
         self._replay.claim()
         before, rows = self.num_frames, self._replay.frame_index.rows_of_frames()
-        for first in range(before, len(rows), batch_size):
-            self._compute_batch(first, rows[first : first + batch_size])
+        parts = [rows[first : first + batch_size] for first in range(before, len(rows), batch_size)]
+        saved = monotonic()
+        try:
+            for seen in _read_ahead(self._replay, parts):
+                self._compute_batch(seen)
+                if monotonic() - saved >= SAVED_EVERY:
+                    self._save()
+                    saved = monotonic()
+        finally:
+            if parts:
+                self._save()
         return len(rows) - before
 
     def flush(self) -> None:
@@ -125,9 +139,11 @@ class FeatureCache(Observer[FrameObservation]):
         self._header = header if header and header.fingerprint == self._fingerprint else None
         self._columns = {} if self._header is None else self._mapped(self._header)
 
-    def _compute_batch(self, first: int, rows: np.ndarray) -> None:
-        features = self._compute(_numbered(self._replay, rows))
-        described = {name: _described(name, value, len(rows)) for name, value in features.items()}
+    def _compute_batch(self, seen: FrameObservation) -> None:
+        """Of the frames that come next; they count when :meth:`_save` was called."""
+        first, rows = 0 if self._header is None else self._header.num_frames, len(seen[FRAME])
+        features = self._compute(seen)
+        described = {name: _described(name, value, rows) for name, value in features.items()}
         if self._header is None:
             self._start(CacheHeader(self._fingerprint, 0, described))
         assert self._header is not None
@@ -140,8 +156,13 @@ class FeatureCache(Observer[FrameObservation]):
             stored = value.detach().cpu().contiguous()
             bits = stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored
             self._columns[name].write(first, bits.numpy())
-        self._header = replace(self._header, num_frames=first + len(rows))
-        self._header.write(self._replay.path)
+        self._header = replace(self._header, num_frames=first + rows)
+
+    def _save(self) -> None:
+        """The header counts what was computed, after that lies on the disk itself."""
+        if self._header is not None:
+            self.flush()
+            self._header.write(self._replay.path)
 
     def _start(self, header: CacheHeader) -> None:
         for name, spec in self._arrays(header).items():
@@ -205,7 +226,18 @@ def _numbered(replay: Replay, rows: np.ndarray) -> FrameObservation:
     """
     frames = replay.frame_index.frames(rows)
     own = replay.frame_index.rows_of_frames()[frames]
-    return replay.observation_at(own) | {FRAME: torch.from_numpy(frames)}
+    seen = replay.observation_at(own, image_dtype="uint8")
+    return seen | {FRAME: torch.from_numpy(frames)}
+
+
+def _read_ahead(replay: Replay, parts: Sequence[np.ndarray]) -> Iterator[FrameObservation]:
+    """What is seen at the rows of each part; the next is read and decoded beside the work on it."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        coming = [reader.submit(_numbered, replay, rows) for rows in parts[:1]]
+        for number in range(len(parts)):
+            seen = coming.pop().result()
+            coming += [reader.submit(_numbered, replay, r) for r in parts[number + 1 : number + 2]]
+            yield seen
 
 
 def _described(name: str, value: Tensor, num_rows: int) -> tuple[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ not exist at every step: where rendering is dear, frames are taken only where a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -51,8 +51,8 @@ class FrameLender(Protocol):
     def num_frames(self) -> int:
         """How many: they have the numbers from 0 on."""
 
-    def pictures(self, camera: str, frames: np.ndarray) -> np.ndarray:
-        """The frames with these numbers, (F,) -> (F, H, W, C) uint8.
+    def pictures(self, cameras: Collection[str], frames: np.ndarray) -> dict[str, np.ndarray]:
+        """The frames with these numbers, (F,) -> (F, H, W, C) uint8 of each camera.
 
         Raises:
             UserError: one cannot be read.
@@ -134,25 +134,32 @@ class Frames:
             raise UserError(f"The replay {self._folder} has no camera {camera!r}; it has {known}.")
         return self._columns[image_array(camera)].rows[:num_frames]
 
-    def pictures(self, camera: str, frames: np.ndarray, num_frames: int) -> np.ndarray:
-        """Some of a camera's frames, wherever they lie: (F,) -> (F, H, W, C) uint8.
+    def pictures(
+        self, cameras: Collection[str], frames: np.ndarray, num_frames: int
+    ) -> dict[str, np.ndarray]:
+        """Some of the cameras' frames, wherever they lie: (F,) -> (F, H, W, C) uint8 of each.
 
         Raises:
             UserError: there is no such camera, or a frame that lies elsewhere cannot be had.
         """
-        own, lent = self.images(camera, num_frames), frames < self.header.lent_frames
+        own = {camera: self.images(camera, num_frames) for camera in cameras}
+        lent = frames < self.header.lent_frames
         if not lent.any():
-            return own.take(frames, axis=0)
+            return {camera: kept.take(frames, axis=0) for camera, kept in own.items()}
         if self.lender is None:
             raise UserError(
                 f"The first {self.header.lent_frames} frames of the replay {self._folder} lie in "
                 "the datasets that it was filled from (--replay.frames=dataset), not in itself."
             )
+        theirs = self.lender.pictures(cameras, frames[lent])
         if lent.all():
-            return self.lender.pictures(camera, frames)
-        found = np.empty((len(frames), *own.shape[1:]), np.uint8)
-        found[lent] = self.lender.pictures(camera, frames[lent])
-        found[~lent] = own.take(frames[~lent], axis=0)
+            return theirs
+        found = {}
+        for camera, kept in own.items():
+            both = np.empty((len(frames), *kept.shape[1:]), np.uint8)
+            both[lent] = theirs[camera]
+            both[~lent] = kept.take(frames[~lent], axis=0)
+            found[camera] = both
         return found
 
     def tasks_of_episodes(self, episodes: slice | np.ndarray) -> list[str]:

@@ -129,7 +129,7 @@ class RecordedEpisodes:
         Raises:
             UserError: there is no such camera, or one cannot be read.
         """
-        return self._seen.pictures(camera, frames, self.num_frames)
+        return self._seen.pictures([camera], frames, self.num_frames)[camera]
 
     def borrow(self, lender: FrameLender) -> None:
         """From now on the frames that lie elsewhere are had from there.
@@ -175,8 +175,8 @@ class RecordedEpisodes:
         frames = self.frame_index.frames(rows)
         state = self.observations.take(rows, axis=0)
         observation: FrameObservation = {STATE_KEY: torch.from_numpy(state)}
-        for camera in self.cameras:
-            image = torch.from_numpy(self.pictures(camera, frames)).permute(0, 3, 1, 2)
+        for camera, taken in self._seen.pictures(self.cameras, frames, self.num_frames).items():
+            image = torch.from_numpy(taken).permute(0, 3, 1, 2)
             if image_dtype == "float32":
                 image = image.float() / 255
             observation[image_key(camera)] = image.contiguous()

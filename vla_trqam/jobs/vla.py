@@ -37,6 +37,7 @@ from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.acting import KeyedNoise
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.episode_store import EpisodeStore
+from vla_trqam.engine.folder.begun import Begun, save_begun
 from vla_trqam.engine.folder.checkpoints import PRETRAINED, last_checkpoint
 from vla_trqam.engine.folder.run_folder import save_settings
 from vla_trqam.engine.job import Job
@@ -194,11 +195,29 @@ class VLAJob(Job[FinetuneVLAConfig]):
         return f"{name_of(self.config.method).upper()} of {self.policy.host.config.type}{where}"
 
     def begin(self, path: Path) -> Replay:
-        """The base, where the adapters' is in no file, the settings and a replay of the data."""
+        """The base, where the adapters' is in no file, the settings and a replay of the data.
+
+        A replay that the run had begun to fill before it broke off is filled on.
+        """
         main = self.team.is_main
         give_base(self.config, self.policy, path.parent, writes=main)
         if main:
             save_settings(self.config, path.parent)
+        begun = Begun.read(path)
+        if begun is None:
+            replay = self._empty_replay(path)
+        else:
+            replay = self.reopen(path)
+            replay.truncate_to(begun.episodes)
+        self._datasets.fill(
+            replay,
+            say=print if main else lambda _: None,
+            copies=self._lender is None,
+            save=lambda: save_begun(replay, self.team),
+        )
+        return replay
+
+    def _empty_replay(self, path: Path) -> Replay:
         more_steps, more_frames = self._more_room
         lender = self._lender
         replay = create_replay(
@@ -210,8 +229,7 @@ class VLAJob(Job[FinetuneVLAConfig]):
         )
         if lender is not None:
             replay.borrow(lender)
-        say = print if main else lambda _: None
-        self._datasets.fill(replay, say=say, copies=lender is None)
+        Begun.of(self.team).write(path)
         return replay
 
     def reopen(self, path: Path) -> Replay:
@@ -321,11 +339,9 @@ class VLAJob(Job[FinetuneVLAConfig]):
         return ComputedFeatures(self._replay, self._packed)
 
     def _packed(self, seen: FrameObservation) -> dict[str, torch.Tensor]:
-        device = self.device
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in seen.items()}
-        moved.pop(FRAME)
+        observation = {key: entry for key, entry in seen.items() if key != FRAME}
         with self.team.autocast():
-            return self.policy.packed(moved)
+            return self.policy.packed(observation)
 
     def _without_prefix(self, seen: FrameObservation) -> dict[str, torch.Tensor]:
         """What is kept where prefixes are not: features, and the frames' first next actions."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.methods.base import MethodConfig, Rehearsal
-from vla_trqam.preflight.model import device_of, prepared, seeded
+from vla_trqam.preflight.live_bytes import LiveBytes
+from vla_trqam.preflight.model import device_of, prepared, repeated, seeded
 from vla_trqam.preflight.report import Finding
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class Memory:
         average: the running mean of what is trained of the policy; 0 without one.
         contexts: prefixes held of each row.
         shards: that the optimizer's moments are in; a process has one.
+        encoding: what the prefix's pass frees when it is done, of as many observations as go
+            through it together.
     """
 
     weights: int
@@ -113,6 +116,7 @@ class Memory:
     contexts: int = CONTEXTS
     shards: int = 1
     copies: int = 0
+    encoding: int = 0
 
     @property
     def own_moments(self) -> int:
@@ -124,7 +128,7 @@ class Memory:
         """What comes on top of the weights, whatever the batch."""
         # The weights in training wait in a copy while the average acts.
         at_rest = self.gradients + self.own_moments + self.next_actions
-        return at_rest + 2 * self.average + self.copies
+        return at_rest + 2 * self.average + self.copies + self.encoding
 
     @property
     def prefixes(self) -> int:
@@ -187,6 +191,8 @@ class DryPass:
         finite: whether all of them are.
         copies: bytes that it keeps whatever the samples: with autocast every evaluation that has a
             gradient keeps weights of a finer type in bfloat16.
+        encoding: bytes of the prefix's pass beyond its result, of as many observations as go
+            through it together.
     """
 
     prefix: int
@@ -194,6 +200,7 @@ class DryPass:
     reached: int | None
     finite: bool
     copies: int = 0
+    encoding: int = 0
 
 
 def dry_pass(
@@ -212,17 +219,14 @@ def dry_pass(
     """
     observation = prepared(policy, seen)
     with precision():
-        prefix = tensor_bytes(policy.packed(observation).values())
+        prefix, encoding = _encoded(policy, seen)
         rehearsal, kept = _rehearsed(policy, observation, method, 1)
         if rehearsal is None:
-            return DryPass(prefix, activations=0, reached=None, finite=True)
+            return DryPass(prefix, activations=0, reached=None, finite=True, encoding=encoding)
         each, copies = kept, 0
         if torch.is_autocast_enabled(device_of(policy).type):
-            twice: FrameObservation = {
-                key: entry * 2 if isinstance(entry, list) else torch.cat([entry] * 2)
-                for key, entry in seen.items()
-            }
-            each = _rehearsed(policy, prepared(policy, twice), method, 2)[1] - kept
+            twice = prepared(policy, repeated(seen, 2))
+            each = _rehearsed(policy, twice, method, 2)[1] - kept
             copies = max(0, kept - each)
     loss = rehearsal.values.square().sum()
     trained = list(policy.trainable_parameters())
@@ -234,7 +238,17 @@ def dry_pass(
         reached=len(gradients),
         finite=all(bool(torch.isfinite(gradient).all()) for gradient in gradients),
         copies=-(-copies // rehearsal.parts),
+        encoding=encoding,
     )
+
+
+def _encoded(policy: LeRobotFlowPolicy, seen: FrameObservation) -> tuple[int, int]:
+    """Bytes of one prefix, and of the pass beyond the result of a larger batch."""
+    rows = policy.encoded_at_once
+    several = repeated(seen, rows)
+    with LiveBytes() as live:
+        made = policy.packed(several)
+    return tensor_bytes(made.values()) // rows, live.peak
 
 
 def _rehearsed(
@@ -270,7 +284,7 @@ def measure_memory(
     contexts: int = CONTEXTS,
     shards: int = 1,
 ) -> Memory:
-    """By part; the critic's activations and what a pass frees on its way are not counted.
+    """By part; the critic's activations and what the path frees on its way are not counted.
 
     Of weights in shards an update has all at hand, and their gradient; the optimizer's state alone
     stays in parts.
@@ -283,6 +297,7 @@ def measure_memory(
         optimizer=ADAM_STATES * gradients,
         activations=dry.activations,
         copies=dry.copies,
+        encoding=dry.encoding,
         prefix=dry.prefix,
         next_actions=next_actions,
         average=_single_bytes(policy.trainable_parameters()) if averages else 0,
@@ -321,6 +336,7 @@ def check_memory(memory: Memory, available: int | None, share: Share, device: st
         **({"weights in bfloat16": memory.copies} if memory.copies else {}),
         f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
         f"prefixes of {share.rows}": share.rows * memory.prefixes,
+        "their pass": memory.encoding,
         **({"recordings": memory.recordings(share)} if share.recorded else {}),
     }
     found = (

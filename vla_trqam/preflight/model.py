@@ -41,6 +41,14 @@ def prepared(policy: LeRobotFlowPolicy, seen: FrameObservation) -> dict[str, Any
     return policy.processors.observe(seen)
 
 
+def repeated(seen: FrameObservation, times: int) -> FrameObservation:
+    """The same raw observations so many times, one after the other."""
+    return {
+        key: entry * times if isinstance(entry, list) else torch.cat([entry] * times)
+        for key, entry in seen.items()
+    }
+
+
 def first_observations(policy: LeRobotFlowPolicy, replay: Replay, count: int) -> dict[str, Any]:
     """The replay's first observations as the policy's preprocessor gives them."""
     rows = replay.frame_index.rows_of_frames()[:count]

@@ -12,14 +12,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import torch
-
 from vla_trqam.data.feature_cache import PrefixCache
 from vla_trqam.data.frame_files import CacheHeader
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.errors import UserError
 from vla_trqam.preflight.disk import existing
 from vla_trqam.preflight.memory import in_words
+from vla_trqam.preflight.model import repeated
 from vla_trqam.preflight.report import Finding
 
 if TYPE_CHECKING:
@@ -63,10 +62,7 @@ def measure_prefix(
         chunks: bytes of the chunks kept beside these.
     """
     first = policy.packed(seen)
-    several: FrameObservation = {
-        key: entry * TIMED if isinstance(entry, list) else torch.cat([entry] * TIMED)
-        for key, entry in seen.items()
-    }
+    several = repeated(seen, TIMED)
     begin = perf_counter()
     made = policy.packed(several)
     for tensor in made.values():  # a device may still be at work

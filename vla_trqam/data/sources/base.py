@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Protocol
 
 from vla_trqam.data.episode import Episode
@@ -12,6 +13,9 @@ from vla_trqam.data.frame_files import ImageShape
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.replay_files import ColumnSpec
 from vla_trqam.errors import UserError
+
+SAVED_EVERY = 30.0
+"""Seconds of reading that are lost at most where what was read is kept."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,13 @@ def create_replay(
     )
 
 
-def fill(replay: Replay, source: Source, name: str, say: Callable[[str], None] = print) -> None:
+def fill(
+    replay: Replay,
+    source: Source,
+    name: str,
+    say: Callable[[str], None] = print,
+    save: Callable[[], None] = lambda: None,
+) -> None:
     """Put every episode of the source into the replay; goes on where a call was interrupted.
 
     Args:
@@ -98,6 +108,7 @@ def fill(replay: Replay, source: Source, name: str, say: Callable[[str], None] =
         source: what is read. Episodes that the replay has of this `name` are not read again.
         name: that the episodes get there.
         say: gets each of the source's notes.
+        save: called every :data:`SAVED_EVERY` seconds, and at the end of what was read.
 
     Raises:
         UserError: the sizes differ or there is no room, and nothing is added then; or an episode
@@ -107,8 +118,13 @@ def fill(replay: Replay, source: Source, name: str, say: Callable[[str], None] =
     _check_fit(replay, source, done)
     for note in source.notes():
         say(f"{name}: {note}")
+    saved = monotonic()
     for episode in source.episodes(done):
         replay.add(episode, source=name)
+        if monotonic() - saved >= SAVED_EVERY:
+            save()
+            saved = monotonic()
+    save()
 
 
 def _check_fit(replay: Replay, source: Source, done: int) -> None:

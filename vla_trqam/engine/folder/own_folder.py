@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vla_trqam.config.settings import RunSettings
+from vla_trqam.engine.folder.begun import begun_replays
 from vla_trqam.engine.folder.checkpoints import (
     all_checkpoints,
     check_whole,
@@ -59,8 +60,9 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
     """While open, the folder of the settings is this run's alone; every process of it calls this.
 
     A new run's folder is made. Whatever ends the run by an exception before its first checkpoint:
-    what this run made in the folder is removed, and the same command works again. Of a run that
-    diverged after it, the folder says so, until it is gone on with.
+    what this run made in the folder is removed, and the same command works again; but data that a
+    job has begun to read (:mod:`vla_trqam.engine.folder.begun`) stay, unless the run was refused or
+    diverged. Of a run that diverged after it, the folder says so, until it is gone on with.
 
     Raises:
         UserError: another process works in the folder; it is in use or cannot be made; or the
@@ -69,15 +71,18 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
     assert config.output_dir is not None
     team, folder = team or Team(), _OwnFolder(config.output_dir)
     try:
-        team.on_main(lambda: folder.open(config))
+        team.on_main(lambda: folder.open(config, team))
         yield
     except DivergenceError as error:
         folder.give_up()
         if team.is_main:
             folder.tell(error)
         raise
-    except (Exception, KeyboardInterrupt, SystemExit):
+    except UserError:
         folder.give_up()
+        raise
+    except (Exception, KeyboardInterrupt, SystemExit):
+        folder.break_off()
         raise
     finally:
         folder.close()
@@ -91,7 +96,7 @@ class _OwnFolder:
         self._made: list[Path] = []
         self._before: set[Path] | None = None
 
-    def open(self, config: RunSettings) -> None:
+    def open(self, config: RunSettings, team: Team) -> None:
         check_output_dir(self._path, resume=True)  # what it holds is looked at under the lock
         self._make()
         self._lock.take()
@@ -99,10 +104,15 @@ class _OwnFolder:
         if config.resume:
             check_pins(self._path)
             if config.checkpoint is None:
-                _look_back(self._path)
+                _look_back(self._path, team)
             else:
                 check_whole(named_checkpoint(self._path, config.checkpoint))
         self._before = set(self._path.iterdir())
+
+    def break_off(self) -> None:
+        """Leaves what has been read of the data, with the settings to go on with it."""
+        if not begun_replays(self._path):
+            self.give_up()
 
     def give_up(self) -> None:
         """Removes what this run made, unless it got as far as a checkpoint."""
@@ -160,7 +170,7 @@ def begin_again(config: RunSettings) -> None:
         (config.output_dir / DIVERGED_NAME).unlink(missing_ok=True)
 
 
-def _look_back(output_dir: Path) -> None:
+def _look_back(output_dir: Path, team: Team) -> None:
     """Before a run is gone on with: its checkpoint is whole, or it begins anew and says so."""
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is not None:
@@ -168,15 +178,17 @@ def _look_back(output_dir: Path) -> None:
         if not (checkpoint / MANIFEST_NAME).is_file():
             print(f"{checkpoint} has no {MANIFEST_NAME}: older versions wrote no checksums")
         return
+    begun = begun_replays(output_dir, team)
     left = [
         path
         for path in sorted(output_dir.iterdir())
-        if path.name not in KEPT and not path.name.startswith(SET_ASIDE)
+        if path.name not in KEPT and not path.name.startswith(SET_ASIDE) and path not in begun
     ]
     kept = set_aside(left, output_dir, SET_ASIDE)
     names = ", ".join(path.name for path in left)
+    read = ", with what had been read of its data" if begun else ""
     moved = "" if kept is None else f"; what was there ({names}) is kept in {kept}"
-    print(f"{output_dir} has no checkpoint, so the run begins anew{moved}")
+    print(f"{output_dir} has no checkpoint, so the run begins anew{read}{moved}")
 
 
 def _remove(path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -65,18 +66,21 @@ class LentPictures:
         """Of all datasets."""
         return len(self._row)
 
-    def pictures(self, camera: str, frames: np.ndarray) -> np.ndarray:
-        """The frames with these numbers, (F,) -> (F, H, W, C) uint8.
+    def pictures(self, cameras: Collection[str], frames: np.ndarray) -> dict[str, np.ndarray]:
+        """The frames with these numbers, (F,) -> (F, H, W, C) uint8 of each camera.
 
         Raises:
             UserError: one cannot be decoded.
         """
-        found = np.empty((len(frames), *self._readers[0].cameras[camera]), np.uint8)
+        shapes = self._readers[0].cameras
+        found = {name: np.empty((len(frames), *shapes[name]), np.uint8) for name in cameras}
 
-        def decode(part: _Stretch) -> None:
-            found[part.places] = part.reader.pictures(camera, part.episode, part.rows)
+        def decode(wanted: tuple[str, _Stretch]) -> None:
+            camera, part = wanted
+            found[camera][part.places] = part.reader.pictures(camera, part.episode, part.rows)
 
-        for _ in self._pool.map(decode, self._stretches(frames)):
+        # The cameras side by side: of frames in a row there is one stretch.
+        for _ in self._pool.map(decode, product(cameras, self._stretches(frames))):
             pass
         return found
 

@@ -80,10 +80,21 @@ class LeRobotDatasets:
         for reader in self.named.values():
             reader.check_cameras()
 
-    def fill(self, replay: Replay, say: Callable[[str], None], *, copies: bool = True) -> None:
-        """Put every episode of each into the replay, under its name, with its frames or without."""
+    def fill(
+        self,
+        replay: Replay,
+        say: Callable[[str], None],
+        *,
+        copies: bool = True,
+        save: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Put every episode of each into the replay, under its name, with its frames or without.
+
+        It goes on where a call was interrupted. For ``save`` see
+        :func:`~vla_trqam.data.sources.base.fill`.
+        """
         for name, reader in self.named.items():
-            fill(replay, reader if copies else reader.without_pictures(), name, say)
+            fill(replay, reader if copies else reader.without_pictures(), name, say, save)
 
 
 def check_agree(named: Mapping[str, LeRobotReader]) -> None:
