@@ -17,9 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vla_trqam.config.command_line import boolean, exit_status, flags_of
 from vla_trqam.engine.folder.checkpoints import PRETRAINED
-from vla_trqam.errors import UserError
+from vla_trqam.errors import UserError, one_line
+from vla_trqam.files import PART
 from vla_trqam.hub.access import check_push
 from vla_trqam.hub.card_facts import find_checkpoint
 from vla_trqam.hub.pull import pull_checkpoint
@@ -113,12 +116,16 @@ def _policy(options: argparse.Namespace) -> Iterator[Path | None]:
     from vla_trqam.adapters.checkpoint.saving import told_of_merging
     from vla_trqam.adapters.loading import load_policy
 
-    with TemporaryDirectory() as folder:
+    # Beside the checkpoints: what holds them has room for one more, as a temporary one may not.
+    with TemporaryDirectory(prefix=f"{PART}merged.", dir=options.run) as folder:
         policy = load_policy(saved, adapter="continue")
         told = told_of_merging(policy.lost_by_merging)
         if told is not None:
             print(f"{saved}: {told}; what is pushed acts otherwise than what was evaluated")
-        policy.save_pretrained(Path(folder), merged=True)
+        try:
+            policy.save_pretrained(Path(folder), merged=True)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the merged policy cannot be written: {one_line(error)}") from None
         yield Path(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,11 +118,26 @@ def test_adapters_go_on_from_the_hub_against_their_base_there(
             assert torch.equal(ours, theirs)
 
 
+def full_disk(_: object, folder: Path, *, merged: bool) -> None:
+    """It says whose disk is full: the run's, and no temporary one."""
+    assert merged
+    raise OSError(errno.ENOSPC, f"No space left: {folder.parent}")
+
+
 def test_adapters_can_be_pushed_merged_into_a_whole_policy(
-    hub: HubServer, tuned: LeRobotFlowPolicy, adapter_run: Path
+    hub: HubServer, tuned: LeRobotFlowPolicy, adapter_run: Path, monkeypatch, capsys
 ):
     flags = ["push", f"--run={adapter_run}", f"--repo_id={MERGED}", "--merged"]
+    before = sorted(adapter_run.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(LeRobotFlowPolicy, "save_pretrained", full_disk)
+        assert recipe.main(flags) == 2
+        said = capsys.readouterr().err
+        assert said.endswith(
+            f"error: the merged policy cannot be written: [Errno 28] No space left: {adapter_run}\n"
+        )
     assert recipe.main(flags) == 0
+    assert sorted(adapter_run.iterdir()) == before
     assert not any("adapter" in path for path in hub.repos[MERGED].files)
     policy = load_policy(MERGED, lora=None)
     torch.testing.assert_close(velocities(policy)[0], velocities(tuned)[0], rtol=1e-4, atol=1e-5)

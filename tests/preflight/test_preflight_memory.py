@@ -203,6 +203,11 @@ def test_activations_are_those_of_the_chain_that_is_trained_on(policy: Any, tmp_
     # The base's graphs of all steps but the first wait for the adjoint; they are smaller.
     assert 0.2 < (with_base / tuned_alone - 1) * steps / (steps - 1) < 1.0
     assert kept(keep_activations=False) == pytest.approx(with_base / steps, rel=1e-3)
+    one = tuned_alone / steps
+    cloning = kept(adjoint="scalar", clone_interventions=0.5)
+    assert cloning == pytest.approx(tuned_alone + one, rel=0.05)
+    in_parts = kept(adjoint="scalar", clone_interventions=0.5, keep_activations=False)
+    assert in_parts == pytest.approx(2 * one, rel=0.05)
 
 
 @pytest.mark.slow

@@ -1,17 +1,21 @@
 """A recipe for LeRobot's policies on two datasets with a reward rule each."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from toy_deaths import dies_at_update
 from toy_files import differences, metrics_lines
 from toy_images import NUM_DEMOS, images_state
 from vla_runs import (
+    PI0,
     Files,
     files,
     forgetful_pool,
@@ -25,10 +29,14 @@ from vla_runs import (
 
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
+from vla_trqam.data.sources.lerobot.several import LeRobotDatasets
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.sources.lerobot.writer import write_lerobot_dataset
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.folder.pins import read_pins
+from vla_trqam.errors import UserError
+from vla_trqam.jobs import vla
+from vla_trqam.jobs.vla_inputs import dataset_configs
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "without_simulator"]  # fixtures
 pytestmark = pytest.mark.slow
@@ -170,6 +178,44 @@ def test_a_second_dataset_of_another_rate_is_refused_before_a_folder_is_made(
     assert "--dataset.more[0] names no repo_id" in capsys.readouterr().err
     assert main(*files.flags(), "--dataset.columns=[speed]") == 2
     assert "has no further column of numbers 'speed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ("", "--rename_map (of --dataset.more[0] too, unless it has its own: rename_map: {} is "),
+        (", rename_map: {agentview: top}", "rename_map of --dataset.more[0] names agentview; "),
+    ],
+)
+def test_a_further_datasets_cameras_have_names_of_their_own(
+    own: str, said: str, files: Files, tmp_path: Path
+) -> None:
+    """The first one's camera is called otherwise, so the map of it does not fit the second."""
+    first = renamed(files.dataset, tmp_path / "first")
+    names = "{observation.images.front: observation.images.agentview}"
+    more = f"repo_id: local/toy, root: {files.dataset}"
+    flags = [*files.flags(), f"--dataset.root={first}", f"--rename_map={names}"]
+
+    def opened(own: str) -> LeRobotDatasets:
+        config = vla.read_config(PI0, None, [*flags, f"--dataset.more=[{{{more}{own}}}]"])
+        return LeRobotDatasets.opened(dataset_configs(config, None))
+
+    with pytest.raises(UserError, match=re.escape(said)):
+        opened(own)
+    for reader in opened(", rename_map: {}").named.values():
+        assert [*reader.cameras] == ["agentview"]
+
+
+def renamed(dataset: Path, root: Path) -> Path:
+    """A copy whose camera is called front."""
+    shutil.copytree(dataset, root)
+    for path in root.rglob("*.json*"):
+        path.write_text(path.read_text().replace("images.agentview", "images.front"))
+    for path in root.rglob("*.parquet"):
+        table = pq.read_table(path)
+        names = [name.replace("images.agentview", "images.front") for name in table.column_names]
+        pq.write_table(table.rename_columns(names), path)
+    return root
 
 
 def test_interventions_are_cloned_where_all_datasets_tell_of_them(

@@ -50,6 +50,7 @@ from vla_trqam.envs.registry import make_family
 from vla_trqam.errors import UserError, one_line
 from vla_trqam.hub.pull import find_algorithm, load_algorithm
 from vla_trqam.jobs.vla_inputs import checked_inputs, critic_sees, give_base, push, reward_of
+from vla_trqam.jobs.vla_pins import pin_inputs
 from vla_trqam.jobs.vla_preflight import (
     all_rewards,
     check_data,
@@ -64,6 +65,8 @@ from vla_trqam.methods.registry import make_method, name_of, requirements_of
 from vla_trqam.preflight.prefixes import FEATURES_ONLY
 
 CRITIC_FEATURES = (PACKED + "features",)
+PLACES = ("device", "pretrained_path")
+"""Of a policy's config."""
 FIRST_CHUNK_NOISE = 4
 """Begins the keys of the noise of frames' first chunks."""
 
@@ -170,6 +173,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         )
         plan = planned_prefixes(config, datasets, policy, team, CRITIC_FEATURES)
         team.together(lambda: check_machine(config, datasets, policy, team, plan))
+        if not config.resume:
+            team.on_main(lambda: pin_inputs(config, packed, datasets))
         # The main process's: what is free may differ from one to the next.
         kept, draws = team.gather([plan().kept, plan().draws_next])[0]
         return cls(
@@ -427,7 +432,9 @@ class VLAJob(Job[FinetuneVLAConfig]):
 def prefix_fingerprint(policy: LeRobotFlowPolicy) -> str:
     """A hash of everything that the cached features depend on: frozen weights and statistics."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((policy.critic_features, policy.host.config)).encode())
+    # Where it lies and where it computes says nothing of what it is.
+    config = {k: v for k, v in vars(policy.host.config).items() if k not in PLACES}
+    digest.update(repr((policy.critic_features, config)).encode())
     if policy.critic_features.pooling != "all":
         digest.update(policy.critic_features.pooling.encode())
     trained = {id(p) for p in policy.trainable_parameters()}

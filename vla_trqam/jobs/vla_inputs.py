@@ -22,7 +22,12 @@ from vla_trqam.adapters.loading import (
     load_policy,
 )
 from vla_trqam.adapters.lora import LoRASettings
-from vla_trqam.config.vla_settings import FinetuneVLAConfig, OneDatasetConfig, PeftConfig
+from vla_trqam.config.vla_settings import (
+    FinetuneVLAConfig,
+    MoreDatasetConfig,
+    OneDatasetConfig,
+    PeftConfig,
+)
 from vla_trqam.data.frames import IMAGE_PREFIX
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardKind, RewardSpec
@@ -31,7 +36,6 @@ from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, check_rollou
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
 from vla_trqam.data.transitions import INTERVENTION, tells_interventions
 from vla_trqam.engine.folder.checkpoints import ALGORITHM, last_checkpoint
-from vla_trqam.engine.folder.pins import write_pins
 from vla_trqam.engine.folder.run_folder import BASE_NAME, REPLAY_NAME
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.envs.base import EnvFamily
@@ -40,7 +44,7 @@ from vla_trqam.files import written_durably
 from vla_trqam.hub.access import check_push
 from vla_trqam.hub.pull import check_valued
 from vla_trqam.hub.push import push_checkpoint
-from vla_trqam.jobs.vla_pins import sources_of, take_pins
+from vla_trqam.jobs.vla_pins import take_pins
 from vla_trqam.methods.registry import check_pushed, name_of, requirements_of
 from vla_trqam.report.flow_steps import check_own_steps
 
@@ -93,9 +97,6 @@ def checked_inputs(
     if config.replay.frames == "dataset":
         for each in datasets.named.values():
             check_lends(each)
-    if team.is_main and not config.resume:
-        assert config.output_dir is not None
-        write_pins(config.output_dir, sources_of(config, packed, datasets))
     return datasets, policy
 
 
@@ -342,14 +343,18 @@ def dataset_configs(config: FinetuneVLAConfig, packed: Path | None) -> list[LeRo
     if data.repo_id is None and packed is not None:
         first = replace(first, repo_id="local/packed", root=packed / "dataset")
     return [first] + [
-        _dataset(
-            each,
-            each.kind or data.kind,
-            config.rename_map if each.rename_map is None else each.rename_map,
-            data.columns,
-        )
-        for each in data.more
+        _further(config, each, f"--dataset.more[{number}]") for number, each in enumerate(data.more)
     ]
+
+
+def _further(config: FinetuneVLAConfig, data: MoreDatasetConfig, where: str) -> LeRobotConfig:
+    """One of ``dataset.more``, which takes over what it does not say itself."""
+    kind, columns = data.kind or config.dataset.kind, config.dataset.columns
+    if data.rename_map is not None:
+        own = _dataset(data, kind, data.rename_map, columns)
+        return replace(own, renamed_by=f"rename_map of {where}")
+    taken_over = f"--rename_map (of {where} too, unless it has its own: rename_map: {{}} is none)"
+    return replace(_dataset(data, kind, config.rename_map, columns), renamed_by=taken_over)
 
 
 def reward_of(config: FinetuneVLAConfig) -> RewardSpec:

@@ -11,11 +11,14 @@ from vla_trqam.data.frames import image_key
 from vla_trqam.data.sources.lerobot.hub import commit_of
 from vla_trqam.data.sources.lerobot.several import LeRobotDatasets, source_names
 from vla_trqam.data.sources.lerobot.source import LeRobotConfig, LeRobotReader
-from vla_trqam.engine.folder.pins import Input, began_at, read_pins
+from vla_trqam.engine.folder.pins import Input, began_at, read_pins, write_pins
+from vla_trqam.preflight.memory import in_words
 
 # Weights, configs, processors with their statistics, tokenizers; not the card.
 OF_A_POLICY = (".json", ".safetensors", ".model", ".txt", ".jinja")
 INFO = "meta/info.json"
+TOLD = 2**30
+"""Bytes whose reading a user would wonder about."""
 
 
 def take_pins(config: FinetuneVLAConfig) -> str | None:
@@ -47,6 +50,21 @@ def take_pins(config: FinetuneVLAConfig) -> str | None:
 
 def _labels_of(dataset: str) -> str:
     return dataset.replace("dataset", "success labels")
+
+
+def pin_inputs(config: FinetuneVLAConfig, packed: Path | None, datasets: LeRobotDatasets) -> None:
+    """Notes every file that a new run learns from, with its digest."""
+    assert config.output_dir is not None
+    sources = sources_of(config, packed, datasets)
+    size = sum(
+        (source.folder / name).stat().st_size
+        for source in sources
+        if source.folder is not None
+        for name in source.files
+    )
+    if size >= TOLD:
+        print(f"reading {in_words(size)} of policy and data, by which a resume knows them again")
+    write_pins(config.output_dir, sources)
 
 
 def sources_of(

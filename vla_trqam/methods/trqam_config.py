@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
+
 from vla_trqam.adjoint import AdjointKind
 from vla_trqam.errors import UserError
 from vla_trqam.methods.base import MethodConfig, Rehearsal
@@ -180,9 +182,15 @@ class TRQAMConfig(TrustRegionConfig, MethodConfig):
         return self.average_rate > 0.0
 
     def rehearse(self, policy: FlowPolicy, context: Any, rows: int) -> Rehearsal:
-        """The tuned field along a path of the chain."""
+        """The tuned field along a path of the chain, and where a person's actions are cloned."""
+        parts = 1 if self.keep_activations else policy.num_flow_steps
         values = sampled_fields(policy, context, rows, self).tuned()
-        return Rehearsal(values, 1 if self.keep_activations else policy.num_flow_steps)
+        if self.clone_interventions:
+            # Kept whole, beside the whole path or beside each part of it.
+            x, tau = torch.randn_like(values[0]), torch.rand_like(values[0, :, 0, 0])
+            cloned = [policy.velocity(x, tau, context) for _ in range(parts)]
+            values = torch.cat([values, torch.stack(cloned).to(values.dtype)])
+        return Rehearsal(values, parts)
 
     @property
     def adjoint_scale(self) -> float:

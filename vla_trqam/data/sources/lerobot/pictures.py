@@ -38,6 +38,7 @@ class Pictures:
         info: DatasetInfo,
         table: EpisodeTable,
         rename_map: Mapping[str, str],
+        renamed_by: str,
     ) -> None:
         """Find the cameras; nothing of them is opened.
 
@@ -50,12 +51,12 @@ class Pictures:
         strange = sorted(set(rename_map) - set(colour))
         if strange:
             raise UserError(
-                f"--rename_map names {', '.join(strange)}; the cameras of {where[0].lower()}"
+                f"{renamed_by} names {', '.join(strange)}; the cameras of {where[0].lower()}"
                 f"{where[1:]} are {', '.join(sorted(colour)) or 'none'}"
             )
         self.names = {rename_map.get(key, key).removeprefix(IMAGE_PREFIX): key for key in colour}
         if len(self.names) < len(colour):
-            raise UserError(f"--rename_map={dict(rename_map)} gives two cameras one name")
+            raise UserError(f"{renamed_by}={dict(rename_map)} gives two cameras one name")
         self._opened: ParquetTable | None = None
 
     def feature(self, camera: str) -> Feature:

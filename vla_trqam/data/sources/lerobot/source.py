@@ -72,6 +72,7 @@ class LeRobotConfig:
         tolerance_s: seconds that a timestamp may be off its frame's number.
         rename_map: from the dataset's cameras to the policy's, `observation.images.` included.
         columns: further ones to read, of numbers; None takes those that tell of interventions.
+        renamed_by: what messages call the `rename_map`.
     """
 
     repo_id: str
@@ -90,6 +91,7 @@ class LeRobotConfig:
     tolerance_s: float = 1e-4
     rename_map: Mapping[str, str] = field(default_factory=dict, hash=False)
     columns: tuple[str, ...] | None = None
+    renamed_by: str = "--rename_map"
 
 
 class LeRobotReader:
@@ -126,7 +128,8 @@ class LeRobotReader:
         positions = table.chosen(config.episodes)
         self.state_dim = vector_length(self.where, STATE_KEY, self._info.features)
         self.action_dim = vector_length(self.where, "action", self._info.features)
-        self._pictures = Pictures(self.where, place, folder, self._info, table, config.rename_map)
+        names = config.rename_map, config.renamed_by
+        self._pictures = Pictures(self.where, place, folder, self._info, table, *names)
         self.cameras = self._pictures.shapes(config.cameras, config.looked_through)
         self.columns = further_columns(self.where, self._info.features, config.columns)
         place.fetch(sorted({table.data_file(position) for position in positions}))
