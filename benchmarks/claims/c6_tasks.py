@@ -74,7 +74,8 @@ def gains_of(runs: Sequence[ClaimRun]) -> Gains:
     """What every run won.
 
     Raises:
-        UserError: a run diverged, there are two of a place and seed, or one of the four is missing.
+        UserError: a run diverged, there are two of a place and seed, or one is missing of both
+            chains with the adjoints that there are at its number of steps.
     """
     found: dict[tuple[Place, int], float] = {}
     for run in runs:
@@ -86,11 +87,17 @@ def gains_of(runs: Sequence[ClaimRun]) -> Gains:
         found[key] = run.gain
     for place, seed in found:
         for scheme in SCHEMES:
-            for adjoint in ADJOINTS:
+            for adjoint in adjoints_at(place.steps, found):
                 other = Place(place.task, place.steps, scheme, adjoint)
                 if (other, seed) not in found:
                     raise UserError(f"claim 6 lacks a run: {other}, seed {seed}")
     return found
+
+
+def adjoints_at(steps: int, gains: Gains) -> list[str]:
+    """Those with which the chains of so many steps were run."""
+    there = {place.adjoint for place, _ in gains if place.steps == steps}
+    return [adjoint for adjoint in ADJOINTS if adjoint in there]
 
 
 @dataclass(frozen=True)
@@ -111,25 +118,19 @@ class Comparison:
 
 
 def comparisons(gains: Gains) -> Iterator[Comparison]:
-    """Scheme and adjoint, each at every number of steps.
+    """Scheme and adjoint, each at every number of steps at which both were run.
 
     Raises:
         UserError: the tasks have different seeds.
     """
     tasks = list(dict.fromkeys(place.task for place, _ in gains))
     for steps in sorted({place.steps for place, _ in gains}):
-        yield Comparison(
-            "posterior less shifted Euler",
-            steps,
-            tasks,
-            _table(gains, tasks, steps, [((SCHEMES[0], a), (SCHEMES[1], a)) for a in ADJOINTS]),
-        )
-        yield Comparison(
-            "lean less scalar",
-            steps,
-            tasks,
-            _table(gains, tasks, steps, [((s, ADJOINTS[0]), (s, ADJOINTS[1])) for s in SCHEMES]),
-        )
+        adjoints = adjoints_at(steps, gains)
+        pairs = {"posterior less shifted Euler": [tuple((s, a) for s in SCHEMES) for a in adjoints]}
+        if len(adjoints) > 1:
+            pairs["lean less scalar"] = [tuple((s, a) for a in adjoints) for s in SCHEMES]
+        for said, kinds in pairs.items():
+            yield Comparison(said, steps, tasks, _table(gains, tasks, steps, kinds))
 
 
 Kind = tuple[str, str]
@@ -205,11 +206,12 @@ def draw(path: Path, runs: Sequence[ClaimRun]) -> Path:
         ks = sorted({place.steps for place, _ in gains if place.task == task})
         kinds = [(scheme, adjoint) for scheme in SCHEMES for adjoint in ADJOINTS]
         for number, (scheme, adjoint) in enumerate(kinds):
+            there = [k for k in ks if adjoint in adjoints_at(k, gains)]
             own = [
                 [g for (p, _), g in gains.items() if p == Place(task, k, scheme, adjoint)]
-                for k in ks
+                for k in there
             ]
-            at = [position + 0.08 * (number - 1.5) for position in range(len(ks))]
+            at = [ks.index(k) + 0.08 * (number - 1.5) for k in there]
             line: dict[str, Any] = {"color": COLORS[LABELS[scheme]]}
             for x, points in zip(at, own, strict=True):
                 axes.plot([x] * len(points), points, "o", ms=3, **line)

@@ -77,6 +77,21 @@ def test_choices_are_compared_where_all_else_is_the_same(tmp_path: Path) -> None
     assert marked(page, "c6_rest") == text
 
 
+def test_at_some_numbers_of_steps_one_adjoint_alone_was_run(tmp_path: Path) -> None:
+    """There the chains are compared by it, and the adjoints not at all."""
+    runs = [read_claim_run(folder) for folder in study(tmp_path)]
+    lean = [run for run in runs if run.method["adjoint"] == "lean" or "10_" not in run.folder.name]
+    found = list(c6_tasks.comparisons(c6_tasks.gains_of(lean)))
+    said = [(each.steps, each.said) for each in found]
+    assert said == [
+        (3, "posterior less shifted Euler"),
+        (3, "lean less scalar"),
+        (10, "posterior less shifted Euler"),
+    ]
+    assert "p by Holm over the 3 comparisons" in c6_tasks.verdict(found)
+    c6_tasks.draw(tmp_path / "figure.png", lean)
+
+
 def test_a_run_that_is_missing_or_given_twice_is_refused(tmp_path: Path) -> None:
     runs = [read_claim_run(folder) for folder in study(tmp_path)]
     assert len(c6_tasks.gains_of(runs)) == len(runs)

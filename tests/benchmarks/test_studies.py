@@ -25,7 +25,7 @@ def config_of(run: studies.Run) -> StateRunConfig:
     return parse_config(config, presets, run.flags)
 
 
-@pytest.mark.parametrize(("study", "count"), [("c1", 138), ("c2", 21), ("c6", 90)])
+@pytest.mark.parametrize(("study", "count"), [("c1", 138), ("c2", 21), ("c6", 144)])
 def test_a_study_has_so_many_runs_each_with_a_name_of_its_own(study: str, count: int) -> None:
     runs = list(studies.STUDIES[study]())
     assert len({run.name for run in runs}) == len(runs) == count
