@@ -18,6 +18,7 @@ from vla_runs import (
     resume,
     tiny,
     whole,
+    without_conclusion,
     without_simulator,
 )
 from vla_trqam.adapters.loading import load_policy
@@ -27,6 +28,7 @@ from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.cached import Cached
 from vla_trqam.engine.folder.pins import read_pins
+from vla_trqam.errors import UserError
 from vla_trqam.jobs import vla
 from vla_trqam.jobs.vla_pins import take_pins
 
@@ -34,18 +36,30 @@ __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "whole", "without
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.parametrize("error", [KeyError, UserError])
 @pytest.mark.parametrize("place", ["give_base", "check_data", "make_method", "_start_simulators"])
-def test_whatever_fails_before_the_first_checkpoint_leaves_no_folder(
-    place, tiny, tmp_path, monkeypatch
+def test_what_fails_before_the_first_checkpoint_leaves_what_was_read_unless_it_is_refused(
+    place, error, tiny, no_conclusion, whole, tmp_path, monkeypatch, capsys
 ):
-    def fail(*_, **__):
-        raise KeyError(place)
+    """A refusal after the preflight is none of the settings, and the pass was not for naught."""
 
-    where = {"_start_simulators": engine}
-    monkeypatch.setattr(where.get(place, vla), place, fail)
-    with pytest.raises(KeyError):
-        tiny(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    def fail(*_, **__):
+        raise error(place)
+
+    where, folder = {"_start_simulators": engine}, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(where.get(place, vla), place, fail)
+        if error is UserError:
+            assert tiny(folder) == 2
+        else:
+            with pytest.raises(KeyError):
+                tiny(folder)
+    refused = error is UserError and place != "_start_simulators"
+    assert folder.exists() == (place != "give_base" and not refused)
+    if folder.exists():
+        assert f"is kept in {folder}, for --resume=true" in capsys.readouterr().out
+        assert resume(folder) == 0
+        assert differences(images_state(folder), without_conclusion(whole.state)) == []
 
 
 def without_metrics(state):

@@ -285,6 +285,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         rewards = all_rewards(self._replay, everything, team)
         team.together(lambda: check_data(config, policy, self._replay, everything, rewards, team))
         with self.method().present():  # what it cannot be made of is refused here
+            if last_checkpoint(self._replay.path.parent) is None:
+                save_begun(self._replay, team, checked=True)
             team.together(self._features.update)
 
     def method(self) -> Cached:

@@ -30,16 +30,19 @@ class Begun:
         processes: of the run, each with its own part of the data.
         precision: that features are computed in, the launcher's.
         episodes: that lie on the disk itself, whatever ends the machine.
+        checked: the run's preflight has passed; what refuses it later is not in its settings.
     """
 
     processes: int
     precision: str
     episodes: int = 0
+    checked: bool = False
 
     @classmethod
-    def of(cls, team: Team, replay: Replay | None = None) -> Begun:
+    def of(cls, team: Team, replay: Replay | None = None, *, checked: bool = False) -> Begun:
         """Of this process and what its replay holds; without one, of a replay yet to be filled."""
-        return cls(team.size, team.precision, 0 if replay is None else replay.num_episodes)
+        episodes = 0 if replay is None else replay.num_episodes
+        return cls(team.size, team.precision, episodes, checked)
 
     def write(self, replay: Path) -> None:
         """Into a replay's folder."""
@@ -56,18 +59,13 @@ class Begun:
             return None
 
 
-def save_begun(replay: Replay, team: Team) -> None:
+def save_begun(replay: Replay, team: Team, *, checked: bool = False) -> None:
     """What the replay holds now is not lost, whatever ends the run."""
     replay.flush()
-    Begun.of(team, replay).write(replay.path)
+    Begun.of(team, replay, checked=checked).write(replay.path)
 
 
-def begun_replays(output_dir: Path, team: Team | None = None) -> list[Path]:
-    """Folders of the replays that a run of these processes, or of any, can fill on."""
-    found = {path: Begun.read(path) for path in output_dir.glob(f"{REPLAY_NAME}*")}
-    wanted = None if team is None else (team.size, team.precision)
-    return sorted(
-        path
-        for path, begun in found.items()
-        if begun is not None and wanted in (None, (begun.processes, begun.precision))
-    )
+def begun_replays(output_dir: Path) -> dict[Path, Begun]:
+    """By folder, those of a run's replays that can be filled on."""
+    found = {path: Begun.read(path) for path in sorted(output_dir.glob(f"{REPLAY_NAME}*"))}
+    return {path: begun for path, begun in found.items() if begun is not None}

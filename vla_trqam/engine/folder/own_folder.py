@@ -61,8 +61,9 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
 
     A new run's folder is made. Whatever ends the run by an exception before its first checkpoint:
     what this run made in the folder is removed, and the same command works again; but data that a
-    job has begun to read (:mod:`vla_trqam.engine.folder.begun`) stay, unless the run was refused or
-    diverged. Of a run that diverged after it, the folder says so, until it is gone on with.
+    job has begun to read (:mod:`vla_trqam.engine.folder.begun`) stay, unless its preflight refused
+    the run or it diverged. Of a run that diverged after it, the folder says so, until it is gone on
+    with.
 
     Raises:
         UserError: another process works in the folder; it is in use or cannot be made; or the
@@ -78,11 +79,8 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
         if team.is_main:
             folder.tell(error)
         raise
-    except UserError:
-        folder.give_up()
-        raise
-    except (Exception, KeyboardInterrupt, SystemExit):
-        folder.break_off()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        folder.break_off(refused=isinstance(error, UserError))
         raise
     finally:
         folder.close()
@@ -109,10 +107,13 @@ class _OwnFolder:
                 check_whole(named_checkpoint(self._path, config.checkpoint))
         self._before = set(self._path.iterdir())
 
-    def break_off(self) -> None:
+    def break_off(self, *, refused: bool) -> None:
         """Leaves what has been read of the data, with the settings to go on with it."""
-        if not begun_replays(self._path):
+        begun = begun_replays(self._path).values()
+        if not begun or (refused and not any(each.checked for each in begun)):
             self.give_up()
+        elif self._before is not None and not all_checkpoints(self._path):
+            print(f"what was read of the data is kept in {self._path}, for --resume=true")
 
     def give_up(self) -> None:
         """Removes what this run made, unless it got as far as a checkpoint."""
@@ -178,7 +179,12 @@ def _look_back(output_dir: Path, team: Team) -> None:
         if not (checkpoint / MANIFEST_NAME).is_file():
             print(f"{checkpoint} has no {MANIFEST_NAME}: older versions wrote no checksums")
         return
-    begun = begun_replays(output_dir, team)
+    alike = team.size, team.precision
+    begun = [
+        path
+        for path, each in begun_replays(output_dir).items()
+        if (each.processes, each.precision) == alike
+    ]
     left = [
         path
         for path in sorted(output_dir.iterdir())
