@@ -454,7 +454,7 @@ class LeRobotFlowPolicy(FlowPolicy):
 
 def _num_rows(observation: Observation) -> int:
     """B; what a preprocessor made has further entries, which are of no row."""
-    return next(len(v) for k, v in observation.items() if k.startswith("observation."))
+    return next(len(v) for k, v in observation.items() if k.startswith(("observation.", PACKED)))
 
 
 def _as_seen(entry: Any, rows: slice, device: torch.device) -> Any:
