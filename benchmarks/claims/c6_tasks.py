@@ -124,11 +124,14 @@ def comparisons(gains: Gains) -> Iterator[Comparison]:
         UserError: the tasks have different seeds.
     """
     tasks = list(dict.fromkeys(place.task for place, _ in gains))
+    one, other = SCHEMES
+    ours, theirs = LABELS.values()
     for steps in sorted({place.steps for place, _ in gains}):
         adjoints = adjoints_at(steps, gains)
-        pairs = {"posterior less shifted Euler": [tuple((s, a) for s in SCHEMES) for a in adjoints]}
+        pairs = {f"{ours} less {theirs}": [((one, a), (other, a)) for a in adjoints]}
         if len(adjoints) > 1:
-            pairs["lean less scalar"] = [tuple((s, a) for a in adjoints) for s in SCHEMES]
+            lean, scalar = ADJOINTS
+            pairs[f"{lean} less {scalar}"] = [((s, lean), (s, scalar)) for s in SCHEMES]
         for said, kinds in pairs.items():
             yield Comparison(said, steps, tasks, _table(gains, tasks, steps, kinds))
 
