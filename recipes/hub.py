@@ -59,6 +59,8 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     add("--license", help="the Hub's identifier, like apache-2.0; the base policy's if not given")
     merged = "push the whole policy with its LoRA adapters merged in"
     add("--merged", **switch, default=False, help=merged)
+    tokenizer = "the Hub's name of what --policy.tokenizer=FOLDER was to the run, like google/NAME"
+    add("--tokenizer", help=tokenizer)
     dry = "print files, sizes and the model card; ask nothing of the Hub and send nothing"
     add("--dry_run", **switch, default=False, help=dry)
 
@@ -85,6 +87,7 @@ def push(options: argparse.Namespace) -> None:
             "private": options.private,
             "license_name": options.license,
             "policy": policy,
+            "tokenizer": options.tokenizer,
         }
         if options.dry_run:
             prepared = prepare_push(options.run, options.repo_id, **what)

@@ -211,7 +211,7 @@ def need_a_tokenizer_of_this_machine(run: Path) -> None:
         (damage_report, "report.json cannot be read"),
         (lambda run: (run / "config.yaml").unlink(), "is not the folder of a run"),
         (lambda run: make_adapter(run, str(run)), "push the whole policy by --merged=true"),
-        (need_a_tokenizer_of_this_machine, "needs tokenizer_name="),
+        (need_a_tokenizer_of_this_machine, "--tokenizer=NAME tells the Hub's name of the same one"),
         (lambda run: make_adapter(run, REPO), "is the base policy's own repository"),
     ],
 )

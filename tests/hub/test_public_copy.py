@@ -189,6 +189,37 @@ def test_a_policy_with_a_tokenizer_in_a_folder_here_is_not_pushed(
     assert "needs vlm_model_name=tokens, a path of this machine" in refused(lambda: push(hub, run))
 
 
+@SENDS_DEPRECATED
+def test_a_tokenizer_of_this_machine_is_pushed_by_its_name_on_the_hub(
+    hub: HubServer,  # noqa: F811
+    home: Path,
+) -> None:
+    run = run_at_home(home, None)
+    path = run / "checkpoints/last/pretrained_model/policy_preprocessor.json"
+
+    def name(tokenizer: Path | str) -> None:
+        step = {
+            "registry_name": "tokenizer_processor",
+            "config": {"tokenizer_name": str(tokenizer)},
+        }
+        path.write_text(json.dumps({"name": "of " + str(home), "steps": [step]}))
+
+    (home / "tokens").mkdir()
+    name(home / "tokens")
+    mine = path.read_bytes()
+    for folder in (home / "tokens", "/nowhere"):
+        said = refused(lambda given=folder: push(hub, run, tokenizer=str(given)))
+        assert f"--tokenizer={folder} is a folder; it is the name of one on the Hub" in said
+    push(hub, run, tokenizer="google/some-tokenizer")
+    arrived = json.loads(hub.repos[REPO].files["policy_preprocessor.json"])
+    assert arrived["steps"][0]["config"] == {"tokenizer_name": "google/some-tokenizer"}
+    assert str(home) not in json.dumps(arrived)
+    assert path.read_bytes() == mine
+    name("google/another")
+    said = refused(lambda: push(hub, run, tokenizer="google/some-tokenizer"))
+    assert "name no tokenizer of this machine; leave it out" in said
+
+
 # The gate of both ways.
 
 

@@ -285,7 +285,8 @@ class FinetuneVLAConfig(RunSettings):
         if self.policy.push_to_hub and self.policy.tokenizer is not None:
             raise UserError(
                 "--policy.push_to_hub=true would push processors that name a folder of this "
-                f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out"
+                f"machine, --policy.tokenizer={self.policy.tokenizer}: leave one of both out, or "
+                "push when the run is done, by hub push --tokenizer=NAME"
             )
         self._check_shard()
         self._check_cuda_graphs()

@@ -14,9 +14,10 @@ not sent again, so a push that failed half-way is completed by the same command.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -42,7 +43,7 @@ from vla_trqam.hub.card_facts import (
 )
 from vla_trqam.hub.model_card import PLOTS, model_card
 from vla_trqam.methods.registry import check_pushed
-from vla_trqam.report.public_copy import WHERE_FROM, public_copy
+from vla_trqam.report.public_copy import WHERE_FROM, public_copy, without_paths
 
 CARD, RUN = "README.md", "run"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
@@ -54,6 +55,7 @@ OURS = (
     *(f"{folder}/*" for folder in (ALGORITHM, PLOTS, RUN)),
 )
 TEXT = (".json", ".jsonl", ".yaml")
+TOKENIZER = "tokenizer_name"
 COMMAND = "python -m vla_trqam.recipes.hub"
 
 
@@ -106,6 +108,7 @@ def prepare_push(
     private: bool | None = None,
     license_name: str | None = None,
     policy: Path | None = None,
+    tokenizer: str | None = None,
     api: HfApi | None = None,
 ) -> Push:
     """Collects the files of a checkpoint and writes its card; sends nothing.
@@ -117,6 +120,8 @@ def prepare_push(
         private: part of the command to go on with.
         license_name: the Hub's identifier of the licence; None takes the base policy's.
         policy: folder of an export of the checkpoint's policy; None takes the checkpoint's own.
+        tokenizer: the Hub's name of what the run read from a folder of this machine; None where it
+            read none.
         api: the Hub, asked for the licence of the base; None asks nobody.
 
     Raises:
@@ -134,7 +139,8 @@ def prepare_push(
         )
     check_pushed(facts.method.lower(), str(run))
     files = _files(run, facts)
-    _check_paths(facts)
+    named = {} if tokenizer is None else _named(facts.policy, tokenizer)
+    _check_paths(facts, set(named))
     check_policy_folder(facts.policy)
     flags = {
         "run": run,
@@ -143,11 +149,12 @@ def prepare_push(
         "private": None if private is None else str(private).lower(),
         "license": license_name,
         "merged": "true" if policy is not None else None,
+        "tokenizer": tokenizer,
     }
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     command = f"{COMMAND} push {shlex.join(given)}"
     card = model_card(facts, repo_id, license_name or _license(facts, api))
-    public = {path: public_copy(file) or file for path, file in files.items()}
+    public = {path: named.get(file) or public_copy(file) or file for path, file in files.items()}
     return Push(run, repo_id, found.name, public, card, command)
 
 
@@ -159,6 +166,7 @@ def push_checkpoint(
     private: bool | None = None,
     license_name: str | None = None,
     policy: Path | None = None,
+    tokenizer: str | None = None,
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pushed:
@@ -181,6 +189,7 @@ def push_checkpoint(
         private=private,
         license_name=license_name,
         policy=policy,
+        tokenizer=tokenizer,
         api=access.api,
     )
     _check_token(push, access.api)
@@ -216,9 +225,44 @@ def _check_own(files: Mapping[str, Path], folders: tuple[Path, ...]) -> None:
             raise UserError(f"{file} is a link to {file.resolve()}, which is none of the run's")
 
 
-def _check_paths(facts: RunFacts) -> None:
-    """Refuses a policy that only this machine can load."""
-    for file in sorted(facts.policy.glob("*.json")):
+def _named(policy: Path, tokenizer: str) -> dict[Path, bytes]:
+    """The processors' files that name a tokenizer of this machine, with the Hub's name for it.
+
+    Raises:
+        UserError: that is a folder too, or none of them names one.
+    """
+    if Path(tokenizer).is_absolute() or Path(tokenizer).expanduser().is_dir():
+        raise UserError(f"--tokenizer={tokenizer} is a folder; it is the name of one on the Hub")
+    files = {path: read_json(path) for path in sorted(policy.glob("policy_p*processor.json"))}
+    found = {
+        path: json.dumps(without_paths(renamed), indent=2).encode()
+        for path, value in files.items()
+        if (renamed := _renamed(value, tokenizer)) != value
+    }
+    if not found:
+        raise UserError(
+            f"--tokenizer={tokenizer}: the processors in {policy} name no tokenizer of this "
+            "machine; leave it out"
+        )
+    return found
+
+
+def _renamed(value: Any, tokenizer: str) -> Any:
+    if isinstance(value, list):
+        return [_renamed(item, tokenizer) for item in value]
+    if not isinstance(value, dict):
+        return value
+    own = value.get(TOKENIZER)
+    local = isinstance(own, str) and Path(own).expanduser().is_dir()
+    return {
+        key: tokenizer if local and key == TOKENIZER else _renamed(item, tokenizer)
+        for key, item in value.items()
+    }
+
+
+def _check_paths(facts: RunFacts, named: Collection[Path]) -> None:
+    """Refuses a policy that only this machine can load; some files get other names anyway."""
+    for file in sorted({*facts.policy.glob("*.json")}.difference(named)):
         for name, value in _texts(read_json(file)):
             folder = name in NAMES_A_MODEL and Path(value).expanduser().is_dir()
             if folder or (name not in WHERE_FROM and Path(value).is_absolute()):
@@ -229,8 +273,8 @@ def _check_paths(facts: RunFacts) -> None:
 
 
 def _instead_of(name: str, facts: RunFacts) -> str:
-    if name == "tokenizer_name":
-        return "train with the tokenizer that the policy came with, without --policy.tokenizer"
+    if name == TOKENIZER:
+        return "--tokenizer=NAME tells the Hub's name of the same one"
     return (
         "push the whole policy by --merged=true"
         if facts.is_adapter
