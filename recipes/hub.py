@@ -10,11 +10,11 @@ The token is HF_TOKEN, or the one that `hf auth login` left. Examples::
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -120,16 +120,21 @@ def _policy(options: argparse.Namespace) -> Iterator[Path | None]:
     from vla_trqam.adapters.loading import load_policy
 
     # Beside the checkpoints: what holds them has room for one more, as a temporary one may not.
-    with TemporaryDirectory(prefix=f"{PART}merged.", dir=options.run) as folder:
+    folder = options.run / f"{PART}merged"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
         policy = load_policy(saved, adapter="continue")
         told = told_of_merging(policy.lost_by_merging)
         if told is not None:
             print(f"{saved}: {told}; what is pushed acts otherwise than what was evaluated")
         try:
-            policy.save_pretrained(Path(folder), merged=True)
+            folder.mkdir()
+            policy.save_pretrained(folder, merged=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"the merged policy cannot be written: {one_line(error)}") from None
-        yield Path(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

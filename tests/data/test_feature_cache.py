@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from vla_trqam.data import feature_cache
 from vla_trqam.data.feature_cache import ComputedFeatures, FeatureCache
+from vla_trqam.data.frame_files import CacheHeader
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import RewardSpec
@@ -106,6 +108,47 @@ def test_another_fingerprint_computes_all_again(replay: Replay) -> None:
     compute = Counter()
     FeatureCache(replay, compute, fingerprint="b").update()
     assert compute.frames == replay.num_frames
+
+
+def test_rows_under_way_are_not_another_fingerprints(
+    replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between two batches, after which the former features are asked for again."""
+    FeatureCache(replay, Counter(), fingerprint="a").update()
+    other = FeatureCache(replay, Counter(), fingerprint="b")
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureCache, "_save", lambda *_: None)  # as if it were killed before
+        other.update(batch_size=4)
+    compute = Counter()
+    again = FeatureCache(replay, compute, fingerprint="a")
+    again.update()
+    assert compute.frames == replay.num_frames
+
+
+def test_what_counts_lies_on_the_disk_itself_where_that_is_asked(
+    replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(feature_cache, "SAVED_EVERY", 0.0)
+    write, flush = CacheHeader.write, FeatureCache.flush
+
+    def written(self: CacheHeader, folder: Path) -> None:
+        done.append(("header", self.num_frames))
+        write(self, folder)
+
+    def flushed(self: FeatureCache) -> None:
+        done.append(("rows", self.num_frames))
+        flush(self)
+
+    monkeypatch.setattr(CacheHeader, "write", written)
+    monkeypatch.setattr(FeatureCache, "flush", flushed)
+    FeatureCache(replay, Counter(), fingerprint="a").update(batch_size=10, safe=True)
+    frames = replay.num_frames
+    steps = [10, 20, frames, frames] if frames > 20 else [10, frames, frames]
+    assert done == [("header", 0), *((what, n) for n in steps for what in ("rows", "header"))]
+    done.clear()
+    FeatureCache(replay, Counter(), fingerprint="b").update()
+    assert {what for what, _ in done} == {"header"}
 
 
 def test_frames_that_were_replaced_are_computed_again(replay: Replay) -> None:

@@ -9,11 +9,14 @@ from typing import ClassVar
 
 import pytest
 
+from vla_trqam.data.replay import Replay
 from vla_trqam.engine.folder import own_folder as own_folder_module
 from vla_trqam.engine.folder import run_lock
+from vla_trqam.engine.folder.begun import Begun
 from vla_trqam.engine.folder.own_folder import check_output_dir, own_folder
 from vla_trqam.engine.folder.run_lock import LOCK_NAME, RunLock
-from vla_trqam.errors import UserError
+from vla_trqam.engine.processes.team import FailedElsewhereError, Team
+from vla_trqam.errors import DivergenceError, UserError
 
 HOLD = """
 import sys, time
@@ -130,6 +133,34 @@ def test_whatever_fails_before_the_first_checkpoint_leaves_no_folder(error, tmp_
     with pytest.raises(error):
         fail(Settings(folder), error, "replay/rewards.npy", "config.yaml")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("error", [*FAILURES, FailedElsewhereError, DivergenceError])
+def test_data_that_were_read_stay_but_for_what_the_preflight_refuses(error, checked, tmp_path):
+    """And what failed on another process may have been no refusal."""
+    folder = tmp_path / "run"
+    with pytest.raises(error):
+        fail_reading(folder / "replay", error, "config.yaml", checked=checked)
+    gone = error is DivergenceError or (error is UserError and not checked)
+    assert folder.exists() == (folder / "replay").exists() == (not gone)
+
+
+def test_data_of_a_run_without_settings_cannot_be_gone_on_with(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fail_reading(tmp_path / "run" / "replay_1", KeyboardInterrupt)
+    assert names(tmp_path) == []
+
+
+def fail_reading(path, error, *made, checked=False):
+    """A run that fails when it has begun to read its data."""
+    with own_folder(Settings(path.parent)):
+        for name in made:
+            (path.parent / name).touch()
+        replay = Replay.create(path, observation_dim=1, action_dim=1, capacity=1)
+        Begun.of(Team(), replay, checked=checked).write(path)
+        replay.close()
+        raise error("what")
 
 
 @pytest.mark.parametrize("error", FAILURES)

@@ -148,10 +148,15 @@ def test_memory_counts_adam_and_the_critic(policy: Any, tmp_path: Path) -> None:
         made = policy.packed(many)
     beyond = live.peak - memory.tensor_bytes(made.values())
     assert alone.encoding == pytest.approx(beyond, rel=0.02)
-    share = memory.Share(8)
-    assert alone.of(share) - replace(alone, encoding=0).of(share) == alone.encoding
-    words = memory.in_words(alone.encoding)
-    assert f"their pass {words}" in memory.check_memory(alone, 10**12, share, "cpu").found
+    share, recorded = memory.Share(1), memory.Share(1, recorded=True)
+    for each, beyond in ((share, alone.encoding - alone.activations), (recorded, alone.encoding)):
+        assert beyond > 0  # of one row the path takes less
+        assert alone.of(each) - replace(alone, encoding=0).of(each) == beyond
+        words = memory.in_words(beyond)
+        assert f"their pass {words}" in memory.check_memory(alone, 10**12, each, "cpu").found
+    large = memory.Share(10**6)
+    assert alone.of(large) == replace(alone, encoding=0).of(large)
+    assert "their pass" not in memory.check_memory(alone, 10**12, large, "cpu").found
     assert dry.activations > 0
 
 

@@ -34,14 +34,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[bool]]:
         found["acted"].add(torch.is_autocast_enabled("cpu"))
         return chunk(self, context, noise)
 
-    def kept(self):
+    def kept(self, **named):
         def encoded(policy, observation):
             found["kept"].add(torch.is_autocast_enabled("cpu"))
             return packed(policy, observation)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LeRobotFlowPolicy, "packed", encoded)
-            return update(self)
+            return update(self, **named)
 
     monkeypatch.setattr(FlowActor, "chunk", acted)
     monkeypatch.setattr(FeatureCache, "update", kept)

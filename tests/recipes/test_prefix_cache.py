@@ -6,7 +6,6 @@ import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from vla_trqam.engine.folder.begun import Begun
 from vla_trqam.engine.launch import FULL_DISK
 from vla_trqam.errors import UserError
 from vla_trqam.launched import launcher
+from vla_trqam.preflight import prefixes
 
 __all__ = ["files", "forgetful_pool", "no_conclusion", "tiny", "without_simulator"]  # fixtures
 pytestmark = pytest.mark.slow
@@ -141,7 +141,7 @@ def in_parts(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 def take_parts(patch: pytest.MonkeyPatch) -> None:
     update = FeatureCache.update
-    patch.setattr(FeatureCache, "update", lambda self: update(self, batch_size=PART))
+    patch.setattr(FeatureCache, "update", lambda self, **k: update(self, batch_size=PART, **k))
 
 
 def full_disk() -> OSError:
@@ -220,10 +220,22 @@ def num_frames(run: Path) -> int:
 
 
 def test_a_refusal_leaves_nothing_of_what_was_read(tiny, tmp_path, monkeypatch):
-    end = partial(ends_in_the_pass, death=lambda: UserError("it cannot be"))
-    end(monkeypatch)
+    ends_in_the_reading(monkeypatch, lambda: UserError("it cannot be"))
     assert tiny(tmp_path / "run", NONE) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_where_prefixes_come_from_is_decided_once(
+    tiny, no_conclusion, tmp_path, monkeypatch, capsys
+):
+    """A run that was killed while it read has less room when it goes on, by what it read."""
+    run = tmp_path / "run"
+    with killed(lambda patch: ends_in_the_reading(patch, Killed)):
+        tiny(run)
+    assert "kept on the disk" in capsys.readouterr().out
+    monkeypatch.setattr(prefixes, "FREE_SHARE", 0.0)
+    assert resume(run) == 0
+    assert "kept on the disk" in capsys.readouterr().out
 
 
 def test_parts_of_other_processes_data_are_not_gone_on_with(

@@ -57,7 +57,7 @@ def test_what_fails_before_the_first_checkpoint_leaves_what_was_read_unless_it_i
     refused = error is UserError and place != "_start_simulators"
     assert folder.exists() == (place != "give_base" and not refused)
     if folder.exists():
-        assert f"is kept in {folder}, for --resume=true" in capsys.readouterr().out
+        assert f"is kept in {folder}: --resume=true goes on" in capsys.readouterr().out
         assert resume(folder) == 0
         assert differences(images_state(folder), without_conclusion(whole.state)) == []
 

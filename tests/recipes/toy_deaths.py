@@ -38,12 +38,12 @@ def dies_at_call(patch, owner, name, number):
     """The process ends at the beginning of the n-th call, counted from 0."""
     function, count = getattr(owner, name), 0
 
-    def mortal(*arguments):
+    def mortal(*arguments, **named):
         nonlocal count
         count += 1
         if count == number + 1:
             raise Killed
-        return function(*arguments)
+        return function(*arguments, **named)
 
     patch.setattr(owner, name, mortal)
 

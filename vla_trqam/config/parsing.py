@@ -26,7 +26,7 @@ from vla_trqam.config.former import (
 from vla_trqam.config.methods import DEFAULT_TYPE, TYPE, MethodChoice, knobs_of, with_chosen_type
 from vla_trqam.config.settings import RunSettings
 from vla_trqam.errors import UserError, one_line
-from vla_trqam.files import written_whole
+from vla_trqam.files import written_durably
 from vla_trqam.launched import launched_first
 from vla_trqam.methods.base import MethodConfig
 from vla_trqam.methods.registry import METHODS, name_of
@@ -125,7 +125,17 @@ def given_flags(arguments: Sequence[str]) -> set[str]:
     return {f"--{name_today(name)}" for name in names}
 
 
-ALLOWED = {"resume", "output_dir", "num_threads", "checkpoint", "on_divergence", "log_with"}
+DEADLINE = "eval.chunk_deadline"
+"""May be too short on another machine, and is part of no number."""
+ALLOWED = {
+    "resume",
+    "output_dir",
+    "num_threads",
+    "checkpoint",
+    "on_divergence",
+    "log_with",
+    DEADLINE,
+}
 WHOLE = {"preset", "config_path"}
 """Flags that stand for many settings."""
 MOST = 3
@@ -167,6 +177,8 @@ def resumed_config[C: RunSettings](
         saved.on_divergence = config.on_divergence
     if "log_with" in given:
         saved.log_with = config.log_with
+    if DEADLINE in given:
+        saved.eval.chunk_deadline = config.eval.chunk_deadline
     return saved
 
 
@@ -277,8 +289,8 @@ def _check_end(path: Path) -> None:
 
 
 def dump_config(config: Any, path: Path) -> None:
-    """Writes a configuration that ``--config_path`` reads back; a kill leaves none, not half."""
-    with written_whole(path) as part:
+    """Writes a configuration that ``--config_path`` reads back; no kill leaves half of it."""
+    with written_durably(path) as part:
         part.write_text(yaml.safe_dump(settings_of(config), explicit_start=True, explicit_end=True))
 
 

@@ -46,7 +46,8 @@ _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_A
 class FeatureCache(Observer[FrameObservation]):
     """Features of all frames of a replay; a sampler's observations made of them.
 
-    A killed `update` costs the last :data:`SAVED_EVERY` seconds at most, as does a power cut.
+    A killed `update` costs the last :data:`SAVED_EVERY` seconds at most; a power cut too, where
+    what it makes is ``safe``.
     """
 
     def __init__(self, replay: Replay, compute: FeatureFunction, *, fingerprint: str) -> None:
@@ -72,8 +73,13 @@ class FeatureCache(Observer[FrameObservation]):
             self._read()
         return 0 if self._header is None else self._header.num_frames
 
-    def update(self, *, batch_size: int = 32) -> int:
+    def update(self, *, batch_size: int = 32, safe: bool = False) -> int:
         """Compute what is missing.
+
+        Args:
+            batch_size: frames at a time.
+            safe: only what lies on the disk itself counts, so that no power cut leaves rows that
+                are not there. `flush` does that for what was made otherwise.
 
         Returns:
             How many frames were computed.
@@ -90,11 +96,11 @@ class FeatureCache(Observer[FrameObservation]):
             for seen in _read_ahead(self._replay, parts):
                 self._compute_batch(seen)
                 if monotonic() - saved >= SAVED_EVERY:
-                    self._save()
+                    self._save(safe)
                     saved = monotonic()
         finally:
             if parts:
-                self._save()
+                self._save(safe)
         return len(rows) - before
 
     def flush(self) -> None:
@@ -144,7 +150,7 @@ class FeatureCache(Observer[FrameObservation]):
         first, rows = 0 if self._header is None else self._header.num_frames, len(seen[FRAME])
         features = self._compute(seen)
         described = {name: _described(name, value, rows) for name, value in features.items()}
-        if self._header is None:
+        if self._header is None or not self._header.features:
             self._start(CacheHeader(self._fingerprint, 0, described))
         assert self._header is not None
         if self._header.features != described:
@@ -158,13 +164,15 @@ class FeatureCache(Observer[FrameObservation]):
             self._columns[name].write(first, bits.numpy())
         self._header = replace(self._header, num_frames=first + rows)
 
-    def _save(self) -> None:
-        """The header counts what was computed, after that lies on the disk itself."""
+    def _save(self, safe: bool) -> None:
+        """The header counts what was computed, where asked after that lies on the disk itself."""
         if self._header is not None:
-            self.flush()
+            if safe:
+                self.flush()
             self._header.write(self._replay.path)
 
     def _start(self, header: CacheHeader) -> None:
+        header.write(self._replay.path)  # first: no other header counts what is overwritten
         for name, spec in self._arrays(header).items():
             Column.allocate(self._replay.path, cache_array(name), spec)
         self._header, self._columns = header, self._mapped(header)

@@ -23,7 +23,7 @@ import numpy as np
 
 from vla_trqam.data.replay_files import ArraySpec
 from vla_trqam.errors import UserError
-from vla_trqam.files import written_whole
+from vla_trqam.files import sync, written_whole
 
 FRAMES_NAME = "frames.json"
 CACHE_NAME = "cache.json"
@@ -58,6 +58,7 @@ class FrameHeader:
         text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
         with written_whole(folder / FRAMES_NAME) as part:
             part.write_text(text + "\n")
+            sync(part)  # or a power cut could leave the name with nothing in it
 
     @classmethod
     def read(cls, folder: Path) -> FrameHeader:
@@ -172,6 +173,7 @@ class CacheHeader:
         """Replace the file in one step."""
         with written_whole(folder / CACHE_NAME) as part:
             part.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            sync(part)
 
     @classmethod
     def read(cls, folder: Path) -> CacheHeader | None:

@@ -60,6 +60,7 @@ class Header:
         text = json.dumps(values, indent=1)
         with written_whole(folder / HEADER_NAME) as part:
             part.write_text(text + "\n")
+            sync(part)  # or a power cut could leave the name with nothing in it
 
     @classmethod
     def read(cls, folder: Path) -> Header:

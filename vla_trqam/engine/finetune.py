@@ -78,7 +78,8 @@ def finetune[C: RunSettings](config: C, open_job: OpenJob[C], *, several: bool =
         several: whether it can work in several processes.
 
     Raises:
-        UserError: the settings, policy, data or folder do not work; no folder is left then.
+        UserError: the settings, policy, data or folder do not work; no folder is left then, but for
+            what was read of dear data where it was the machine's fault.
         Interrupted: it was asked to stop; a checkpoint is saved.
     """
     check_tracker(config.log_with)

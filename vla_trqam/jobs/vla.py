@@ -26,6 +26,7 @@ from vla_trqam.data.feature_cache import (
     FeatureCache,
     NumberedFeatures,
 )
+from vla_trqam.data.frame_files import CacheHeader
 from vla_trqam.data.frames import FrameObservation
 from vla_trqam.data.replay import Replay
 from vla_trqam.data.sampling import ChunkSampler, MixedSampler, Observer
@@ -204,23 +205,28 @@ class VLAJob(Job[FinetuneVLAConfig]):
 
         A replay that the run had begun to fill before it broke off is filled on.
         """
-        main = self.team.is_main
-        give_base(self.config, self.policy, path.parent, writes=main)
-        if main:
-            save_settings(self.config, path.parent)
+        self.team.on_main(lambda: self._begin_folder(path.parent))
+        if not self.team.is_main:
+            give_base(self.config, self.policy, path.parent, writes=False)
         begun = Begun.read(path)
-        if begun is None:
-            replay = self._empty_replay(path)
-        else:
-            replay = self.reopen(path)
-            replay.truncate_to(begun.episodes)
-        self._datasets.fill(
-            replay,
-            say=print if main else lambda _: None,
-            copies=self._lender is None,
-            save=lambda: save_begun(replay, self.team),
-        )
+        replay = self._empty_replay(path) if begun is None else self.reopen(path)
+        try:
+            if begun is not None:
+                replay.truncate_to(begun.episodes)
+            self._datasets.fill(
+                replay,
+                say=print if self.team.is_main else lambda _: None,
+                copies=self._lender is None,
+                save=lambda: save_begun(replay, self.team),
+            )
+        except BaseException:
+            replay.close()
+            raise
         return replay
+
+    def _begin_folder(self, output_dir: Path) -> None:
+        give_base(self.config, self.policy, output_dir, writes=True)
+        save_settings(self.config, output_dir)
 
     def _empty_replay(self, path: Path) -> Replay:
         more_steps, more_frames = self._more_room
@@ -234,6 +240,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         )
         if lender is not None:
             replay.borrow(lender)
+        # Where prefixes come from is not decided anew by a run that goes on with this.
+        CacheHeader(self._fingerprint, 0, {}).write(path)
         Begun.of(self.team).write(path)
         return replay
 
@@ -248,12 +256,22 @@ class VLAJob(Job[FinetuneVLAConfig]):
 
     def take(self, replay: Replay) -> EpisodeStore:
         """The replay, and the cache of its frames' features, which is yet to be filled."""
-        fingerprint, kept = prefix_fingerprint(self.policy), self._packed
-        if not self._keeps_prefixes:
-            fingerprint, kept = fingerprint + FEATURES_ONLY, self._without_prefix
+        kept = self._packed if self._keeps_prefixes else self._without_prefix
+        there = CacheHeader.read(replay.path)
+        if there is not None and there.num_frames and there.fingerprint != self._fingerprint:
+            print(
+                f"the features of {there.num_frames:,} frames in {replay.path} are another "
+                "policy's or another version's: they are made again"
+            )
         self._replay = replay
-        self._features = FeatureCache(replay, kept, fingerprint=fingerprint)
+        self._features = FeatureCache(replay, kept, fingerprint=self._fingerprint)
         return EpisodeStore(replay, self._features)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of everything that is kept of a frame."""
+        whole = prefix_fingerprint(self.policy)
+        return whole if self._keeps_prefixes else whole + FEATURES_ONLY
 
     def draw(
         self, sources: Sequence[str] | None = None, *, for_critic: bool = False
@@ -286,8 +304,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         team.together(lambda: check_data(config, policy, self._replay, everything, rewards, team))
         with self.method().present():  # what it cannot be made of is refused here
             if last_checkpoint(self._replay.path.parent) is None:
-                save_begun(self._replay, team, checked=True)
-            team.together(self._features.update)
+                team.together(lambda: save_begun(self._replay, team, checked=True))
+            team.together(lambda: self._features.update(safe=True))
 
     def method(self) -> Cached:
         """The method with many updates of the critic for each one of the policy."""
@@ -434,9 +452,10 @@ class VLAJob(Job[FinetuneVLAConfig]):
 def prefix_fingerprint(policy: LeRobotFlowPolicy) -> str:
     """A hash of everything that the cached features depend on: frozen weights and statistics."""
     digest = hashlib.blake2b(digest_size=16)
-    # Where it lies and where it computes says nothing of what it is.
+    # Not where it lies; and other devices, or more rows at once, round otherwise.
     config = {k: v for k, v in vars(policy.host.config).items() if k not in PLACES}
-    digest.update(repr((policy.critic_features, config)).encode())
+    kind = next(policy.host.parameters()).device.type
+    digest.update(repr((policy.critic_features, config, kind, policy.encoded_at_once)).encode())
     if policy.critic_features.pooling != "all":
         digest.update(policy.critic_features.pooling.encode())
     trained = {id(p) for p in policy.trainable_parameters()}

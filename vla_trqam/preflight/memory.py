@@ -102,8 +102,8 @@ class Memory:
         average: the running mean of what is trained of the policy; 0 without one.
         contexts: prefixes held of each row.
         shards: that the optimizer's moments are in; a process has one.
-        encoding: what the prefix's pass frees when it is done, of as many observations as go
-            through it together.
+        encoding: what the prefix's pass takes and frees, of as many observations as go through it
+            together.
     """
 
     weights: int
@@ -128,7 +128,7 @@ class Memory:
         """What comes on top of the weights, whatever the batch."""
         # The weights in training wait in a copy while the average acts.
         at_rest = self.gradients + self.own_moments + self.next_actions
-        return at_rest + 2 * self.average + self.copies + self.encoding
+        return at_rest + 2 * self.average + self.copies
 
     @property
     def prefixes(self) -> int:
@@ -149,10 +149,18 @@ class Memory:
         prefixes = (3 * share.rows_at_once + share.rows) * self.prefix
         return 2 * self.gradients + prefixes + round(beside)
 
+    def beyond_activations(self, share: Share) -> int:
+        """What the prefix's pass takes of memory that the path's activations do not take later.
+
+        It is over when they begin; recorded ones are there all the time.
+        """
+        path = 0 if share.recorded else share.rows_at_once * self.activations
+        return max(0, self.encoding - path)
+
     def of(self, share: Share) -> int:
         """What an update adds to the weights, in one process."""
         rows = share.rows * self.prefixes + share.rows_at_once * self.activations
-        return self.fixed + rows + self.recordings(share)
+        return self.fixed + rows + self.beyond_activations(share) + self.recordings(share)
 
 
 @dataclass(frozen=True)
@@ -336,7 +344,7 @@ def check_memory(memory: Memory, available: int | None, share: Share, device: st
         **({"weights in bfloat16": memory.copies} if memory.copies else {}),
         f"activations of {share.rows_at_once}": share.rows_at_once * memory.activations,
         f"prefixes of {share.rows}": share.rows * memory.prefixes,
-        "their pass": memory.encoding,
+        **({"their pass": beyond} if (beyond := memory.beyond_activations(share)) else {}),
         **({"recordings": memory.recordings(share)} if share.recorded else {}),
     }
     found = (

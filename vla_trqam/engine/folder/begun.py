@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vla_trqam.data.replay import Replay
-from vla_trqam.data.replay_files import Header
 from vla_trqam.engine.folder.run_folder import REPLAY_NAME
 from vla_trqam.engine.processes.team import Team
 from vla_trqam.errors import UserError
@@ -53,7 +52,7 @@ class Begun:
     def read(cls, replay: Path) -> Begun | None:
         """Of a replay's folder; None where it cannot be gone on with."""
         try:
-            Header.read(replay)
+            Replay.open(replay)
             return cls(**json.loads((replay / BEGUN_NAME).read_text()))
         except (OSError, ValueError, TypeError, UserError):
             return None

@@ -28,7 +28,7 @@ from vla_trqam.engine.folder.run_folder import (
     check_launched_alike,
 )
 from vla_trqam.engine.folder.run_lock import LOCK_NAME, RunLock
-from vla_trqam.engine.processes.team import Team
+from vla_trqam.engine.processes.team import FailedElsewhereError, Team
 from vla_trqam.errors import DivergenceError, UserError, one_line
 from vla_trqam.files import PART, set_aside
 
@@ -80,7 +80,9 @@ def own_folder(config: RunSettings, team: Team | None = None) -> Iterator[None]:
             folder.tell(error)
         raise
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        folder.break_off(refused=isinstance(error, UserError))
+        # What failed elsewhere need not have been refused there.
+        elsewhere = isinstance(error, FailedElsewhereError)
+        folder.break_off(refused=isinstance(error, UserError) and not elsewhere)
         raise
     finally:
         folder.close()
@@ -110,10 +112,14 @@ class _OwnFolder:
     def break_off(self, *, refused: bool) -> None:
         """Leaves what has been read of the data, with the settings to go on with it."""
         begun = begun_replays(self._path).values()
-        if not begun or (refused and not any(each.checked for each in begun)):
+        whole = bool(begun) and (self._path / CONFIG_NAME).is_file()
+        if not whole or (refused and not any(each.checked for each in begun)):
             self.give_up()
         elif self._before is not None and not all_checkpoints(self._path):
-            print(f"what was read of the data is kept in {self._path}, for --resume=true")
+            print(
+                f"what was read of the data is kept in {self._path}: --resume=true goes on with it "
+                "as it was begun; a run with other settings begins in another folder"
+            )
 
     def give_up(self) -> None:
         """Removes what this run made, unless it got as far as a checkpoint."""
