@@ -1,8 +1,10 @@
 """The recipes for LeRobot's policies in two processes, as a launcher places them."""
 
+import errno
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from vla_runs import files, forgetful_pool, main, without_simulator
 from vla_trqam.data.replay import Replay
 from vla_trqam.engine import finetune as engine
 from vla_trqam.engine.cached import Cached
+from vla_trqam.engine.launch import FULL_DISK
 from vla_trqam.errors import UserError
 
 __all__ = ["files", "forgetful_pool", "without_simulator"]  # fixtures
@@ -124,12 +127,35 @@ def no_simulator(patch: pytest.MonkeyPatch, rank: int) -> None:
         patch.setattr(engine, "_start_simulators", fail)
 
 
-def test_what_fails_in_one_process_is_told_once_and_stops_both(files, tmp_path):
+def test_what_fails_in_one_process_is_told_once_and_stops_both(two, files, tmp_path):
     found = two_run(tmp_path / "run", *files.flags(), prepare=no_simulator)
     assert [found.status(0), found.status(1)] == [2, 2]
     assert "error: process 1: no simulator here" in found.said(0)
     assert found.said(1) == ""
-    assert not found.folder.exists()
+    check_goes_on(found.folder, two)
+
+
+def check_goes_on(folder: Path, two: Two) -> None:
+    """With what both had read, to the same bits."""
+    resumed = two_run(folder, "--resume=true")
+    assert [resumed.status(0), resumed.status(1)] == [0, 0]
+    assert "with what had been read of its data" in resumed.said(0)
+    assert not list(folder.glob("before_restart_*/replay*"))
+    assert differences(resumed.state(), two.state()) == []
+
+
+def full_disk(patch: pytest.MonkeyPatch, rank: int) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, FULL_DISK)
+
+    if rank == 1:
+        patch.setattr(Replay, "add", fail)
+
+
+def test_a_disk_that_is_full_for_one_process_costs_no_reading_of_either(two, files, tmp_path):
+    found = two_run(tmp_path / "run", *files.flags(), prepare=full_disk)
+    assert [found.status(0), found.status(1)] == [2, 2]
+    check_goes_on(found.folder, two)
 
 
 def broken_simulator(patch: pytest.MonkeyPatch, rank: int) -> None:
