@@ -215,6 +215,11 @@ def test_a_tokenizer_of_this_machine_is_pushed_by_its_name_on_the_hub(
     assert arrived["steps"][0]["config"] == {"tokenizer_name": "google/some-tokenizer"}
     assert str(home) not in json.dumps(arrived)
     assert path.read_bytes() == mine
+    more = json.loads(mine)
+    more["steps"].append({"registry_name": "other", "config": {"file": str(home / "of_mine")}})
+    path.write_text(json.dumps(more))
+    said = refused(lambda: push(hub, run, tokenizer="google/some-tokenizer"))
+    assert f"needs file={home / 'of_mine'}, a path of this machine" in said
     name("google/another")
     said = refused(lambda: push(hub, run, tokenizer="google/some-tokenizer"))
     assert "name no tokenizer of this machine; leave it out" in said

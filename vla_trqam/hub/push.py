@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -140,7 +140,7 @@ def prepare_push(
     check_pushed(facts.method.lower(), str(run))
     files = _files(run, facts)
     named = {} if tokenizer is None else _named(facts.policy, tokenizer)
-    _check_paths(facts, set(named))
+    _check_paths(facts, named)
     check_policy_folder(facts.policy)
     flags = {
         "run": run,
@@ -154,7 +154,11 @@ def prepare_push(
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     command = f"{COMMAND} push {shlex.join(given)}"
     card = model_card(facts, repo_id, license_name or _license(facts, api))
-    public = {path: named.get(file) or public_copy(file) or file for path, file in files.items()}
+    public = {path: public_copy(file) or file for path, file in files.items()}
+    public |= {
+        file.name: json.dumps(without_paths(value), indent=2).encode()
+        for file, value in named.items()
+    }
     return Push(run, repo_id, found.name, public, card, command)
 
 
@@ -225,8 +229,8 @@ def _check_own(files: Mapping[str, Path], folders: tuple[Path, ...]) -> None:
             raise UserError(f"{file} is a link to {file.resolve()}, which is none of the run's")
 
 
-def _named(policy: Path, tokenizer: str) -> dict[Path, bytes]:
-    """The processors' files that name a tokenizer of this machine, with the Hub's name for it.
+def _named(policy: Path, tokenizer: str) -> dict[Path, Any]:
+    """What the processors' files that name a tokenizer of this machine hold, by the Hub's name.
 
     Raises:
         UserError: that is a folder too, or none of them names one.
@@ -235,7 +239,7 @@ def _named(policy: Path, tokenizer: str) -> dict[Path, bytes]:
         raise UserError(f"--tokenizer={tokenizer} is a folder; it is the name of one on the Hub")
     files = {path: read_json(path) for path in sorted(policy.glob("policy_p*processor.json"))}
     found = {
-        path: json.dumps(without_paths(renamed), indent=2).encode()
+        path: renamed
         for path, value in files.items()
         if (renamed := _renamed(value, tokenizer)) != value
     }
@@ -260,10 +264,10 @@ def _renamed(value: Any, tokenizer: str) -> Any:
     }
 
 
-def _check_paths(facts: RunFacts, named: Collection[Path]) -> None:
-    """Refuses a policy that only this machine can load; some files get other names anyway."""
-    for file in sorted({*facts.policy.glob("*.json")}.difference(named)):
-        for name, value in _texts(read_json(file)):
+def _check_paths(facts: RunFacts, named: Mapping[Path, Any]) -> None:
+    """Refuses a policy that only this machine can load, by what is pushed of each file."""
+    for file in sorted(facts.policy.glob("*.json")):
+        for name, value in _texts(named.get(file) or read_json(file)):
             folder = name in NAMES_A_MODEL and Path(value).expanduser().is_dir()
             if folder or (name not in WHERE_FROM and Path(value).is_absolute()):
                 raise UserError(

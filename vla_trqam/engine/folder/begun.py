@@ -29,7 +29,8 @@ class Begun:
         processes: of the run, each with its own part of the data.
         precision: that features are computed in, the launcher's.
         episodes: that lie on the disk itself, whatever ends the machine.
-        checked: the run's preflight has passed; what refuses it later is not in its settings.
+        checked: the run's preflight has passed; what refuses it later may be the machine's fault,
+            and what was read is kept.
     """
 
     processes: int
