@@ -8,7 +8,13 @@ import pytest
 import vla_trqam.recipes
 import yaml
 
-from vla_trqam.config.parsing import dump_config, parse_config, saved_config, settings_of
+from vla_trqam.config.parsing import (
+    dump_config,
+    parse_config,
+    resumed_config,
+    saved_config,
+    settings_of,
+)
 from vla_trqam.config.vla_settings import FinetuneVLAConfig
 from vla_trqam.envs.registry import EnvConfig
 from vla_trqam.errors import UserError
@@ -114,3 +120,19 @@ def test_a_home_that_the_shell_left_as_it_is_is_found():
     (other,) = config.dataset.more
     assert config.dataset.root == Path.home() / "data"
     assert (other.root, other.success_labels) == (Path.home() / "more", Path.home() / "labels.json")
+
+
+def test_a_resumed_run_may_have_another_deadline_and_nothing_that_its_numbers_depend_on(tmp_path):
+    env = EnvConfig(type="robomimic")
+    dump_config(FinetuneVLAConfig(output_dir=tmp_path, env=env), tmp_path / "config.yaml")
+
+    def resumed(**settings):
+        asked = FinetuneVLAConfig(resume=True, output_dir=tmp_path, env=env)
+        for name, value in settings.items():
+            setattr(asked.eval, name, value)
+        flags = ["--resume=true", *(f"--eval.{name}={value}" for name, value in settings.items())]
+        return resumed_config(asked, "config.yaml", flags, lambda *_: None)
+
+    assert resumed(chunk_deadline=77.0).eval.chunk_deadline == 77.0
+    with pytest.raises(UserError, match=r"leave out --eval.episodes"):
+        resumed(chunk_deadline=77.0, episodes=7)

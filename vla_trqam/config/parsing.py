@@ -125,17 +125,9 @@ def given_flags(arguments: Sequence[str]) -> set[str]:
     return {f"--{name_today(name)}" for name in names}
 
 
-DEADLINE = "eval.chunk_deadline"
-"""May be too short on another machine, and is part of no number."""
-ALLOWED = {
-    "resume",
-    "output_dir",
-    "num_threads",
-    "checkpoint",
-    "on_divergence",
-    "log_with",
-    DEADLINE,
-}
+FREE = {"on_divergence", "log_with", "eval.chunk_deadline"}
+"""Settings that a resumed run may have otherwise, beside the number of threads."""
+ALLOWED = {"resume", "output_dir", "num_threads", "checkpoint"} | FREE
 WHOLE = {"preset", "config_path"}
 """Flags that stand for many settings."""
 MOST = 3
@@ -169,16 +161,10 @@ def resumed_config[C: RunSettings](
     _check_kept(given - ALLOWED - config.GROWING.keys(), asked, kept, config.GROWING)
     wanted = {flag: asked[flag] for flag in config.GROWING if flag in given}
     check_more(saved, wanted)
-    saved = with_settings(saved, wanted)
+    saved = with_settings(saved, wanted | {flag: asked[flag] for flag in FREE & given})
     saved.resume, saved.output_dir = True, config.output_dir
     saved.checkpoint = config.checkpoint
     saved.num_threads = config.num_threads or saved.num_threads
-    if "on_divergence" in given:
-        saved.on_divergence = config.on_divergence
-    if "log_with" in given:
-        saved.log_with = config.log_with
-    if DEADLINE in given:
-        saved.eval.chunk_deadline = config.eval.chunk_deadline
     return saved
 
 

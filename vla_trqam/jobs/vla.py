@@ -258,7 +258,8 @@ class VLAJob(Job[FinetuneVLAConfig]):
         """The replay, and the cache of its frames' features, which is yet to be filled."""
         kept = self._packed if self._keeps_prefixes else self._without_prefix
         there = CacheHeader.read(replay.path)
-        if there is not None and there.num_frames and there.fingerprint != self._fingerprint:
+        others = there is not None and there.fingerprint != self._fingerprint
+        if there is not None and others and there.num_frames and self.team.is_main:
             print(
                 f"the features of {there.num_frames:,} frames in {replay.path} are another "
                 "policy's or another version's: they are made again"
